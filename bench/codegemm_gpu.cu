@@ -1,0 +1,402 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// bench/codegemm_gpu.cu - suite codegemm-gpu: the GPU product at few tokens, cold weights, beside its peers.
+//
+// Each time is the median of replays of a CUDA graph that holds many launches over different copies of the weights,
+// 600 MB in all, so that no cache holds them; divided by the number of launches.
+//
+// usage: codegemm-gpu [--json FILE] [--quick] [--shape NxK]... [--format NAME]... [--tokens T]...
+//                     [--peer NAME=LIBRARY]... [--cluster N] [--ahead ROUNDS] [--shared BYTES] [--sets N]
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <dlfcn.h>
+
+#include <codegemm/gemm.cuh>
+#include <codegemm/reference.hpp>
+
+#include "support/gpu_peer.h"
+
+namespace {
+
+using namespace codegemm;  // NOLINT(google-build-using-namespace): a program, not a header
+
+void check(cudaError_t code, const char* what) {
+  if (code != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(code));
+}
+void check(const Status& status) {
+  if (!status.ok()) throw std::runtime_error(status.message());
+}
+
+template <class T>
+struct Buffer {
+  T* data = nullptr;
+  explicit Buffer(std::size_t count) { check(cudaMalloc(&data, std::max<std::size_t>(count * sizeof(T), 256)), "cudaMalloc"); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { cudaFree(data); }
+};
+
+struct Random {  // splitmix64
+  std::uint64_t state;
+  std::uint64_t next() {
+    std::uint64_t z = state += 0x9E3779B97F4A7C15ULL;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
+    return z ^ (z >> 31);
+  }
+  float uniform() { return static_cast<float>(next() >> 40) * 0x1p-24F; }
+  float normal() {
+    float sum = -6.0F;
+    for (int i = 0; i < 12; ++i) sum += uniform();
+    return sum;
+  }
+};
+
+// Median time of one launch in microseconds. `enqueue(i)` puts launch i into the stream.
+template <class Enqueue>
+double time_us(cudaStream_t stream, int launches, int replays, Enqueue&& enqueue) {
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+  for (int i = 0; i < launches; ++i) enqueue(i);
+  check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
+  check(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
+  cudaEvent_t start, stop;
+  check(cudaEventCreate(&start), "cudaEventCreate");
+  check(cudaEventCreate(&stop), "cudaEventCreate");
+  std::vector<double> times;
+  for (int i = 0; i < replays + 3; ++i) {
+    check(cudaEventRecord(start, stream), "cudaEventRecord");
+    check(cudaGraphLaunch(exec, stream), "cudaGraphLaunch");
+    check(cudaEventRecord(stop, stream), "cudaEventRecord");
+    check(cudaEventSynchronize(stop), "cudaEventSynchronize");
+    float ms = 0.0F;
+    check(cudaEventElapsedTime(&ms, start, stop), "cudaEventElapsedTime");
+    if (i >= 3) times.push_back(static_cast<double>(ms) * 1e3 / launches);
+  }
+  std::nth_element(times.begin(), times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2), times.end());
+  check(cudaEventDestroy(start), "cudaEventDestroy");
+  check(cudaEventDestroy(stop), "cudaEventDestroy");
+  check(cudaGraphExecDestroy(exec), "cudaGraphExecDestroy");
+  check(cudaGraphDestroy(graph), "cudaGraphDestroy");
+  return times[times.size() / 2];
+}
+
+__global__ void read_kernel(const uint4* data, std::size_t count, unsigned* sink) {
+  unsigned sum = 0;
+  const std::size_t step = static_cast<std::size_t>(gridDim.x) * blockDim.x;
+  std::size_t i = static_cast<std::size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (; i + 3 * step < count; i += 4 * step) {
+    const uint4 a = __ldcs(data + i), b = __ldcs(data + i + step), c = __ldcs(data + i + 2 * step),
+                d = __ldcs(data + i + 3 * step);
+    sum += a.x ^ a.y ^ a.z ^ a.w ^ b.x ^ b.y ^ b.z ^ b.w ^ c.x ^ c.y ^ c.z ^ c.w ^ d.x ^ d.y ^ d.z ^ d.w;
+  }
+  for (; i < count; i += step) sum += data[i].x;
+  if (sum == 0x12345678U) *sink = sum;
+}
+
+struct Bandwidth {
+  double copy_gb_per_s;
+  double read_gb_per_s;
+};
+
+Bandwidth measure_bandwidth(cudaStream_t stream, int multiprocessors) {
+  constexpr std::size_t kBytes = std::size_t{4} << 30;
+  Buffer<unsigned char> a(kBytes);
+  Buffer<unsigned> sink(1);
+  check(cudaMemset(a.data, 0x5A, kBytes), "cudaMemset");
+  const double copy = time_us(stream, 1, 9, [&](int) {
+    check(cudaMemcpyAsync(a.data + kBytes / 2, a.data, kBytes / 2, cudaMemcpyDeviceToDevice, stream), "cudaMemcpyAsync");
+  });
+  double read = 1e30;
+  for (const int blocks : {2, 4, 8, 16}) {
+    read = std::min(read, time_us(stream, 1, 9, [&](int) {
+                      read_kernel<<<static_cast<unsigned>(multiprocessors * blocks), 512, 0, stream>>>(
+                          reinterpret_cast<const uint4*>(a.data), kBytes / 16, sink.data);
+                    }));
+  }
+  return {static_cast<double>(kBytes) / copy * 1e-3, static_cast<double>(kBytes) / read * 1e-3};
+}
+
+struct Peer {
+  std::string name;
+  decltype(&codegemm_peer_create) create;
+  decltype(&codegemm_peer_run) run;
+  decltype(&codegemm_peer_destroy) destroy;
+};
+
+Peer load_peer(const std::string& text) {
+  const std::size_t eq = text.find('=');
+  if (eq == std::string::npos) throw std::runtime_error("--peer wants NAME=LIBRARY");
+  void* const library = dlopen(text.c_str() + eq + 1, RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) throw std::runtime_error(dlerror());
+  const auto symbol = [&](const char* name) {
+    void* const s = dlsym(library, name);
+    if (s == nullptr) throw std::runtime_error(text + " lacks " + name);
+    return s;
+  };
+  return Peer{text.substr(0, eq), reinterpret_cast<decltype(&codegemm_peer_create)>(symbol("codegemm_peer_create")),
+              reinterpret_cast<decltype(&codegemm_peer_run)>(symbol("codegemm_peer_run")),
+              reinterpret_cast<decltype(&codegemm_peer_destroy)>(symbol("codegemm_peer_destroy"))};
+}
+
+struct PeerTime {
+  std::string name;
+  double us;
+  double error;
+};
+struct Row {
+  std::string shape;
+  std::string config;
+  int tokens;
+  double us;
+  double gb_per_s;
+  double error;
+  std::vector<PeerTime> peers;
+};
+
+struct Shape {
+  std::int64_t rows;
+  std::int64_t cols;
+};
+
+// ||y - ref|| / ||ref|| over some of the rows, against sums in double over the same quantized weights.
+double error_of(const QuantizedMatrix& w, const std::vector<Half>& x, const std::vector<Half>& y, int tokens) {
+  const std::int64_t step = std::max<std::int64_t>(1, w.rows() / 97);
+  double off = 0.0;
+  double size = 0.0;
+  const QuantizedMatrixView view = w.view();
+  for (std::int64_t n = 0; n < w.rows(); n += step) {
+    std::vector<double> sums(static_cast<std::size_t>(tokens), 0.0);
+    for (std::int64_t k = 0; k < w.cols(); ++k) {
+      const double weight = reference_weight(view, n, k);
+      for (int t = 0; t < tokens; ++t) {
+        sums[static_cast<std::size_t>(t)] +=
+            weight * static_cast<double>(x[static_cast<std::size_t>(t * w.cols() + k)].to_float());
+      }
+    }
+    for (int t = 0; t < tokens; ++t) {
+      const double want = sums[static_cast<std::size_t>(t)];
+      const double d = static_cast<double>(y[static_cast<std::size_t>(t * w.rows() + n)].to_float()) - want;
+      off += d * d;
+      size += want * want;
+    }
+  }
+  return std::sqrt(off / size);
+}
+
+void measure(Shape shape, Format format, const std::vector<int>& token_counts, const cuda::GatherTuning& tuning,
+             cuda::PackOptions pack_options, bool quick, const std::vector<Peer>& peers, const cuda::Device& device, cudaStream_t stream,
+             std::vector<Row>& rows) {
+  Random random{static_cast<std::uint64_t>(shape.rows * 1000003 + shape.cols + format.v)};
+  auto made = QuantizedMatrix::create(format, shape.rows, shape.cols);
+  check(made.status());
+  QuantizedMatrix& w = made.value();
+  for (std::uint32_t& word : w.codes()) word = static_cast<std::uint32_t>(random.next());
+  for (Half& value : w.codebooks()) value = Half::from_float(random.normal());
+  for (Half& value : w.scales()) value = Half::from_float(0.01F + 0.02F * random.uniform());
+  auto packed = cuda::pack(w.view(), pack_options);
+  check(packed.status());
+
+  const std::size_t bytes = packed->bytes().size();
+  const int copies = static_cast<int>(std::clamp<std::size_t>(600'000'000 / bytes + 1, 2, 64));
+  const std::size_t pitch = (bytes + 255) / 256 * 256;
+  Buffer<std::byte> weights(pitch * static_cast<std::size_t>(copies));
+  check(cudaMemcpy(weights.data, packed->bytes().data(), bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+  for (int i = 1; i < copies; ++i) {
+    check(cudaMemcpy(weights.data + pitch * static_cast<std::size_t>(i), weights.data, bytes, cudaMemcpyDeviceToDevice),
+          "cudaMemcpy");
+  }
+  const int most = *std::max_element(token_counts.begin(), token_counts.end());
+  std::vector<Half> x(static_cast<std::size_t>(most * shape.cols));
+  for (Half& value : x) value = Half::from_float(random.normal());
+  Buffer<Half> x_device(x.size());
+  Buffer<Half> y_device(static_cast<std::size_t>(most * shape.rows));
+  check(cudaMemcpy(x_device.data, x.data(), x.size() * sizeof(Half), cudaMemcpyHostToDevice), "cudaMemcpy");
+  std::vector<Half> y(static_cast<std::size_t>(most * shape.rows));
+  const std::size_t y_bytes = y.size() * sizeof(Half);
+  const int launches = std::max(copies, 8);
+  const int replays = quick ? 5 : 20;
+  const std::size_t first_row = rows.size();
+
+  for (const int tokens : token_counts) {
+    cuda::GemmProblem<Half, Half> p;
+    p.x = MatrixView<const Half>(x_device.data, tokens, shape.cols);
+    p.y = MatrixView<Half>(y_device.data, tokens, shape.rows);
+    p.tuning = tuning;
+    p.weights = packed->view(weights.data);
+    const std::size_t workspace_bytes = cuda::workspace_bytes(p, device);
+    Buffer<std::byte> workspace(workspace_bytes);
+    check(cudaMemset(workspace.data, 0, std::max<std::size_t>(workspace_bytes, 1)), "cudaMemset");
+    check(cudaMemset(y_device.data, 0xFF, y_bytes), "cudaMemset");
+    check(cuda::run(p, device, workspace.data, workspace_bytes, stream));
+    check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+    check(cudaMemcpy(y.data(), y_device.data, y_bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
+    Row row;
+    row.error = error_of(w, x, y, tokens);
+    row.us = time_us(stream, launches, replays, [&](int i) {
+      p.weights.data = weights.data + pitch * static_cast<std::size_t>(i % copies);
+      check(cuda::run(p, device, workspace.data, workspace_bytes, stream));
+    });
+    row.shape = std::to_string(shape.rows) + "x" + std::to_string(shape.cols);
+    row.config = format_name(format);
+    row.tokens = tokens;
+    const double read = static_cast<double>(w.codes().size_bytes() + w.scales().size_bytes());
+    row.gb_per_s = read / row.us * 1e-3;
+    rows.push_back(row);
+  }
+  for (const Peer& peer : peers) {
+    const codegemm_peer_matrix matrix{format.v, format.m, format.b, format.g, shape.rows, shape.cols, w.codes().data(),
+                                      reinterpret_cast<const unsigned short*>(w.codebooks().data()),
+                                      reinterpret_cast<const unsigned short*>(w.scales().data())};
+    void* const handle = peer.create(&matrix, copies);
+    if (handle == nullptr) continue;
+    for (std::size_t i = first_row; i < rows.size(); ++i) {
+      Row& row = rows[i];
+      check(cudaMemset(y_device.data, 0xFF, y_bytes), "cudaMemset");
+      if (peer.run(handle, 0, x_device.data, y_device.data, row.tokens, stream) != 0) continue;
+      check(cudaStreamSynchronize(stream), peer.name.c_str());
+      check(cudaMemcpy(y.data(), y_device.data, y_bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
+      const double error = error_of(w, x, y, row.tokens);
+      const double us = time_us(stream, launches, replays, [&](int j) {
+        static_cast<void>(peer.run(handle, j % copies, x_device.data, y_device.data, row.tokens, stream));
+      });
+      row.peers.push_back({peer.name, us, error});
+    }
+    peer.destroy(handle);
+  }
+  for (std::size_t i = first_row; i < rows.size(); ++i) {
+    const Row& row = rows[i];
+    std::printf("%-12s %-10s T=%d %8.2f us %7.0f GB/s  error %.1e", row.shape.c_str(), row.config.c_str(), row.tokens,
+                row.us, row.gb_per_s, row.error);
+    for (const PeerTime& t : row.peers) {
+      std::printf("  %s %.2f us (x%.2f, error %.1e)", t.name.c_str(), t.us, t.us / row.us, t.error);
+    }
+    std::printf("\n");
+    std::fflush(stdout);
+  }
+}
+
+void write_json(const char* path, const std::string& machine, const Bandwidth& bandwidth, const std::vector<Row>& rows) {
+  std::FILE* const f = std::fopen(path, "w");
+  if (f == nullptr) throw std::runtime_error(std::string("cannot write ") + path);
+  const char* const commit = std::getenv("CODEGEMM_COMMIT");
+  char date[32] = "";
+  const std::time_t now = std::time(nullptr);
+  std::strftime(date, sizeof(date), "%Y-%m-%d", std::gmtime(&now));
+  std::fprintf(f, "{\n  \"suite\": \"codegemm-gpu\",\n  \"machine\": \"%s\",\n  \"commit\": \"%s\",\n", machine.c_str(),
+               commit != nullptr ? commit : "uncommitted");
+  std::fprintf(f, "  \"date\": \"%s\",\n  \"copy_gb_per_s\": %.1f,\n  \"read_gb_per_s\": %.1f,\n  \"rows\": [", date,
+               bandwidth.copy_gb_per_s, bandwidth.read_gb_per_s);
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const Row& r = rows[i];
+    std::fprintf(f,
+                 "%s\n    {\"name\": \"gemm\", \"shape\": \"%s\", \"config\": \"%s\", \"tokens\": %d, \"median_us\": "
+                 "%.3f, \"gb_per_s\": %.1f, \"share_of_read\": %.3f, \"error\": %.3g, \"peers\": [",
+                 i == 0 ? "" : ",", r.shape.c_str(), r.config.c_str(), r.tokens, r.us, r.gb_per_s,
+                 r.gb_per_s / bandwidth.read_gb_per_s, r.error);
+    for (std::size_t j = 0; j < r.peers.size(); ++j) {
+      std::fprintf(f, "%s{\"name\": \"%s\", \"median_us\": %.3f, \"ratio\": %.3f, \"error\": %.3g}", j == 0 ? "" : ", ",
+                   r.peers[j].name.c_str(), r.peers[j].us, r.peers[j].us / r.us, r.peers[j].error);
+    }
+    std::fprintf(f, "]}");
+  }
+  std::fprintf(f, "\n  ]\n}\n");
+  if (std::fclose(f) != 0) throw std::runtime_error(std::string("cannot write ") + path);
+}
+
+int program(int argc, char** argv) {
+  std::vector<Shape> shapes;
+  std::vector<Format> formats;
+  std::vector<int> tokens;
+  std::vector<Peer> peers;
+  cuda::GatherTuning tuning;
+  cuda::PackOptions pack_options;
+  const char* json = nullptr;
+  bool quick = false;
+  for (int i = 1; i < argc; ++i) {
+    const std::string name = argv[i];
+    if (name == "--quick") {
+      quick = true;
+      continue;
+    }
+    if (i + 1 >= argc) throw std::runtime_error("unknown or unfinished argument " + name);
+    const char* const value = argv[++i];
+    if (name == "--json") {
+      json = value;
+    } else if (name == "--shape") {
+      long long n = 0, k = 0;
+      if (std::sscanf(value, "%lldx%lld", &n, &k) != 2) throw std::runtime_error("--shape wants NxK");
+      shapes.push_back({n, k});
+    } else if (name == "--format") {
+      const auto format = parse_format(value);
+      check(format.status());
+      formats.push_back(*format);
+    } else if (name == "--tokens") {
+      tokens.push_back(std::atoi(value));
+    } else if (name == "--peer") {
+      peers.push_back(load_peer(value));
+    } else if (name == "--cluster") {
+      tuning.cluster = std::atoi(value);
+    } else if (name == "--ahead") {
+      tuning.rounds_ahead = std::atoi(value);
+    } else if (name == "--shared") {
+      tuning.shared_bytes = std::atoi(value);
+    } else if (name == "--sets") {
+      pack_options.sets = std::atoi(value);
+    } else {
+      throw std::runtime_error("unknown argument " + name);
+    }
+  }
+  if (shapes.empty()) {
+    shapes = {{4096, 4096},  {1024, 4096},  {6144, 4096},  {14336, 4096}, {28672, 4096}, {4096, 14336},
+              {8192, 8192},  {10240, 8192}, {28672, 8192}, {57344, 8192}, {8192, 28672}};
+  }
+  if (formats.empty()) formats = {{4, 1, 8, 128}, {8, 2, 8, 128}, {4, 1, 8, 32}};
+  if (tokens.empty()) tokens = {1, 2, 4, 8};
+
+  const auto device = cuda::query_device(0);
+  check(device.status());
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+  int driver = 0;
+  int runtime = 0;
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+  const std::string machine = concat(properties.name, ", ", device->multiprocessors, " multiprocessors, CUDA ",
+                                     runtime / 1000, '.', runtime % 1000 / 10, ", driver for ", driver / 1000, '.',
+                                     driver % 1000 / 10);
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreate(&stream), "cudaStreamCreate");
+  const Bandwidth bandwidth = measure_bandwidth(stream, device->multiprocessors);
+  std::printf("%s\ncopy %.0f GB/s, read %.0f GB/s\n", machine.c_str(), bandwidth.copy_gb_per_s, bandwidth.read_gb_per_s);
+  std::vector<Row> rows;
+  for (const Format format : formats) {
+    for (const Shape shape : shapes) {
+      measure(shape, format, tokens, tuning, pack_options, quick, peers, *device, stream, rows);
+      if (json != nullptr) write_json(json, machine, bandwidth, rows);
+    }
+  }
+  check(cudaStreamDestroy(stream), "cudaStreamDestroy");
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return program(argc, argv);
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "codegemm-gpu: %s\n", e.what());
+    return 1;
+  }
+}

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// bench/support/report.hpp - the rows of a suite and the JSON file that keeps them.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include <bench/support/machine.hpp>
+#include <codegemm/base/status.hpp>
+
+namespace codegemm::bench {
+
+/// Another implementation, measured in the same run on the same problem.
+struct Peer {
+  std::string name;
+  double median_us = 0.0;
+  double ratio = 0.0;  // the peer's time over ours: more than 1 if we are faster
+};
+
+struct Row {
+  std::string name;
+  std::string shape;  // "NxK"
+  std::string config;
+  std::int64_t tokens = 0;
+  double median_us = 0.0;
+  double gb_per_s = 0.0;       // bytes of the weights over the time
+  double share_of_read = 0.0;  // of what this machine reads from memory
+  double error = 0.0;          // relative, against the reference
+  std::vector<Peer> peers;
+};
+
+struct Suite {
+  std::string name;
+  nlohmann::json machine;
+  MemorySpeed memory;
+  std::vector<Row> rows;
+};
+
+[[nodiscard]] inline nlohmann::json suite_json(const Suite& suite) {
+  nlohmann::json rows = nlohmann::json::array();
+  for (const Row& row : suite.rows) {
+    nlohmann::json peers = nlohmann::json::array();
+    for (const Peer& peer : row.peers) {
+      peers.push_back({{"name", peer.name}, {"median_us", peer.median_us}, {"ratio", peer.ratio}});
+    }
+    rows.push_back({{"name", row.name},
+                    {"shape", row.shape},
+                    {"config", row.config},
+                    {"tokens", row.tokens},
+                    {"median_us", row.median_us},
+                    {"gb_per_s", row.gb_per_s},
+                    {"share_of_read", row.share_of_read},
+                    {"error", row.error},
+                    {"peers", peers}});
+  }
+  return {{"suite", suite.name},
+          {"machine", suite.machine},
+          {"commit", commit()},
+          {"date", today()},
+          {"copy_gb_per_s", suite.memory.copy_gb_per_s},
+          {"read_gb_per_s", suite.memory.read_gb_per_s},
+          {"rows", rows}};
+}
+
+/// Writes the file whole or not at all: beside it first, then over it.
+[[nodiscard]] inline Status write_json(const Suite& suite, const std::string& path) {
+  const std::string beside = path + ".part";
+  {
+    std::ofstream file(beside, std::ios::trunc);
+    file << suite_json(suite).dump(2) << '\n';
+    file.flush();
+    if (!file) {
+      std::remove(beside.c_str());
+      return error(StatusCode::kIoError, path, ": cannot be written");
+    }
+  }
+  if (std::rename(beside.c_str(), path.c_str()) != 0) {
+    std::remove(beside.c_str());
+    return error(StatusCode::kIoError, path, ": cannot be replaced");
+  }
+  return {};
+}
+
+}  // namespace codegemm::bench

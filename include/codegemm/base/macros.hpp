@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/base/macros.hpp - the only macros of the two libraries.
+// Layer: base (host + device, no CUDA headers).
+#pragma once
+
+#include <cstdio>
+#include <cstdlib>
+
+/// Marks a function callable from host and device code; empty under a plain C++ compiler.
+#if defined(__CUDACC__)
+#define CODEGEMM_HOST_DEVICE __host__ __device__
+#else
+#define CODEGEMM_HOST_DEVICE
+#endif
+
+/// A broken invariant: a fault of the library, never of its input. On in debug builds and in tests
+/// (define CODEGEMM_ENABLE_ASSERTS to have it in an optimized build), gone otherwise.
+#if !defined(NDEBUG) || defined(CODEGEMM_ENABLE_ASSERTS)
+#if defined(__CUDA_ARCH__)
+#define CODEGEMM_ASSERT(condition)                                                                           \
+  do {                                                                                                       \
+    if (!(condition)) {                                                                                      \
+      std::printf("%s:%d: block %d thread %d: broken invariant: %s\n", __FILE__, __LINE__,                   \
+                  static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x), #condition);                  \
+      __trap();                                                                                              \
+    }                                                                                                        \
+  } while (false)
+#else
+#define CODEGEMM_ASSERT(condition)                                                                           \
+  do {                                                                                                       \
+    if (!(condition)) {                                                                                      \
+      std::fprintf(stderr, "%s:%d: broken invariant: %s\n", __FILE__, __LINE__, #condition);                 \
+      std::abort();                                                                                          \
+    }                                                                                                        \
+  } while (false)
+#endif
+#else
+#define CODEGEMM_ASSERT(condition) static_cast<void>(0)
+#endif
+
+/// Compiles one function for AVX2 and FMA whatever the flags of the program; it may only be called after
+/// detect_isa() (codegemm/cpu/isa.hpp) has found them. Such functions hold intrinsics and plain arithmetic
+/// only: an inline function of the standard library or a lambda inside could leak AVX2 code to other callers.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define CODEGEMM_HAS_AVX2 1
+#define CODEGEMM_TARGET_AVX2 __attribute__((target("avx2,fma")))
+#else
+#define CODEGEMM_HAS_AVX2 0
+#endif
+
+/// Before a loop of at most 16 rounds known when compiling: unrolled at -O2 as well, so that an array of
+/// vectors in it stays in registers.
+#if defined(__clang__)
+#define CODEGEMM_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define CODEGEMM_UNROLL _Pragma("GCC unroll 16")
+#else
+#define CODEGEMM_UNROLL
+#endif

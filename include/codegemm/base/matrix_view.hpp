@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/base/matrix_view.hpp - a row-major matrix in somebody else's memory.
+// Layer: base (host + device, no CUDA headers).
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include <codegemm/base/macros.hpp>
+
+namespace codegemm {
+
+/// Element (r, c) is data[r * stride + c]. Owns nothing; may be empty. stride >= cols, in elements.
+template <class T>
+struct MatrixView {
+  T* data = nullptr;  // [rows][stride], the first cols of each row are used
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t stride = 0;  // elements from one row to the next
+
+  constexpr MatrixView() = default;
+  CODEGEMM_HOST_DEVICE constexpr MatrixView(T* data_, std::int64_t rows_, std::int64_t cols_)
+      : data(data_), rows(rows_), cols(cols_), stride(cols_) {}
+  CODEGEMM_HOST_DEVICE constexpr MatrixView(T* data_, std::int64_t rows_, std::int64_t cols_,
+                                            std::int64_t stride_)
+      : data(data_), rows(rows_), cols(cols_), stride(stride_) {}
+  /// A view to read from, out of a view to write to.
+  template <class U, class = std::enable_if_t<std::is_same_v<T, const U>>>
+  CODEGEMM_HOST_DEVICE constexpr MatrixView(const MatrixView<U>& other)  // NOLINT(google-explicit-constructor)
+      : data(other.data), rows(other.rows), cols(other.cols), stride(other.stride) {}
+
+  [[nodiscard]] CODEGEMM_HOST_DEVICE constexpr T* row(std::int64_t r) const { return data + r * stride; }
+
+  /// Rows [first, first + count).
+  [[nodiscard]] CODEGEMM_HOST_DEVICE constexpr MatrixView rows_from(std::int64_t first,
+                                                                    std::int64_t count) const {
+    return MatrixView(data + first * stride, count, cols, stride);
+  }
+};
+static_assert(std::is_trivially_copyable_v<MatrixView<float>>, "MatrixView is passed to kernels by value");
+
+}  // namespace codegemm

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/base/status.hpp - how every call of the two libraries reports failure.
+// Layer: base (host only).
+#pragma once
+
+#include <new>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include <codegemm/base/macros.hpp>
+#include <codegemm/base/text.hpp>
+
+namespace codegemm {
+
+/// One enumerator per kind of cause. The numbers are stable: they cross the C boundary.
+enum class StatusCode : int {
+  kOk = 0,
+  kInvalidArgument = 1,    ///< a number or combination that no call of this function accepts
+  kShapeMismatch = 2,      ///< operands that are each valid but do not fit one another
+  kNullPointer = 3,        ///< a pointer that must not be null is
+  kMisaligned = 4,         ///< a pointer or stride without the alignment that the kernel needs
+  kWorkspaceTooSmall = 5,  ///< fewer bytes than workspace_bytes() asked for
+  kUnsupported = 6,        ///< valid, but no kernel, format or architecture here serves it
+  kNotFound = 7,           ///< a file, tensor or key that is not there
+  kIoError = 8,            ///< the operating system refused; native_code() is errno
+  kCorruptData = 9,        ///< a file whose bytes contradict its format
+  kExhausted = 10,         ///< back-pressure: no block, slot or quota left now; try again later
+  kIncompatible = 11,      ///< modules or caches that may not be used together
+  kCancelled = 12,         ///< stopped on request
+  kCudaError = 13,         ///< native_code() is the cudaError_t
+  kOutOfMemory = 14,       ///< an allocation that the caller asked for failed
+};
+
+/// The enumerator's name in words, for messages: "invalid argument".
+[[nodiscard]] constexpr std::string_view to_string(StatusCode code) noexcept {
+  switch (code) {
+    case StatusCode::kOk: return "ok";
+    case StatusCode::kInvalidArgument: return "invalid argument";
+    case StatusCode::kShapeMismatch: return "shape mismatch";
+    case StatusCode::kNullPointer: return "null pointer";
+    case StatusCode::kMisaligned: return "misaligned";
+    case StatusCode::kWorkspaceTooSmall: return "workspace too small";
+    case StatusCode::kUnsupported: return "unsupported";
+    case StatusCode::kNotFound: return "not found";
+    case StatusCode::kIoError: return "input/output error";
+    case StatusCode::kCorruptData: return "corrupt data";
+    case StatusCode::kExhausted: return "exhausted";
+    case StatusCode::kIncompatible: return "incompatible";
+    case StatusCode::kCancelled: return "cancelled";
+    case StatusCode::kCudaError: return "CUDA error";
+    case StatusCode::kOutOfMemory: return "out of memory";
+  }
+  return "unknown status";
+}
+
+/// Success, or a cause with the text that names the thing and the numbers. Success holds no text, so
+/// returning it allocates nothing; the text is made only on failure.
+class [[nodiscard]] Status {
+ public:
+  Status() = default;
+
+  /// `message` names the thing and the numbers; `native` keeps errno or cudaError_t where there is one.
+  Status(StatusCode code, std::string message, int native = 0)
+      : code_(code), native_(native), message_(std::move(message)) {}
+
+  [[nodiscard]] bool ok() const noexcept { return code_ == StatusCode::kOk; }
+  [[nodiscard]] StatusCode code() const noexcept { return code_; }
+  /// errno for kIoError, cudaError_t for kCudaError, else 0.
+  [[nodiscard]] int native_code() const noexcept { return native_; }
+  [[nodiscard]] const std::string& message() const noexcept { return message_; }
+
+  /// The same failure seen from further out: "PREFIX: message".
+  [[nodiscard]] Status with_prefix(std::string_view prefix) const {
+    return ok() ? Status() : Status(code_, concat(prefix, ": ", message_), native_);
+  }
+
+ private:
+  StatusCode code_ = StatusCode::kOk;
+  int native_ = 0;
+  std::string message_;
+};
+
+/// A failure whose text is made from words and numbers.
+template <class... Parts>
+[[nodiscard]] Status error(StatusCode code, const Parts&... parts) {
+  return Status(code, concat(parts...));
+}
+
+/// A value or the Status that says why there is none. Holding neither is impossible: building one from
+/// an ok Status is a broken invariant.
+template <class T>
+class [[nodiscard]] Result {
+ public:
+  Result(T value) : value_(std::move(value)) {}  // NOLINT(google-explicit-constructor): return value;
+  // NOLINTNEXTLINE(google-explicit-constructor): return error(...);
+  Result(Status status) : status_(std::move(status)) { CODEGEMM_ASSERT(!status_.ok()); }
+
+  [[nodiscard]] bool ok() const noexcept { return value_.has_value(); }
+  [[nodiscard]] const Status& status() const noexcept { return status_; }
+
+  [[nodiscard]] T& value() & {
+    CODEGEMM_ASSERT(ok());
+    return *value_;
+  }
+  [[nodiscard]] const T& value() const& {
+    CODEGEMM_ASSERT(ok());
+    return *value_;
+  }
+  [[nodiscard]] T&& value() && {
+    CODEGEMM_ASSERT(ok());
+    return *std::move(value_);
+  }
+  [[nodiscard]] T& operator*() & { return value(); }
+  [[nodiscard]] const T& operator*() const& { return value(); }
+  [[nodiscard]] T&& operator*() && { return std::move(*this).value(); }
+  [[nodiscard]] T* operator->() { return &value(); }
+  [[nodiscard]] const T* operator->() const { return &value(); }
+
+ private:
+  Status status_;
+  std::optional<T> value_;
+};
+
+}  // namespace codegemm

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/cpu/configs.hpp - every number of the CPU kernels: formats, tiles, measured costs. The file to
+// edit. Layer: cpu (host only).
+#pragma once
+
+#include <cstdint>
+
+#include <codegemm/base/config_list.hpp>
+
+namespace codegemm {
+
+// A kernel is a template over the vector length v and the code bits b. The number of codebooks m and the
+// scale group g are loop bounds: as constants they gave no speed, only four times the code to compile.
+struct CpuV2B4 {
+  static constexpr int kVecLen = 2, kCodeBits = 4;
+};
+struct CpuV2B5 {
+  static constexpr int kVecLen = 2, kCodeBits = 5;
+};
+struct CpuV2B6 {
+  static constexpr int kVecLen = 2, kCodeBits = 6;
+};
+struct CpuV2B7 {
+  static constexpr int kVecLen = 2, kCodeBits = 7;
+};
+struct CpuV2B8 {
+  static constexpr int kVecLen = 2, kCodeBits = 8;
+};
+struct CpuV4B4 {
+  static constexpr int kVecLen = 4, kCodeBits = 4;
+};
+struct CpuV4B5 {
+  static constexpr int kVecLen = 4, kCodeBits = 5;
+};
+struct CpuV4B6 {
+  static constexpr int kVecLen = 4, kCodeBits = 6;
+};
+struct CpuV4B7 {
+  static constexpr int kVecLen = 4, kCodeBits = 7;
+};
+struct CpuV4B8 {
+  static constexpr int kVecLen = 4, kCodeBits = 8;
+};
+struct CpuV8B4 {
+  static constexpr int kVecLen = 8, kCodeBits = 4;
+};
+struct CpuV8B5 {
+  static constexpr int kVecLen = 8, kCodeBits = 5;
+};
+struct CpuV8B6 {
+  static constexpr int kVecLen = 8, kCodeBits = 6;
+};
+struct CpuV8B7 {
+  static constexpr int kVecLen = 8, kCodeBits = 7;
+};
+struct CpuV8B8 {
+  static constexpr int kVecLen = 8, kCodeBits = 8;
+};
+struct CpuV16B4 {
+  static constexpr int kVecLen = 16, kCodeBits = 4;
+};
+struct CpuV16B5 {
+  static constexpr int kVecLen = 16, kCodeBits = 5;
+};
+struct CpuV16B6 {
+  static constexpr int kVecLen = 16, kCodeBits = 6;
+};
+struct CpuV16B7 {
+  static constexpr int kVecLen = 16, kCodeBits = 7;
+};
+struct CpuV16B8 {
+  static constexpr int kVecLen = 16, kCodeBits = 8;
+};
+
+/// What gemm() dispatches over unless the caller names a shorter list of his own.
+using CpuConfigs =
+    config_list<CpuV4B8, CpuV8B8, CpuV2B8, CpuV16B8, CpuV4B4, CpuV8B4, CpuV2B4, CpuV16B4, CpuV4B6, CpuV8B6,
+                CpuV2B6, CpuV16B6, CpuV4B5, CpuV8B5, CpuV2B5, CpuV16B5, CpuV4B7, CpuV8B7, CpuV2B7, CpuV16B7>;
+
+/// Tiles. The Psumbook of a tile has to stay in a 32 KiB first-level cache while all rows stream past it.
+struct CpuTiles {
+  // One token: 16 tables of 256 fp32 sums are 16 KiB; codes, scales and partial sums stream through the rest.
+  static constexpr std::int64_t kTableFloats = 4096;
+  static constexpr std::int64_t kMaxEntries = 64;
+  // Tokens in the lanes: 32 KiB of tables, that is 4 entries of 256 centroids x 8 tokens. Fewer entries cost
+  // more passes over the partial sums; with 8 entries the tables fall out of the cache.
+  static constexpr std::int64_t kLaneTableFloats = 8192;
+  // Rows that one Psumbook serves before another task builds it again; their sums for 8 tokens are 128 KiB.
+  static constexpr std::int64_t kRowChunk = 4096;
+  // Tasks to aim at by cutting K, a fixed number so that results do not depend on the number of workers.
+  static constexpr std::int64_t kTargetTasks = 16;
+
+  // Dequantize and multiply: a 6 x 16 register tile, 16 KiB of weights in the first-level cache, 240 tokens
+  // in the second.
+  static constexpr std::int64_t kDenseTokens = 6;
+  static constexpr std::int64_t kDenseRows = 16;
+  static constexpr std::int64_t kDenseDepth = 256;
+  static constexpr std::int64_t kDenseTaskRows = 48;
+  static constexpr std::int64_t kDenseTaskTokens = 240;
+};
+
+/// Measured on a Zen 3 core in its cycles; only their ratios matter. From them follows at how many tokens
+/// dequantizing pays: there is no fixed crossover, since m, v, b and N all move it.
+struct CpuCosts {
+  static constexpr double kLanesWord = 13.8;          // one entry, 8 rows x 8 tokens, memory included
+  static constexpr double kLanesBuild = 0.53;         // one element of a centroid x 8 tokens
+  static constexpr double kDenseMultiply = 1 / 13.4;  // one weight x one token
+  static constexpr double kDequantize = 0.45;         // one weight of one codebook
+};
+
+}  // namespace codegemm

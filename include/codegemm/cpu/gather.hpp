@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/cpu/gather.hpp - sums Psumbook entries by the codes of eight rows at a time.
+// Layer: cpu (host only).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <codegemm/base/macros.hpp>
+#include <codegemm/base/numerics.hpp>
+#include <codegemm/cpu/isa.hpp>
+#include <codegemm/pack.hpp>
+
+#if CODEGEMM_HAS_AVX2
+#include <immintrin.h>
+#endif
+
+namespace codegemm::detail {
+
+/// One sweep: the rows of `blocks` row blocks over `entries` entries, all of one scale group.
+///   part[n][t] (+)= sum over entries e of tables[e][code(n, e)][t]
+///   and at the end of the scale group y[n][t] += scale[n] * part[n][t]
+/// A group that needs several sweeps (its tables do not fit into the cache together) keeps its sums in
+/// `part`; with one lane they fit, and `first` and `last` are both true.
+struct GatherArgs {
+  const std::uint64_t* codes;  // the first block's word of the first entry; entries follow one another
+  std::int64_t stride;         // words from one row block to the next
+  const float* tables;         // [entries][2^b][lanes]
+  std::int64_t entries;
+  const Half* scales;  // [blocks * 8]
+  float* part;         // [blocks * 8][lanes]; not used if `first` and `last`
+  float* y;            // [blocks * 8][lanes]
+  std::int64_t blocks;
+  bool first;  // the group begins here: part starts from 0
+  bool last;   // the group ends here: scale it into y
+};
+
+template <int kLanes, int kCodeBits>
+void gather_portable(const GatherArgs& a) {
+  constexpr std::int64_t kTable = (std::int64_t{1} << kCodeBits) * kLanes;
+  for (std::int64_t block = 0; block < a.blocks; ++block) {
+    float sum[std::size_t{kPackedRows * kLanes}] = {};
+    float* const part = a.part + block * kPackedRows * kLanes;
+    if (!a.first) {
+      for (int i = 0; i < kPackedRows * kLanes; ++i) sum[i] = part[i];
+    }
+    const float* table = a.tables;
+    for (std::int64_t e = 0; e < a.entries; ++e, table += kTable) {
+      std::uint64_t word = a.codes[block * a.stride + e];
+      for (int r = 0; r < kPackedRows; ++r, word >>= 8) {
+        const float* const entry = table + (word & 255U) * kLanes;
+        for (int t = 0; t < kLanes; ++t) sum[r * kLanes + t] += entry[t];
+      }
+    }
+    if (!a.last) {
+      for (int i = 0; i < kPackedRows * kLanes; ++i) part[i] = sum[i];
+      continue;
+    }
+    float* const y = a.y + block * kPackedRows * kLanes;
+    for (int r = 0; r < kPackedRows; ++r) {
+      const float scale = a.scales[block * kPackedRows + r].to_float();
+      for (int t = 0; t < kLanes; ++t) y[r * kLanes + t] += scale * sum[r * kLanes + t];
+    }
+  }
+}
+
+#if CODEGEMM_HAS_AVX2
+
+// Eight fp16 numbers, finite, as fp32. Multiplying by 2^112 moves the exponent and makes subnormals right
+// too.
+CODEGEMM_TARGET_AVX2 inline __m256 load_halves_avx2(const Half* from) {
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  const __m256i magnitude = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7FFF)), 13);
+  const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x8000)), 16);
+  const __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(magnitude), _mm256_set1_ps(0x1p112F));
+  return _mm256_or_ps(value, _mm256_castsi256_ps(sign));
+}
+
+struct Sums1 {
+  __m128 s0, s1, s2, s3, s4, s5, s6, s7;
+};
+
+// sums.sR += table[byte R of *word] for the eight rows of a word. Written out because the instruction counts
+// decide here and compilers miss them: two table loads a cycle is what the core can do, shifts are two a
+// cycle too, so bytes are taken out of the low 16 bits by moves (%b, %h) and the word is shifted only three
+// times. In C++ every byte costs a copy and a shift of its own, and the load is not folded into the addition.
+template <int kOffset>  // in bytes, from `table`
+CODEGEMM_TARGET_AVX2 inline void add_word_avx2(const std::uint64_t* word, const float* table, Sums1& sums) {
+  std::uint64_t bytes;
+  std::uint64_t low;
+  std::uint64_t high;
+  asm("movq %[word], %q[bytes]\n\t"
+      "movzbl %b[bytes], %k[low]\n\t"
+      "movzbl %h[bytes], %k[high]\n\t"
+      "vaddss %c[offset](%[table],%q[low],4), %[s0], %[s0]\n\t"
+      "vaddss %c[offset](%[table],%q[high],4), %[s1], %[s1]\n\t"
+      "shrq $16, %q[bytes]\n\t"
+      "movzbl %b[bytes], %k[low]\n\t"
+      "movzbl %h[bytes], %k[high]\n\t"
+      "vaddss %c[offset](%[table],%q[low],4), %[s2], %[s2]\n\t"
+      "vaddss %c[offset](%[table],%q[high],4), %[s3], %[s3]\n\t"
+      "shrq $16, %q[bytes]\n\t"
+      "movzbl %b[bytes], %k[low]\n\t"
+      "movzbl %h[bytes], %k[high]\n\t"
+      "vaddss %c[offset](%[table],%q[low],4), %[s4], %[s4]\n\t"
+      "vaddss %c[offset](%[table],%q[high],4), %[s5], %[s5]\n\t"
+      "shrl $16, %k[bytes]\n\t"
+      "movzbl %b[bytes], %k[low]\n\t"
+      "movzbl %h[bytes], %k[high]\n\t"
+      "vaddss %c[offset](%[table],%q[low],4), %[s6], %[s6]\n\t"
+      "vaddss %c[offset](%[table],%q[high],4), %[s7], %[s7]"
+      : [s0] "+x"(sums.s0), [s1] "+x"(sums.s1), [s2] "+x"(sums.s2), [s3] "+x"(sums.s3), [s4] "+x"(sums.s4),
+        [s5] "+x"(sums.s5), [s6] "+x"(sums.s6), [s7] "+x"(sums.s7), [bytes] "=&Q"(bytes), [low] "=&R"(low),
+        [high] "=&R"(high)
+      : [word] "m"(*word), [table] "r"(table), [offset] "i"(kOffset)
+      : "cc", "memory");
+}
+
+template <int kCodeBits>
+CODEGEMM_TARGET_AVX2 void gather1_avx2(const GatherArgs& a) {
+  constexpr int kTable = 1 << kCodeBits;
+  constexpr int kTableBytes = kTable * 4;
+  const __m128 zero = _mm_setzero_ps();
+  for (std::int64_t block = 0; block < a.blocks; ++block) {
+    Sums1 sums{zero, zero, zero, zero, zero, zero, zero, zero};
+    const std::uint64_t* word = a.codes + block * a.stride;
+    const std::uint64_t* const end = word + a.entries;
+    const float* table = a.tables;
+    for (; end - word >= 4; word += 4, table += 4 * kTable) {
+      add_word_avx2<0>(word, table, sums);
+      add_word_avx2<kTableBytes>(word + 1, table, sums);
+      add_word_avx2<2 * kTableBytes>(word + 2, table, sums);
+      add_word_avx2<3 * kTableBytes>(word + 3, table, sums);
+    }
+    for (; word != end; ++word, table += kTable) add_word_avx2<0>(word, table, sums);
+    const __m128 low = _mm_movelh_ps(_mm_unpacklo_ps(sums.s0, sums.s1), _mm_unpacklo_ps(sums.s2, sums.s3));
+    const __m128 high = _mm_movelh_ps(_mm_unpacklo_ps(sums.s4, sums.s5), _mm_unpacklo_ps(sums.s6, sums.s7));
+    const __m256 sum = _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
+    const __m256 scale = load_halves_avx2(a.scales + block * 8);
+    float* const y = a.y + block * 8;
+    _mm256_store_ps(y, _mm256_fmadd_ps(scale, sum, _mm256_load_ps(y)));
+  }
+}
+
+CODEGEMM_TARGET_AVX2 inline void add_scaled8_avx2(float* y, float scale, __m256 sum) {
+  _mm256_store_ps(y, _mm256_fmadd_ps(_mm256_set1_ps(scale), sum, _mm256_load_ps(y)));
+}
+
+CODEGEMM_TARGET_AVX2 inline void add_scaled4_avx2(float* y, float scale, __m128 sum) {
+  _mm_store_ps(y, _mm_fmadd_ps(_mm_set1_ps(scale), sum, _mm_load_ps(y)));
+}
+
+// Eight tokens in the lanes: an entry is one 32-byte load. Named sums, since an array might end up in memory.
+template <int kCodeBits>
+CODEGEMM_TARGET_AVX2 void gather8_avx2(const GatherArgs& a) {
+  constexpr std::int64_t kTable = std::int64_t{8} << kCodeBits;
+  alignas(32) float scales[8];
+  for (std::int64_t block = 0; block < a.blocks; ++block) {
+    float* const part = a.part + block * 64;
+    __m256 s0 = _mm256_setzero_ps();
+    __m256 s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
+    if (!a.first) {
+      s0 = _mm256_load_ps(part);
+      s1 = _mm256_load_ps(part + 8);
+      s2 = _mm256_load_ps(part + 16);
+      s3 = _mm256_load_ps(part + 24);
+      s4 = _mm256_load_ps(part + 32);
+      s5 = _mm256_load_ps(part + 40);
+      s6 = _mm256_load_ps(part + 48);
+      s7 = _mm256_load_ps(part + 56);
+    }
+    const std::uint64_t* const words = a.codes + block * a.stride;
+    const float* table = a.tables;
+    for (std::int64_t e = 0; e < a.entries; ++e, table += kTable) {
+      const std::uint64_t word = words[e];
+      s0 = _mm256_add_ps(s0, _mm256_load_ps(table + (word & 255U) * 8));
+      s1 = _mm256_add_ps(s1, _mm256_load_ps(table + ((word >> 8) & 255U) * 8));
+      s2 = _mm256_add_ps(s2, _mm256_load_ps(table + ((word >> 16) & 255U) * 8));
+      s3 = _mm256_add_ps(s3, _mm256_load_ps(table + ((word >> 24) & 255U) * 8));
+      s4 = _mm256_add_ps(s4, _mm256_load_ps(table + ((word >> 32) & 255U) * 8));
+      s5 = _mm256_add_ps(s5, _mm256_load_ps(table + ((word >> 40) & 255U) * 8));
+      s6 = _mm256_add_ps(s6, _mm256_load_ps(table + ((word >> 48) & 255U) * 8));
+      s7 = _mm256_add_ps(s7, _mm256_load_ps(table + (word >> 56) * 8));
+    }
+    if (!a.last) {
+      _mm256_store_ps(part, s0);
+      _mm256_store_ps(part + 8, s1);
+      _mm256_store_ps(part + 16, s2);
+      _mm256_store_ps(part + 24, s3);
+      _mm256_store_ps(part + 32, s4);
+      _mm256_store_ps(part + 40, s5);
+      _mm256_store_ps(part + 48, s6);
+      _mm256_store_ps(part + 56, s7);
+      continue;
+    }
+    _mm256_store_ps(scales, load_halves_avx2(a.scales + block * 8));
+    float* const y = a.y + block * 64;
+    add_scaled8_avx2(y, scales[0], s0);
+    add_scaled8_avx2(y + 8, scales[1], s1);
+    add_scaled8_avx2(y + 16, scales[2], s2);
+    add_scaled8_avx2(y + 24, scales[3], s3);
+    add_scaled8_avx2(y + 32, scales[4], s4);
+    add_scaled8_avx2(y + 40, scales[5], s5);
+    add_scaled8_avx2(y + 48, scales[6], s6);
+    add_scaled8_avx2(y + 56, scales[7], s7);
+  }
+}
+
+// Four tokens in the lanes: an entry is one 16-byte load. Named sums, since an array might end up in memory.
+template <int kCodeBits>
+CODEGEMM_TARGET_AVX2 void gather4_avx2(const GatherArgs& a) {
+  constexpr std::int64_t kTable = std::int64_t{4} << kCodeBits;
+  alignas(32) float scales[8];
+  for (std::int64_t block = 0; block < a.blocks; ++block) {
+    float* const part = a.part + block * 32;
+    __m128 s0 = _mm_setzero_ps();
+    __m128 s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
+    if (!a.first) {
+      s0 = _mm_load_ps(part);
+      s1 = _mm_load_ps(part + 4);
+      s2 = _mm_load_ps(part + 8);
+      s3 = _mm_load_ps(part + 12);
+      s4 = _mm_load_ps(part + 16);
+      s5 = _mm_load_ps(part + 20);
+      s6 = _mm_load_ps(part + 24);
+      s7 = _mm_load_ps(part + 28);
+    }
+    const std::uint64_t* const words = a.codes + block * a.stride;
+    const float* table = a.tables;
+    for (std::int64_t e = 0; e < a.entries; ++e, table += kTable) {
+      const std::uint64_t word = words[e];
+      s0 = _mm_add_ps(s0, _mm_load_ps(table + (word & 255U) * 4));
+      s1 = _mm_add_ps(s1, _mm_load_ps(table + ((word >> 8) & 255U) * 4));
+      s2 = _mm_add_ps(s2, _mm_load_ps(table + ((word >> 16) & 255U) * 4));
+      s3 = _mm_add_ps(s3, _mm_load_ps(table + ((word >> 24) & 255U) * 4));
+      s4 = _mm_add_ps(s4, _mm_load_ps(table + ((word >> 32) & 255U) * 4));
+      s5 = _mm_add_ps(s5, _mm_load_ps(table + ((word >> 40) & 255U) * 4));
+      s6 = _mm_add_ps(s6, _mm_load_ps(table + ((word >> 48) & 255U) * 4));
+      s7 = _mm_add_ps(s7, _mm_load_ps(table + (word >> 56) * 4));
+    }
+    if (!a.last) {
+      _mm_store_ps(part, s0);
+      _mm_store_ps(part + 4, s1);
+      _mm_store_ps(part + 8, s2);
+      _mm_store_ps(part + 12, s3);
+      _mm_store_ps(part + 16, s4);
+      _mm_store_ps(part + 20, s5);
+      _mm_store_ps(part + 24, s6);
+      _mm_store_ps(part + 28, s7);
+      continue;
+    }
+    _mm256_store_ps(scales, load_halves_avx2(a.scales + block * 8));
+    float* const y = a.y + block * 32;
+    add_scaled4_avx2(y, scales[0], s0);
+    add_scaled4_avx2(y + 4, scales[1], s1);
+    add_scaled4_avx2(y + 8, scales[2], s2);
+    add_scaled4_avx2(y + 12, scales[3], s3);
+    add_scaled4_avx2(y + 16, scales[4], s4);
+    add_scaled4_avx2(y + 20, scales[5], s5);
+    add_scaled4_avx2(y + 24, scales[6], s6);
+    add_scaled4_avx2(y + 28, scales[7], s7);
+  }
+}
+
+#endif
+
+template <Isa kIsa, int kLanes, int kCodeBits>
+void gather(const GatherArgs& a) {
+  static_assert(kLanes == 1 || kLanes == 4 || kLanes == 8, "codegemm: a Psumbook has 1, 4 or 8 lanes");
+#if CODEGEMM_HAS_AVX2
+  if constexpr (kIsa == Isa::kAvx2 && kLanes == 1) return gather1_avx2<kCodeBits>(a);
+  if constexpr (kIsa == Isa::kAvx2 && kLanes == 4) return gather4_avx2<kCodeBits>(a);
+  if constexpr (kIsa == Isa::kAvx2 && kLanes == 8) return gather8_avx2<kCodeBits>(a);
+#endif
+  if constexpr (kIsa == Isa::kPortable) gather_portable<kLanes, kCodeBits>(a);
+}
+
+}  // namespace codegemm::detail

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/cuda/block/intrinsics.cuh - the few PTX instructions that CUDA C++ has no name for.
+// Layer: cuda/block (device).
+#pragma once
+
+#include <cstdint>
+
+namespace codegemm::cuda::detail {
+
+// Threads 4q..4q+3 of a warp hold row q of A and columns of B and D, as mma.sync lays fragments out. fp16 and
+// bf16 numbers are tf32 numbers, so the products are exact and only the fp32 sums round.
+__device__ __forceinline__ void mma_tf32_k4(float (&d)[4], const float (&a)[2], float b) {
+  asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(b)));
+}
+
+__device__ __forceinline__ void mma_tf32_k8(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+
+// Weights are read once: they must not push the activations out of the first-level cache.
+__device__ __forceinline__ uint4 load_once(const void* address) {
+  uint4 out;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
+               : "l"(address));
+  return out;
+}
+
+// Programmatic dependent launch. On hardware without it a kernel starts when the one before has ended.
+__device__ __forceinline__ void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Asks for `bytes` (a multiple of 16, at a multiple of 16) to be brought into the second-level cache. One thread.
+__device__ __forceinline__ void prefetch_l2(const void* address, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
+#else
+  for (unsigned at = 0; at < bytes; at += 128) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(address) + at));
+  }
+#endif
+}
+
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// A barrier in shared memory at byte address `barrier` for one phase: it opens once `bytes` have been pushed to this
+// block. One thread calls; the blocks of a cluster meet (cluster_arrive, cluster_wait) before the first push.
+__device__ __forceinline__ void expect_pushes(unsigned barrier, unsigned bytes) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\t"
+      "fence.mbarrier_init.release.cluster;\n\t"
+      "{.reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;}" ::"r"(barrier),
+      "r"(bytes)
+      : "memory");
+}
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// The address of this block's shared memory `shared` in block `rank` of the cluster.
+__device__ __forceinline__ unsigned address_in(unsigned shared, unsigned rank) {
+  unsigned out;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(out) : "r"(shared), "r"(rank));
+  return out;
+}
+// Writes into another block of the cluster and counts at its barrier. Nothing waits here.
+__device__ __forceinline__ void push(unsigned address, float value, unsigned barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
+               "r"(__float_as_uint(value)), "r"(barrier)
+               : "memory");
+}
+__device__ __forceinline__ void wait_for_pushes(unsigned barrier) {
+  asm volatile(
+      "{\n\t.reg .pred done;\n\t"
+      "again:\n\t"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n\t"
+      "@!done bra again;\n\t}" ::"r"(barrier)
+      : "memory");
+}
+#endif
+
+}  // namespace codegemm::cuda::detail

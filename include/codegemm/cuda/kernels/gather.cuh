@@ -1,0 +1,373 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/cuda/kernels/gather.cuh - y = x W^T for one or two tokens by gathering from Psumbooks.
+// Layer: cuda/kernels (device).
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <codegemm/cuda/block/intrinsics.cuh>
+#include <codegemm/cuda/block/psumbook.cuh>
+
+namespace codegemm::cuda {
+
+enum class ScalarType : int { kHalf = 0, kBFloat16 = 1, kFloat = 2 };
+
+/// Everything that the kernel reads, by value. Pointers are to device memory.
+struct GatherArgs {
+  const unsigned char* tiles = nullptr;       // [granules][row_tiles][tile_bytes], see packed_matrix.hpp
+  const std::uint16_t* codebooks = nullptr;   // fp16 [m][2^b][v]
+  const std::uint16_t* row_scales = nullptr;  // fp16 [rows], or null where the tiles hold the scales
+  const std::uint16_t* x = nullptr;           // [tokens][x_stride]
+  void* y = nullptr;                          // [tokens][y_stride]
+  const void* bias = nullptr;                 // [rows] of y's type, or null
+  float* partials = nullptr;     // [row_tiles][splits][tokens][16], where blocks sum through memory
+  unsigned* counters = nullptr;  // [row_tiles], zero before and after
+  std::int64_t x_stride = 0;
+  std::int64_t y_stride = 0;
+  int rows = 0;
+  int cols = 0;
+  int row_tiles = 0;
+  int granules = 0;
+  int tiles_per_block = 0;
+  int granules_per_block = 0;
+  int tile_bytes = 0;
+  int scale_steps = 0;  // log2 of the lanes that share a scale; 5: no scales in the tiles
+  int v = 0;
+  int code_bits = 0;
+  int rounds_ahead = 0;  // in a round each warp sums two tiles; how far the second-level cache is ahead
+  ScalarType x_type = ScalarType::kHalf;
+  ScalarType y_type = ScalarType::kHalf;
+};
+
+namespace detail {
+
+// A tile as a lane holds it. Steps < 0: the number of scales is known at run time only.
+template <int Sets, int Steps>
+struct TileRegisters {
+  static constexpr int kScales = Steps >= 0 && Steps < 5 ? 16 >> (Steps < 4 ? Steps : 4) : 0;
+  uint4 codes[Sets];
+  unsigned scale_bits[kScales == 0 ? 1 : (kScales + 1) / 2];
+
+  __device__ __forceinline__ void load(const unsigned char* tile, int lane) {
+#pragma unroll
+    for (int p = 0; p < Sets; ++p) codes[p] = load_once(tile + (p * 32 + lane) * 16);
+    const unsigned char* const scales = tile + Sets * 512 + lane * kScales * 2;
+    if constexpr (kScales == 1) {
+      scale_bits[0] = __ldg(reinterpret_cast<const unsigned short*>(scales));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kScales / 2; ++i) scale_bits[i] = __ldg(reinterpret_cast<const unsigned*>(scales) + i);
+    }
+  }
+};
+
+template <int Steps>
+__device__ __forceinline__ float reduce_with(float (&sums)[16], const unsigned* scale_bits) {
+  constexpr int kScales = Steps < 5 ? 16 >> (Steps < 4 ? Steps : 4) : 0;
+  __half scales[kScales == 0 ? 1 : kScales];
+#pragma unroll
+  for (int i = 0; i < kScales; ++i) {
+    scales[i] = __ushort_as_half(static_cast<unsigned short>(scale_bits[i / 2] >> (i % 2 * 16)));
+  }
+  return reduce_rows<Steps>(sums, scales);
+}
+
+// The same, where the steps are known at run time only and the scales still lie in memory.
+template <int Steps>
+__device__ __forceinline__ float reduce_from(float (&sums)[16], const unsigned char* scales, int lane) {
+  TileRegisters<0 + 1, Steps> tile;
+  constexpr int kScales = TileRegisters<1, Steps>::kScales;
+  if constexpr (kScales == 1) {
+    tile.scale_bits[0] = __ldg(reinterpret_cast<const unsigned short*>(scales) + lane);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kScales / 2; ++i) {
+      tile.scale_bits[i] = __ldg(reinterpret_cast<const unsigned*>(scales) + lane * (kScales / 2) + i);
+    }
+  }
+  return reduce_with<Steps>(sums, tile.scale_bits);
+}
+
+template <int Steps>
+__device__ __forceinline__ float reduce_tile(float (&sums)[16], const unsigned* scale_bits, const unsigned char* scales,
+                                             int lane, int steps) {
+  if constexpr (Steps >= 0) {
+    return reduce_with<Steps>(sums, scale_bits);
+  } else {
+    switch (steps) {
+      case 0: return reduce_from<0>(sums, scales, lane);
+      case 1: return reduce_from<1>(sums, scales, lane);
+      case 2: return reduce_from<2>(sums, scales, lane);
+      case 3: return reduce_from<3>(sums, scales, lane);
+      case 4: return reduce_from<4>(sums, scales, lane);
+      default: return reduce_from<5>(sums, scales, lane);
+    }
+  }
+}
+
+// Row scale, bias, conversion: the last thing that happens to a sum.
+__device__ __forceinline__ void store_output(const GatherArgs& a, int token, int row, float sum) {
+  if (a.row_scales != nullptr) sum *= __half2float(__ushort_as_half(a.row_scales[row]));
+  const std::int64_t at = token * a.y_stride + row;
+  switch (a.y_type) {
+    case ScalarType::kHalf:
+      if (a.bias != nullptr) sum += __half2float(static_cast<const __half*>(a.bias)[row]);
+      static_cast<__half*>(a.y)[at] = __float2half_rn(sum);
+      break;
+    case ScalarType::kBFloat16:
+      if (a.bias != nullptr) sum += __bfloat162float(static_cast<const __nv_bfloat16*>(a.bias)[row]);
+      static_cast<__nv_bfloat16*>(a.y)[at] = __float2bfloat16_rn(sum);
+      break;
+    case ScalarType::kFloat:
+      if (a.bias != nullptr) sum += static_cast<const float*>(a.bias)[row];
+      static_cast<float*>(a.y)[at] = sum;
+      break;
+  }
+}
+
+}  // namespace detail
+
+/// Block (split, chunk) sums the granules [split * granules_per_block, ...) of the row tiles
+/// [chunk * tiles_per_block, ...). Then the splits of a chunk are summed, always in their order:
+/// - Cluster: they are the blocks of one cluster and push their sums into each other's shared memory;
+/// - else: they write their sums to `partials`, and for each tile the warp that comes last (by `counters`) sums them.
+template <class Config, int Tokens, bool Cluster>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    gather_kernel(const __grid_constant__ GatherArgs a) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  constexpr bool kCluster = Cluster;
+#else
+  constexpr bool kCluster = false;  // never launched there
+#endif
+  using Book = Psumbook<Config::kVecLen, Config::kCodebooks, Config::kSets, Tokens>;
+  constexpr int kWarps = Config::kThreads / 32;
+  constexpr int kSets = Config::kSets;
+  constexpr int kSteps = Config::kScaleSteps;
+  using Tile = detail::TileRegisters<kSets, kSteps>;
+  // The Psumbook; the sums of the block's rows [Tokens][tiles_per_block][16]; for a cluster, what its blocks push here,
+  // [splits][Tokens][warps owned][tiles of a warp][16], and the barrier. The tiles of warp w (of every block) are
+  // summed by the block of rank w % splits.
+  extern __shared__ __align__(128) char table[];
+
+  detail::allow_next_kernel();
+  const int code_bits = Config::kCodeBits != 0 ? Config::kCodeBits : a.code_bits;
+  const int v = Config::kVecLen != 0 ? Config::kVecLen : a.v;
+  const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / 32, 0);  // known to be uniform
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int granule0 = static_cast<int>(blockIdx.x) * a.granules_per_block;
+  const int granule1 = min(granule0 + a.granules_per_block, a.granules);
+  const int tile0 = static_cast<int>(blockIdx.y) * a.tiles_per_block;
+  const int tiles = min(a.tiles_per_block, a.row_tiles - tile0);
+  const int splits = static_cast<int>(gridDim.x);
+  float* const row_sums = reinterpret_cast<float*>(table + Book::bytes(code_bits));
+
+  // Weights do not depend on the kernel before: they are on their way while it still runs. In each round a warp sums
+  // one tile; its next one comes into the same registers in the meantime, and one warp asks for the tiles of a later
+  // round into the second-level cache.
+  const std::int64_t granule_bytes = static_cast<std::int64_t>(a.row_tiles) * a.tile_bytes;
+  const unsigned char* const first_tile =
+      a.tiles + granule0 * granule_bytes + static_cast<std::int64_t>(tile0) * a.tile_bytes;
+  const int rounds = (tiles + kWarps - 1) / kWarps;
+  const int mine = warp < tiles ? (tiles - warp + kWarps - 1) / kWarps : 0;
+  const int step = kWarps * a.tile_bytes;
+  const unsigned char* at = first_tile + warp * a.tile_bytes;
+  Tile tile;
+  if (mine > 0) tile.load(at, lane);
+
+  // With a fixed format each warp keeps its share of the centroids and builds one position of the table.
+  constexpr bool kFixed = Config::kVecLen != 0 && Config::kCodeBits != 0 && kWarps % kSets == 0;
+  constexpr int kShare = kFixed ? (1 << (Config::kCodeBits - 3)) * kSets / kWarps : 1;
+  static_assert(!kFixed || kShare >= 1, "codegemm: Config kThreads must not be more than the Psumbook can use");
+  const std::uint16_t* const codebooks = a.codebooks;
+  typename Book::Centroids centroids[kShare];
+  if constexpr (kFixed) {
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      centroids[i] = Book::load_centroids(codebooks + (warp % kSets % Config::kCodebooks) * (v << code_bits),
+                                          warp / kSets + i * (kWarps / kSets), v);
+    }
+  }
+
+  const auto prefetch_round = [&](const unsigned char* block_tiles, int round) {
+    const int first = round * kWarps;
+    if (first < tiles && lane == 0) {
+      detail::prefetch_l2(block_tiles + first * a.tile_bytes,
+                          static_cast<unsigned>(min(kWarps, tiles - first) * a.tile_bytes));
+    }
+  };
+  if (warp > 0 && warp <= a.rounds_ahead) prefetch_round(first_tile, warp);
+
+#if __CUDA_ARCH__ >= 900
+  const int rank = kCluster ? static_cast<int>(detail::cluster_rank()) : 0;
+  const int most = (a.tiles_per_block + kWarps - 1) / kWarps;         // tiles of a warp
+  const int slots = (kWarps + splits - 1) / splits * most;            // tiles that are pushed here by each block
+  const unsigned pushed_at =
+      static_cast<unsigned>(__cvta_generic_to_shared(row_sums + Tokens * a.tiles_per_block * 16));
+  const unsigned barrier = pushed_at + static_cast<unsigned>(splits * Tokens * slots) * 64U;
+  unsigned push_at = 0;  // where the next sum of this warp goes, in the owner's memory
+  unsigned push_barrier = 0;
+  if constexpr (kCluster) {
+    if (threadIdx.x == 0) {
+      int expected = 0;
+      for (int w = rank; w < kWarps; w += splits) expected += w < tiles ? (tiles - w + kWarps - 1) / kWarps : 0;
+      detail::expect_pushes(barrier, static_cast<unsigned>(expected * splits * Tokens) * 64U);
+    }
+    detail::cluster_arrive();
+    const unsigned owner = static_cast<unsigned>(warp % splits);
+    push_barrier = detail::address_in(barrier, owner);
+    push_at = detail::address_in(
+        pushed_at + static_cast<unsigned>((rank * Tokens * slots + warp / splits * most) * 16 + row_slot(lane, 0)) * 4U,
+        owner);
+  }
+#endif
+
+  detail::wait_for_previous_kernel();
+  Activations x[Tokens];
+#pragma unroll
+  for (int t = 0; t < Tokens; ++t) {
+    x[t] = Activations{a.x + t * a.x_stride, a.cols, a.x_type == ScalarType::kBFloat16};
+  }
+  typename Book::Segments segments[Tokens];
+  if constexpr (kFixed) {
+#pragma unroll
+    for (int t = 0; t < Tokens; ++t) {
+      segments[t] = Book::load_segments(x[t], granule0 * Book::kSegments * v, warp % kSets, v);
+    }
+  }
+
+  // Sums a tile in registers; `next`, if there is one, then comes into the same registers.
+  float* so_far = nullptr;  // the lane's row of the warp's next tile
+  const auto sum_tile = [&](int index, const unsigned char* tile_at, const unsigned char* next, bool first,
+                            bool last) {
+    float sums[Tokens][16];
+    Book::gather(table, tile.codes, lane, sums);
+    unsigned scale_bits[sizeof(tile.scale_bits) / sizeof(unsigned)];
+#pragma unroll
+    for (unsigned i = 0; i < sizeof(tile.scale_bits) / sizeof(unsigned); ++i) scale_bits[i] = tile.scale_bits[i];
+    if (next != nullptr) tile.load(next, lane);
+#pragma unroll
+    for (int t = 0; t < Tokens; ++t) {
+      float total = detail::reduce_tile<kSteps>(sums[t], scale_bits, tile_at + kSets * 512, lane, a.scale_steps);
+      if (lane < 16) {
+        float* const sum = so_far + t * a.tiles_per_block * 16;
+        if (!first) total += *sum;
+        if (!last) {
+          *sum = total;
+        } else if constexpr (kCluster) {
+#if __CUDA_ARCH__ >= 900
+          detail::push(push_at + static_cast<unsigned>(t * slots) * 64U, total, push_barrier);
+#endif
+        } else {
+          const int row = row_slot(lane, 0);
+          if (splits > 1) {
+            a.partials[((static_cast<std::int64_t>(tile0 + index) * splits + blockIdx.x) * Tokens + t) * 16 + row] = total;
+          } else if ((tile0 + index) * 16 + row < a.rows) {
+            detail::store_output(a, t, (tile0 + index) * 16 + row, total);
+          }
+        }
+      }
+    }
+    so_far += kWarps * 16;
+#if __CUDA_ARCH__ >= 900
+    if constexpr (kCluster) push_at += last ? 64U : 0U;
+#endif
+  };
+
+  for (int granule = granule0; granule < granule1; ++granule) {
+    if constexpr (kFixed) {
+#pragma unroll
+      for (int t = 0; t < Tokens; ++t) {
+#pragma unroll
+        for (int i = 0; i < kShare; ++i) {
+          float d[2][4] = {};
+          Book::multiply(d, x[t], centroids[i], segments[t]);
+          Book::store(table, Book::plane(t, warp % kSets), warp / kSets + i * (kWarps / kSets), d);
+        }
+        segments[t] = Book::load_segments(x[t], (granule + 1) * Book::kSegments * v, warp % kSets, v);
+      }
+    } else {
+      Book::build(table, codebooks, x, granule * Book::kSegments * v, v, code_bits);
+    }
+    const bool last = granule + 1 == granule1;
+    const unsigned char* const next_granule = at + granule_bytes;
+    __syncthreads();
+#if __CUDA_ARCH__ >= 900
+    if constexpr (kCluster) {
+      if (last) detail::cluster_wait();  // every barrier of the cluster is ready
+    }
+#endif
+    const bool first = granule == granule0;
+    so_far = row_sums + warp * 16 + row_slot(lane, 0);
+    for (int i = 0; i < mine; ++i) {
+      if ((i & (kWarps - 1)) == warp) {
+        const int round = i + 1 + a.rounds_ahead;
+        const unsigned char* const block_tiles = first_tile + (granule - granule0) * granule_bytes;
+        if (a.rounds_ahead == 0) {
+        } else if (round < rounds) {
+          prefetch_round(block_tiles, round);
+        } else if (!last) {
+          prefetch_round(block_tiles + granule_bytes, round - rounds);
+        }
+      }
+      const unsigned char* const next = i + 1 < mine ? at + step : last ? nullptr : next_granule;
+      sum_tile(warp + i * kWarps, at, next, first, last);
+      at = next;
+    }
+    if (!last) __syncthreads();
+  }
+
+  if constexpr (kCluster) {
+#if __CUDA_ARCH__ >= 900
+    detail::wait_for_pushes(barrier);
+    const float* const pushed = row_sums + Tokens * a.tiles_per_block * 16;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < slots * 16; i += Config::kThreads) {
+      const int w = rank + i / 16 / most * splits;
+      const int index = w + i / 16 % most * kWarps;
+      const int row = (tile0 + index) * 16 + i % 16;
+      if (w >= kWarps || index >= tiles || row >= a.rows) continue;
+#pragma unroll
+      for (int t = 0; t < Tokens; ++t) {
+        float sum = 0.0F;
+#pragma unroll 8
+        for (int s = 0; s < splits; ++s) sum += pushed[(s * Tokens + t) * slots * 16 + i];
+        detail::store_output(a, t, row, sum);
+      }
+    }
+#endif
+  } else if (splits > 1) {
+    __threadfence();
+    __syncwarp();
+    for (int base = 0; base < mine; base += 32) {
+      // A lane asks for a tile whether the other splits have come.
+      bool complete = false;
+      if (base + lane < mine) {
+        unsigned* const counter = a.counters + tile0 + warp + (base + lane) * kWarps;
+        complete = atomicAdd(counter, 1U) == static_cast<unsigned>(splits) - 1U;
+        if (complete) *counter = 0;  // as it was found
+      }
+      unsigned todo = __ballot_sync(0xFFFFFFFFU, complete);
+      if (todo != 0) __threadfence();
+      while (todo != 0) {
+        const int index = tile0 + warp + (base + __ffs(static_cast<int>(todo)) - 1) * kWarps;
+        todo &= todo - 1;
+        const float* const partials = a.partials + static_cast<std::int64_t>(index) * splits * Tokens * 16;
+        for (int t = 0; t < Tokens; ++t) {
+          // Half of the lanes for the even splits, half for the odd ones.
+          float sum = 0.0F;
+#pragma unroll 8
+          for (int s = lane / 16; s < splits; s += 2) sum += __ldcg(partials + (s * Tokens + t) * 16 + lane % 16);
+          sum += __shfl_xor_sync(0xFFFFFFFFU, sum, 16);
+          const int row = index * 16 + lane;
+          if (lane < 16 && row < a.rows) detail::store_output(a, t, row, sum);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace codegemm::cuda

@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/pack.hpp - canonical layout to the layout that the CPU kernels read, once, and back.
+// Layer: data (host only).
+// See: examples/01_codegemm_cpu.cpp
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include <codegemm/base/aligned_buffer.hpp>
+#include <codegemm/base/numerics.hpp>
+#include <codegemm/base/status.hpp>
+#include <codegemm/cpu/configs.hpp>
+#include <codegemm/format.hpp>
+#include <codegemm/quantized_matrix.hpp>
+
+namespace codegemm {
+
+/// Rows whose codes share one 64-bit word.
+inline constexpr int kPackedRows = 8;
+
+/// Raw pointers into a PackedMatrix, for kernels. An *entry* is one (vector j, codebook c) pair: one code for
+/// each row, one table for each activation. Entries are numbered j * m + c and cut into tiles whose
+/// tables stay in the first-level cache together.
+struct PackedView {
+  Format format;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t row_blocks = 0;    // ceil(rows / kPackedRows); rows beyond `rows` have code 0 and scale 0
+  std::int64_t tile_vectors = 0;  // vectors in every tile but the last, which may have fewer
+  std::int64_t tiles = 0;
+  // [tiles][row_blocks][entries of the tile]: byte r of a word is the code of row 8 * block + r
+  const std::uint64_t* codes = nullptr;
+  const float* codebooks = nullptr;             // [m][2^b][v]
+  const float* codebooks_transposed = nullptr;  // [m][v][2^b]
+  const Half* scales = nullptr;                 // [ceil(K / g)][row_blocks * kPackedRows]
+
+  [[nodiscard]] std::int64_t vectors() const noexcept { return cols / format.v; }
+  [[nodiscard]] std::int64_t padded_rows() const noexcept { return row_blocks * kPackedRows; }
+  [[nodiscard]] std::int64_t vectors_in(std::int64_t tile) const noexcept {
+    return std::min(tile_vectors, vectors() - tile * tile_vectors);
+  }
+  /// The codes of one tile: [row_blocks][vectors_in(tile) * m].
+  [[nodiscard]] const std::uint64_t* tile_codes(std::int64_t tile) const noexcept {
+    return codes + tile * tile_vectors * format.m * row_blocks;
+  }
+  /// Vectors that share one scale.
+  [[nodiscard]] std::int64_t segment_vectors() const noexcept {
+    return format.g < 0 ? vectors() : format.g / format.v;
+  }
+};
+
+/// Weights in the CPU kernels' own layout, which may change from version to version: keep the canonical
+/// form on disk and pack after loading. Made by pack(); movable.
+class PackedMatrix {
+ public:
+  static constexpr int kLayoutVersion = 1;
+
+  [[nodiscard]] Format format() const noexcept { return view_.format; }
+  [[nodiscard]] std::int64_t rows() const noexcept { return view_.rows; }
+  [[nodiscard]] std::int64_t cols() const noexcept { return view_.cols; }
+  /// Memory held: codes, scales and two fp32 copies of the codebooks.
+  [[nodiscard]] std::size_t bytes() const noexcept {
+    return codes_.size() * sizeof(std::uint64_t) + codebooks_.size() * sizeof(float) +
+           scales_.size() * sizeof(Half);
+  }
+  [[nodiscard]] const PackedView& view() const noexcept { return view_; }
+
+  /// An empty 0 x 0 matrix.
+  PackedMatrix() = default;
+
+ private:
+  friend Result<PackedMatrix> pack(const QuantizedMatrixView& w);
+
+  PackedView view_;
+  AlignedBuffer<std::uint64_t> codes_;
+  AlignedBuffer<float> codebooks_;
+  AlignedBuffer<Half> scales_;
+};
+
+namespace detail {
+
+// Vectors in a tile: as many as the tables allow, but so that tiles and scale groups share their borders
+// where that costs less than half of the tile.
+[[nodiscard]] inline std::int64_t choose_tile_vectors(Format f, std::int64_t vectors) {
+  const std::int64_t entries = std::min(CpuTiles::kMaxEntries, CpuTiles::kTableFloats / f.centroids());
+  const std::int64_t most = std::max<std::int64_t>(1, entries / f.m);
+  if (f.g < 0 || vectors <= most) return most;
+  const std::int64_t segment = f.g / f.v;
+  if (segment <= most) return most / segment * segment;
+  for (std::int64_t tile = most; tile > most / 2; --tile) {
+    if (segment % tile == 0) return tile;
+  }
+  return most;
+}
+
+}  // namespace detail
+
+/// Repacks for the CPU kernels. Errors: those of validate(w); kUnsupported for b > 8; kInvalidArgument for a
+/// codebook value or scale that is not finite, with its place; kOutOfMemory.
+[[nodiscard]] inline Result<PackedMatrix> pack(const QuantizedMatrixView& w) {
+  if (Status status = validate(w); !status.ok()) return status;
+  const Format f = w.format;
+  if (f.b > kMaxPsumbookCodeBits) {
+    return error(StatusCode::kUnsupported, "pack: format ", format_name(f), " has b = ", f.b,
+                 " bits a code; the CPU kernels serve b = ", kMinCodeBits, "..", kMaxPsumbookCodeBits);
+  }
+  const std::int64_t codebook_values = f.m * f.centroids() * f.v;
+  const std::int64_t segments = f.scale_groups(w.cols);
+  for (std::int64_t i = 0; i < codebook_values; ++i) {
+    if (!std::isfinite(w.codebooks[i].to_float())) {
+      return error(StatusCode::kInvalidArgument, "pack: codebook ", i / (f.centroids() * f.v), ", centroid ",
+                   i / f.v % f.centroids(), ", element ", i % f.v, " is not finite");
+    }
+  }
+  for (std::int64_t i = 0; i < segments * w.rows; ++i) {
+    if (!std::isfinite(w.scales[i].to_float())) {
+      return error(StatusCode::kInvalidArgument, "pack: scale of row ", i % w.rows, ", group ", i / w.rows,
+                   " is not finite");
+    }
+  }
+
+  PackedMatrix out;
+  PackedView view;
+  view.format = f;
+  view.rows = w.rows;
+  view.cols = w.cols;
+  view.row_blocks = (w.rows + kPackedRows - 1) / kPackedRows;
+  view.tile_vectors = detail::choose_tile_vectors(f, w.vectors());
+  view.tiles = (w.vectors() + view.tile_vectors - 1) / view.tile_vectors;
+  const std::int64_t padded = view.padded_rows();
+  const std::int64_t words = view.row_blocks * w.vectors() * f.m;
+  if (!out.codes_.reserve(static_cast<std::size_t>(words)) ||
+      !out.codebooks_.reserve(static_cast<std::size_t>(2 * codebook_values)) ||
+      !out.scales_.reserve(static_cast<std::size_t>(segments * padded))) {
+    return error(StatusCode::kOutOfMemory, "pack: ", w.rows, " x ", w.cols, " as ", format_name(f), " needs ",
+                 words * 8 + codebook_values * 8 + segments * padded * 2, " bytes");
+  }
+
+  if (words > 0) std::memset(out.codes_.data(), 0, static_cast<std::size_t>(words) * sizeof(std::uint64_t));
+  auto* const bytes = reinterpret_cast<unsigned char*>(out.codes_.data());
+  for (std::int64_t c = 0; c < f.m; ++c) {
+    for (std::int64_t j = 0; j < w.vectors(); ++j) {
+      const std::int64_t tile = j / view.tile_vectors;
+      const std::int64_t entries = view.vectors_in(tile) * f.m;
+      const std::int64_t first = tile * view.tile_vectors * f.m * view.row_blocks;
+      const std::int64_t entry = (j - tile * view.tile_vectors) * f.m + c;
+      for (std::int64_t n = 0; n < w.rows; ++n) {
+        const std::int64_t word = first + n / kPackedRows * entries + entry;
+        bytes[word * kPackedRows + n % kPackedRows] = static_cast<unsigned char>(w.code(c, n, j));
+      }
+    }
+  }
+
+  float* const transposed = out.codebooks_.data() + codebook_values;
+  for (std::int64_t i = 0; i < codebook_values; ++i) {
+    const float value = w.codebooks[i].to_float();
+    const std::int64_t c = i / (f.centroids() * f.v);
+    out.codebooks_[static_cast<std::size_t>(i)] = value;
+    transposed[(c * f.v + i % f.v) * f.centroids() + i / f.v % f.centroids()] = value;
+  }
+  for (std::int64_t s = 0; s < segments; ++s) {
+    for (std::int64_t n = 0; n < padded; ++n) {
+      out.scales_[static_cast<std::size_t>(s * padded + n)] = n < w.rows ? w.scales[s * w.rows + n] : Half{};
+    }
+  }
+
+  view.codes = out.codes_.data();
+  view.codebooks = out.codebooks_.data();
+  view.codebooks_transposed = transposed;
+  view.scales = out.scales_.data();
+  out.view_ = view;
+  return out;
+}
+
+/// Back to the canonical layout; exact: unpack(pack(w)) has the codes, codebooks and scales of w.
+/// kOutOfMemory.
+[[nodiscard]] inline Result<QuantizedMatrix> unpack(const PackedMatrix& packed) {
+  const PackedView& p = packed.view();
+  const Format f = p.format;
+  Result<QuantizedMatrix> created = QuantizedMatrix::create(f, p.rows, p.cols);
+  if (!created.ok()) return created.status();
+  QuantizedMatrix& out = *created;
+  const auto* const bytes = reinterpret_cast<const unsigned char*>(p.codes);
+  for (std::int64_t c = 0; c < f.m; ++c) {
+    for (std::int64_t j = 0; j < p.vectors(); ++j) {
+      const std::int64_t tile = j / p.tile_vectors;
+      const std::int64_t entries = p.vectors_in(tile) * f.m;
+      const std::int64_t first = tile * p.tile_vectors * f.m * p.row_blocks;
+      const std::int64_t entry = (j - tile * p.tile_vectors) * f.m + c;
+      for (std::int64_t n = 0; n < p.rows; ++n) {
+        const std::int64_t word = first + n / kPackedRows * entries + entry;
+        out.set_code(c, n, j, bytes[word * kPackedRows + n % kPackedRows]);
+      }
+    }
+  }
+  for (std::size_t i = 0; i < out.codebooks().size(); ++i) {
+    out.codebooks()[i] = p.codebooks == nullptr ? Half{} : Half::from_float(p.codebooks[i]);
+  }
+  for (std::int64_t s = 0; s < f.scale_groups(p.cols); ++s) {
+    for (std::int64_t n = 0; n < p.rows; ++n) {
+      out.scales()[static_cast<std::size_t>(s * p.rows + n)] = p.scales[s * p.padded_rows() + n];
+    }
+  }
+  return created;
+}
+
+}  // namespace codegemm

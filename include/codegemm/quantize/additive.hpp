@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/quantize/additive.hpp - trains m codebooks whose centroids add up, and codes vectors with them.
+// Layer: quantize (host only).
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include <codegemm/base/executor.hpp>
+#include <codegemm/quantize/nearest.hpp>
+
+namespace codegemm::detail {
+
+/// splitmix64: the same numbers on every machine.
+class SplitMix {
+ public:
+  explicit SplitMix(std::uint64_t seed) : state_(seed) {}
+  [[nodiscard]] std::uint64_t next() noexcept {
+    state_ += 0x9E3779B97F4A7C15ULL;
+    std::uint64_t z = state_;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
+    return z ^ (z >> 31);
+  }
+  /// In [0, 1).
+  [[nodiscard]] double uniform() noexcept { return static_cast<double>(next() >> 11) * 0x1p-53; }
+
+ private:
+  std::uint64_t state_;
+};
+
+/// Vectors to train on; what a vector weighs is the square of its group's scale.
+struct TrainingSet {
+  int v = 0;
+  std::int64_t count = 0;
+  std::vector<float> x;        // [count][v]
+  std::vector<float> weights;  // [count]
+};
+
+inline constexpr std::int64_t kVectorsPerTask = 1024;
+
+/// x[n][d] -= sign * centroid(codes[n])[d].
+template <int kVecLen>
+void subtract_centroids(const SearchBook& book, const std::uint16_t* codes, std::int64_t count, float sign,
+                        float* x) {
+  for (std::int64_t n = 0; n < count; ++n, x += kVecLen) {
+    const float* const centroid = book.values.data() + std::int64_t{codes[n]} * kVecLen;
+    for (int d = 0; d < kVecLen; ++d) x[d] -= sign * centroid[d];
+  }
+}
+
+inline void subtract_centroids(const SearchBook& book, const std::uint16_t* codes, std::int64_t count,
+                               float sign, float* x) {
+  switch (book.v) {
+    case 2: subtract_centroids<2>(book, codes, count, sign, x); break;
+    case 4: subtract_centroids<4>(book, codes, count, sign, x); break;
+    case 8: subtract_centroids<8>(book, codes, count, sign, x); break;
+    default: subtract_centroids<16>(book, codes, count, sign, x); break;
+  }
+}
+
+/// The codes of vectors x[count][v]: codes[c][code_stride], c < m. If `fresh`, first each codebook on what
+/// the ones before left. Then, `rounds` times, each again on what all others leave, which never makes the
+/// error larger. `left` holds count * v floats.
+inline void encode(const std::vector<SearchBook>& books, bool fresh, int rounds, const float* x,
+                   std::int64_t count, std::uint16_t* codes, std::int64_t code_stride, float* left) {
+  const std::int64_t v = books.front().v;
+  std::copy_n(x, count * v, left);
+  std::uint16_t* own = codes;
+  for (const SearchBook& book : books) {
+    if (fresh) find_nearest(book, left, count, own);
+    subtract_centroids(book, own, count, 1.0F, left);
+    own += code_stride;
+  }
+  for (int round = 0; round < rounds; ++round) {
+    own = codes;
+    for (const SearchBook& book : books) {
+      subtract_centroids(book, own, count, -1.0F, left);
+      find_nearest(book, left, count, own);
+      subtract_centroids(book, own, count, 1.0F, left);
+      own += code_stride;
+    }
+  }
+}
+
+/// k-means++: each next centroid is drawn with a chance that grows with its weighted distance to the ones so
+/// far.
+inline void seed_plus_plus(const float* x, const TrainingSet& set, SplitMix& random, SearchBook& book) {
+  const std::int64_t v = set.v;
+  const std::int64_t step = std::max<std::int64_t>(1, set.count / (32 * book.centroids));
+  const std::int64_t count = (set.count + step - 1) / step;
+  std::vector<float> points(static_cast<std::size_t>(count * v));
+  std::vector<float> chances(static_cast<std::size_t>(count));
+  double total = 0.0;
+  for (std::int64_t n = 0; n < count; ++n) {
+    std::copy_n(x + n * step * v, v, points.data() + n * v);
+    chances[static_cast<std::size_t>(n)] = set.weights[static_cast<std::size_t>(n * step)];
+    total += static_cast<double>(chances[static_cast<std::size_t>(n)]);
+  }
+  for (std::int64_t i = 0; i < book.centroids; ++i) {
+    double left = random.uniform() * total;
+    std::int64_t pick = 0;
+    while (pick + 1 < count && left >= static_cast<double>(chances[static_cast<std::size_t>(pick)])) {
+      left -= static_cast<double>(chances[static_cast<std::size_t>(pick)]);
+      ++pick;
+    }
+    float* const centroid = book.values.data() + i * v;
+    std::copy_n(points.data() + pick * v, v, centroid);
+    total = 0.0;
+    for (std::int64_t n = 0; n < count; ++n) {
+      const float* const point = points.data() + n * v;
+      float d2 = 0.0F;
+      for (std::int64_t d = 0; d < v; ++d) d2 += (point[d] - centroid[d]) * (point[d] - centroid[d]);
+      d2 *= set.weights[static_cast<std::size_t>(n * step)];
+      float& chance = chances[static_cast<std::size_t>(n)];
+      chance = i == 0 ? d2 : std::min(chance, d2);
+      total += static_cast<double>(chance);
+    }
+  }
+  book.refresh();
+}
+
+/// Each centroid becomes the weighted mean of its vectors. One that has none takes over the vector with the
+/// largest weighted error that no other empty one took.
+inline void update_centroids(const float* x, const TrainingSet& set, const std::uint16_t* codes,
+                             SearchBook& book, Executor& executor) {
+  const std::int64_t v = set.v;
+  // The parts are fixed and added in order, so that the sums do not depend on the workers.
+  const std::int64_t parts = book.centroids <= 1024 ? 8 : 1;
+  const std::int64_t part_size = book.centroids * (v + 1);
+  std::vector<double> sums(static_cast<std::size_t>(parts * part_size),
+                           0.0);  // [parts][2^b][v, then the mass]
+  parallel_for(executor, parts, [&](std::int64_t part, int) {
+    for (std::int64_t n = set.count * part / parts; n < set.count * (part + 1) / parts; ++n) {
+      const auto weight = static_cast<double>(set.weights[static_cast<std::size_t>(n)]);
+      double* const sum = sums.data() + part * part_size + std::int64_t{codes[n]} * (v + 1);
+      for (std::int64_t d = 0; d < v; ++d) sum[d] += weight * static_cast<double>(x[n * v + d]);
+      sum[v] += weight;
+    }
+  });
+  for (std::int64_t part = 1; part < parts; ++part) {
+    for (std::int64_t i = 0; i < part_size; ++i) {
+      sums[static_cast<std::size_t>(i)] += sums[static_cast<std::size_t>(part * part_size + i)];
+    }
+  }
+  std::vector<std::int64_t> empty;
+  for (std::int64_t i = 0; i < book.centroids; ++i) {
+    const double* const sum = sums.data() + i * (v + 1);
+    if (sum[v] <= 0.0) {
+      empty.push_back(i);
+      continue;
+    }
+    for (std::int64_t d = 0; d < v; ++d) {
+      book.values[static_cast<std::size_t>(i * v + d)] = static_cast<float>(sum[d] / sum[v]);
+    }
+  }
+  if (!empty.empty()) {
+    std::vector<std::pair<float, std::int64_t>> errors(static_cast<std::size_t>(set.count));
+    for (std::int64_t n = 0; n < set.count; ++n) {
+      const float* const centroid = book.centroid(codes[n]);
+      float d2 = 0.0F;
+      for (std::int64_t d = 0; d < v; ++d) d2 += (x[n * v + d] - centroid[d]) * (x[n * v + d] - centroid[d]);
+      errors[static_cast<std::size_t>(n)] = {-d2 * set.weights[static_cast<std::size_t>(n)], n};
+    }
+    const std::size_t taken = std::min(empty.size(), errors.size());
+    std::partial_sort(errors.begin(), errors.begin() + static_cast<std::ptrdiff_t>(taken), errors.end());
+    for (std::size_t e = 0; e < taken; ++e) {
+      std::copy_n(x + errors[e].second * v, v, book.values.data() + empty[e] * v);
+    }
+  }
+  book.refresh();
+}
+
+/// Trains m codebooks. One after the other on what is left (k-means++ and `iterations` rounds of Lloyd), then
+/// together: `rounds` times, for each codebook, new codes given the others and new means.
+inline std::vector<SearchBook> train_additive(const TrainingSet& set, Format f, int iterations, int rounds,
+                                              SplitMix& random, Executor& executor) {
+  const std::int64_t v = set.v;
+  std::vector<SearchBook> books(static_cast<std::size_t>(f.m), SearchBook(f.v, f.centroids()));
+  for (SearchBook& book : books) book.refresh();
+  if (set.count == 0) return books;
+  std::vector<float> left = set.x;  // [count][v]: what the codebooks trained so far leave of the vectors
+  std::vector<std::uint16_t> codes(static_cast<std::size_t>(f.m * set.count));
+  const auto for_stretches = [&](auto&& body) {
+    const std::int64_t tasks = (set.count + kVectorsPerTask - 1) / kVectorsPerTask;
+    parallel_for(executor, tasks, [&](std::int64_t task, int) {
+      const std::int64_t first = task * kVectorsPerTask;
+      body(first, std::min(kVectorsPerTask, set.count - first), left.data() + first * v);
+    });
+  };
+  std::uint16_t* own = codes.data();
+  for (SearchBook& book : books) {
+    seed_plus_plus(left.data(), set, random, book);
+    for (int i = 0; i < iterations; ++i) {
+      for_stretches([&](std::int64_t first, std::int64_t count, const float* x) {
+        find_nearest(book, x, count, own + first);
+      });
+      update_centroids(left.data(), set, own, book, executor);
+    }
+    for_stretches([&](std::int64_t first, std::int64_t count, float* x) {
+      find_nearest(book, x, count, own + first);
+      subtract_centroids(book, own + first, count, 1.0F, x);
+    });
+    own += set.count;
+  }
+  for (int round = 0; round < (f.m > 1 ? rounds : 0); ++round) {
+    own = codes.data();
+    for (SearchBook& book : books) {
+      for_stretches([&](std::int64_t first, std::int64_t count, float* x) {
+        subtract_centroids(book, own + first, count, -1.0F, x);
+        find_nearest(book, x, count, own + first);
+      });
+      update_centroids(left.data(), set, own, book, executor);
+      for_stretches([&](std::int64_t first, std::int64_t count, float* x) {
+        subtract_centroids(book, own + first, count, 1.0F, x);
+      });
+      own += set.count;
+    }
+  }
+  return books;
+}
+
+}  // namespace codegemm::detail

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/attention/cpu_kernels.hpp - the attention kernels for each instruction set, chosen when first used.
+// Layer: attention (host only).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <prefillshare/attention/cpu_problem.hpp>
+
+namespace prefillshare::detail {
+
+/// What a masked or padded key points to.
+alignas(64) inline constexpr float kZeros[kMaxHeadDim] = {};
+
+/// 4 lanes: SSE2, NEON, or whatever the compiler makes of it.
+namespace portable {
+inline constexpr int kLanes = 4;
+inline constexpr int kVectors = 2;
+#include <prefillshare/attention/cpu_kernels.inl>
+}  // namespace portable
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+inline constexpr int kLanes = 8;
+inline constexpr int kVectors = 2;
+#include <prefillshare/attention/cpu_kernels.inl>
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__
+
+struct AttentionKernels {
+  const char* name;
+  void (*attend_rows)(const AttentionProblem& problem, int kv_head, std::int64_t first_row, std::int64_t count,
+                      float* memory);
+  void (*attend_keys)(const AttentionProblem& problem, int kv_head, std::int64_t first_key, std::int64_t end_key,
+                      float* memory, float* partial);
+  void (*merge_splits)(const float* partial, std::int64_t splits, std::int64_t split_stride, std::int64_t head_dim,
+                       float* out);
+};
+
+inline constexpr AttentionKernels kPortableKernels = {"portable", portable::attend_rows, portable::attend_keys,
+                                                      portable::merge_splits};
+#if defined(__x86_64__)
+inline constexpr AttentionKernels kAvx2Kernels = {"avx2", avx2::attend_rows, avx2::attend_keys, avx2::merge_splits};
+#endif
+
+/// The best this machine runs.
+[[nodiscard]] inline const AttentionKernels& attention_kernels() {
+#if defined(__x86_64__)
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_avx2) return kAvx2Kernels;
+#endif
+  return kPortableKernels;
+}
+
+}  // namespace prefillshare::detail

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/kv/eviction.hpp - which cached block goes first when a sequence needs room.
+// Layer: kv (host only).
+#pragma once
+
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include <codegemm/base/macros.hpp>
+#include <codegemm/base/status.hpp>
+#include <prefillshare/kv/block_pool.hpp>
+#include <prefillshare/kv/try_allocate.hpp>
+
+namespace prefillshare {
+
+/// Keeps the blocks that are in the prefix tree and used by no sequence, and names the next to go.
+/// The allocator promises: a block is inserted after every unused descendant of it (sequences return their
+/// blocks last one first), and a block that is used again takes all its ancestors out with it. The policy
+/// promises: victim() has no descendant among the blocks it keeps, so what is evicted is always a leaf.
+template <class Policy>
+concept EvictionPolicy = requires(Policy policy, const Policy constant, BlockId block, std::int64_t blocks) {
+  { policy.resize(blocks) } -> std::same_as<codegemm::Status>;  // once, before anything else
+  { policy.insert(block) } -> std::same_as<void>;               // no longer used by any sequence
+  { policy.erase(block) } -> std::same_as<void>;                // used again, or evicted
+  { constant.victim() } -> std::same_as<BlockId>;               // kNoBlock when empty
+  { constant.size() } -> std::same_as<std::int64_t>;
+  { constant.contains(block) } -> std::same_as<bool>;
+};
+
+/// Least recently used first. By the order of insertion the head of the list is always a leaf, so choosing
+/// is O(1) with no search. Intrusive, doubly linked, allocates in resize() only.
+class LruEviction {
+ public:
+  [[nodiscard]] codegemm::Status resize(std::int64_t blocks) {
+    if (!detail::try_allocate([&] { links_.assign(static_cast<std::size_t>(blocks) + 1, Link{}); })) {
+      return codegemm::error(codegemm::StatusCode::kOutOfMemory, "LruEviction: no memory for ", blocks,
+                             " entries");
+    }
+    sentinel_ = static_cast<BlockId>(blocks);
+    at(sentinel_) = Link{sentinel_, sentinel_};
+    size_ = 0;
+    return {};
+  }
+
+  void insert(BlockId block) {
+    CODEGEMM_ASSERT(!contains(block));
+    const BlockId last = at(sentinel_).previous;
+    at(block) = Link{last, sentinel_};
+    at(last).next = block;
+    at(sentinel_).previous = block;
+    ++size_;
+  }
+
+  void erase(BlockId block) {
+    CODEGEMM_ASSERT(contains(block));
+    const Link link = at(block);
+    at(link.previous).next = link.next;
+    at(link.next).previous = link.previous;
+    at(block) = Link{};
+    --size_;
+  }
+
+  [[nodiscard]] BlockId victim() const { return size_ > 0 ? at(sentinel_).next : kNoBlock; }
+  [[nodiscard]] std::int64_t size() const noexcept { return size_; }
+  [[nodiscard]] bool contains(BlockId block) const { return at(block).next != kNoBlock; }
+
+  /// The block that goes after `block`; kNoBlock at the end.
+  [[nodiscard]] BlockId after(BlockId block) const {
+    const BlockId next = at(block).next;
+    return next == sentinel_ ? kNoBlock : next;
+  }
+
+ private:
+  struct Link {
+    BlockId previous = kNoBlock;
+    BlockId next = kNoBlock;  // kNoBlock: not in the list
+  };
+
+  [[nodiscard]] Link& at(BlockId block) { return links_[static_cast<std::size_t>(block)]; }
+  [[nodiscard]] const Link& at(BlockId block) const { return links_[static_cast<std::size_t>(block)]; }
+
+  std::vector<Link> links_ = {Link{0, 0}};  // [blocks + 1], the last is the ring's sentinel
+  BlockId sentinel_ = 0;
+  std::int64_t size_ = 0;
+};
+static_assert(EvictionPolicy<LruEviction>);
+
+}  // namespace prefillshare

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/kv/storage.hpp - where the K and V of the blocks lie.
+// Layer: kv (host only).
+#pragma once
+
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <utility>
+
+#include <codegemm/base/macros.hpp>
+#include <codegemm/base/status.hpp>
+#include <prefillshare/kv/block_pool.hpp>
+#include <prefillshare/kv/shape.hpp>
+
+namespace prefillshare {
+
+/// All that the allocator asks of the memory behind the blocks: its size, and to copy the first `tokens`
+/// slots of one block over another's in every layer. Host memory, device memory (copy_block enqueues on the
+/// caller's stream) or a file can all serve. A copy that fails leaves the allocator as it was.
+template <class Storage>
+concept KvStorage = requires(Storage storage, const Storage constant, BlockId block, int tokens) {
+  { constant.shape() } -> std::convertible_to<KvShape>;
+  { constant.blocks() } -> std::convertible_to<std::int64_t>;
+  { constant.bytes_per_block() } -> std::convertible_to<std::int64_t>;
+  { storage.copy_block(block, block, tokens) } -> std::same_as<codegemm::Status>;
+};
+
+/// One layer's pages in FlashInfer's NHD form, in somebody else's memory:
+/// [blocks][2: K, V][block_tokens][kv_heads][head_dim], dense.
+template <class T>
+struct KvLayerView {
+  T* data = nullptr;
+  std::int64_t blocks = 0;
+  int block_tokens = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+
+  /// Elements from one slot to the next.
+  [[nodiscard]] constexpr std::int64_t slot_stride() const noexcept {
+    return std::int64_t{kv_heads} * head_dim;
+  }
+  /// [kv_heads][head_dim] of the token in a slot.
+  [[nodiscard]] constexpr T* k(BlockId block, int slot) const noexcept {
+    return data + (std::int64_t{2} * block * block_tokens + slot) * slot_stride();
+  }
+  [[nodiscard]] constexpr T* v(BlockId block, int slot) const noexcept {
+    return data + ((std::int64_t{2} * block + 1) * block_tokens + slot) * slot_stride();
+  }
+
+  constexpr operator KvLayerView<const T>() const noexcept  // NOLINT(google-explicit-constructor)
+    requires(!std::is_const_v<T>)
+  {
+    return {data, blocks, block_tokens, kv_heads, head_dim};
+  }
+};
+
+/// fp32 pages of all layers in host memory: [layer][block][2: K, V][block_tokens][kv_heads][head_dim],
+/// 64-byte aligned. The memory is not written by create(), so the system gives pages only as they fill.
+class HostKvStorage {
+ public:
+  static constexpr std::size_t kAlignment = 64;
+
+  /// kInvalidArgument for a shape or count that cannot be; kOutOfMemory.
+  [[nodiscard]] static codegemm::Result<HostKvStorage> create(const KvShape& shape, std::int64_t blocks) {
+    if (const codegemm::Status status = validate(shape); !status.ok()) return status;
+    const std::int64_t per_block = shape.bytes_per_block(sizeof(float));  // < 2^62 by validate()
+    if (blocks < 0 || blocks >= std::numeric_limits<BlockId>::max() ||
+        blocks > std::numeric_limits<std::int64_t>::max() / per_block) {
+      return codegemm::error(codegemm::StatusCode::kInvalidArgument, "HostKvStorage: ", blocks,
+                             " blocks of ", per_block, " bytes");
+    }
+    HostKvStorage storage;
+    storage.shape_ = shape;
+    storage.blocks_ = blocks;
+    storage.data_.reset(static_cast<float*>(::operator new(static_cast<std::size_t>(blocks * per_block),
+                                                           std::align_val_t{kAlignment}, std::nothrow)));
+    if (storage.data_ == nullptr) {
+      return codegemm::error(codegemm::StatusCode::kOutOfMemory, "HostKvStorage: no memory for ", blocks,
+                             " blocks of ", per_block, " bytes");
+    }
+    return storage;
+  }
+
+  [[nodiscard]] const KvShape& shape() const noexcept { return shape_; }
+  [[nodiscard]] std::int64_t blocks() const noexcept { return blocks_; }
+  [[nodiscard]] std::int64_t bytes_per_block() const noexcept {
+    return shape_.bytes_per_block(sizeof(float));
+  }
+
+  [[nodiscard]] KvLayerView<float> layer(int index) noexcept { return view<float>(index); }
+  [[nodiscard]] KvLayerView<const float> layer(int index) const noexcept { return view<const float>(index); }
+
+  /// [kv_heads][head_dim] of one token.
+  [[nodiscard]] float* k(int index, BlockId block, int slot) noexcept { return layer(index).k(block, slot); }
+  [[nodiscard]] float* v(int index, BlockId block, int slot) noexcept { return layer(index).v(block, slot); }
+  [[nodiscard]] const float* k(int index, BlockId block, int slot) const noexcept {
+    return layer(index).k(block, slot);
+  }
+  [[nodiscard]] const float* v(int index, BlockId block, int slot) const noexcept {
+    return layer(index).v(block, slot);
+  }
+
+  /// The first `tokens` slots of `source` over those of `destination`, K and V, every layer.
+  [[nodiscard]] codegemm::Status copy_block(BlockId destination, BlockId source, int tokens) {
+    if (destination < 0 || destination >= blocks_ || source < 0 || source >= blocks_ || tokens < 0 ||
+        tokens > shape_.block_tokens) {
+      return codegemm::error(codegemm::StatusCode::kInvalidArgument, "HostKvStorage: copy of ", tokens,
+                             " tokens from block ", source, " to block ", destination, "; there are ", blocks_,
+                             " blocks of ", shape_.block_tokens, " tokens");
+    }
+    if (destination == source || tokens == 0) return {};
+    for (int index = 0; index < shape_.layers; ++index) {
+      const KvLayerView<float> pages = layer(index);
+      const std::size_t bytes =
+          static_cast<std::size_t>(tokens * pages.slot_stride()) * sizeof(float);  // slots lie side by side
+      std::memcpy(pages.k(destination, 0), pages.k(source, 0), bytes);
+      std::memcpy(pages.v(destination, 0), pages.v(source, 0), bytes);
+    }
+    return {};
+  }
+
+ private:
+  struct Free {
+    void operator()(float* data) const noexcept { ::operator delete(data, std::align_val_t{kAlignment}); }
+  };
+
+  HostKvStorage() = default;
+
+  template <class T>
+  [[nodiscard]] KvLayerView<T> view(int index) const noexcept {
+    CODEGEMM_ASSERT(index >= 0 && index < shape_.layers);
+    const std::int64_t layer_size =
+        blocks_ * 2 * shape_.block_tokens * shape_.kv_heads * shape_.head_dim;  // elements
+    return {data_.get() + index * layer_size, blocks_, shape_.block_tokens, shape_.kv_heads, shape_.head_dim};
+  }
+
+  KvShape shape_;
+  std::int64_t blocks_ = 0;
+  std::unique_ptr<float, Free> data_;
+};
+static_assert(KvStorage<HostKvStorage>);
+
+/// Blocks with nothing behind them: for simulators, planners and routers, which need the allocator's
+/// decisions but no numbers.
+class NoKvStorage {
+ public:
+  NoKvStorage(const KvShape& shape, std::int64_t blocks) : shape_(shape), blocks_(blocks) {}
+
+  [[nodiscard]] const KvShape& shape() const noexcept { return shape_; }
+  [[nodiscard]] std::int64_t blocks() const noexcept { return blocks_; }
+  [[nodiscard]] std::int64_t bytes_per_block() const noexcept { return shape_.bytes_per_block(); }
+  [[nodiscard]] codegemm::Status copy_block(BlockId, BlockId, int) { return {}; }
+
+ private:
+  KvShape shape_;
+  std::int64_t blocks_ = 0;
+};
+static_assert(KvStorage<NoKvStorage>);
+
+}  // namespace prefillshare

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/model/modules.hpp - a model factorized into a frozen prefill module and decode modules.
+// Layer: model (host only).
+// See: PrefillShare (arXiv 2602.12029) section 3, equations 5 and 6.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+
+#include <prefillshare/kv/allocator.hpp>
+#include <prefillshare/kv/cache_key.hpp>
+#include <prefillshare/model/forward.hpp>
+
+namespace prefillshare {
+
+/// The frozen half: turns a context into the base cache C_base and nothing else (equation 5). It makes no
+/// token. Its key names whose cache it is, so that no other producer's cache is ever taken for it.
+template <LinearLayer Linear>
+class PrefillModule {
+ public:
+  /// Called after each chunk with the tokens of this call that are done and their total.
+  using Progress = std::function<void(std::int64_t done, std::int64_t total)>;
+
+  PrefillModule(std::shared_ptr<const LlamaModel<Linear>> model, CacheKey key)
+      : model_(std::move(model)), key_(std::move(key)) {}
+
+  [[nodiscard]] const LlamaModel<Linear>& model() const noexcept { return *model_; }
+  [[nodiscard]] const ModelConfig& config() const noexcept { return model_->config; }
+  [[nodiscard]] const CacheKey& key() const noexcept { return key_; }
+
+  /// Extends `cache` by `tokens` (a partial prefill): reserves blocks, computes their KV in chunks of the
+  /// workspace's size and commits each chunk, so that what is done stays usable whatever happens next.
+  /// Errors: kInvalidArgument past the model's context length, kExhausted when no block can be had, and what
+  /// forward() returns.
+  [[nodiscard]] Status prefill(std::span<const std::int32_t> tokens, KvAllocator& allocator, HostKvStorage& storage,
+                               Sequence& cache, ForwardWorkspace& workspace, Executor& executor,
+                               const Progress& progress = {}) const {
+    const auto total = static_cast<std::int64_t>(tokens.size());
+    if (cache.length() + total > config().context_length) {
+      return error(StatusCode::kInvalidArgument, "context of ", cache.length() + total,
+                   " tokens, the model's context length is ", config().context_length);
+    }
+    if (Status s = allocator.reserve(cache, total); !s.ok()) return s;
+    for (std::int64_t done = 0; done < total;) {
+      const std::int64_t count = std::min(workspace.max_tokens(), total - done);
+      const auto chunk = tokens.subspan(static_cast<std::size_t>(done), static_cast<std::size_t>(count));
+      const KvTarget target{&storage, cache.blocks(), cache.length()};
+      if (Status s = forward(*model_, chunk, target, MatrixView<float>(), workspace, executor); !s.ok()) return s;
+      if (Status s = allocator.commit(cache, chunk); !s.ok()) return s;
+      done += count;
+      if (progress) progress(done, total);
+    }
+    return {};
+  }
+
+ private:
+  std::shared_ptr<const LlamaModel<Linear>> model_;
+  CacheKey key_;
+};
+
+/// The task's half: generates tokens from a base cache that it only reads (equation 6). The KV of the last
+/// prompt token and of every generated token is its own, in a fork of the base sequence, and dies with it.
+template <LinearLayer Linear>
+class DecodeModule {
+ public:
+  [[nodiscard]] const LlamaModel<Linear>& model() const noexcept { return *model_; }
+  [[nodiscard]] const ModelConfig& config() const noexcept { return model_->config; }
+
+  /// Runs one token at the end of `own` (a fork) and writes the logits of the next: logits [vocab_size].
+  /// Errors: as PrefillModule::prefill.
+  [[nodiscard]] Status step(std::int32_t token, KvAllocator& allocator, HostKvStorage& storage, Sequence& own,
+                            std::span<float> logits, ForwardWorkspace& workspace, Executor& executor) const {
+    if (own.length() + 1 > config().context_length) {
+      return error(StatusCode::kInvalidArgument, "context of ", own.length() + 1,
+                   " tokens, the model's context length is ", config().context_length);
+    }
+    const std::int64_t position = own.length();
+    if (Status s = allocator.append_private(own, 1); !s.ok()) return s;
+    const KvTarget target{&storage, own.blocks(), position};
+    return forward(*model_, std::span(&token, 1), target,
+                   MatrixView<float>(logits.data(), 1, static_cast<std::int64_t>(logits.size())), workspace, executor);
+  }
+
+ private:
+  explicit DecodeModule(std::shared_ptr<const LlamaModel<Linear>> model) : model_(std::move(model)) {}
+
+  template <LinearLayer Base, LinearLayer Decode>
+  friend Result<DecodeModule<Decode>> factorize(const PrefillModule<Base>&, std::shared_ptr<const LlamaModel<Decode>>);
+
+  std::shared_ptr<const LlamaModel<Linear>> model_;
+};
+
+/// Makes `decode` a decode module of the base: the only way to get one, so that no module ever reads a cache
+/// that it does not fit. Call it once for each task's model; a base whose own weights are passed gives the
+/// ordinary model back, split in two. Errors: kIncompatible naming all that differs, or what validate() finds.
+template <LinearLayer Base, LinearLayer Decode>
+[[nodiscard]] Result<DecodeModule<Decode>> factorize(const PrefillModule<Base>& base,
+                                                     std::shared_ptr<const LlamaModel<Decode>> decode) {
+  if (decode == nullptr) return error(StatusCode::kNullPointer, "factorize: no decode model");
+  if (Status s = validate(*decode); !s.ok()) return s;
+  if (Status s = check_compatible(base.config(), decode->config); !s.ok()) return s;
+  return DecodeModule<Decode>(std::move(decode));
+}
+
+}  // namespace prefillshare

@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// tests/codegemm/cuda/gemm_gpu_test.cu - the GPU product for few tokens against the double reference.
+#include <codegemm/gemm.cuh>
+
+#include <vector>
+
+#include "gpu.cuh"
+
+namespace codegemm::test {
+namespace {
+
+struct Case {
+  Format format;
+  std::int64_t rows;
+  std::int64_t cols;
+  std::int64_t tokens;
+  bool bias = false;
+  std::int64_t pad = 0;  // extra stride of x and y
+  cuda::GatherTuning tuning = {};
+  int sets = 0;
+};
+
+// Runs a case twice: the same bits, the right numbers, every output written and nothing beside them.
+template <class X, class Y>
+void check(const Case& c, const cuda::Device& device, std::uint64_t seed) {
+  CAPTURE(format_name(c.format), c.rows, c.cols, c.tokens, c.bias, c.pad, c.tuning.cluster, c.sets, seed);
+  Rng rng(seed);
+  DeviceWeights w(random_matrix(c.format, c.rows, c.cols, rng), {c.sets});
+  const std::int64_t x_stride = c.cols + c.pad;
+  const std::int64_t y_stride = c.rows + c.pad;
+  const auto x = random_vector<X>(static_cast<std::size_t>(c.tokens * x_stride), rng);
+  const auto bias = random_vector<Y>(static_cast<std::size_t>(c.rows), rng);
+  DeviceBuffer<X> x_device(x);
+  DeviceBuffer<Y> bias_device(bias);
+  DeviceBuffer<Y> y(static_cast<std::size_t>(c.tokens * y_stride));
+
+  cuda::GemmProblem<X, Y> p;
+  p.weights = w.view();
+  p.x = MatrixView<const X>(x_device.data(), c.tokens, c.cols, x_stride);
+  p.y = MatrixView<Y>(y.data(), c.tokens, c.rows, y_stride);
+  p.bias = c.bias ? bias_device.data() : nullptr;
+  p.tuning = c.tuning;
+  DeviceBuffer<std::byte> workspace(cuda::workspace_bytes(p, device));
+  workspace.clear();
+
+  std::vector<Y> got[2];
+  for (auto& out : got) {
+    y.poison();
+    const Status status = cuda::run(p, device, workspace.data(), workspace.size(), nullptr);
+    INFO(status.message());
+    REQUIRE(status.ok());
+    REQUIRE_CUDA(cudaDeviceSynchronize());
+    out = y.download();
+  }
+  REQUIRE(y.guards_intact());
+  REQUIRE(workspace.guards_intact());
+  REQUIRE(std::memcmp(got[0].data(), got[1].data(), got[0].size() * sizeof(Y)) == 0);
+
+  Reference want = reference_of(w.matrix, x, c.tokens, x_stride);
+  for (std::size_t i = 0; c.bias && i < want.y.size(); ++i) {
+    const double b = static_cast<double>(as_float(bias[i % static_cast<std::size_t>(c.rows)]));
+    want.y[i] += b;
+    want.size[i] += std::abs(b);
+  }
+  CHECK(worst(want, got[0], c.tokens, c.rows, y_stride, c.cols) <= 1.0);
+  for (std::int64_t t = 0; t < c.tokens; ++t) {  // what lies between the rows of y stays as it was
+    for (std::int64_t i = c.rows; i < y_stride; ++i) {
+      unsigned char bytes[sizeof(Y)];
+      std::memcpy(bytes, &got[0][static_cast<std::size_t>(t * y_stride + i)], sizeof(Y));
+      for (const unsigned char byte : bytes) REQUIRE(byte == 0xFF);
+    }
+  }
+}
+
+TEST_CASE("cuda gemm: tuned formats on every edge of their tiles", "[gpu]") {
+  const cuda::Device device = gpu_or_skip();
+  std::uint64_t seed = seed_or(1);
+  for (const Format format : {Format{4, 1, 8, 128}, Format{8, 2, 8, 128}, Format{4, 1, 8, 32}}) {
+    for (const std::int64_t rows : {1, 15, 16, 17, 257, 1031}) {
+      for (const std::int64_t cols : {8, 248, 256, 264, 2048, 2560}) {
+        for (const std::int64_t tokens : {1, 2}) {
+          for (const int sets : {0, 2}) {
+            check<Half, Half>({format, rows, cols, tokens, false, 0, {}, sets}, device, seed++);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("cuda gemm: every vector length and number of codebooks", "[gpu]") {
+  const cuda::Device device = gpu_or_skip();
+  std::uint64_t seed = seed_or(1000);
+  for (const int v : {2, 4, 8, 16}) {
+    for (const int m : {1, 2, 3, 4}) {
+      for (const int b : {4, 5, 6, 7, 8}) check<Half, float>({{v, m, b, 64}, 83, 1040, 1}, device, seed++);
+    }
+  }
+}
+
+TEST_CASE("cuda gemm: every scale group", "[gpu]") {
+  const cuda::Device device = gpu_or_skip();
+  std::uint64_t seed = seed_or(2000);
+  for (const int g : {-1, 8, 16, 24, 32, 48, 64, 96, 128, 256, 1024, 4096}) {
+    for (const std::int64_t tokens : {1, 3}) {
+      check<Half, float>({{4, 1, 8, g}, 50, 1096, tokens}, device, seed++);
+      check<Half, float>({{8, 2, 8, g}, 50, 1096, tokens}, device, seed++);
+      check<Half, float>({{8, 1, 8, g}, 50, 1096, tokens}, device, seed++);
+    }
+  }
+  check<Half, float>({{4, 1, 8, 4}, 50, 1096, 1}, device, seed++);
+  check<Half, float>({{2, 3, 8, 2}, 50, 1096, 1}, device, seed++);
+}
+
+TEST_CASE("cuda gemm: token counts, types, strides and bias", "[gpu]") {
+  const cuda::Device device = gpu_or_skip();
+  std::uint64_t seed = seed_or(3000);
+  for (std::int64_t tokens = 1; tokens <= 8; ++tokens) {
+    for (const bool bias : {false, true}) {
+      const Case c{{4, 1, 8, 128}, 300, 1032, tokens, bias, 3};
+      check<Half, Half>(c, device, seed++);
+      check<Half, float>(c, device, seed++);
+      check<BFloat16, BFloat16>(c, device, seed++);
+      check<BFloat16, float>(c, device, seed++);
+    }
+  }
+}
+
+TEST_CASE("cuda gemm: blocks that sum through memory, as before compute capability 9.0", "[gpu]") {
+  const cuda::Device device = gpu_or_skip();
+  std::uint64_t seed = seed_or(4000);
+  cuda::GatherTuning tuning;
+  tuning.cluster = 0;
+  for (const Format format : {Format{4, 1, 8, 128}, Format{8, 2, 8, 128}, Format{4, 1, 8, 32}, Format{8, 3, 6, -1}}) {
+    for (const std::int64_t rows : {1, 17, 1031, 5000}) {
+      for (const std::int64_t cols : {16, 264, 2560}) {
+        for (const std::int64_t tokens : {1, 3}) {
+          check<Half, Half>({format, rows, cols, tokens, true, 1, tuning}, device, seed++);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("cuda gemm: tunings change the speed, not the answer", "[gpu]") {
+  const cuda::Device device = gpu_or_skip();
+  std::uint64_t seed = seed_or(5000);
+  for (const int cluster : {1, 2, 5, 8}) {
+    for (const int rounds_ahead : {0, 1, 15}) {
+      const cuda::GatherTuning tuning{cluster, rounds_ahead, rounds_ahead * 10000};
+      check<Half, Half>({{4, 1, 8, 128}, 4099, 2560, 2, false, 0, tuning}, device, seed++);
+    }
+  }
+}
+
+TEST_CASE("cuda gemm: large K and the error that the paper's kernel has", "[gpu]") {
+  const cuda::Device device = gpu_or_skip();
+  Rng rng(seed_or(6000));
+  for (const Format format : {Format{4, 1, 8, 128}, Format{8, 2, 8, 128}, Format{4, 1, 8, 32}}) {
+    DeviceWeights w(random_matrix(format, 512, 14336, rng));
+    const auto x = random_vector<Half>(14336, rng);
+    DeviceBuffer<Half> x_device(x);
+    DeviceBuffer<Half> y(512);
+    y.poison();
+    cuda::GemmProblem<Half, Half> p;
+    p.weights = w.view();
+    p.x = MatrixView<const Half>(x_device.data(), 1, 14336);
+    p.y = MatrixView<Half>(y.data(), 1, 512);
+    DeviceBuffer<std::byte> workspace(cuda::workspace_bytes(p, device));
+    workspace.clear();
+    REQUIRE(cuda::run(p, device, workspace.data(), workspace.size(), nullptr).ok());
+    REQUIRE_CUDA(cudaDeviceSynchronize());
+    CHECK(relative_error(reference_of(w.matrix, x, 1, 14336), y.download(), 1, 512, 512) <= 5e-4);
+  }
+}
+
+TEST_CASE("cuda gemm: captured in a graph and replayed with other inputs, in a chain", "[gpu]") {
+  const cuda::Device device = gpu_or_skip();
+  Rng rng(seed_or(7000));
+  // Two layers: each waits for the output of the one before, which the overlap must not break.
+  DeviceWeights first(random_matrix({4, 1, 8, 128}, 2048, 1024, rng));
+  DeviceWeights second(random_matrix({8, 2, 8, 128}, 777, 2048, rng));
+  for (const int cluster : {8, 0}) {
+    CAPTURE(cluster);
+    DeviceBuffer<Half> x(1024);
+    DeviceBuffer<Half> middle(2048);
+    DeviceBuffer<float> y(777);
+    cuda::GemmProblem<Half, Half> a;
+    a.weights = first.view();
+    a.x = MatrixView<const Half>(x.data(), 1, 1024);
+    a.y = MatrixView<Half>(middle.data(), 1, 2048);
+    a.tuning.cluster = cluster;
+    cuda::GemmProblem<Half, float> b;
+    b.weights = second.view();
+    b.x = MatrixView<const Half>(middle.data(), 1, 2048);
+    b.y = MatrixView<float>(y.data(), 1, 777);
+    b.tuning.cluster = cluster;
+    // One workspace serves both: calls of one stream follow one another.
+    DeviceBuffer<std::byte> workspace(std::max(cuda::workspace_bytes(a, device), cuda::workspace_bytes(b, device)));
+    workspace.clear();
+
+    cudaStream_t stream = nullptr;
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t replay = nullptr;
+    REQUIRE_CUDA(cudaStreamCreate(&stream));
+    REQUIRE_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    REQUIRE(cuda::run(a, device, workspace.data(), workspace.size(), stream).ok());
+    REQUIRE(cuda::run(b, device, workspace.data(), workspace.size(), stream).ok());
+    REQUIRE_CUDA(cudaStreamEndCapture(stream, &graph));
+    REQUIRE_CUDA(cudaGraphInstantiate(&replay, graph, 0));
+    for (int i = 0; i < 20; ++i) {
+      const auto values = random_vector<Half>(1024, rng);
+      x.upload(values);
+      middle.poison();
+      y.poison();
+      REQUIRE_CUDA(cudaGraphLaunch(replay, stream));
+      REQUIRE_CUDA(cudaStreamSynchronize(stream));
+      const auto between = middle.download();
+      CHECK(worst(reference_of(first.matrix, values, 1, 1024), between, 1, 2048, 2048, 1024) <= 1.0);
+      CHECK(worst(reference_of(second.matrix, between, 1, 2048), y.download(), 1, 777, 777, 2048) <= 1.0);
+    }
+    REQUIRE_CUDA(cudaGraphExecDestroy(replay));
+    REQUIRE_CUDA(cudaGraphDestroy(graph));
+    REQUIRE_CUDA(cudaStreamDestroy(stream));
+  }
+}
+
+TEST_CASE("cuda gemm: two streams with two workspaces at once", "[gpu]") {
+  const cuda::Device device = gpu_or_skip();
+  Rng rng(seed_or(8000));
+  DeviceWeights w(random_matrix({4, 1, 8, 128}, 1500, 4096, rng));
+  cuda::GatherTuning tuning;
+  tuning.cluster = 0;  // the way of summing that has a workspace
+  cudaStream_t streams[2] = {};
+  std::vector<std::vector<Half>> x;
+  std::vector<std::unique_ptr<DeviceBuffer<Half>>> x_device;
+  std::vector<std::unique_ptr<DeviceBuffer<float>>> y;
+  std::vector<std::unique_ptr<DeviceBuffer<std::byte>>> workspaces;
+  cuda::GemmProblem<Half, float> problems[2];
+  for (int i = 0; i < 2; ++i) {
+    REQUIRE_CUDA(cudaStreamCreateWithFlags(&streams[i], cudaStreamNonBlocking));
+    x.push_back(random_vector<Half>(4096, rng));
+    x_device.push_back(std::make_unique<DeviceBuffer<Half>>(x.back()));
+    y.push_back(std::make_unique<DeviceBuffer<float>>(1500));
+    y.back()->poison();
+    problems[i].weights = w.view();
+    problems[i].x = MatrixView<const Half>(x_device.back()->data(), 1, 4096);
+    problems[i].y = MatrixView<float>(y.back()->data(), 1, 1500);
+    problems[i].tuning = tuning;
+    workspaces.push_back(std::make_unique<DeviceBuffer<std::byte>>(cuda::workspace_bytes(problems[i], device)));
+    REQUIRE(workspaces.back()->size() > 0);
+    workspaces.back()->clear();
+  }
+  REQUIRE_CUDA(cudaDeviceSynchronize());
+  for (int round = 0; round < 50; ++round) {
+    for (std::size_t i = 0; i < 2; ++i) {
+      REQUIRE(cuda::run(problems[i], device, workspaces[i]->data(), workspaces[i]->size(), streams[i]).ok());
+    }
+  }
+  REQUIRE_CUDA(cudaDeviceSynchronize());
+  for (std::size_t i = 0; i < 2; ++i) {
+    CHECK(worst(reference_of(w.matrix, x[i], 1, 4096), y[i]->download(), 1, 1500, 1500, 4096) <= 1.0);
+    REQUIRE_CUDA(cudaStreamDestroy(streams[i]));
+  }
+}
+
+TEST_CASE("cuda gemm: zeros, extremes, infinity and NaN", "[gpu]") {
+  const cuda::Device device = gpu_or_skip();
+  Rng rng(seed_or(9000));
+  DeviceWeights w(random_matrix({4, 1, 8, 128}, 40, 512, rng));
+  const auto product = [&](const std::vector<BFloat16>& x) {
+    DeviceBuffer<BFloat16> x_device(x);
+    DeviceBuffer<float> y(40);
+    y.poison();
+    cuda::GemmProblem<BFloat16, float> p;
+    p.weights = w.view();
+    p.x = MatrixView<const BFloat16>(x_device.data(), 1, 512);
+    p.y = MatrixView<float>(y.data(), 1, 40);
+    DeviceBuffer<std::byte> workspace(cuda::workspace_bytes(p, device));
+    workspace.clear();
+    REQUIRE(cuda::run(p, device, workspace.data(), workspace.size(), nullptr).ok());
+    REQUIRE_CUDA(cudaDeviceSynchronize());
+    return y.download();
+  };
+  std::vector<BFloat16> x(512);
+  for (const float value : product(x)) CHECK(value == 0.0F);
+  for (auto& value : x) value = BFloat16::from_float(rng.normal() * 1e30F);
+  CHECK(worst(reference_of(w.matrix, x, 1, 512), product(x), 1, 40, 40, 512) <= 1.0);
+  for (auto& value : x) value = BFloat16::from_float(rng.normal() * 1e-30F);
+  CHECK(relative_error(reference_of(w.matrix, x, 1, 512), product(x), 1, 40, 40) <= 1e-6);
+  x[77] = BFloat16::from_float(INFINITY);
+  for (const float value : product(x)) CHECK(!std::isfinite(value));
+  x[77] = BFloat16::from_float(NAN);
+  for (const float value : product(x)) CHECK(std::isnan(value));
+}
+
+}  // namespace
+}  // namespace codegemm::test

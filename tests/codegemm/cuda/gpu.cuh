@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// tests/codegemm/cuda/gpu.cuh - device buffers with guards, random quantized matrices, and the comparison.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include <cuda_runtime.h>
+
+#include <codegemm/base/numerics.hpp>
+#include <codegemm/cuda/device.cuh>
+#include <codegemm/cuda/packed_matrix.hpp>
+#include <codegemm/quantized_matrix.hpp>
+#include <codegemm/reference.hpp>
+#include <support/catch.hpp>
+#include <support/random.hpp>
+
+namespace codegemm::test {
+
+#define REQUIRE_CUDA(call) REQUIRE(cudaGetErrorName(call) == std::string("cudaSuccess"))
+
+/// The first GPU, or the test is skipped in plain sight.
+[[nodiscard]] inline cuda::Device gpu_or_skip() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) TEST_SKIP("no GPU");
+  const auto device = cuda::query_device(0);
+  REQUIRE(device.ok());
+  if (device->arch < 80) TEST_SKIP("the GPU's compute capability is below 8.0");
+  return *device;
+}
+
+/// Device memory with a guard on both sides that must stay as it is.
+template <class T>
+class DeviceBuffer {
+ public:
+  explicit DeviceBuffer(std::size_t size) : size_(size) {
+    REQUIRE_CUDA(cudaMalloc(&base_, bytes() + 2 * kGuard));
+    REQUIRE_CUDA(cudaMemset(base_, kPattern, bytes() + 2 * kGuard));
+  }
+  explicit DeviceBuffer(const std::vector<T>& values) : DeviceBuffer(values.size()) { upload(values); }
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+  ~DeviceBuffer() { cudaFree(base_); }
+
+  [[nodiscard]] T* data() { return reinterpret_cast<T*>(base_ + kGuard); }
+  [[nodiscard]] std::size_t size() const { return size_; }
+  void upload(const std::vector<T>& values) {
+    REQUIRE(values.size() == size_);
+    REQUIRE_CUDA(cudaMemcpy(data(), values.data(), bytes(), cudaMemcpyHostToDevice));
+  }
+  /// Every byte becomes 0xFF: a NaN in every floating-point type.
+  void poison() { REQUIRE_CUDA(cudaMemset(data(), 0xFF, bytes())); }
+  void clear() { REQUIRE_CUDA(cudaMemset(data(), 0, bytes())); }
+  [[nodiscard]] std::vector<T> download() {
+    std::vector<T> out(size_);
+    REQUIRE_CUDA(cudaMemcpy(out.data(), data(), bytes(), cudaMemcpyDeviceToHost));
+    return out;
+  }
+  [[nodiscard]] bool guards_intact() {
+    std::vector<unsigned char> guard(2 * kGuard);
+    REQUIRE_CUDA(cudaMemcpy(guard.data(), base_, kGuard, cudaMemcpyDeviceToHost));
+    REQUIRE_CUDA(cudaMemcpy(guard.data() + kGuard, base_ + kGuard + bytes(), kGuard, cudaMemcpyDeviceToHost));
+    for (const unsigned char byte : guard) {
+      if (byte != kPattern) return false;
+    }
+    return true;
+  }
+
+ private:
+  static constexpr std::size_t kGuard = 1024;
+  static constexpr unsigned char kPattern = 0xA5;
+  [[nodiscard]] std::size_t bytes() const { return size_ * sizeof(T); }
+  std::size_t size_ = 0;
+  std::byte* base_ = nullptr;
+};
+
+/// Random codes, codebooks of about the size of normalized weights, scales around 0.02.
+[[nodiscard]] inline QuantizedMatrix random_matrix(Format format, std::int64_t rows, std::int64_t cols, Rng& rng) {
+  auto made = QuantizedMatrix::create(format, rows, cols);
+  REQUIRE(made.ok());
+  QuantizedMatrix out = std::move(made).value();
+  for (std::int64_t c = 0; c < format.m; ++c) {
+    for (std::int64_t n = 0; n < rows; ++n) {
+      for (std::int64_t j = 0; j < cols / format.v; ++j) {
+        out.set_code(c, n, j, static_cast<std::uint32_t>(rng.below(format.centroids())));
+      }
+    }
+  }
+  for (Half& value : out.codebooks()) value = Half::from_float(rng.normal());
+  for (Half& value : out.scales()) value = Half::from_float(rng.uniform(0.01F, 0.03F));
+  return out;
+}
+
+template <class T>
+[[nodiscard]] std::vector<T> random_vector(std::size_t size, Rng& rng) {
+  std::vector<T> out(size);
+  for (T& value : out) {
+    if constexpr (std::is_same_v<T, float>) {
+      value = rng.normal();
+    } else {
+      value = T::from_float(rng.normal());
+    }
+  }
+  return out;
+}
+
+[[nodiscard]] inline float as_float(float value) { return value; }
+[[nodiscard]] inline float as_float(Half value) { return value.to_float(); }
+[[nodiscard]] inline float as_float(BFloat16 value) { return value.to_float(); }
+
+template <class T>
+[[nodiscard]] constexpr double rounding_of() {
+  return std::is_same_v<T, float> ? 0x1p-24 : std::is_same_v<T, Half> ? 0x1p-11 : 0x1p-8;
+}
+
+/// Packed weights on the device, with the host's copy of the canonical ones.
+struct DeviceWeights {
+  QuantizedMatrix matrix;
+  cuda::PackedMatrix packed;
+  DeviceBuffer<std::byte> buffer;
+
+  explicit DeviceWeights(QuantizedMatrix m, cuda::PackOptions options = {})
+      : matrix(std::move(m)), packed(pack_or_fail(matrix, options)), buffer(packed.bytes().size()) {
+    REQUIRE_CUDA(cudaMemcpy(buffer.data(), packed.bytes().data(), packed.bytes().size(), cudaMemcpyHostToDevice));
+  }
+  [[nodiscard]] cuda::DevicePackedView view() { return packed.view(buffer.data()); }
+
+ private:
+  [[nodiscard]] static cuda::PackedMatrix pack_or_fail(const QuantizedMatrix& m, cuda::PackOptions options) {
+    auto packed = cuda::pack(m.view(), options);
+    INFO(packed.status().message());
+    REQUIRE(packed.ok());
+    return std::move(packed).value();
+  }
+};
+
+/// y = x W^T + bias in double, and the sum of the sizes of its terms, which bounds the error of an fp32 sum.
+struct Reference {
+  std::vector<double> y;     // [T][N]
+  std::vector<double> size;  // [T][N]
+};
+
+template <class X>
+[[nodiscard]] Reference reference_of(const QuantizedMatrix& w, const std::vector<X>& x, std::int64_t tokens,
+                                     std::int64_t stride) {
+  Reference out;
+  out.y.assign(static_cast<std::size_t>(tokens * w.rows()), 0.0);
+  out.size = out.y;
+  const QuantizedMatrixView view = w.view();
+  for (std::int64_t n = 0; n < w.rows(); ++n) {
+    for (std::int64_t k = 0; k < w.cols(); ++k) {
+      const double weight = reference_weight(view, n, k);
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        const double term = weight * static_cast<double>(as_float(x[static_cast<std::size_t>(t * stride + k)]));
+        out.y[static_cast<std::size_t>(t * w.rows() + n)] += term;
+        out.size[static_cast<std::size_t>(t * w.rows() + n)] += std::abs(term);
+      }
+    }
+  }
+  return out;
+}
+
+/// The element that is furthest off, as a multiple of what it may be off: at most 1 passes. NaN counts as infinite.
+template <class Y>
+[[nodiscard]] double worst(const Reference& want, const std::vector<Y>& got, std::int64_t tokens, std::int64_t rows,
+                           std::int64_t stride, std::int64_t cols) {
+  double out = 0.0;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (std::int64_t n = 0; n < rows; ++n) {
+      const auto i = static_cast<std::size_t>(t * rows + n);
+      const double y = static_cast<double>(as_float(got[static_cast<std::size_t>(t * stride + n)]));
+      // The centroids' codebook sums, their sum over K in any order, one rounding of the output, and its underflow.
+      const double bound = 1.01 * rounding_of<Y>() * std::abs(want.y[i]) + 1e-7 +
+                           (16.0 + std::sqrt(static_cast<double>(cols))) * 0x1p-24 * want.size[i];
+      const double off = std::abs(y - want.y[i]) / bound;
+      out = off <= out ? out : (off > out ? off : HUGE_VAL);
+    }
+  }
+  return out;
+}
+
+/// ||got - want|| / ||want||.
+template <class Y>
+[[nodiscard]] double relative_error(const Reference& want, const std::vector<Y>& got, std::int64_t tokens,
+                                    std::int64_t rows, std::int64_t stride) {
+  double off = 0.0;
+  double size = 0.0;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (std::int64_t n = 0; n < rows; ++n) {
+      const double y = want.y[static_cast<std::size_t>(t * rows + n)];
+      const double d = static_cast<double>(as_float(got[static_cast<std::size_t>(t * stride + n)])) - y;
+      off += d * d;
+      size += y * y;
+    }
+  }
+  return std::sqrt(off / size);
+}
+
+}  // namespace codegemm::test

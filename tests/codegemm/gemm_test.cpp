@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// tests/codegemm/gemm_test.cpp - every configuration, shape, token count, instruction set and way against the
+// reference; the same bits for any number of workers; the text of every refusal.
+
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <codegemm/base/thread_pool.hpp>
+#include <codegemm/gemm.hpp>
+#include <codegemm/pack.hpp>
+
+#include <codegemm/samples.hpp>
+#include <support/catch.hpp>
+#include <support/random.hpp>
+
+using namespace codegemm;  // NOLINT(google-build-using-namespace): a test
+using codegemm::detail::Regime;
+using codegemm::test::Expected;
+using codegemm::test::Rng;
+
+namespace {
+
+constexpr std::byte kGuard{0xA5};
+constexpr std::size_t kGuardBytes = 256;
+
+// Runs one multiplication with poisoned outputs and guards; returns y[T][N].
+std::vector<float> multiply(const PackedMatrix& w, const std::vector<float>& x, std::int64_t tokens,
+                            Executor& executor, Isa isa, Regime regime) {
+  const std::int64_t stride = w.rows() + 3;
+  const float poison = std::numeric_limits<float>::quiet_NaN();
+  std::vector<float> y(static_cast<std::size_t>(tokens * stride + 1), poison);
+  const auto floats = detail::exact_workspace_floats(w.view(), tokens, executor.workers(), regime);
+  const std::size_t bytes = static_cast<std::size_t>(floats) * sizeof(float);
+  AlignedBuffer<std::byte> workspace;
+  REQUIRE(workspace.reserve(bytes + kGuardBytes));
+  std::memset(workspace.data(), 0xFF, bytes);  // NaN: nothing may be read before it is written
+  std::memset(workspace.data() + bytes, static_cast<int>(kGuard), kGuardBytes);
+
+  const Status status =
+      detail::gemm_with(w, MatrixView<const float>(x.data(), tokens, w.cols()),
+                        MatrixView<float>(y.data(), tokens, w.rows(), stride),
+                        std::span<std::byte>(workspace.data(), bytes), executor, isa, regime);
+  INFO(status.message());
+  REQUIRE(status.ok());
+  for (std::size_t i = 0; i < kGuardBytes; ++i) REQUIRE(workspace[bytes + i] == kGuard);
+  std::vector<float> out;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (std::int64_t n = 0; n < stride; ++n) {
+      const float value = y[static_cast<std::size_t>(t * stride + n)];
+      if (n < w.rows()) {
+        out.push_back(value);
+      } else {
+        REQUIRE(std::bit_cast<std::uint32_t>(value) == std::bit_cast<std::uint32_t>(poison));
+      }
+    }
+  }
+  REQUIRE(std::isnan(y.back()));
+  return out;
+}
+
+// Fails on NaN, with the place, both values and the bound.
+void check_close(const std::vector<float>& got, const Expected& want, std::int64_t rows) {
+  REQUIRE(got.size() == want.y.size());
+  std::size_t bad = 0;
+  std::string first;
+  double error2 = 0.0;
+  double bound2 = 0.0;
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    const double error = std::fabs(static_cast<double>(got[i]) - want.y[i]);
+    error2 += error * error;
+    bound2 += want.bound[i] * want.bound[i];
+    if (error <= want.bound[i]) continue;
+    if (bad++ == 0) {
+      first =
+          concat("token ", static_cast<std::int64_t>(i) / rows, " row ", static_cast<std::int64_t>(i) % rows,
+                 ": got ", got[i], ", want ", want.y[i], " within ", want.bound[i]);
+    }
+  }
+  INFO(first << "; " << bad << " of " << got.size() << " are off");
+  CHECK(bad == 0);
+  // Rounding errors do not all point one way: together they stay far inside the bound of each.
+  CHECK(std::sqrt(error2) <= 0.5 * std::sqrt(bound2));
+}
+
+std::vector<Isa> isas() {
+  if (detect_isa() == Isa::kAvx2) return {Isa::kPortable, Isa::kAvx2};
+  return {Isa::kPortable};
+}
+
+void sweep(Format f, std::int64_t rows, std::int64_t cols, const std::vector<std::int64_t>& token_counts,
+           std::uint64_t written_seed) {
+  const std::uint64_t seed = test::seed_or(written_seed);
+  Rng rng(seed);
+  CAPTURE(seed, format_name(f), rows, cols);
+  const QuantizedMatrix w = test::random_quantized(rng, f, rows, cols);
+  const Result<PackedMatrix> packed = pack(w.view());
+  REQUIRE(packed.ok());
+  SerialExecutor serial;
+  const std::int64_t most = token_counts.back();
+  std::vector<float> x = rng.normals(most * cols);
+  x[0] = 100.0F;  // an outlier
+  const Expected all = test::expect(w.view(), x, most);
+  for (const std::int64_t tokens : token_counts) {
+    Expected want = all;
+    want.y.resize(static_cast<std::size_t>(tokens * rows));
+    want.bound.resize(static_cast<std::size_t>(tokens * rows));
+    const std::vector<float> x_used(x.begin(), x.begin() + tokens * cols);
+    for (const Isa isa : isas()) {
+      for (const Regime regime : {Regime::kPsumbook, Regime::kDense}) {
+        CAPTURE(tokens, static_cast<int>(isa), static_cast<int>(regime));
+        check_close(multiply(*packed, x_used, tokens, serial, isa, regime), want, rows);
+      }
+    }
+  }
+}
+
+const std::vector<std::int64_t> kTokens = {0, 1, 2, 3, 5, 8, 9, 17, 64};
+
+}  // namespace
+
+TEST_CASE("every configuration agrees with the reference at edge shapes and token counts", "[codegemm]") {
+  std::uint64_t seed = 1;
+  for_each_config(CpuConfigs{}, [&](auto config) {
+    constexpr int kV = decltype(config)::kVecLen;
+    constexpr int kB = decltype(config)::kCodeBits;
+    for (int m = 1; m <= kMaxCodebooks; ++m) {
+      // The scale group and the shape go round, so that every one meets every v and m.
+      const int groups[] = {-1, kV, 3 * kV, 8 * kV, 32 * kV};
+      const std::int64_t row_counts[] = {1, 7, 8, 9, 17, 37};
+      const std::int64_t vector_counts[] = {1, 5, 16, 33, 67};
+      ++seed;
+      sweep(Format{kV, m, kB, groups[seed % 5]}, row_counts[seed % 6], kV * vector_counts[seed / 5 % 5],
+            kTokens, seed);
+    }
+  });
+}
+
+TEST_CASE("every scale group and tail agrees with the reference", "[codegemm]") {
+  for (const int g : {-1, 4, 12, 32, 64, 68, 128, 1024}) {
+    for (const std::int64_t cols : {4, 60, 64, 68, 260, 516}) {
+      sweep(Format{4, 1, 8, g}, 19, cols, {1, 3, 8, 14}, 77);
+      sweep(Format{4, 3, 6, g}, 8, cols, {1, 4, 13}, 78);
+    }
+  }
+}
+
+TEST_CASE("more rows than share one Psumbook, and K split or not", "[codegemm]") {
+  sweep(Format{4, 1, 8, 64}, CpuTiles::kRowChunk + 1, 72, {1, 9}, 5);
+  sweep(Format{8, 2, 8, 128}, 2 * CpuTiles::kRowChunk + 15, 136, {1, 2}, 6);
+  sweep(Format{4, 1, 4, -1}, 40, 4 * 640, {1, 8, 130}, 7);
+}
+
+TEST_CASE("the result has the same bits for any number of workers", "[codegemm]") {
+  const std::uint64_t seed = test::seed_or(9);
+  CAPTURE(seed);
+  Rng rng(seed);
+  for (const Format f : {Format{4, 1, 8, 64}, Format{8, 2, 8, 128}, Format{4, 3, 5, -1}}) {
+    const std::int64_t rows = 531;
+    const std::int64_t cols = 640;
+    const QuantizedMatrix w = test::random_quantized(rng, f, rows, cols);
+    const Result<PackedMatrix> packed = pack(w.view());
+    REQUIRE(packed.ok());
+    for (const std::int64_t tokens : {1, 4, 21, 300}) {
+      const std::vector<float> x = rng.normals(tokens * cols);
+      for (const Isa isa : isas()) {
+        for (const Regime regime : {Regime::kAutomatic, Regime::kPsumbook, Regime::kDense}) {
+          CAPTURE(format_name(f), tokens, static_cast<int>(isa), static_cast<int>(regime));
+          SerialExecutor serial;
+          const std::vector<float> want = multiply(*packed, x, tokens, serial, isa, regime);
+          for (const int workers : {1, 2, 3}) {
+            ThreadPool pool(workers);
+            const std::vector<float> got = multiply(*packed, x, tokens, pool, isa, regime);
+            CHECK(std::memcmp(got.data(), want.data(), want.size() * sizeof(float)) == 0);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("the workspace that is asked for serves every smaller number of tokens", "[codegemm]") {
+  Rng rng(3);
+  for (const std::int64_t rows : {8, 576, 5000}) {
+    for (const Format f : {Format{4, 1, 8, 64}, Format{4, 3, 8, 64}, Format{16, 4, 8, -1}}) {
+      const QuantizedMatrix w = test::random_quantized(rng, f, rows, 64);
+      const Result<PackedMatrix> packed = pack(w.view());
+      REQUIRE(packed.ok());
+      for (const std::int64_t most : {1, 7, 8, 20, 150, 700}) {
+        const std::size_t bytes = workspace_bytes(*packed, most, 3);
+        for (std::int64_t tokens = 0; tokens <= most; ++tokens) {
+          const auto floats = detail::exact_workspace_floats(packed->view(), tokens, 3, Regime::kAutomatic);
+          REQUIRE(static_cast<std::size_t>(floats) * sizeof(float) <= bytes);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("gemm takes the automatic way, empty matrices and a caller's own list", "[codegemm]") {
+  Rng rng(4);
+  SerialExecutor serial;
+  AlignedBuffer<std::byte> workspace;
+
+  const Format f{4, 1, 8, 64};
+  const QuantizedMatrix w = test::random_quantized(rng, f, 24, 128);
+  const Result<PackedMatrix> packed = pack(w.view());
+  REQUIRE(packed.ok());
+  const std::vector<float> x = rng.normals(3 * 128);
+  std::vector<float> y(3 * 24);
+  REQUIRE(workspace.reserve(workspace_bytes(*packed, 3, 1)));
+  REQUIRE(gemm(*packed, MatrixView<const float>(x.data(), 3, 128), MatrixView<float>(y.data(), 3, 24),
+               workspace.span(), serial)
+              .ok());
+  check_close(y, test::expect(w.view(), x, 3), 24);
+
+  using Short = config_list<CpuV8B8>;
+  const Status refused = gemm<Short>(*packed, MatrixView<const float>(x.data(), 3, 128),
+                                     MatrixView<float>(y.data(), 3, 24), workspace.span(), serial);
+  CHECK(refused.code() == StatusCode::kUnsupported);
+  CHECK(refused.message() == "gemm: no kernel for v = 4, b = 8 in the list of 1 configurations");
+
+  const Result<QuantizedMatrix> no_rows = QuantizedMatrix::create(f, 0, 128);
+  const Result<PackedMatrix> packed_no_rows = pack(no_rows->view());
+  REQUIRE(packed_no_rows.ok());
+  CHECK(workspace_bytes(*packed_no_rows, 3, 1) == 0);
+  CHECK(gemm(*packed_no_rows, MatrixView<const float>(x.data(), 3, 128), MatrixView<float>(nullptr, 3, 0), {},
+             serial)
+            .ok());
+  const Result<QuantizedMatrix> no_cols = QuantizedMatrix::create(f, 24, 0);
+  const Result<PackedMatrix> packed_no_cols = pack(no_cols->view());
+  REQUIRE(packed_no_cols.ok());
+  CHECK(gemm(*packed_no_cols, MatrixView<const float>(nullptr, 3, 0), MatrixView<float>(y.data(), 3, 24), {},
+             serial)
+            .ok());
+  for (const float value : y) CHECK(value == 0.0F);
+  CHECK(gemm(*packed, MatrixView<const float>(nullptr, 0, 128), MatrixView<float>(nullptr, 0, 24), {}, serial)
+            .ok());
+  const PackedMatrix empty;
+  CHECK(
+      gemm(empty, MatrixView<const float>(nullptr, 2, 0), MatrixView<float>(nullptr, 2, 0), {}, serial).ok());
+}
+
+TEST_CASE("gemm refuses wrong calls with the numbers and leaves y alone", "[codegemm]") {
+  Rng rng(6);
+  SerialExecutor serial;
+  const QuantizedMatrix w = test::random_quantized(rng, Format{4, 1, 8, 64}, 24, 128);
+  const Result<PackedMatrix> made = pack(w.view());
+  REQUIRE(made.ok());
+  const PackedMatrix& packed = *made;
+  const std::vector<float> x = rng.normals(2 * 128);
+  std::vector<float> y(2 * 24, 7.0F);
+  AlignedBuffer<std::byte> workspace;
+  const std::size_t bytes = workspace_bytes(packed, 2, 1);
+  REQUIRE(bytes > 0);
+  REQUIRE(workspace.reserve(bytes + 64));
+  const MatrixView<const float> x_ok(x.data(), 2, 128);
+  const MatrixView<float> y_ok(y.data(), 2, 24);
+  const auto refuse = [&](MatrixView<const float> xv, MatrixView<float> yv, std::span<std::byte> space,
+                          StatusCode code, const std::string& text) {
+    const Status status = gemm(packed, xv, yv, space, serial);
+    CHECK(status.code() == code);
+    CHECK(status.message() == text);
+    for (const float value : y) CHECK(value == 7.0F);
+  };
+  const std::span<std::byte> space = workspace.span();
+  refuse({nullptr, 2, 128}, y_ok, space, StatusCode::kNullPointer, "gemm: x is null");
+  refuse(x_ok, {nullptr, 2, 24}, space, StatusCode::kNullPointer, "gemm: y is null");
+  refuse({x.data(), 2, 124}, y_ok, space, StatusCode::kShapeMismatch,
+         "gemm: x has 124 columns, the weights have K = 128");
+  refuse(x_ok, {y.data(), 2, 23}, space, StatusCode::kShapeMismatch,
+         "gemm: y has 23 columns, the weights have N = 24");
+  refuse({x.data(), 1, 128}, y_ok, space, StatusCode::kShapeMismatch, "gemm: x has 1 rows (tokens), y has 2");
+  refuse({x.data(), -1, 128}, {y.data(), -1, 24}, space, StatusCode::kInvalidArgument,
+         "gemm: x has -1 rows, y has -1");
+  refuse({x.data(), 2, 128, 127}, y_ok, space, StatusCode::kInvalidArgument,
+         "gemm: x has stride 127, below its 128 columns");
+  refuse(x_ok, {y.data(), 2, 24, 20}, space, StatusCode::kInvalidArgument,
+         "gemm: y has stride 20, below its 24 columns");
+  refuse(x_ok, y_ok, space.first(bytes - 1), StatusCode::kWorkspaceTooSmall,
+         concat("gemm: workspace has ", bytes - 1, " bytes, 2 tokens on 1 workers need ", bytes));
+  refuse(x_ok, y_ok, {}, StatusCode::kWorkspaceTooSmall,
+         concat("gemm: workspace has 0 bytes, 2 tokens on 1 workers need ", bytes));
+  refuse(x_ok, y_ok, space.subspan(4), StatusCode::kMisaligned,
+         "gemm: workspace is 4 bytes beyond a multiple of 64");
+}

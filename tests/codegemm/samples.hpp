@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// tests/codegemm/samples.hpp - random quantized matrices and the error that fp32 may make on them.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <vector>
+
+#include <codegemm/quantized_matrix.hpp>
+#include <codegemm/reference.hpp>
+#include <support/random.hpp>
+
+namespace codegemm::test {
+
+/// Random codes, with the first and last centroid among them; codebooks of mean 0; scales of both signs, with
+/// a zero and a subnormal one.
+[[nodiscard]] inline QuantizedMatrix random_quantized(Rng& rng, Format f, std::int64_t rows,
+                                                      std::int64_t cols) {
+  Result<QuantizedMatrix> made = QuantizedMatrix::create(f, rows, cols);
+  if (!made.ok()) throw std::runtime_error(made.status().message());
+  QuantizedMatrix& w = *made;
+  for (Half& value : w.codebooks()) value = Half::from_float(rng.normal());
+  for (Half& value : w.scales())
+    value = Half::from_float(rng.uniform(0.01F, 0.1F) * (rng.below(4) == 0 ? -1.0F : 1.0F));
+  if (w.scales().size() > 3) {
+    w.scales()[1] = Half{};
+    w.scales()[2] = Half{0x0123};
+  }
+  for (std::int64_t c = 0; c < f.m; ++c) {
+    for (std::int64_t n = 0; n < rows; ++n) {
+      for (std::int64_t j = 0; j < cols / f.v; ++j) {
+        const std::int64_t pick = rng.below(8);
+        const std::int64_t code = pick == 0 ? 0 : pick == 1 ? f.centroids() - 1 : rng.below(f.centroids());
+        w.set_code(c, n, j, static_cast<std::uint32_t>(code));
+      }
+    }
+  }
+  return std::move(*made);
+}
+
+/// What a multiplication should give and how far off each element may be.
+struct Expected {
+  std::vector<double> y;      // [T][N]
+  std::vector<double> bound;  // [T][N]
+};
+
+/// The bound is that of fp32 sums in any order: every term |s * C_c[k] * x[k]| goes through at most v + m * K
+/// / v additions and a few products, each off by 2^-24 of its result.
+[[nodiscard]] inline Expected expect(const QuantizedMatrixView& w, const std::vector<float>& x,
+                                     std::int64_t tokens) {
+  const std::int64_t n_count = w.rows;
+  const std::int64_t v = w.format.v;
+  Expected out;
+  out.y.assign(static_cast<std::size_t>(tokens * n_count), 0.0);
+  out.bound.assign(static_cast<std::size_t>(tokens * n_count), 0.0);
+  for (std::int64_t n = 0; n < n_count; ++n) {
+    for (std::int64_t k = 0; k < w.cols; ++k) {
+      double weight = 0.0;
+      double size = 0.0;
+      for (std::int64_t c = 0; c < w.format.m; ++c) {
+        const std::int64_t centroid = c * w.format.centroids() + w.code(c, n, k / v);
+        const auto value = static_cast<double>(w.codebooks[centroid * v + k % v].to_float());
+        weight += value;
+        size += std::fabs(value);
+      }
+      weight *= static_cast<double>(w.scale(n, k));
+      size *= std::fabs(static_cast<double>(w.scale(n, k)));
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        const auto xk = static_cast<double>(x[static_cast<std::size_t>(t * w.cols + k)]);
+        out.y[static_cast<std::size_t>(t * n_count + n)] += weight * xk;
+        out.bound[static_cast<std::size_t>(t * n_count + n)] += size * std::fabs(xk);
+      }
+    }
+  }
+  const double additions = static_cast<double>(v + w.format.m * (w.cols / v) + 4);
+  for (double& bound : out.bound) {
+    bound = additions * 0x1p-24 * bound + static_cast<double>(std::numeric_limits<float>::denorm_min());
+  }
+  return out;
+}
+
+}  // namespace codegemm::test
