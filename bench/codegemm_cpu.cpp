@@ -3,7 +3,7 @@
 // bench/codegemm_cpu.cpp - gemm() on the CPU against Eigen's fp32 product, both with weights out of memory:
 // so many copies take turns that no cache holds them.
 
-#ifndef NDEBUG
+#if !defined(NDEBUG) && !defined(__clang_analyzer__)
 #error "Benchmarks must be built in Release mode: cmake --preset bench"
 #endif
 
@@ -27,14 +27,15 @@
 
 #include <CLI/CLI.hpp>
 #include <Eigen/Dense>
-#include <bench/support/machine.hpp>
-#include <bench/support/problems.hpp>
-#include <bench/support/report.hpp>
 
 #include <codegemm/base/thread_pool.hpp>
 #include <codegemm/gemm.hpp>
 #include <codegemm/reference.hpp>
 #include <support/random.hpp>
+
+#include "support/machine.hpp"
+#include "support/problems.hpp"
+#include "support/report.hpp"
 
 namespace codegemm::bench {
 namespace {

@@ -11,8 +11,9 @@
 
 #include <nlohmann/json.hpp>
 
-#include <bench/support/machine.hpp>
 #include <codegemm/base/status.hpp>
+
+#include "machine.hpp"
 
 namespace codegemm::bench {
 

@@ -25,9 +25,10 @@ class Conversation {
                                                                               : tokenizer.chat_template()))) {}
 
   /// Tokens of a message of the user, up to where the assistant's answer begins. For every message but the
-  /// first, the end of the answer before it comes first.
-  [[nodiscard]] std::vector<std::int32_t> user(std::string text) {
-    messages_.push_back({"user", std::move(text)});
+  /// first, the end of the answer before it comes first. What the user says is text whatever it contains: a
+  /// "<|im_end|>" in a document ends nothing.
+  [[nodiscard]] std::vector<std::int32_t> user(const std::string& text) {
+    messages_.push_back({"user", std::string(kQuestion)});
     std::string added = render();
     const bool first = messages_.size() == 1;
     if (!first) {
@@ -35,16 +36,25 @@ class Conversation {
       if (at == std::string::npos) throw UserError("the chat template does not repeat the assistant's message");
       added.erase(0, at + kAnswer.size());
     }
+    const std::size_t question = added.rfind(kQuestion);
+    if (question == std::string::npos) throw UserError("the chat template does not show the user's message");
+    messages_.push_back({"assistant", std::string(kAnswer)});
+
     // A template that writes the BOS token itself must not get a second one.
     const std::string_view bos = tokenizer_->token_text(tokenizer_->bos());
-    EncodeOptions options;
-    options.add_bos = first && tokenizer_->adds_bos() && (bos.empty() || !added.starts_with(bos));
-    messages_.push_back({"assistant", std::string(kAnswer)});
-    return unwrap(tokenizer_->encode(added, options));
+    const bool add_bos = first && tokenizer_->adds_bos() && (bos.empty() || !added.starts_with(bos));
+    std::vector<std::int32_t> tokens = unwrap(tokenizer_->encode(added.substr(0, question), {true, add_bos}));
+    for (const auto& [part, special] : {std::pair<std::string_view, bool>(text, false),
+                                        {std::string_view(added).substr(question + kQuestion.size()), true}}) {
+      const std::vector<std::int32_t> more = unwrap(tokenizer_->encode(part, {special, false}));
+      tokens.insert(tokens.end(), more.begin(), more.end());
+    }
+    return tokens;
   }
 
  private:
   static constexpr std::string_view kAnswer = "@@the-answer-stands-here@@";
+  static constexpr std::string_view kQuestion = "@@the-question-stands-here@@";
   // For models that come without a template.
   static constexpr std::string_view kPlainTemplate =
       "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}"
@@ -57,7 +67,7 @@ class Conversation {
 
   const Tokenizer* tokenizer_;
   ChatTemplate template_;
-  std::vector<ChatMessage> messages_;  // an assistant's message stands there as kAnswer
+  std::vector<ChatMessage> messages_;  // what was said stands there as kQuestion and kAnswer
 };
 
 }  // namespace prefillshare::examples

@@ -211,8 +211,8 @@ inline void dequantize(const BlockQ4_K& b, float* out) {
     unpack_scale_min(b.scales, j, scale, minimum);
     const float s = d * static_cast<float>(scale);
     const float m = dmin * static_cast<float>(minimum);
-    const std::uint8_t* qs = &b.qs[32 * (j / 2)];
-    for (int i = 0; i < 32; ++i) out[32 * j + i] = s * static_cast<float>((qs[i] >> (4 * (j % 2))) & 15) - m;
+    for (int i = 0; i < 32; ++i)
+      out[32 * j + i] = s * static_cast<float>((b.qs[32 * (j / 2) + i] >> (4 * (j % 2))) & 15) - m;
   }
 }
 
@@ -225,9 +225,8 @@ inline void dequantize(const BlockQ5_K& b, float* out) {
     unpack_scale_min(b.scales, j, scale, minimum);
     const float s = d * static_cast<float>(scale);
     const float m = dmin * static_cast<float>(minimum);
-    const std::uint8_t* qs = &b.qs[32 * (j / 2)];
     for (int i = 0; i < 32; ++i) {
-      const int q = ((qs[i] >> (4 * (j % 2))) & 15) | (((b.qh[i] >> j) & 1) << 4);
+      const int q = ((b.qs[32 * (j / 2) + i] >> (4 * (j % 2))) & 15) | (((b.qh[i] >> j) & 1) << 4);
       out[32 * j + i] = s * static_cast<float>(q) - m;
     }
   }

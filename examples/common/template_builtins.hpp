@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// common/template_builtins.hpp - the string methods, filters and tests that chat templates use, with Python's
-// results. Layer: examples (host only).
+// common/template_builtins.hpp - the string methods and tests that chat templates use, with Python's results.
+// Layer: examples (host only).
 #pragma once
 
 #include <algorithm>

@@ -4,8 +4,7 @@
 // Layer: examples (host only).
 // The rules are those of Jinja 3.1 with trim_blocks and lstrip_blocks on: the newline after a block tag goes,
 // and so do the blanks before a block tag that is the first thing on its line; "-" strips all white space on
-// its side,
-// "+" keeps it.
+// its side, "+" keeps it.
 #pragma once
 
 #include <charconv>

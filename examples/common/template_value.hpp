@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// common/template_value.hpp - the values that a chat template computes with, and the limits it computes
-// under. Layer: examples (host only). See: common/chat_template.hpp, the head of this group of files.
+// common/template_value.hpp - the values that a chat template computes with, and the limits that it has.
+// Layer: examples (host only).
+// See: common/chat_template.hpp, the head of this group of files.
 #pragma once
 
 #include <charconv>

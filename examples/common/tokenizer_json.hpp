@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// common/tokenizer_json.hpp - the tokenizer of a Hugging Face model folder (tokenizer.json,
-// tokenizer_config.json). Layer: examples (host only). Reads BPE models of the byte-level kind. Anything in
-// the file that would change the ids and is not known here is refused by name: a tokenizer that is almost
+// common/tokenizer_json.hpp - the tokenizer of a Hugging Face model folder.
+// Layer: examples (host only).
+// Reads tokenizer.json (BPE models of the byte-level kind), tokenizer_config.json and chat_template.jinja.
+// Anything that would change the ids and is not known here is refused by name: a tokenizer that is almost
 // right is worse than none.
 #pragma once
 

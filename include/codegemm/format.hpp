@@ -40,7 +40,7 @@ struct Format {
   /// Scales along a row of `cols` weights; the last one may cover less than g.
   [[nodiscard]] constexpr std::int64_t scale_groups(std::int64_t cols) const noexcept {
     if (cols == 0) return 0;
-    return g < 0 ? 1 : (cols + g - 1) / g;
+    return g <= 0 ? 1 : (cols + g - 1) / g;
   }
 
   friend constexpr bool operator==(const Format&, const Format&) = default;

@@ -120,11 +120,14 @@ template <class Config, int Tokens>
   const GatherPlan plan = plan_of<Config, Tokens>(w, device, tuning);
   args.granules_per_block = plan.granules_per_block;
   args.tiles_per_block = plan.tiles_per_block;
+  args.warps_per_owner = (Config::kThreads / 32 + plan.splits - 1) / plan.splits;
+  args.splits_inverse = (65536U + static_cast<unsigned>(plan.splits) - 1U) / static_cast<unsigned>(plan.splits);
   args.rounds_ahead = tuning.rounds_ahead;
   args.counters = static_cast<unsigned*>(workspace);
-  args.partials = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + GatherPlan::counter_bytes(w.layout));
+  args.partials = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + plan.counter_bytes());
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(plan.splits), static_cast<unsigned>(plan.chunks));
+  shape.grid = dim3(static_cast<unsigned>(plan.splits), static_cast<unsigned>(plan.chunks),
+                    static_cast<unsigned>(plan.groups));
   shape.threads = Config::kThreads;
   shape.shared_bytes = plan.shared_bytes;
   shape.cluster = plan.cluster ? static_cast<unsigned>(plan.splits) : 0;
@@ -171,7 +174,7 @@ template <class Configs = GatherConfigs, class X, class Y>
     return error(StatusCode::kUnsupported, "cuda gemm: ", p.x.rows, " tokens, but there are kernels for up to ",
                  kMaxGatherTokens);
   }
-  if (p.tuning.cluster < 0 || p.tuning.cluster > 8 || p.tuning.rounds_ahead < 0 || p.tuning.rounds_ahead > 15 ||
+  if (p.tuning.cluster < 1 || p.tuning.cluster > 8 || p.tuning.rounds_ahead < 0 || p.tuning.rounds_ahead > 15 ||
       p.tuning.shared_bytes < 0) {
     return error(StatusCode::kInvalidArgument, "cuda gemm: tuning with clusters of ", p.tuning.cluster, ", ",
                  p.tuning.rounds_ahead, " rounds ahead, ", p.tuning.shared_bytes, " bytes of shared memory");

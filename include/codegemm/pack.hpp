@@ -88,6 +88,7 @@ namespace detail {
 // Vectors in a tile: as many as the tables allow, but so that tiles and scale groups share their borders
 // where that costs less than half of the tile.
 [[nodiscard]] inline std::int64_t choose_tile_vectors(Format f, std::int64_t vectors) {
+  CODEGEMM_ASSERT(f.m > 0 && f.v > 0);
   const std::int64_t entries = std::min(CpuTiles::kMaxEntries, CpuTiles::kTableFloats / f.centroids());
   const std::int64_t most = std::max<std::int64_t>(1, entries / f.m);
   if (f.g < 0 || vectors <= most) return most;

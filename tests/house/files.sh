@@ -86,13 +86,6 @@ for file in "${text[@]}"; do
   [[ ! -s $file || $(tail -c1 "$file" | od -An -c | tr -d ' ') == '\n' ]] || fault "$file: does not end with a newline"
 done
 
-# Each example says how it is run as a test.
-for file in "${files[@]}"; do
-  if [[ $file == examples/[0-9][0-9]_*.cpp ]]; then
-    grep -q '^// test:' "$file" || fault "$file: has no line '// test: ARGUMENTS' (see CONTRIBUTING.md)"
-  fi
-done
-
 if ((faults > 0)); then
   echo "files: $faults faults"
   exit 1

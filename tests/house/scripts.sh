@@ -16,8 +16,8 @@ fault() {
 
 while IFS= read -r file; do
   bash -n "$file" || fault "$file: does not parse"
-  [[ $file != scripts/lib.sh ]] || continue
-  grep -q '^set -euo pipefail$' "$file" || fault "$file: has no 'set -euo pipefail'"
+  # Directly, or by way of lib.sh.
+  grep -qE '^set -euo pipefail$|^source .*/lib\.sh"$' "$file" || fault "$file: has no 'set -euo pipefail'"
 done < <(find scripts tests .ci -type f \( -path 'scripts/*' ! -name '*.txt' -o -path '.ci/run' -o -name '*.sh' \) | LC_ALL=C sort)
 
 for script in demo test bench fetch-model lint fuzz; do

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/peer/tokenizer_tool.cpp - prints the token ids of every line of a file, for comparison with another
-// tokenizer.
+// tests/peer/tokenizer_tool.cpp - prints token ids and rendered chats, for comparison with other programs.
 //   tokenizer_tool MODEL LINES [--plain]   one JSON array a line; a line ends at "\n" and nowhere else
 //   tokenizer_tool MODEL --chat FILE       the model's chat template rendered on FILE: {"messages": [...],
 //                                         "add_generation_prompt": true}; printed as one JSON string

@@ -27,7 +27,8 @@ struct MatrixView {
       : data(data_), rows(rows_), cols(cols_), stride(stride_) {}
   /// A view to read from, out of a view to write to.
   template <class U, class = std::enable_if_t<std::is_same_v<T, const U>>>
-  CODEGEMM_HOST_DEVICE constexpr MatrixView(const MatrixView<U>& other)  // NOLINT(google-explicit-constructor)
+  // NOLINTNEXTLINE(google-explicit-constructor): implicit, as T* becomes const T*
+  CODEGEMM_HOST_DEVICE constexpr MatrixView(const MatrixView<U>& other)
       : data(other.data), rows(other.rows), cols(other.cols), stride(other.stride) {}
 
   [[nodiscard]] CODEGEMM_HOST_DEVICE constexpr T* row(std::int64_t r) const { return data + r * stride; }

@@ -113,17 +113,13 @@ void store_sums(MatrixView<float> y, std::int64_t first_token, std::int64_t toke
   }
 }
 
-/// store_sums() for lanes known when the program runs.
-inline void store_sums(int lanes, MatrixView<float> y, std::int64_t first_token, std::int64_t tokens,
-                       std::int64_t first_row, std::int64_t count, const float* sums, std::int64_t splits,
-                       std::int64_t split_floats) {
-  if (lanes == 8) {
-    store_sums<8>(y, first_token, tokens, first_row, count, sums, splits, split_floats);
-  } else if (lanes == 4) {
-    store_sums<4>(y, first_token, tokens, first_row, count, sums, splits, split_floats);
-  } else {
-    store_sums<1>(y, first_token, tokens, first_row, count, sums, splits, split_floats);
-  }
+using StoreSums = void (*)(MatrixView<float>, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+                           const float*, std::int64_t, std::int64_t);
+
+/// store_sums() for 1, 4 or 8 lanes.
+[[nodiscard]] inline StoreSums store_sums_for(int lanes) noexcept {
+  constexpr StoreSums kByLanes[] = {&store_sums<1>, &store_sums<4>, &store_sums<8>};
+  return kByLanes[lanes / 4];
 }
 
 /// y = x W^T through Psumbooks. T, N, K > 0; the workspace is make_psumbook_plan()'s.
@@ -158,7 +154,7 @@ inline void run_psumbook(const CpuKernels& kernels, const GemmArgs& args, Execut
     run_psumbook_task(kernels, args, plan, task, scratch, part, sums);
     if (plan.splits > 1) return;
     const std::int64_t rows = std::min(task.blocks * kPackedRows, w.rows - first_row);
-    store_sums(task.lanes, args.y, task.first_token, task.tokens, first_row, rows, sums, 1, 0);
+    store_sums_for(task.lanes)(args.y, task.first_token, task.tokens, first_row, rows, sums, 1, 0);
   });
   if (plan.splits == 1) return;
 
@@ -171,7 +167,8 @@ inline void run_psumbook(const CpuKernels& kernels, const GemmArgs& args, Execut
     const int lanes = plan.lanes(token_block);
     const std::int64_t tokens = std::min<std::int64_t>(lanes, plan.tokens - token_block * 8);
     const float* const sums = partial + token_block * w.padded_rows() * 8 + first_row * lanes;
-    store_sums(lanes, args.y, token_block * 8, tokens, first_row, rows, sums, plan.splits, plan.split_floats);
+    store_sums_for(lanes)(args.y, token_block * 8, tokens, first_row, rows, sums, plan.splits,
+                          plan.split_floats);
   });
 }
 

@@ -40,7 +40,7 @@ template <int kLanes, int kCodeBits>
 void gather_portable(const GatherArgs& a) {
   constexpr std::int64_t kTable = (std::int64_t{1} << kCodeBits) * kLanes;
   for (std::int64_t block = 0; block < a.blocks; ++block) {
-    float sum[std::size_t{kPackedRows * kLanes}] = {};
+    float sum[kPackedRows * std::size_t{kLanes}] = {};
     float* const part = a.part + block * kPackedRows * kLanes;
     if (!a.first) {
       for (int i = 0; i < kPackedRows * kLanes; ++i) sum[i] = part[i];
@@ -119,8 +119,8 @@ CODEGEMM_TARGET_AVX2 inline void add_word_avx2(const std::uint64_t* word, const 
 
 template <int kCodeBits>
 CODEGEMM_TARGET_AVX2 void gather1_avx2(const GatherArgs& a) {
-  constexpr int kTable = 1 << kCodeBits;
-  constexpr int kTableBytes = kTable * 4;
+  constexpr std::int64_t kTable = std::int64_t{1} << kCodeBits;
+  constexpr int kTableBytes = 4 << kCodeBits;
   const __m128 zero = _mm_setzero_ps();
   for (std::int64_t block = 0; block < a.blocks; ++block) {
     Sums1 sums{zero, zero, zero, zero, zero, zero, zero, zero};

@@ -4,6 +4,7 @@
 // Layer: cpu (host only).
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -45,14 +46,42 @@ void build_psumbook_portable(const PsumbookArgs& a) {
   }
 }
 
+// Elements of a vector of x that are held in registers at a time.
+template <int kVecLen>
+inline constexpr int kHeldElements = std::min(kVecLen, 8);
+
 #if CODEGEMM_HAS_AVX2
 
-// One token: eight centroids in the lanes, out of the transposed codebook; at most eight elements of x in
-// registers at a time.
+// One token: eight centroids in the lanes, out of the transposed codebook.
 template <int kVecLen>
 CODEGEMM_TARGET_AVX2 void build_psumbook1_avx2(const PsumbookArgs& a) {
-  constexpr int kHeld = kVecLen < 8 ? kVecLen : 8;
-  for (std::int64_t j = 0; j < a.vectors; ++j) {
+  constexpr int kHeld = kHeldElements<kVecLen>;
+  std::int64_t j = 0;
+  if constexpr (kVecLen <= 4) {  // two vectors of x share the loads of the codebook
+    for (; j + 1 < a.vectors; j += 2) {
+      __m256 x[2 * std::size_t{kVecLen}];
+      CODEGEMM_UNROLL
+      for (int d = 0; d < 2 * kVecLen; ++d) x[d] = _mm256_broadcast_ss(a.x + j * kVecLen + d);
+      for (std::int64_t c = 0; c < a.codebook_count; ++c) {
+        const float* const codebook = a.codebooks_transposed + c * kVecLen * a.centroids;
+        float* const out0 = a.tables + (j * a.codebook_count + c) * a.centroids;
+        float* const out1 = out0 + a.codebook_count * a.centroids;
+        for (std::int64_t i = 0; i < a.centroids; i += 8) {
+          __m256 sum0 = _mm256_setzero_ps();
+          __m256 sum1 = _mm256_setzero_ps();
+          CODEGEMM_UNROLL
+          for (int d = 0; d < kVecLen; ++d) {
+            const __m256 elements = _mm256_loadu_ps(codebook + d * a.centroids + i);
+            sum0 = _mm256_fmadd_ps(elements, x[d], sum0);
+            sum1 = _mm256_fmadd_ps(elements, x[kVecLen + d], sum1);
+          }
+          _mm256_store_ps(out0 + i, sum0);
+          _mm256_store_ps(out1 + i, sum1);
+        }
+      }
+    }
+  }
+  for (; j < a.vectors; ++j) {
     for (int first = 0; first < kVecLen; first += kHeld) {
       __m256 x[std::size_t{kHeld}];
       CODEGEMM_UNROLL
@@ -61,7 +90,8 @@ CODEGEMM_TARGET_AVX2 void build_psumbook1_avx2(const PsumbookArgs& a) {
         const float* const codebook = a.codebooks_transposed + (c * kVecLen + first) * a.centroids;
         float* const out = a.tables + (j * a.codebook_count + c) * a.centroids;
         for (std::int64_t i = 0; i < a.centroids; i += 8) {
-          __m256 sum = first == 0 ? _mm256_setzero_ps() : _mm256_load_ps(out + i);
+          __m256 sum = _mm256_setzero_ps();
+          if (first != 0) sum = _mm256_load_ps(out + i);
           CODEGEMM_UNROLL
           for (int d = 0; d < kHeld; ++d) {
             sum = _mm256_fmadd_ps(_mm256_loadu_ps(codebook + d * a.centroids + i), x[d], sum);
@@ -76,12 +106,12 @@ CODEGEMM_TARGET_AVX2 void build_psumbook1_avx2(const PsumbookArgs& a) {
 // Eight tokens in the lanes; a centroid's elements are broadcast, for two vectors of x where registers allow.
 template <int kVecLen>
 CODEGEMM_TARGET_AVX2 void build_psumbook8_avx2(const PsumbookArgs& a) {
-  constexpr int kHeld = kVecLen < 8 ? kVecLen : 8;
+  constexpr int kHeld = kHeldElements<kVecLen>;
   const std::int64_t count = a.codebook_count * a.centroids;
   std::int64_t j = 0;
   if constexpr (kVecLen <= 4) {
     for (; j + 1 < a.vectors; j += 2) {
-      __m256 x[std::size_t{2 * kVecLen}];
+      __m256 x[2 * std::size_t{kVecLen}];
       CODEGEMM_UNROLL
       for (int d = 0; d < 2 * kVecLen; ++d) x[d] = _mm256_load_ps(a.x + (j * kVecLen + d) * 8);
       const float* centroid = a.codebooks;
@@ -108,7 +138,8 @@ CODEGEMM_TARGET_AVX2 void build_psumbook8_avx2(const PsumbookArgs& a) {
       for (int d = 0; d < kHeld; ++d) x[d] = _mm256_load_ps(a.x + (j * kVecLen + first + d) * 8);
       const float* centroid = a.codebooks + first;
       for (std::int64_t i = 0; i < count; ++i, centroid += kVecLen) {
-        __m256 sum = first == 0 ? _mm256_setzero_ps() : _mm256_load_ps(out + i * 8);
+        __m256 sum = _mm256_setzero_ps();
+        if (first != 0) sum = _mm256_load_ps(out + i * 8);
         CODEGEMM_UNROLL
         for (int d = 0; d < kHeld; ++d) sum = _mm256_fmadd_ps(_mm256_broadcast_ss(centroid + d), x[d], sum);
         _mm256_store_ps(out + i * 8, sum);
@@ -120,7 +151,7 @@ CODEGEMM_TARGET_AVX2 void build_psumbook8_avx2(const PsumbookArgs& a) {
 // Four tokens in the lanes.
 template <int kVecLen>
 CODEGEMM_TARGET_AVX2 void build_psumbook4_avx2(const PsumbookArgs& a) {
-  constexpr int kHeld = kVecLen < 8 ? kVecLen : 8;
+  constexpr int kHeld = kHeldElements<kVecLen>;
   const std::int64_t count = a.codebook_count * a.centroids;
   for (std::int64_t j = 0; j < a.vectors; ++j) {
     float* const out = a.tables + j * count * 4;
@@ -130,7 +161,8 @@ CODEGEMM_TARGET_AVX2 void build_psumbook4_avx2(const PsumbookArgs& a) {
       for (int d = 0; d < kHeld; ++d) x[d] = _mm_load_ps(a.x + (j * kVecLen + first + d) * 4);
       const float* centroid = a.codebooks + first;
       for (std::int64_t i = 0; i < count; ++i, centroid += kVecLen) {
-        __m128 sum = first == 0 ? _mm_setzero_ps() : _mm_load_ps(out + i * 4);
+        __m128 sum = _mm_setzero_ps();
+        if (first != 0) sum = _mm_load_ps(out + i * 4);
         CODEGEMM_UNROLL
         for (int d = 0; d < kHeld; ++d) sum = _mm_fmadd_ps(_mm_broadcast_ss(centroid + d), x[d], sum);
         _mm_store_ps(out + i * 4, sum);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/attention/cpu_kernels.hpp - the attention kernels for each instruction set, chosen when first used.
-// Layer: attention (host only).
+// prefillshare/attention/cpu_kernels.hpp - the attention kernels for each instruction set, chosen when first
+// used. Layer: attention (host only).
 #pragma once
 
 #include <cstddef>
@@ -16,8 +16,8 @@ alignas(64) inline constexpr float kZeros[kMaxHeadDim] = {};
 
 /// 4 lanes: SSE2, NEON, or whatever the compiler makes of it.
 namespace portable {
-inline constexpr int kLanes = 4;
-inline constexpr int kVectors = 2;
+inline constexpr std::int64_t kLanes = 4;
+inline constexpr std::int64_t kVectors = 2;
 #include <prefillshare/attention/cpu_kernels.inl>
 }  // namespace portable
 
@@ -30,9 +30,9 @@ inline constexpr int kVectors = 2;
 #pragma GCC target("avx2,fma")
 #endif
 namespace avx2 {
-inline constexpr int kLanes = 8;
-inline constexpr int kVectors = 2;
-#include <prefillshare/attention/cpu_kernels.inl>
+inline constexpr std::int64_t kLanes = 8;
+inline constexpr std::int64_t kVectors = 2;
+#include <prefillshare/attention/cpu_kernels.inl>  // NOLINT(readability-duplicate-include)
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -44,18 +44,19 @@ inline constexpr int kVectors = 2;
 
 struct AttentionKernels {
   const char* name;
-  void (*attend_rows)(const AttentionProblem& problem, int kv_head, std::int64_t first_row, std::int64_t count,
-                      float* memory);
-  void (*attend_keys)(const AttentionProblem& problem, int kv_head, std::int64_t first_key, std::int64_t end_key,
-                      float* memory, float* partial);
-  void (*merge_splits)(const float* partial, std::int64_t splits, std::int64_t split_stride, std::int64_t head_dim,
-                       float* out);
+  void (*attend_rows)(const AttentionProblem& problem, int kv_head, std::int64_t first_row,
+                      std::int64_t count, float* memory);
+  void (*attend_keys)(const AttentionProblem& problem, int kv_head, std::int64_t first_key,
+                      std::int64_t end_key, float* memory, float* partial);
+  void (*merge_splits)(const float* partial, std::int64_t splits, std::int64_t split_stride,
+                       std::int64_t head_dim, float* out);
 };
 
-inline constexpr AttentionKernels kPortableKernels = {"portable", portable::attend_rows, portable::attend_keys,
-                                                      portable::merge_splits};
+inline constexpr AttentionKernels kPortableKernels = {"portable", portable::attend_rows,
+                                                      portable::attend_keys, portable::merge_splits};
 #if defined(__x86_64__)
-inline constexpr AttentionKernels kAvx2Kernels = {"avx2", avx2::attend_rows, avx2::attend_keys, avx2::merge_splits};
+inline constexpr AttentionKernels kAvx2Kernels = {"avx2", avx2::attend_rows, avx2::attend_keys,
+                                                  avx2::merge_splits};
 #endif
 
 /// The best this machine runs.

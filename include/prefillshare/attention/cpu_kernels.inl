@@ -7,10 +7,10 @@
 // and with the compiler's target set. Templates and inline functions of others are not used here: an
 // instance made under this target could be the one the linker keeps for all.
 
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
-typedef std::uint32_t BitVec __attribute__((vector_size(kLanes * sizeof(std::uint32_t))));
-typedef float Vec8 __attribute__((vector_size(8 * sizeof(float))));
-typedef float Vec4 __attribute__((vector_size(4 * sizeof(float))));
+using Vec [[gnu::vector_size(kLanes * sizeof(float))]] = float;
+using BitVec [[gnu::vector_size(kLanes * sizeof(std::uint32_t))]] = std::uint32_t;
+using Vec8 [[gnu::vector_size(8 * sizeof(float))]] = float;
+using Vec4 [[gnu::vector_size(4 * sizeof(float))]] = float;
 
 template <class V>
 [[gnu::always_inline]] inline void load(V& vector, const float* from) {
@@ -127,7 +127,7 @@ template <class Op>
 /// One row of kKeyTile scores becomes weights 2^(score - maximum); maximum and sum run along. Returns the
 /// factor by which what was summed before must shrink.
 [[gnu::always_inline]] inline float softmax_row(float* scores, float& maximum, float& sum) {
-  constexpr int kCount = kKeyTile / kLanes;
+  constexpr std::int64_t kCount = kKeyTile / kLanes;
   Vec peak;
   load(peak, scores);
 #pragma GCC unroll 16
@@ -203,7 +203,8 @@ inline void transpose_keys(const float* const* k_rows, std::int64_t head_dim, fl
 }
 
 /// to += weight * from, `count` floats, a multiple of 8.
-[[gnu::always_inline]] inline void add_scaled(float weight, const float* from, std::int64_t count, float* to) {
+[[gnu::always_inline]] inline void add_scaled(float weight, const float* from, std::int64_t count,
+                                              float* to) {
   for (std::int64_t d = 0; d < count; d += 8) {
     Vec8 a, b;
     load(a, from + d);
@@ -215,8 +216,8 @@ inline void transpose_keys(const float* const* k_rows, std::int64_t head_dim, fl
 
 /// Attention of rows [first_row, first_row + count) of a K/V head over all keys they may see. A row's
 /// result does not depend on the rows beside it: tiles of keys it sees nothing of leave it bit for bit.
-inline void attend_rows(const AttentionProblem& problem, int kv_head, std::int64_t first_row, std::int64_t count,
-                        float* memory) {
+inline void attend_rows(const AttentionProblem& problem, int kv_head, std::int64_t first_row,
+                        std::int64_t count, float* memory) {
   const std::int64_t head_dim = problem.kv.head_dim;
   const TileScratch scratch(memory, head_dim);
   const std::int64_t padded = (count + kRowPad - 1) / kRowPad * kRowPad;
@@ -235,7 +236,8 @@ inline void attend_rows(const AttentionProblem& problem, int kv_head, std::int64
     find_rows(problem, kv_head, key, end, k_rows, v_rows);
     transpose_keys(k_rows, head_dim, scratch.k_transposed);
     for (int i = 0; i < kKeyTile; ++i) {
-      __builtin_memcpy(scratch.v + i * head_dim, v_rows[i], static_cast<std::size_t>(head_dim) * sizeof(float));
+      __builtin_memcpy(scratch.v + i * head_dim, v_rows[i],
+                       static_cast<std::size_t>(head_dim) * sizeof(float));
     }
     for (std::int64_t r = 0; r < padded; r += kRowPad) {
       const std::int64_t last = r + kRowPad <= count ? r + kRowPad - 1 : count - 1;
@@ -250,14 +252,15 @@ inline void attend_rows(const AttentionProblem& problem, int kv_head, std::int64
         const std::int64_t keys = problem.position(first_row + row) - key + 1;
         seen[i] = keys < 0 ? 0 : keys < kKeyTile ? keys : kKeyTile;
         all = seen[i] < all ? seen[i] : all;
-        for (std::int64_t j = seen[i]; j < kKeyTile; ++j) scratch.scores[i * kKeyTile + j] = -__builtin_inff();
+        for (std::int64_t j = seen[i]; j < kKeyTile; ++j)
+          scratch.scores[i * kKeyTile + j] = -__builtin_inff();
       }
       float factor[kRowPad];
       for (std::int64_t i = 0; i < kRowPad; ++i) {
         factor[i] = softmax_row(scratch.scores + i * kKeyTile, scratch.maximum[r + i], scratch.sum[r + i]);
       }
-      multiply_add_columns(scratch.scores, kKeyTile, scratch.v, head_dim, all, scratch.out + r * head_dim, head_dim,
-                           head_dim, factor);
+      multiply_add_columns(scratch.scores, kKeyTile, scratch.v, head_dim, all, scratch.out + r * head_dim,
+                           head_dim, head_dim, factor);
       // On the diagonal the rest goes row by row: 0 times a later token's infinity would be NaN.
       for (std::int64_t i = 0; i < kRowPad; ++i) {
         for (std::int64_t j = all; j < seen[i]; ++j) {
@@ -286,8 +289,9 @@ inline void attend_rows(const AttentionProblem& problem, int kv_head, std::int64
 /// Scores of Count rows of Q with 4 keys read where they lie: scores[r][0 .. 3]. Reading ahead in the four
 /// rows of `ahead`: pages lie anywhere, so the hardware does not guess them.
 template <std::size_t Count>
-[[gnu::always_inline]] inline void dot_products(const float* q, std::int64_t head_dim, const float* const* k_rows,
-                                                const float* const* ahead, float* scores) {
+[[gnu::always_inline]] inline void dot_products(const float* q, std::int64_t head_dim,
+                                                const float* const* k_rows, const float* const* ahead,
+                                                float* scores) {
   const auto width = static_cast<std::size_t>(head_dim);
   Vec sum[Count][4] = {};
   std::int64_t d = 0;
@@ -345,11 +349,11 @@ template <std::size_t Count>
 
 /// All rows (kFewRows at most) of a K/V head over keys [first_key, end_key), for few rows: K and V are read
 /// once, where they lie. Leaves, for each row, what merge_splits() needs. `memory` is scratch.
-inline void attend_keys(const AttentionProblem& problem, int kv_head, std::int64_t first_key, std::int64_t end_key,
-                        float* memory, float* partial) {
+inline void attend_keys(const AttentionProblem& problem, int kv_head, std::int64_t first_key,
+                        std::int64_t end_key, float* memory, float* partial) {
   const std::int64_t head_dim = problem.kv.head_dim;
   const auto rows = static_cast<int>(problem.rows());
-  float* q = memory;                           // [rows][head_dim]
+  float* q = memory;                             // [rows][head_dim]
   float* scores = memory + kFewRows * head_dim;  // [rows][kKeyTile]
   const std::int64_t stride = partial_floats(head_dim);
   for (int r = 0; r < rows; ++r) {
@@ -373,7 +377,8 @@ inline void attend_keys(const AttentionProblem& problem, int kv_head, std::int64
       for (; r + 3 <= rows; r += 3) {
         dot_products<3>(q + r * head_dim, head_dim, k_rows + j, v_rows + j, scores + r * kKeyTile + j);
       }
-      for (; r < rows; ++r) dot_products<1>(q + r * head_dim, head_dim, k_rows + j, v_rows + j, scores + r * kKeyTile + j);
+      for (; r < rows; ++r)
+        dot_products<1>(q + r * head_dim, head_dim, k_rows + j, v_rows + j, scores + r * kKeyTile + j);
     }
     for (int r = 0; r < rows; ++r) {
       const std::int64_t before_end = problem.position(r) - key + 1;
@@ -399,8 +404,8 @@ inline void attend_keys(const AttentionProblem& problem, int kv_head, std::int64
 }
 
 /// Joins the splits of one row by their maxima and sums, in order. partial: [splits][row_stride].
-inline void merge_splits(const float* partial, std::int64_t splits, std::int64_t split_stride, std::int64_t head_dim,
-                         float* out) {
+inline void merge_splits(const float* partial, std::int64_t splits, std::int64_t split_stride,
+                         std::int64_t head_dim, float* out) {
   float maximum = -__builtin_inff();
   for (std::int64_t s = 0; s < splits; ++s) {
     const float here = partial[s * split_stride];

@@ -22,27 +22,27 @@ struct AttentionProblem {
   std::int64_t tokens = 0;
   const float* q = nullptr;  // [tokens][q_stride]
   std::int64_t q_stride = 0;
-  float* out = nullptr;      // [tokens][out_stride]
+  float* out = nullptr;  // [tokens][out_stride]
   std::int64_t out_stride = 0;
-  int group = 1;             // query heads for each K/V head
-  float scale = 1.0F;        // of the scores, times log2(e): the kernels raise 2 to them, not e
+  int group = 1;       // query heads for each K/V head
+  float scale = 1.0F;  // of the scores, times log2(e): the kernels raise 2 to them, not e
 
   [[nodiscard]] std::int64_t rows() const { return tokens * group; }  // for each K/V head
   [[nodiscard]] std::int64_t position(std::int64_t row) const { return first_position + row / group; }
   [[nodiscard]] const float* q_row(int kv_head, std::int64_t row) const {
-    return q + row / group * q_stride + (kv_head * group + row % group) * kv.head_dim;
+    return q + row / group * q_stride + (std::int64_t{kv_head} * group + row % group) * kv.head_dim;
   }
   [[nodiscard]] float* out_row(int kv_head, std::int64_t row) const {
-    return out + row / group * out_stride + (kv_head * group + row % group) * kv.head_dim;
+    return out + row / group * out_stride + (std::int64_t{kv_head} * group + row % group) * kv.head_dim;
   }
 };
 
-inline constexpr int kKeyTile = 64;       // keys taken together; tiles start at multiples of it
-inline constexpr int kRowPad = 6;         // rows of a register tile
-inline constexpr int kMaxTileRows = 192;  // a multiple of kRowPad, as is kMinTileRows
-inline constexpr int kMinTileRows = 48;
+inline constexpr std::int64_t kKeyTile = 64;       // keys taken together; tiles start at multiples of it
+inline constexpr std::int64_t kRowPad = 6;         // rows of a register tile
+inline constexpr std::int64_t kMaxTileRows = 192;  // a multiple of kRowPad, as is kMinTileRows
+inline constexpr std::int64_t kMinTileRows = 48;
 inline constexpr int kMaxHeadDim = 512;
-inline constexpr int kFewRows = 16;       // up to here the keys are split between tasks, not the rows
+inline constexpr std::int64_t kFewRows = 16;  // up to here the keys are split between tasks, not the rows
 inline constexpr std::int64_t kMinSplitKeys = 256;  // a multiple of kKeyTile
 inline constexpr std::int64_t kMaxSplits = 32;
 

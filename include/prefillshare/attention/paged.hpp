@@ -35,14 +35,14 @@ struct PagedAttentionShape {
 /// Causal attention of `q` over the KV of one layer. The query at position p sees positions 0 .. p, whose
 /// KV must be written, that of the queries' own tokens included (append_kv). Slots past them are not read.
 struct PagedAttentionArgs {
-  KvLayerView<const float> kv;               // storage.layer(i)
-  std::span<const BlockId> blocks;           // of the sequence; at least to position first_position + T - 1
-  std::int64_t first_position = 0;           // of q's row 0
-  codegemm::MatrixView<const float> q;       // [T][heads * head_dim], after RoPE
-  codegemm::MatrixView<float> out;           // the same shape; may not overlap q or the KV
-  int heads = 0;                             // a multiple of kv.kv_heads
-  float scale = 0.0F;                        // of the scores; 0 means 1 / sqrt(head_dim)
-  std::span<std::byte> workspace;            // workspace_bytes(), 64-byte aligned, need not be cleared
+  KvLayerView<const float> kv;          // storage.layer(i)
+  std::span<const BlockId> blocks;      // of the sequence; at least to position first_position + T - 1
+  std::int64_t first_position = 0;      // of q's row 0
+  codegemm::MatrixView<const float> q;  // [T][heads * head_dim], after RoPE
+  codegemm::MatrixView<float> out;      // the same shape; may not overlap q or the KV
+  int heads = 0;                        // a multiple of kv.kv_heads
+  float scale = 0.0F;                   // of the scores; 0 means 1 / sqrt(head_dim)
+  std::span<std::byte> workspace;       // workspace_bytes(), 64-byte aligned, need not be cleared
 };
 
 inline constexpr std::size_t kAttentionAlignment = 64;
@@ -57,8 +57,8 @@ inline constexpr std::size_t kAttentionAlignment = 64;
   const std::int64_t group = shape.heads / shape.kv_heads;
   std::int64_t floats = 0;
   if (group <= detail::kFewRows) {  // calls with few rows may split the keys
-    const std::int64_t rows = shape.tokens <= detail::kFewRows / group ? shape.tokens * group
-                                                                       : detail::kFewRows / group * group;
+    const std::int64_t rows =
+        shape.tokens <= detail::kFewRows / group ? shape.tokens * group : detail::kFewRows / group * group;
     const std::int64_t splits =
         std::min((shape.context + detail::kMinSplitKeys - 1) / detail::kMinSplitKeys, detail::kMaxSplits);
     const std::int64_t scratch = detail::kFewRows * (shape.head_dim + detail::kKeyTile);
@@ -77,8 +77,8 @@ inline constexpr std::size_t kAttentionAlignment = 64;
   using codegemm::StatusCode;
   const auto& kv = args.kv;
   if (args.q.rows < 0 || args.q.rows != args.out.rows || args.q.cols != args.out.cols) {
-    return error(StatusCode::kShapeMismatch, "paged_attention: q is ", args.q.rows, " x ", args.q.cols, ", out is ",
-                 args.out.rows, " x ", args.out.cols);
+    return error(StatusCode::kShapeMismatch, "paged_attention: q is ", args.q.rows, " x ", args.q.cols,
+                 ", out is ", args.out.rows, " x ", args.out.cols);
   }
   if (kv.kv_heads < 1 || kv.block_tokens < 1 || args.heads < 1 || args.heads % kv.kv_heads != 0) {
     return error(StatusCode::kInvalidArgument, "paged_attention: ", args.heads, " heads over ", kv.kv_heads,
@@ -103,18 +103,23 @@ inline constexpr std::size_t kAttentionAlignment = 64;
   const auto covered = static_cast<std::int64_t>(args.blocks.size()) * kv.block_tokens;
   if (args.first_position < 0 || args.first_position > covered - args.q.rows) {
     return error(StatusCode::kInvalidArgument, "paged_attention: ", args.q.rows, " tokens at position ",
-                 args.first_position, ", but ", args.blocks.size(), " blocks of ", kv.block_tokens, " hold ", covered);
+                 args.first_position, ", but ", args.blocks.size(), " blocks of ", kv.block_tokens, " hold ",
+                 covered);
   }
   if (args.q.rows == 0) return {};
   if (args.q.data == nullptr || args.out.data == nullptr || kv.data == nullptr) {
     return error(StatusCode::kNullPointer, "paged_attention: ",
-                 args.q.data == nullptr ? "q" : args.out.data == nullptr ? "out" : "kv", " is null");
+                 args.q.data == nullptr     ? "q"
+                 : args.out.data == nullptr ? "out"
+                                            : "kv",
+                 " is null");
   }
   const std::int64_t used = (args.first_position + args.q.rows + kv.block_tokens - 1) / kv.block_tokens;
   for (std::int64_t i = 0; i < used; ++i) {
     const BlockId block = args.blocks[static_cast<std::size_t>(i)];
     if (block < 0 || block >= kv.blocks) {
-      return error(StatusCode::kInvalidArgument, "paged_attention: blocks[", i, "] = ", block, " of ", kv.blocks);
+      return error(StatusCode::kInvalidArgument, "paged_attention: blocks[", i, "] = ", block, " of ",
+                   kv.blocks);
     }
   }
   const std::size_t needed = workspace_bytes(shape_of(args), workers);
@@ -124,8 +129,8 @@ inline constexpr std::size_t kAttentionAlignment = 64;
   }
   if (args.workspace.data() == nullptr ||
       reinterpret_cast<std::uintptr_t>(args.workspace.data()) % kAttentionAlignment != 0) {
-    return error(StatusCode::kMisaligned, "paged_attention: the workspace is not aligned to ", kAttentionAlignment,
-                 " bytes");
+    return error(StatusCode::kMisaligned, "paged_attention: the workspace is not aligned to ",
+                 kAttentionAlignment, " bytes");
   }
   return {};
 }
@@ -133,7 +138,8 @@ inline constexpr std::size_t kAttentionAlignment = 64;
 namespace detail {
 
 /// paged_attention() with chosen kernels; the tests run all that the machine has.
-[[nodiscard]] inline codegemm::Status paged_attention(const PagedAttentionArgs& args, codegemm::Executor& executor,
+[[nodiscard]] inline codegemm::Status paged_attention(const PagedAttentionArgs& args,
+                                                      codegemm::Executor& executor,
                                                       const AttentionKernels& kernels) {
   const int workers = executor.workers();
   if (codegemm::Status status = validate(args, workers); !status.ok()) return status;
@@ -178,7 +184,8 @@ namespace detail {
   codegemm::parallel_for(executor, splits * kv_heads, [&](std::int64_t task, int worker) {
     const std::int64_t split = task / kv_heads;
     const auto kv_head = static_cast<int>(task % kv_heads);
-    kernels.attend_keys(problem, kv_head, split * size, std::min(keys, (split + 1) * size), memory + worker * scratch,
+    kernels.attend_keys(problem, kv_head, split * size, std::min(keys, (split + 1) * size),
+                        memory + worker * scratch,
                         partials + split * split_stride + kv_head * rows * row_stride);
   });
   for (int kv_head = 0; kv_head < kv_heads; ++kv_head) {
@@ -197,7 +204,8 @@ namespace detail {
 /// number of workers. With more than 16 rows (tokens x group) a token's result is also bit for bit the same
 /// however a prefill is cut into such chunks. Allocates nothing. No tokens is success.
 /// Errors: see validate().
-[[nodiscard]] inline codegemm::Status paged_attention(const PagedAttentionArgs& args, codegemm::Executor& executor) {
+[[nodiscard]] inline codegemm::Status paged_attention(const PagedAttentionArgs& args,
+                                                      codegemm::Executor& executor) {
   return detail::paged_attention(args, executor, detail::attention_kernels());
 }
 
@@ -205,14 +213,15 @@ namespace detail {
 /// and after. Those slots must be the sequence's to write (KvAllocator::reserve or append_private).
 /// kShapeMismatch, kNullPointer, kInvalidArgument (positions or block numbers out of range).
 [[nodiscard]] inline codegemm::Status append_kv(const KvLayerView<float>& kv, std::span<const BlockId> blocks,
-                                                std::int64_t first_position, codegemm::MatrixView<const float> k,
+                                                std::int64_t first_position,
+                                                codegemm::MatrixView<const float> k,
                                                 codegemm::MatrixView<const float> v) {
   using codegemm::error;
   using codegemm::StatusCode;
   if (k.rows < 0 || k.rows != v.rows || k.cols != v.cols || k.cols != kv.slot_stride() || k.stride < k.cols ||
       v.stride < v.cols || kv.block_tokens < 1) {
-    return error(StatusCode::kShapeMismatch, "append_kv: k is ", k.rows, " x ", k.cols, ", v is ", v.rows, " x ",
-                 v.cols, ", expected rows of ", kv.kv_heads, " heads x ", kv.head_dim);
+    return error(StatusCode::kShapeMismatch, "append_kv: k is ", k.rows, " x ", k.cols, ", v is ", v.rows,
+                 " x ", v.cols, ", expected rows of ", kv.kv_heads, " heads x ", kv.head_dim);
   }
   const auto covered = static_cast<std::int64_t>(blocks.size()) * kv.block_tokens;
   if (first_position < 0 || first_position > covered - k.rows) {
@@ -221,10 +230,14 @@ namespace detail {
   }
   if (k.rows == 0) return {};
   if (k.data == nullptr || v.data == nullptr || kv.data == nullptr) {
-    return error(StatusCode::kNullPointer, "append_kv: ", k.data == nullptr ? "k" : v.data == nullptr ? "v" : "kv",
+    return error(StatusCode::kNullPointer, "append_kv: ",
+                 k.data == nullptr   ? "k"
+                 : v.data == nullptr ? "v"
+                                     : "kv",
                  " is null");
   }
-  for (std::int64_t i = first_position / kv.block_tokens; i <= (first_position + k.rows - 1) / kv.block_tokens; ++i) {
+  for (std::int64_t i = first_position / kv.block_tokens;
+       i <= (first_position + k.rows - 1) / kv.block_tokens; ++i) {
     const BlockId block = blocks[static_cast<std::size_t>(i)];
     if (block < 0 || block >= kv.blocks) {
       return error(StatusCode::kInvalidArgument, "append_kv: blocks[", i, "] = ", block, " of ", kv.blocks);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/attention/rope.hpp - rotary position embedding, numerically as Hugging Face transformers does it.
-// Layer: attention (host only).
-// See: transformers, modeling_rope_utils.py (_compute_default_rope_parameters, _compute_linear_..., _compute_llama3_...)
+// prefillshare/attention/rope.hpp - rotary position embedding, numerically as Hugging Face transformers does
+// it. Layer: attention (host only). See: transformers, modeling_rope_utils.py
+// (_compute_default_rope_parameters, _compute_linear_..., _compute_llama3_...)
 #pragma once
 
 #include <cmath>
@@ -36,9 +36,9 @@ struct RopeConfig {
   double theta = 10000.0;
   RopeLayout layout = RopeLayout::kHalf;
   RopeScaling scaling = RopeScaling::kNone;
-  double factor = 1.0;                                 // linear, llama3
-  double low_freq_factor = 1.0;                        // llama3
-  double high_freq_factor = 4.0;                       // llama3
+  double factor = 1.0;                                   // linear, llama3
+  double low_freq_factor = 1.0;                          // llama3
+  double high_freq_factor = 4.0;                         // llama3
   std::int64_t original_max_position_embeddings = 8192;  // llama3
 
   friend bool operator==(const RopeConfig&, const RopeConfig&) = default;
@@ -47,19 +47,22 @@ struct RopeConfig {
 [[nodiscard]] inline codegemm::Status validate(const RopeConfig& config) {
   using codegemm::StatusCode;
   const auto wrong = [](const char* field, double value, const char* expected) {
-    return codegemm::error(StatusCode::kInvalidArgument, "RopeConfig: ", field, " = ", value, ", expected ", expected);
+    return codegemm::error(StatusCode::kInvalidArgument, "RopeConfig: ", field, " = ", value, ", expected ",
+                           expected);
   };
   if (config.head_dim < 2 || config.head_dim % 2 != 0 || config.head_dim > 1 << 14) {
     return wrong("head_dim", config.head_dim, "an even number from 2 to 16384");
   }
-  if (!(config.theta > 0.0) || !std::isfinite(config.theta)) return wrong("theta", config.theta, "a positive number");
+  if (!(config.theta > 0.0) || !std::isfinite(config.theta))
+    return wrong("theta", config.theta, "a positive number");
   if (config.scaling == RopeScaling::kNone) return {};
   if (!(config.factor > 0.0) || !std::isfinite(config.factor)) {
     return wrong("factor", config.factor, "a positive number");
   }
   if (config.scaling == RopeScaling::kLinear) return {};
   if (config.scaling != RopeScaling::kLlama3) {
-    return codegemm::error(StatusCode::kUnsupported, "RopeConfig: scaling ", static_cast<int>(config.scaling));
+    return codegemm::error(StatusCode::kUnsupported, "RopeConfig: scaling ",
+                           static_cast<int>(config.scaling));
   }
   if (!(config.low_freq_factor > 0.0) || !std::isfinite(config.low_freq_factor)) {
     return wrong("low_freq_factor", config.low_freq_factor, "a positive number");
@@ -68,8 +71,8 @@ struct RopeConfig {
     return wrong("high_freq_factor", config.high_freq_factor, "more than low_freq_factor");
   }
   if (config.original_max_position_embeddings < 1) {
-    return wrong("original_max_position_embeddings", static_cast<double>(config.original_max_position_embeddings),
-                 "1 or more");
+    return wrong("original_max_position_embeddings",
+                 static_cast<double>(config.original_max_position_embeddings), "1 or more");
   }
   return {};
 }
@@ -89,8 +92,9 @@ struct RopeConfig {
       const float wavelength = static_cast<float>(2.0 * std::numbers::pi) / plain;
       if (wavelength > static_cast<float>(context / config.low_freq_factor)) return plain / factor;
       if (wavelength < static_cast<float>(context / config.high_freq_factor)) return plain;
-      const float smooth = (static_cast<float>(context) / wavelength - static_cast<float>(config.low_freq_factor)) /
-                           static_cast<float>(config.high_freq_factor - config.low_freq_factor);
+      const float smooth =
+          (static_cast<float>(context) / wavelength - static_cast<float>(config.low_freq_factor)) /
+          static_cast<float>(config.high_freq_factor - config.low_freq_factor);
       return (1.0F - smooth) * plain / factor + smooth * plain;
     }
   }
@@ -137,8 +141,12 @@ class RopeTable {
   [[nodiscard]] const RopeConfig& config() const noexcept { return config_; }
   [[nodiscard]] std::int64_t positions() const noexcept { return positions_; }
   /// [head_dim / 2]
-  [[nodiscard]] const float* cos(std::int64_t position) const { return cos_.data() + position * (config_.head_dim / 2); }
-  [[nodiscard]] const float* sin(std::int64_t position) const { return sin_.data() + position * (config_.head_dim / 2); }
+  [[nodiscard]] const float* cos(std::int64_t position) const {
+    return cos_.data() + position * (config_.head_dim / 2);
+  }
+  [[nodiscard]] const float* sin(std::int64_t position) const {
+    return sin_.data() + position * (config_.head_dim / 2);
+  }
 
   /// Turns x [T][heads * head_dim] in place; row t is at position first_position + t. For Q and for K.
   /// kNullPointer, kShapeMismatch (columns), kInvalidArgument (a position that the table does not have).
@@ -146,13 +154,15 @@ class RopeTable {
     using codegemm::StatusCode;
     if (x.rows == 0) return {};
     if (x.data == nullptr) return codegemm::error(StatusCode::kNullPointer, "RopeTable::apply: x is null");
-    if (x.rows < 0 || x.cols < 0 || config_.head_dim == 0 || x.cols % config_.head_dim != 0 || x.stride < x.cols) {
+    if (x.rows < 0 || x.cols < 0 || config_.head_dim == 0 || x.cols % config_.head_dim != 0 ||
+        x.stride < x.cols) {
       return codegemm::error(StatusCode::kShapeMismatch, "RopeTable::apply: x is ", x.rows, " x ", x.cols,
                              " with stride ", x.stride, ", head_dim is ", config_.head_dim);
     }
     if (first_position < 0 || first_position > positions_ - x.rows) {
-      return codegemm::error(StatusCode::kInvalidArgument, "RopeTable::apply: ", x.rows, " tokens at position ",
-                             first_position, ", the table has ", positions_, " positions");
+      return codegemm::error(StatusCode::kInvalidArgument, "RopeTable::apply: ", x.rows,
+                             " tokens at position ", first_position, ", the table has ", positions_,
+                             " positions");
     }
     for (std::int64_t t = 0; t < x.rows; ++t) {
       float* row = x.row(t);
@@ -160,7 +170,8 @@ class RopeTable {
         if (config_.layout == RopeLayout::kHalf) {
           turn_half(row + head, cos(first_position + t), sin(first_position + t), config_.head_dim / 2);
         } else {
-          turn_interleaved(row + head, cos(first_position + t), sin(first_position + t), config_.head_dim / 2);
+          turn_interleaved(row + head, cos(first_position + t), sin(first_position + t),
+                           config_.head_dim / 2);
         }
       }
     }
@@ -168,18 +179,18 @@ class RopeTable {
   }
 
  private:
-  static void turn_half(float* head, const float* cos, const float* sin, int pairs) {
+  static void turn_half(float* head, const float* cos, const float* sin, std::int64_t pairs) {
     float* low = head;
     float* high = head + pairs;
-    for (int i = 0; i < pairs; ++i) {
+    for (std::int64_t i = 0; i < pairs; ++i) {
       const float a = low[i];
       const float b = high[i];
       low[i] = a * cos[i] - b * sin[i];
       high[i] = b * cos[i] + a * sin[i];
     }
   }
-  static void turn_interleaved(float* head, const float* cos, const float* sin, int pairs) {
-    for (int i = 0; i < pairs; ++i) {
+  static void turn_interleaved(float* head, const float* cos, const float* sin, std::int64_t pairs) {
+    for (std::int64_t i = 0; i < pairs; ++i) {
       const float a = head[2 * i];
       const float b = head[2 * i + 1];
       head[2 * i] = a * cos[i] - b * sin[i];

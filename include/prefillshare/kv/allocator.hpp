@@ -98,7 +98,8 @@ class BasicKvAllocator final : private detail::SequenceOwner {
   /// Takes what the tree has of `tokens`, which are to follow a base sequence; the number of them that need
   /// no prefill now. Saves the work when another session has been here. Not while tokens are reserved.
   /// kInvalidArgument, kOutOfMemory.
-  [[nodiscard]] codegemm::Result<std::int64_t> extend(Sequence& sequence, std::span<const std::int32_t> tokens) {
+  [[nodiscard]] codegemm::Result<std::int64_t> extend(Sequence& sequence,
+                                                      std::span<const std::int32_t> tokens) {
     if (codegemm::Status status = check(sequence, "extend", Kind::kBase); !status.ok()) return status;
     detail::SequenceState& state = state_of(sequence);
     if (state.reserved != 0) {
@@ -116,7 +117,8 @@ class BasicKvAllocator final : private detail::SequenceOwner {
       std::span<const std::int32_t> key_tokens = tokens.subspan(next, block_tokens - used);
       if (used > 0) {
         std::copy(state.tail.begin(), state.tail.end(), key_tokens_.begin());
-        std::copy(key_tokens.begin(), key_tokens.end(), key_tokens_.begin() + static_cast<std::ptrdiff_t>(used));
+        std::copy(key_tokens.begin(), key_tokens.end(),
+                  key_tokens_.begin() + static_cast<std::ptrdiff_t>(used));
         key_tokens = key_tokens_;
       }
       const BlockId found = tree().find(tree().query(parent_of_next(state), key_tokens));
@@ -172,7 +174,8 @@ class BasicKvAllocator final : private detail::SequenceOwner {
 
   /// Gives back what is reserved and not used.
   [[nodiscard]] codegemm::Status release_reserved(Sequence& sequence) {
-    if (codegemm::Status status = check(sequence, "release_reserved", Kind::kEither); !status.ok()) return status;
+    if (codegemm::Status status = check(sequence, "release_reserved", Kind::kEither); !status.ok())
+      return status;
     shrink(state_of(sequence), state_of(sequence).length);
     return {};
   }
@@ -190,7 +193,8 @@ class BasicKvAllocator final : private detail::SequenceOwner {
     const std::size_t block_tokens = key_tokens_.size();
     while (!tokens.empty()) {
       const std::size_t count = std::min(tokens.size(), block_tokens - state.tail.size());
-      state.tail.insert(state.tail.end(), tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(count));
+      state.tail.insert(state.tail.end(), tokens.begin(),
+                        tokens.begin() + static_cast<std::ptrdiff_t>(count));
       tokens = tokens.subspan(count);
       if (state.tail.size() == block_tokens) publish(state);
       state.length += static_cast<std::int64_t>(count);
@@ -313,14 +317,16 @@ class BasicKvAllocator final : private detail::SequenceOwner {
                              ": the sequence is closed or of another allocator");
     }
     if (kind != Kind::kEither && sequence.is_fork() != (kind == Kind::kFork)) {
-      return codegemm::error(codegemm::StatusCode::kInvalidArgument, "KvAllocator::", call, ": the sequence is a ",
+      return codegemm::error(codegemm::StatusCode::kInvalidArgument, "KvAllocator::", call,
+                             ": the sequence is a ",
                              sequence.is_fork() ? "fork, whose KV a decode module made"
                                                 : "base sequence; fork it to append decode-private tokens");
     }
     return {};
   }
   [[nodiscard]] static codegemm::Status negative(const char* call, std::int64_t tokens) {
-    return codegemm::error(codegemm::StatusCode::kInvalidArgument, "KvAllocator::", call, ": ", tokens, " tokens");
+    return codegemm::error(codegemm::StatusCode::kInvalidArgument, "KvAllocator::", call, ": ", tokens,
+                           " tokens");
   }
   [[nodiscard]] static codegemm::Status no_memory(const char* call) {
     return codegemm::error(codegemm::StatusCode::kOutOfMemory, "KvAllocator::", call, ": no memory");
@@ -413,7 +419,8 @@ class BasicKvAllocator final : private detail::SequenceOwner {
 
   Storage* storage_;
   BlockCache<Hash, Eviction> cache_;
-  std::vector<std::int32_t> key_tokens_;  // [block_tokens], scratch for a block whose tokens lie in two places
+  std::vector<std::int32_t>
+      key_tokens_;  // [block_tokens], scratch for a block whose tokens lie in two places
   std::vector<std::unique_ptr<detail::SequenceState>> states_;  // open and idle; they do not move
   std::vector<std::int32_t> idle_states_;
   KvStats stats_;  // the counters of lookups, merges and copies; the rest is filled in by stats()

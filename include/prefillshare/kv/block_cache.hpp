@@ -99,7 +99,9 @@ class BlockCache {
     return equal;
   }
 
-  [[nodiscard]] codegemm::Result<TreeNode> acquire_root(const CacheKey& key) { return tree_.acquire_root(key); }
+  [[nodiscard]] codegemm::Result<TreeNode> acquire_root(const CacheKey& key) {
+    return tree_.acquire_root(key);
+  }
   void release_root(TreeNode root) { tree_.release_root(root); }
 
  private:

@@ -48,8 +48,8 @@ template <class Allocator>
     const std::int64_t capacity = state.length + state.reserved;
     if (state.length < 0 || state.reserved < 0 ||
         static_cast<std::int64_t>(state.blocks.size()) != (capacity + block_tokens - 1) / block_tokens) {
-      return broken("sequence ", state.index, " has ", state.blocks.size(), " blocks for ", state.length, " + ",
-                    state.reserved, " tokens");
+      return broken("sequence ", state.index, " has ", state.blocks.size(), " blocks for ", state.length,
+                    " + ", state.reserved, " tokens");
     }
     const std::int64_t partial = state.length % block_tokens;
     if (state.is_fork ? state.base_length > state.length || !state.tail.empty()
@@ -76,12 +76,14 @@ template <class Allocator>
       if (!state.is_fork && index < state.length / block_tokens) {
         const TreeNode parent = i == 0 ? state.root : TreeNode::of_block(state.blocks[i - 1]);
         if (!tree.contains(block) || tree.parent(block) != parent) {
-          return broken("full block ", block, " of base sequence ", state.index, " is not in its place in the tree");
+          return broken("full block ", block, " of base sequence ", state.index,
+                        " is not in its place in the tree");
         }
       }
       // A fork's own tokens are never in the tree. The block in which its base ended may be, filled by the
       // base later, as long as the fork has not gone on.
-      const bool has_own = state.is_fork && capacity > state.base_length && index >= state.base_length / block_tokens;
+      const bool has_own =
+          state.is_fork && capacity > state.base_length && index >= state.base_length / block_tokens;
       if (has_own && tree.contains(block)) {
         return broken("block ", block, " of fork ", state.index, " is decode-private and in the tree");
       }
@@ -100,7 +102,8 @@ template <class Allocator>
       return broken("block ", block, " has ref count ", pool.ref_count(block), ", held by ", held);
     }
     const bool is_cached = tree.contains(block) && by_sequences == 0;
-    if (eviction.contains(block) != is_cached) return broken("block ", block, " is kept wrongly for eviction");
+    if (eviction.contains(block) != is_cached)
+      return broken("block ", block, " is kept wrongly for eviction");
     free += held == 0 ? 1 : 0;
     cached += is_cached ? 1 : 0;
     in_use += by_sequences > 0 ? 1 : 0;

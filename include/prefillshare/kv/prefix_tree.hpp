@@ -140,7 +140,8 @@ class PrefixTree {
     BlockId& bucket = buckets_[bucket_of(query.hash)];
     node = Node{query.hash, query.parent, bucket, 0};
     bucket = block;
-    std::copy(query.tokens.begin(), query.tokens.end(), tokens_.begin() + block * std::ptrdiff_t{block_tokens_});
+    std::copy(query.tokens.begin(), query.tokens.end(),
+              tokens_.begin() + block * std::ptrdiff_t{block_tokens_});
     if (query.parent.is_block()) {
       CODEGEMM_ASSERT(contains(query.parent.block()));
       ++at(query.parent.block()).children;
@@ -172,8 +173,9 @@ class PrefixTree {
   /// The number that stands for the whole prefix up to this block's end, the same in every process.
   [[nodiscard]] std::uint64_t hash(BlockId block) const { return at(block).hash; }
   [[nodiscard]] std::span<const std::int32_t> tokens(BlockId block) const {
-    return std::span(tokens_).subspan(static_cast<std::size_t>(block) * static_cast<std::size_t>(block_tokens_),
-                                      static_cast<std::size_t>(block_tokens_));
+    return std::span(tokens_).subspan(
+        static_cast<std::size_t>(block) * static_cast<std::size_t>(block_tokens_),
+        static_cast<std::size_t>(block_tokens_));
   }
   [[nodiscard]] const CacheKey& key(TreeNode root) const { return *root_at(root).key; }
   /// Blocks in the tree.
@@ -185,7 +187,8 @@ class PrefixTree {
   /// the caller holds root r (it may be shorter than the number of roots ever made). O(blocks).
   [[nodiscard]] codegemm::Status check_invariants(std::span<const std::int64_t> held_roots) const {
     std::vector<std::int64_t> root_holders(roots_.size(), 0);
-    for (std::size_t r = 0; r < std::min(held_roots.size(), roots_.size()); ++r) root_holders[r] = held_roots[r];
+    for (std::size_t r = 0; r < std::min(held_roots.size(), roots_.size()); ++r)
+      root_holders[r] = held_roots[r];
     std::vector<std::int32_t> children(nodes_.size(), 0);
     std::int64_t counted = 0;
     for (BlockId block = 0; block < static_cast<BlockId>(nodes_.size()); ++block) {
@@ -211,7 +214,8 @@ class PrefixTree {
     std::int64_t live = 0;
     for (std::size_t r = 0; r < roots_.size(); ++r) {
       live += roots_[r].holders > 0 ? 1 : 0;
-      if (roots_[r].holders != root_holders[r]) return broken("root is held wrongly", static_cast<BlockId>(r));
+      if (roots_[r].holders != root_holders[r])
+        return broken("root is held wrongly", static_cast<BlockId>(r));
     }
     if (live != roots()) return broken("roots that live are not the roots that are named", 0);
     return {};
@@ -220,8 +224,8 @@ class PrefixTree {
  private:
   struct Node {
     std::uint64_t hash = 0;
-    TreeNode parent;           // nowhere: this block is not in the tree
-    BlockId next = kNoBlock;   // in the same bucket
+    TreeNode parent;          // nowhere: this block is not in the tree
+    BlockId next = kNoBlock;  // in the same bucket
     std::int32_t children = 0;
   };
   struct Root {

@@ -18,13 +18,13 @@ namespace detail {
 
 /// What an allocator keeps of a sequence. blocks.size() is always ceil((length + reserved) / block_tokens).
 struct SequenceState {
-  std::vector<BlockId> blocks;      // in the order of positions, none twice
-  std::vector<std::int32_t> tail;   // base only: the tokens of the partly filled last block
-  TreeNode root;                    // base only: the producer
-  std::int64_t length = 0;          // tokens whose KV is there
-  std::int64_t reserved = 0;        // tokens that may be added with no further block
-  std::int64_t base_length = 0;     // fork only: the tokens at the start that the prefill module made
-  std::int32_t index = 0;           // this state's place with its owner
+  std::vector<BlockId> blocks;     // in the order of positions, none twice
+  std::vector<std::int32_t> tail;  // base only: the tokens of the partly filled last block
+  TreeNode root;                   // base only: the producer
+  std::int64_t length = 0;         // tokens whose KV is there
+  std::int64_t reserved = 0;       // tokens that may be added with no further block
+  std::int64_t base_length = 0;    // fork only: the tokens at the start that the prefill module made
+  std::int32_t index = 0;          // this state's place with its owner
   int block_tokens = 1;
   bool is_fork = false;
   bool is_open = false;
@@ -113,7 +113,9 @@ namespace detail {
 struct SequenceAccess {
   [[nodiscard]] static Sequence make(SequenceOwner& owner, SequenceState& state) { return {owner, state}; }
   [[nodiscard]] static SequenceState* state(const Sequence& sequence) noexcept { return sequence.state_; }
-  [[nodiscard]] static const SequenceOwner* owner(const Sequence& sequence) noexcept { return sequence.owner_; }
+  [[nodiscard]] static const SequenceOwner* owner(const Sequence& sequence) noexcept {
+    return sequence.owner_;
+  }
 };
 
 }  // namespace detail

@@ -54,8 +54,7 @@ struct KvLayerView {
   }
 
   constexpr operator KvLayerView<const T>() const noexcept  // NOLINT(google-explicit-constructor)
-    requires(!std::is_const_v<T>)
-  {
+      requires(!std::is_const_v<T>) {
     return {data, blocks, block_tokens, kv_heads, head_dim};
   }
 };
@@ -70,16 +69,17 @@ class HostKvStorage {
   [[nodiscard]] static codegemm::Result<HostKvStorage> create(const KvShape& shape, std::int64_t blocks) {
     if (const codegemm::Status status = validate(shape); !status.ok()) return status;
     const std::int64_t per_block = shape.bytes_per_block(sizeof(float));  // < 2^62 by validate()
+    CODEGEMM_ASSERT(per_block > 0);
     if (blocks < 0 || blocks >= std::numeric_limits<BlockId>::max() ||
         blocks > std::numeric_limits<std::int64_t>::max() / per_block) {
-      return codegemm::error(codegemm::StatusCode::kInvalidArgument, "HostKvStorage: ", blocks,
-                             " blocks of ", per_block, " bytes");
+      return codegemm::error(codegemm::StatusCode::kInvalidArgument, "HostKvStorage: ", blocks, " blocks of ",
+                             per_block, " bytes");
     }
     HostKvStorage storage;
     storage.shape_ = shape;
     storage.blocks_ = blocks;
-    storage.data_.reset(static_cast<float*>(::operator new(static_cast<std::size_t>(blocks * per_block),
-                                                           std::align_val_t{kAlignment}, std::nothrow)));
+    storage.data_.reset(static_cast<float*>(::operator new (static_cast<std::size_t>(blocks * per_block),
+                                                            std::align_val_t{kAlignment}, std::nothrow)));
     if (storage.data_ == nullptr) {
       return codegemm::error(codegemm::StatusCode::kOutOfMemory, "HostKvStorage: no memory for ", blocks,
                              " blocks of ", per_block, " bytes");
@@ -111,8 +111,8 @@ class HostKvStorage {
     if (destination < 0 || destination >= blocks_ || source < 0 || source >= blocks_ || tokens < 0 ||
         tokens > shape_.block_tokens) {
       return codegemm::error(codegemm::StatusCode::kInvalidArgument, "HostKvStorage: copy of ", tokens,
-                             " tokens from block ", source, " to block ", destination, "; there are ", blocks_,
-                             " blocks of ", shape_.block_tokens, " tokens");
+                             " tokens from block ", source, " to block ", destination, "; there are ",
+                             blocks_, " blocks of ", shape_.block_tokens, " tokens");
     }
     if (destination == source || tokens == 0) return {};
     for (int index = 0; index < shape_.layers; ++index) {
@@ -127,7 +127,7 @@ class HostKvStorage {
 
  private:
   struct Free {
-    void operator()(float* data) const noexcept { ::operator delete(data, std::align_val_t{kAlignment}); }
+    void operator()(float* data) const noexcept { ::operator delete (data, std::align_val_t{kAlignment}); }
   };
 
   HostKvStorage() = default;

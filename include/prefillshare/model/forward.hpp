@@ -44,7 +44,7 @@ class ForwardWorkspace {
                             static_cast<int>(c.head_dim)},
         workers);
     for_each_linear(model, [&](const std::string&, const Linear& layer) {
-      scratch = std::max({scratch, layer.workspace_bytes(max_tokens, workers), layer.workspace_bytes(1, workers)});
+      scratch = std::max(scratch, layer.workspace_bytes(max_tokens, workers));
     });
     ForwardWorkspace out;
     out.max_tokens_ = max_tokens;

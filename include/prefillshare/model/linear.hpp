@@ -20,8 +20,8 @@
 namespace prefillshare {
 
 /// y[T][N] = x[T][K] W^T + bias. N = rows(), K = cols(); parameter_bytes() is what stays in memory.
-/// forward() must not allocate, must give the same bits for any number of workers, and may use
-/// workspace_bytes(T, workers) bytes of `workspace`, which is aligned to 64.
+/// forward() must give the same bits for any number of workers, and may use `workspace`, aligned to 64 bytes, of
+/// workspace_bytes(most, workers) for any most >= T.
 template <class L>
 concept LinearLayer = requires(const L& layer, MatrixView<const float> x, MatrixView<float> y,
                                std::span<std::byte> workspace, Executor& executor) {
@@ -53,8 +53,9 @@ inline void add_bias(std::span<const float> bias, MatrixView<float> y) {
 
 }  // namespace detail
 
-/// A linear layer on fp32 weights, multiplied by Eigen. The weights may be shared: a tied head is the
-/// embedding table, and a decode module that is the base is the base.
+/// A linear layer on fp32 weights, multiplied by Eigen, which takes its packing buffers from the heap when they
+/// exceed 128 KiB. The weights may be shared: a tied head is the embedding table, and a decode module that is the
+/// base is the base.
 class DenseLinear {
  public:
   DenseLinear() = default;

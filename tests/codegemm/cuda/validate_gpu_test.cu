@@ -105,7 +105,7 @@ TEST_CASE("cuda validate: every wrong operand has its own status") {
   p.weights.version = cuda::kPackedVersion + 1;
   expect(p, StatusCode::kIncompatible, "version");
   p = f.good;
-  p.weights.layout.sets = 4;
+  p.weights.layout.sets = 2;
   expect(p, StatusCode::kInvalidArgument, "layout");
   p = f.good;
   p.tuning.cluster = 9;

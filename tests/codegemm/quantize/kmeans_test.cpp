@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -117,7 +118,7 @@ TEST_CASE("the same seed gives the same bits for any number of workers; more cod
 
 TEST_CASE("vectors that are all in the codebook are kept exactly", "[codegemm]") {
   Rng rng(23);
-  std::vector<float> w(32 * 64);
+  std::vector<float> w(2048);
   for (float& value : w) value = rng.below(2) == 0 ? 0.5F : -0.5F;  // 2^4 different vectors, one size
   SerialExecutor serial;
   const auto q = quantize_kmeans(MatrixView<const float>(w.data(), 32, 64), Format{4, 1, 4, 32}, {}, serial);
@@ -135,11 +136,11 @@ TEST_CASE("groups of zeros, constant, tiny, large and outlying weights", "[codeg
     CHECK(q->validate().ok());
     return distortion(*q, w);
   };
-  const std::vector<float> zeros(16 * 64, 0.0F);
+  const std::vector<float> zeros(1024, 0.0F);
   CHECK(quantize(zeros) == 0.0);
-  const std::vector<float> constant(16 * 64, -3.25F);
+  const std::vector<float> constant(1024, -3.25F);
   CHECK(quantize(constant) < 1e-6);
-  const std::vector<float> normal = rng.normals(16 * 64);
+  const std::vector<float> normal = rng.normals(1024);
   const double usual = quantize(normal);
   CHECK(usual < 0.12);
   for (const float size : {1e-7F, 1e-4F, 1e3F, 1e6F}) {  // beyond fp16's range on both sides
@@ -163,7 +164,7 @@ TEST_CASE("every format of the canonical layout, tails and strides", "[codegemm]
   SerialExecutor serial;
   for (const Format f :
        {Format{2, 1, 4, 10}, Format{16, 4, 8, -1}, Format{8, 2, 10, 16}, Format{4, 3, 5, 1024}}) {
-    const std::vector<float> w = rng.normals(7 * 100);
+    const std::vector<float> w = rng.normals(700);
     const MatrixView<const float> view(w.data(), 7, 80, 100);
     KMeansOptions options;
     double last_progress = 0.0;
@@ -188,7 +189,7 @@ TEST_CASE("every format of the canonical layout, tails and strides", "[codegemm]
 }
 
 TEST_CASE("what cannot be quantized is refused with its place", "[codegemm]") {
-  std::vector<float> w(8 * 16, 1.0F);
+  std::vector<float> w(128, 1.0F);
   w[3 * 16 + 5] = std::numeric_limits<float>::quiet_NaN();
   CHECK(refusal(w, 8, 16, Format{4, 1, 8, 16}) == "quantize_kmeans: weight at row 3, column 5 is nan");
   w[3 * 16 + 5] = -std::numeric_limits<float>::infinity();
@@ -219,7 +220,7 @@ TEST_CASE("the search finds the nearest centroid, the first of equals", "[codege
   for (const int v : {2, 4, 8, 16}) {
     detail::SearchBook book(v, 64);
     for (float& value : book.values) value = rng.normal();
-    std::copy_n(book.centroid(3), v, book.values.data() + 40 * v);  // a double
+    std::copy_n(book.centroid(3), v, book.values.data() + std::ptrdiff_t{40} * v);  // a double
     book.refresh();
     const std::int64_t count = 101;
     std::vector<float> x = rng.normals(count * v);
@@ -247,7 +248,7 @@ TEST_CASE("the search finds the nearest centroid, the first of equals", "[codege
   detail::SearchBook book(4, 16);
   for (float& value : book.values) value = rng.normal();
   book.refresh();
-  const std::vector<float> x = rng.normals(4 * 33);
+  const std::vector<float> x = rng.normals(132);
   std::vector<std::uint16_t> one(33);
   std::vector<std::uint16_t> other(33);
   detail::find_nearest(book, x.data(), 33, one.data());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/examples/common/chat_template_test.cpp - chat templates against Jinja2's own output, and bad
-// templates. The expected texts in tests/data/chat_templates.json were made by
+// tests/examples/common/chat_template_test.cpp - chat templates against Jinja2, and bad templates.
+// The expected texts in tests/data/chat_templates.json were made by
 // tests/data/make_chat_templates.py with Jinja2 3.1.6; those written here were read off the same version.
 
 #include <filesystem>
@@ -88,7 +88,7 @@ TEST_CASE("white space around tags is cut as with trim_blocks and lstrip_blocks"
   CHECK(render("x {% if true %} y\n {% endif %} z") == "x  y\n z");
   CHECK(render("\xC2\xA0{%- if true -%}\xE2\x80\x83x{% endif %}") == "x");
   CHECK(render("{ % } { { #") == "{ % } { { #");
-  CHECK(render("") == "");
+  CHECK(render("").empty());
 }
 
 TEST_CASE("expressions have Python's values") {

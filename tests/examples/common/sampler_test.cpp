@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/examples/common/sampler_test.cpp - greedy choice, the shape of the distribution, repeatability, bad
-// input.
+// tests/examples/common/sampler_test.cpp - greedy choice, the distribution, repetition, bad input.
 
 #include <cmath>
 #include <cstdint>

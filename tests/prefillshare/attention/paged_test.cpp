@@ -66,8 +66,10 @@ class Workspace {
     Aligned() = default;
     template <class U>
     Aligned(const Aligned<U>&) {}  // NOLINT(google-explicit-constructor)
-    T* allocate(std::size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64})); }
-    void deallocate(T* p, std::size_t) { ::operator delete(p, std::align_val_t{64}); }
+    T* allocate(std::size_t n) {
+      return static_cast<T*>(::operator new (n * sizeof(T), std::align_val_t{64}));
+    }
+    void deallocate(T* p, std::size_t) { ::operator delete (p, std::align_val_t{64}); }
     bool operator==(const Aligned&) const { return true; }
   };
   std::size_t bytes_;
@@ -100,14 +102,15 @@ struct Problem {
       std::swap(order[i - 1], order[static_cast<std::size_t>(rng.below(static_cast<std::int64_t>(i)))]);
     }
     blocks.assign(order.begin(), order.begin() + used);
-    REQUIRE(prefillshare::append_kv(pages(), blocks, 0, {k.data(), context, kv_heads * head_dim},
-                                    {v.data(), context, kv_heads * head_dim})
+    REQUIRE(prefillshare::append_kv(pages(), blocks, 0, {k.data(), context, kv_row()},
+                                    {v.data(), context, kv_row()})
                 .ok());
   }
 
   [[nodiscard]] prefillshare::KvLayerView<float> pages() { return storage->layer(1); }
+  [[nodiscard]] std::int64_t kv_row() const { return std::int64_t{kv_heads} * head_dim; }
   [[nodiscard]] std::int64_t columns() const { return std::int64_t{heads} * head_dim; }
-  [[nodiscard]] std::int64_t q_stride() const { return columns() + 3; }    // not dense, not aligned
+  [[nodiscard]] std::int64_t q_stride() const { return columns() + 3; }  // not dense, not aligned
   [[nodiscard]] std::int64_t out_stride() const { return columns() + 5; }
 
   [[nodiscard]] PagedAttentionArgs args(std::vector<float>& out) {
@@ -144,11 +147,12 @@ struct Problem {
   /// The definition in double, and a bound on what fp32 may add to each element: u times the length of each
   /// sum times the sum of magnitudes, once for the scores and once for the weighted values.
   void reference(std::vector<double>& out, std::vector<double>& bound) const {
-    const double factor = scale != 0.0F ? static_cast<double>(scale) : 1.0 / std::sqrt(static_cast<double>(head_dim));
+    const double factor =
+        scale != 0.0F ? static_cast<double>(scale) : 1.0 / std::sqrt(static_cast<double>(head_dim));
     constexpr double kUnit = 0x1p-24;
     for (std::int64_t t = 0; t < tokens; ++t) {
       for (int head = 0; head < heads; ++head) {
-        const float* own_q = q.data() + t * q_stride() + head * head_dim;
+        const float* own_q = q.data() + t * q_stride() + std::int64_t{head} * head_dim;
         const int kv_head = head / (heads / kv_heads);
         const std::int64_t keys = first + t + 1;
         std::vector<double> weight(static_cast<std::size_t>(keys));
@@ -170,10 +174,12 @@ struct Problem {
         for (double& w : weight) total += w = std::exp(w - peak);
         for (int d = 0; d < head_dim; ++d) {
           double sum = 0.0, magnitude = 0.0;
-          for (std::int64_t key = 0; key < keys; ++key) {
-            const double value = static_cast<double>(v.data()[(key * kv_heads + kv_head) * head_dim + d]);
-            sum += weight.data()[key] * value;
-            magnitude += weight.data()[key] * std::abs(value);
+          std::int64_t at = std::int64_t{kv_head} * head_dim + d;
+          for (const double w : weight) {
+            const double value = static_cast<double>(v[static_cast<std::size_t>(at)]);
+            sum += w * value;
+            magnitude += w * std::abs(value);
+            at += kv_row();
           }
           out.push_back(sum / total);
           const double relative = 2.0 * score_error + (static_cast<double>(keys) / 8.0 + 16.0) * kUnit;
@@ -195,7 +201,8 @@ struct Problem {
       for (std::size_t i = 0; i < got.size(); ++i) {
         if (!(std::abs(static_cast<double>(got[i]) - expected[i]) <= bound[i])) {
           if (wrong++ == 0) {
-            UNSCOPED_INFO("first at " << i << ": got " << got[i] << ", expected " << expected[i] << " +- " << bound[i]);
+            UNSCOPED_INFO("first at " << i << ": got " << got[i] << ", expected " << expected[i] << " +- "
+                                      << bound[i]);
           }
         }
       }
@@ -469,7 +476,9 @@ TEST_CASE("paged attention refuses wrong calls before it writes") {
   PagedAttentionArgs good = problem.args(out);
   Workspace workspace(prefillshare::workspace_bytes(prefillshare::shape_of(good), 1));
   good.workspace = workspace.span();
-  const auto refused = [&](const PagedAttentionArgs& args) { return prefillshare::paged_attention(args, executor); };
+  const auto refused = [&](const PagedAttentionArgs& args) {
+    return prefillshare::paged_attention(args, executor);
+  };
 
   PagedAttentionArgs args = good;
   args.q.rows = 2;
@@ -543,7 +552,7 @@ TEST_CASE("append_kv writes the slots of its positions and no other") {
   const auto view = storage->layer(0);
   std::fill_n(view.data, 5 * 2 * 4 * 16, kNaN);
   const std::vector<BlockId> blocks = {3, 0, 4};
-  const std::vector<float> k = rng.normals(6 * 20), v = rng.normals(6 * 24);
+  const std::vector<float> k = rng.normals(120), v = rng.normals(144);
   REQUIRE(prefillshare::append_kv(view, blocks, 3, {k.data(), 6, 16, 20}, {v.data(), 6, 16, 24}).ok());
   for (std::int64_t position = 0; position < 12; ++position) {
     const BlockId block = blocks[static_cast<std::size_t>(position / 4)];

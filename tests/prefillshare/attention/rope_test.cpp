@@ -71,9 +71,12 @@ TEST_CASE("llama3 scaling keeps high frequencies, divides low ones, and blends b
   for (int pair = 0; pair < 64; ++pair) {
     const float before = prefillshare::rope_frequency(plain, pair);
     const float after = prefillshare::rope_frequency(scaled, pair);
-    if (after == before) ++kept;
-    else if (after == before / 8.0F) ++divided;
-    else ++blended;
+    if (after == before)
+      ++kept;
+    else if (after == before / 8.0F)
+      ++divided;
+    else
+      ++blended;
     CHECK(after <= before);
     CHECK(after >= before / 8.0F);
   }
@@ -92,13 +95,13 @@ TEST_CASE("RoPE turns each pair by its angle") {
     const auto table = RopeTable::create(config, 3000);
     REQUIRE(table.ok());
     CHECK(table->positions() == 3000);
-    constexpr int kHeads = 3, kTokens = 4, kStride = 3 * 16 + 5;
+    constexpr std::int64_t kHeads = 3, kTokens = 4, kStride = kHeads * 16 + 5;
     const std::int64_t first = 2990;
     const std::vector<float> before = rng.normals(kTokens * kStride);
     std::vector<float> x = before;
     REQUIRE(table->apply(MatrixView<float>(x.data(), kTokens, kHeads * 16, kStride), first).ok());
-    for (int t = 0; t < kTokens; ++t) {
-      for (int head = 0; head < kHeads; ++head) {
+    for (std::int64_t t = 0; t < kTokens; ++t) {
+      for (std::int64_t head = 0; head < kHeads; ++head) {
         for (int pair = 0; pair < 8; ++pair) {
           const int low = layout == RopeLayout::kHalf ? pair : 2 * pair;
           const int high = layout == RopeLayout::kHalf ? pair + 8 : 2 * pair + 1;
@@ -114,8 +117,8 @@ TEST_CASE("RoPE turns each pair by its angle") {
                          (b * std::cos(angle) + a * std::sin(angle))) <= bound);
         }
       }
-      for (std::size_t i = kHeads * 16; i < kStride; ++i) {  // between the rows nothing is touched
-        CHECK(x[static_cast<std::size_t>(t) * kStride + i] == before[static_cast<std::size_t>(t) * kStride + i]);
+      for (std::int64_t i = t * kStride + kHeads * 16; i < (t + 1) * kStride; ++i) {  // between the rows
+        CHECK(x[static_cast<std::size_t>(i)] == before[static_cast<std::size_t>(i)]);
       }
     }
   }

@@ -57,8 +57,8 @@ using Prefix = std::pair<std::size_t, Tokens>;  // producer, tokens up to the en
 
 struct ModelBlock {
   int users = 0;
-  bool cached = false;        // in the model's map
-  std::int64_t unused_at = 0; // when its last user left it
+  bool cached = false;         // in the model's map
+  std::int64_t unused_at = 0;  // when its last user left it
 };
 using ModelBlockPtr = std::shared_ptr<ModelBlock>;
 
@@ -66,9 +66,9 @@ struct Live {
   Sequence sequence;
   bool is_fork = false;
   std::size_t key = 0;
-  Tokens tokens;                      // base: committed
-  Tokens pending;                     // base: written, not yet committed
-  std::vector<float> content;         // what must be read at each position
+  Tokens tokens;               // base: committed
+  Tokens pending;              // base: written, not yet committed
+  std::vector<float> content;  // what must be read at each position
   std::vector<ModelBlockPtr> blocks;
   std::int64_t reserved = 0;
   std::int64_t base_length = 0;
@@ -92,14 +92,24 @@ class Trial {
       CAPTURE(step_);
       storage_.fail = rng_.below(4) == 0;
       switch (rng_.below(22)) {
-        case 0: case 1: case 2: open(); break;
-        case 3: case 4: case 5: close(); break;
+        case 0:
+        case 1:
+        case 2: open(); break;
+        case 3:
+        case 4:
+        case 5: close(); break;
         case 6: reserve(); break;
         case 7: write(); break;
-        case 8: case 9: commit(); break;
-        case 10: case 11: case 12: prefill(); break;
-        case 13: case 20: case 21: fork(); break;
-        case 14: case 15: append(); break;
+        case 8:
+        case 9: commit(); break;
+        case 10:
+        case 11:
+        case 12: prefill(); break;
+        case 13:
+        case 20:
+        case 21: fork(); break;
+        case 14:
+        case 15: append(); break;
         case 16: truncate(); break;
         case 17: extend(); break;
         case 18: release_reserved(); break;
@@ -135,7 +145,8 @@ class Trial {
     return std::ssize(alive);
   }
   [[nodiscard]] std::int64_t evictable() const {
-    return std::count_if(cached_.begin(), cached_.end(), [](const auto& entry) { return entry.second->users == 0; });
+    return std::count_if(cached_.begin(), cached_.end(),
+                         [](const auto& entry) { return entry.second->users == 0; });
   }
   /// False, changing nothing, if so many cannot be had.
   bool make_room(std::int64_t count) {
@@ -149,7 +160,8 @@ class Trial {
       }
       bool is_leaf = true;
       for (const auto& [prefix, block] : cached_) {
-        const bool longer = prefix.first == oldest->first.first && prefix.second.size() > oldest->first.second.size();
+        const bool longer =
+            prefix.first == oldest->first.first && prefix.second.size() > oldest->first.second.size();
         is_leaf = is_leaf && !(longer && std::equal(oldest->first.second.begin(), oldest->first.second.end(),
                                                     prefix.second.begin()));
       }
@@ -185,7 +197,8 @@ class Trial {
   /// What the base writes for the last of these tokens: a function of the producer and the whole prefix.
   [[nodiscard]] static float base_value(std::size_t key, std::span<const std::int32_t> tokens) {
     std::uint64_t h = 0x9E3779B97F4A7C15ULL * (key + 1);
-    for (const std::int32_t token : tokens) h = (h ^ static_cast<std::uint32_t>(token + 1)) * 0xD6E8FEB86659FD93ULL;
+    for (const std::int32_t token : tokens)
+      h = (h ^ static_cast<std::uint32_t>(token + 1)) * 0xD6E8FEB86659FD93ULL;
     return static_cast<float>((h >> 40) & 0xFFFFFU);  // exact in fp32
   }
   void write_value(const Sequence& sequence, std::int64_t position, float value) {
@@ -204,7 +217,8 @@ class Trial {
     const int slot = static_cast<int>(position % block_tokens_);
     for (int layer = 0; layer < 2; ++layer) {
       for (int i = 0; i < 2; ++i) {
-        if (storage_.host().k(layer, block, slot)[i] != value + 0.25F * static_cast<float>(layer)) return false;
+        if (storage_.host().k(layer, block, slot)[i] != value + 0.25F * static_cast<float>(layer))
+          return false;
         if (storage_.host().v(layer, block, slot)[i] != -value - 0.25F * static_cast<float>(i)) return false;
       }
     }
@@ -235,7 +249,8 @@ class Trial {
     Tokens all = live.tokens;
     all.insert(all.end(), tokens.begin(), tokens.end());
     const std::int64_t before = live.length();
-    for (std::int64_t index = before / block_tokens_; (index + 1) * block_tokens_ <= std::ssize(all); ++index) {
+    for (std::int64_t index = before / block_tokens_; (index + 1) * block_tokens_ <= std::ssize(all);
+         ++index) {
       const Tokens prefix(all.begin(), all.begin() + (index + 1) * block_tokens_);
       const auto found = cached_.find({live.key, prefix});
       if (found == cached_.end()) break;
@@ -287,7 +302,8 @@ class Trial {
     if (extra <= live.reserved) return StatusCode::kOk;
     const std::int64_t needed = blocks_for(live.length() + extra);
     const bool partial = live.length() % block_tokens_ != 0;
-    const bool copies = live.reserved == 0 && partial && (live.blocks.back()->users > 1 || live.blocks.back()->cached);
+    const bool copies =
+        live.reserved == 0 && partial && (live.blocks.back()->users > 1 || live.blocks.back()->cached);
     if (!make_room(needed - std::ssize(live.blocks) + (copies ? 1 : 0))) {
       ++exhausted_;
       return StatusCode::kExhausted;
@@ -309,7 +325,8 @@ class Trial {
   void reserve() {
     Live* live = pick();
     if (live == nullptr) return;
-    const std::int64_t extra = rng_.below(8) == 0 ? rng_.below(2 * blocks_ * block_tokens_) : rng_.below(2 * block_tokens_);
+    const std::int64_t extra =
+        rng_.below(8) == 0 ? rng_.below(2 * blocks_ * block_tokens_) : rng_.below(2 * block_tokens_);
     const StatusCode expected = model_reserve(*live, extra);
     REQUIRE(allocator_->reserve(live->sequence, extra).code() == expected);
   }
@@ -484,7 +501,8 @@ class Trial {
       REQUIRE(blocks_agree);
       bool content_holds = true;
       for (std::int64_t p = 0; p < live.length(); ++p) {
-        content_holds = content_holds && holds_value(live.sequence, p, live.content[static_cast<std::size_t>(p)]);
+        content_holds =
+            content_holds && holds_value(live.sequence, p, live.content[static_cast<std::size_t>(p)]);
       }
       REQUIRE(content_holds);
     }
@@ -513,7 +531,8 @@ class Trial {
   std::map<Prefix, ModelBlockPtr> cached_;
   std::int64_t clock_ = 0;
   std::int64_t private_values_ = 0;
-  std::int64_t hits_ = 0, misses_ = 0, evicted_ = 0, merged_ = 0, copied_ = 0, exhausted_ = 0, failed_copies_ = 0;
+  std::int64_t hits_ = 0, misses_ = 0, evicted_ = 0, merged_ = 0, copied_ = 0, exhausted_ = 0,
+               failed_copies_ = 0;
   int step_ = 0;
 };
 
@@ -525,7 +544,8 @@ TEST_CASE("random calls on KvAllocator agree with a model") {
     std::int64_t blocks;
     int block_tokens;
   };
-  for (const Size size : {Size{1, 24, 4}, Size{2, 12, 2}, Size{3, 40, 3}, Size{4, 24, 1}, Size{5, 30, 5}, Size{6, 16, 4}}) {
+  for (const Size size :
+       {Size{1, 24, 4}, Size{2, 12, 2}, Size{3, 40, 3}, Size{4, 24, 1}, Size{5, 30, 5}, Size{6, 16, 4}}) {
     const std::uint64_t seed = codegemm::test::seed_or(size.seed);
     CAPTURE(seed, size.blocks, size.block_tokens);
     Trial<ChainHash> trial(seed, size.blocks, size.block_tokens);
@@ -551,7 +571,8 @@ TEST_CASE("the same calls give the same blocks") {
     std::vector<Sequence> open;
     std::vector<BlockId> blocks;
     for (int step = 0; step < 500; ++step) {
-      const Tokens tokens = {static_cast<std::int32_t>(rng.below(3)), static_cast<std::int32_t>(rng.below(2)), 0, 1};
+      const Tokens tokens = {static_cast<std::int32_t>(rng.below(3)), static_cast<std::int32_t>(rng.below(2)),
+                             0, 1};
       auto sequence = (*allocator)->open({"m", "1", ""}, tokens);
       REQUIRE(sequence.ok());
       const Tokens missing(tokens.begin() + sequence->length(), tokens.end());

@@ -32,7 +32,8 @@ constexpr int kBlockTokens = 4;
 /// An allocator over a small host storage, and the engine that writes into it.
 struct Bench {
   explicit Bench(std::int64_t blocks)
-      : storage(*HostKvStorage::create({2, 1, 2, kBlockTokens}, blocks)), allocator(*KvAllocator::create(storage)) {}
+      : storage(*HostKvStorage::create({2, 1, 2, kBlockTokens}, blocks)),
+        allocator(*KvAllocator::create(storage)) {}
 
   /// What an engine does for tokens that are not cached: reserve, write, commit.
   Status prefill(Sequence& sequence, const Tokens& tokens) {
@@ -182,10 +183,12 @@ TEST_CASE("N decode modules over one context hold the shared blocks once") {
   Bench bench(32);
   Sequence base = bench.open(range(0, 18));  // 4 full blocks and 2 tokens
   std::vector<Sequence> forks;
+  forks.reserve(4);
   for (int i = 0; i < 4; ++i) forks.push_back(bench.fork(base));
   CHECK(bench.allocator->stats().in_use_blocks == 5);  // a fork alone costs nothing
   for (std::size_t i = 0; i < forks.size(); ++i) {
-    for (int t = 0; t < 5; ++t) bench.append(forks[i], static_cast<float>(1000 * (i + 1)) + static_cast<float>(t));
+    for (int t = 0; t < 5; ++t)
+      bench.append(forks[i], static_cast<float>(1000 * (i + 1)) + static_cast<float>(t));
   }
   bench.check();
   // Each: a copy of the block with the last 2 tokens, and one block more.
@@ -244,8 +247,8 @@ TEST_CASE("a fork of a base that has filled its reservation half way keeps clear
   Bench bench(8);
   Sequence base = bench.open(range(0, 5));
   REQUIRE(bench.allocator->reserve(base, 2).ok());
-  bench.write(base, 5, 5.0F);                // written, not committed
-  Sequence fork = bench.fork(base);          // so the fork takes its copy at once
+  bench.write(base, 5, 5.0F);        // written, not committed
+  Sequence fork = bench.fork(base);  // so the fork takes its copy at once
   CHECK(blocks_of(base) == Blocks{0, 1});
   CHECK(blocks_of(fork) == Blocks{0, 2});
   bench.append(fork, 77.0F);
@@ -305,8 +308,8 @@ TEST_CASE("two sequences that commit the same tokens end up with one block") {
 
 TEST_CASE("extend takes what another session has prefilled meanwhile") {
   Bench bench(8);
-  Sequence first = bench.open(range(0, 5));  // blocks 0, 1
-  Sequence second = bench.open(range(0, 5)); // blocks 0, 2
+  Sequence first = bench.open(range(0, 5));         // blocks 0, 1
+  Sequence second = bench.open(range(0, 5));        // blocks 0, 2
   REQUIRE(bench.prefill(first, range(5, 9)).ok());  // 0, 1, 3, 4: 14 tokens
   CHECK(blocks_of(first) == Blocks{0, 1, 3, 4});
   auto found = bench.allocator->extend(second, range(5, 9));
@@ -325,8 +328,8 @@ TEST_CASE("extend takes what another session has prefilled meanwhile") {
 TEST_CASE("producers, versions and tenants never meet") {
   Bench bench(16);
   Sequence sequence = bench.open(range(0, 8));
-  for (const CacheKey& other : {CacheKey{"base", "2", ""}, CacheKey{"base2", "1", ""}, CacheKey{"base", "1", "t"},
-                                CacheKey{"bas", "e1", ""}}) {
+  for (const CacheKey& other : {CacheKey{"base", "2", ""}, CacheKey{"base2", "1", ""},
+                                CacheKey{"base", "1", "t"}, CacheKey{"bas", "e1", ""}}) {
     auto opened = bench.allocator->open(other, range(0, 8));
     REQUIRE(opened.ok());
     CHECK(opened->length() == 0);
@@ -378,7 +381,8 @@ TEST_CASE("a reservation that cannot be met evicts nothing") {
   { Sequence a = bench.open(range(0, 8)); }
   Sequence b = bench.open({});
   CHECK(bench.allocator->reserve(b, 17).code() == StatusCode::kExhausted);
-  CHECK(bench.allocator->reserve(b, std::numeric_limits<std::int64_t>::max()).code() == StatusCode::kExhausted);
+  CHECK(bench.allocator->reserve(b, std::numeric_limits<std::int64_t>::max()).code() ==
+        StatusCode::kExhausted);
   CHECK(bench.allocator->stats().cached_blocks == 2);
   CHECK(bench.allocator->stats().evicted_blocks == 0);
   CHECK(b.blocks().empty());
@@ -404,7 +408,8 @@ TEST_CASE("a reservation once made keeps its promise") {
   CHECK(fork.length() == 13);
   CHECK(fork.reserved() == 0);
   bench.check();
-  // A fork of a fork with nothing reserved shares; with something reserved it needs a block, and there is none.
+  // A fork of a fork with nothing reserved shares; with something reserved it needs a block, and there is
+  // none.
   REQUIRE(bench.allocator->append_private(fork, 1).ok());
   CHECK(bench.allocator->fork(fork).ok());
   REQUIRE(bench.allocator->reserve(fork, 2).ok());
@@ -430,7 +435,8 @@ TEST_CASE("truncate rolls a decode-private tail back, not the base") {
   std::vector<float> expected = values(0, 6);
   expected.insert(expected.end(), {80.0F, 81.0F, 82.0F, 90.0F});
   CHECK(bench.read(fork) == expected);
-  CHECK(bench.allocator->truncate(fork, 5).message() == "KvAllocator::truncate: to 5 tokens, expected 6 to 10");
+  CHECK(bench.allocator->truncate(fork, 5).message() ==
+        "KvAllocator::truncate: to 5 tokens, expected 6 to 10");
   CHECK(bench.allocator->truncate(fork, 11).code() == StatusCode::kInvalidArgument);
   CHECK(bench.allocator->truncate(base, 4).code() == StatusCode::kInvalidArgument);
   REQUIRE(bench.allocator->truncate(fork, 6).ok());

@@ -35,11 +35,11 @@ TEST_CASE("page table in CSR form") {
   NoKvStorage storage({1, 1, 8, 4}, 16);
   auto allocator = Allocator::create(storage);
   REQUIRE(allocator.ok());
-  const Sequence five = filled(**allocator, 100, 5);    // blocks 0, 1
-  const Sequence eight = filled(**allocator, 200, 8);   // blocks 2, 3
+  const Sequence five = filled(**allocator, 100, 5);   // blocks 0, 1
+  const Sequence eight = filled(**allocator, 200, 8);  // blocks 2, 3
   const Sequence none = filled(**allocator, 300, 0);
-  Sequence one = filled(**allocator, 400, 1);           // block 4
-  REQUIRE((*allocator)->reserve(one, 9).ok());          // and 5, 6, which hold nothing yet
+  Sequence one = filled(**allocator, 400, 1);   // block 4
+  REQUIRE((*allocator)->reserve(one, 9).ok());  // and 5, 6, which hold nothing yet
 
   PageTable table;
   const std::vector<const Sequence*> batch = {&five, &none, &eight, &one, &five};

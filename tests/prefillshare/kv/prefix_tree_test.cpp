@@ -97,7 +97,8 @@ void check_against_map(std::uint64_t seed) {
 }  // namespace
 
 TEST_CASE("PrefixTree agrees with a map of whole prefixes") {
-  for (const std::uint64_t seed : {11U, 12U, 13U}) check_against_map<ChainHash>(codegemm::test::seed_or(seed));
+  for (const std::uint64_t seed : {11U, 12U, 13U})
+    check_against_map<ChainHash>(codegemm::test::seed_or(seed));
 }
 
 TEST_CASE("PrefixTree agrees with the map when every hash collides") {

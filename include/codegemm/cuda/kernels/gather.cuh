@@ -24,8 +24,8 @@ struct GatherArgs {
   const std::uint16_t* x = nullptr;           // [tokens][x_stride]
   void* y = nullptr;                          // [tokens][y_stride]
   const void* bias = nullptr;                 // [rows] of y's type, or null
-  float* partials = nullptr;     // [row_tiles][splits][tokens][16], where blocks sum through memory
-  unsigned* counters = nullptr;  // [row_tiles], zero before and after
+  float* partials = nullptr;     // [groups][tokens][row_tiles * 16], where there are several groups
+  unsigned* counters = nullptr;  // [chunks][splits of a group], zero before and after
   std::int64_t x_stride = 0;
   std::int64_t y_stride = 0;
   int rows = 0;
@@ -34,11 +34,13 @@ struct GatherArgs {
   int granules = 0;
   int tiles_per_block = 0;
   int granules_per_block = 0;
+  int warps_per_owner = 0;          // ceil(warps of a block / splits)
+  unsigned splits_inverse = 0;      // 65536 / splits, rounded up
   int tile_bytes = 0;
   int scale_steps = 0;  // log2 of the lanes that share a scale; 5: no scales in the tiles
   int v = 0;
   int code_bits = 0;
-  int rounds_ahead = 0;  // in a round each warp sums two tiles; how far the second-level cache is ahead
+  int rounds_ahead = 0;  // in a round each warp sums a tile; how far the second-level cache is ahead
   ScalarType x_type = ScalarType::kHalf;
   ScalarType y_type = ScalarType::kHalf;
 };
@@ -131,10 +133,12 @@ __device__ __forceinline__ void store_output(const GatherArgs& a, int token, int
 
 }  // namespace detail
 
-/// Block (split, chunk) sums the granules [split * granules_per_block, ...) of the row tiles
-/// [chunk * tiles_per_block, ...). Then the splits of a chunk are summed, always in their order:
-/// - Cluster: they are the blocks of one cluster and push their sums into each other's shared memory;
-/// - else: they write their sums to `partials`, and for each tile the warp that comes last (by `counters`) sums them.
+/// Block (split, chunk, group) sums granules_per_block granules, from number (group * splits + split) *
+/// granules_per_block on, over tiles_per_block row tiles from chunk * tiles_per_block on. Then the sums of a chunk are
+/// added, always in their order:
+/// - Cluster: the splits are the blocks of one cluster. They push their sums into each other's shared memory, and each
+///   ends with a share of the rows. Else there is one split, and its share is all rows.
+/// - Several groups: each block writes its share to `partials`, and the last to come, by `counters`, adds them up.
 template <class Config, int Tokens, bool Cluster>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     gather_kernel(const __grid_constant__ GatherArgs a) {
@@ -158,11 +162,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int v = Config::kVecLen != 0 ? Config::kVecLen : a.v;
   const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / 32, 0);  // known to be uniform
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int granule0 = static_cast<int>(blockIdx.x) * a.granules_per_block;
+  [[maybe_unused]] const int splits = kCluster ? static_cast<int>(gridDim.x) : 1;
+  const int granule0 = static_cast<int>(blockIdx.z * gridDim.x + blockIdx.x) * a.granules_per_block;
   const int granule1 = min(granule0 + a.granules_per_block, a.granules);
   const int tile0 = static_cast<int>(blockIdx.y) * a.tiles_per_block;
   const int tiles = min(a.tiles_per_block, a.row_tiles - tile0);
-  const int splits = static_cast<int>(gridDim.x);
   float* const row_sums = reinterpret_cast<float*>(table + Book::bytes(code_bits));
 
   // Weights do not depend on the kernel before: they are on their way while it still runs. In each round a warp sums
@@ -204,7 +208,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #if __CUDA_ARCH__ >= 900
   const int rank = kCluster ? static_cast<int>(detail::cluster_rank()) : 0;
   const int most = (a.tiles_per_block + kWarps - 1) / kWarps;         // tiles of a warp
-  const int slots = (kWarps + splits - 1) / splits * most;            // tiles that are pushed here by each block
+  const int slots = a.warps_per_owner * most;                         // tiles that are pushed here by each block
   const unsigned pushed_at =
       static_cast<unsigned>(__cvta_generic_to_shared(row_sums + Tokens * a.tiles_per_block * 16));
   const unsigned barrier = pushed_at + static_cast<unsigned>(splits * Tokens * slots) * 64U;
@@ -217,10 +221,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       detail::expect_pushes(barrier, static_cast<unsigned>(expected * splits * Tokens) * 64U);
     }
     detail::cluster_arrive();
-    const unsigned owner = static_cast<unsigned>(warp % splits);
+    const int turn = static_cast<int>(static_cast<unsigned>(warp) * a.splits_inverse >> 16);  // warp / splits
+    const unsigned owner = static_cast<unsigned>(warp - turn * splits);
     push_barrier = detail::address_in(barrier, owner);
     push_at = detail::address_in(
-        pushed_at + static_cast<unsigned>((rank * Tokens * slots + warp / splits * most) * 16 + row_slot(lane, 0)) * 4U,
+        pushed_at + static_cast<unsigned>((rank * Tokens * slots + turn * most) * 16 + row_slot(lane, 0)) * 4U,
         owner);
   }
 #endif
@@ -241,7 +246,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   // Sums a tile in registers; `next`, if there is one, then comes into the same registers.
   float* so_far = nullptr;  // the lane's row of the warp's next tile
-  const auto sum_tile = [&](int index, const unsigned char* tile_at, const unsigned char* next, bool first,
+  const auto sum_tile = [&](const unsigned char* tile_at, const unsigned char* next, bool first,
                             bool last) {
     float sums[Tokens][16];
     Book::gather(table, tile.codes, lane, sums);
@@ -255,19 +260,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if (lane < 16) {
         float* const sum = so_far + t * a.tiles_per_block * 16;
         if (!first) total += *sum;
-        if (!last) {
+        if (!last || !kCluster) {
           *sum = total;
-        } else if constexpr (kCluster) {
+        } else {
 #if __CUDA_ARCH__ >= 900
           detail::push(push_at + static_cast<unsigned>(t * slots) * 64U, total, push_barrier);
 #endif
-        } else {
-          const int row = row_slot(lane, 0);
-          if (splits > 1) {
-            a.partials[((static_cast<std::int64_t>(tile0 + index) * splits + blockIdx.x) * Tokens + t) * 16 + row] = total;
-          } else if ((tile0 + index) * 16 + row < a.rows) {
-            detail::store_output(a, t, (tile0 + index) * 16 + row, total);
-          }
         }
       }
     }
@@ -306,7 +304,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if ((i & (kWarps - 1)) == warp) {
         const int round = i + 1 + a.rounds_ahead;
         const unsigned char* const block_tiles = first_tile + (granule - granule0) * granule_bytes;
-        if (a.rounds_ahead == 0) {
+        if (a.rounds_ahead == 0) {  // nothing is asked for ahead of time
         } else if (round < rounds) {
           prefetch_round(block_tiles, round);
         } else if (!last) {
@@ -314,60 +312,78 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         }
       }
       const unsigned char* const next = i + 1 < mine ? at + step : last ? nullptr : next_granule;
-      sum_tile(warp + i * kWarps, at, next, first, last);
+      sum_tile(at, next, first, last);
       at = next;
     }
     if (!last) __syncthreads();
   }
 
+  // Calls fn(token, row, sum) for the rows of this block's share.
+  const auto for_share = [&](auto&& fn) {
+    if constexpr (kCluster) {
+#if __CUDA_ARCH__ >= 900
+      const float* const pushed = row_sums + Tokens * a.tiles_per_block * 16;
+#pragma unroll 1
+      for (int i = static_cast<int>(threadIdx.x); i < slots * 16; i += Config::kThreads) {
+        const int w = rank + i / 16 / most * splits;
+        const int index = w + i / 16 % most * kWarps;
+        if (w >= kWarps || index >= tiles) continue;
+#pragma unroll
+        for (int t = 0; t < Tokens; ++t) {
+          float sum = 0.0F;
+#pragma unroll 8
+          for (int s = 0; s < splits; ++s) sum += pushed[(s * Tokens + t) * slots * 16 + i];
+          fn(t, (tile0 + index) * 16 + i % 16, sum);
+        }
+      }
+#endif
+    } else {
+#pragma unroll 1
+      for (int i = static_cast<int>(threadIdx.x); i < tiles * 16; i += Config::kThreads) {
+#pragma unroll
+        for (int t = 0; t < Tokens; ++t) fn(t, tile0 * 16 + i, row_sums[t * a.tiles_per_block * 16 + i]);
+      }
+    }
+  };
+
   if constexpr (kCluster) {
 #if __CUDA_ARCH__ >= 900
     detail::wait_for_pushes(barrier);
-    const float* const pushed = row_sums + Tokens * a.tiles_per_block * 16;
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < slots * 16; i += Config::kThreads) {
-      const int w = rank + i / 16 / most * splits;
-      const int index = w + i / 16 % most * kWarps;
-      const int row = (tile0 + index) * 16 + i % 16;
-      if (w >= kWarps || index >= tiles || row >= a.rows) continue;
-#pragma unroll
-      for (int t = 0; t < Tokens; ++t) {
-        float sum = 0.0F;
-#pragma unroll 8
-        for (int s = 0; s < splits; ++s) sum += pushed[(s * Tokens + t) * slots * 16 + i];
-        detail::store_output(a, t, row, sum);
-      }
-    }
 #endif
-  } else if (splits > 1) {
-    __threadfence();
-    __syncwarp();
-    for (int base = 0; base < mine; base += 32) {
-      // A lane asks for a tile whether the other splits have come.
-      bool complete = false;
-      if (base + lane < mine) {
-        unsigned* const counter = a.counters + tile0 + warp + (base + lane) * kWarps;
-        complete = atomicAdd(counter, 1U) == static_cast<unsigned>(splits) - 1U;
-        if (complete) *counter = 0;  // as it was found
-      }
-      unsigned todo = __ballot_sync(0xFFFFFFFFU, complete);
-      if (todo != 0) __threadfence();
-      while (todo != 0) {
-        const int index = tile0 + warp + (base + __ffs(static_cast<int>(todo)) - 1) * kWarps;
-        todo &= todo - 1;
-        const float* const partials = a.partials + static_cast<std::int64_t>(index) * splits * Tokens * 16;
-        for (int t = 0; t < Tokens; ++t) {
-          // Half of the lanes for the even splits, half for the odd ones.
-          float sum = 0.0F;
-#pragma unroll 8
-          for (int s = lane / 16; s < splits; s += 2) sum += __ldcg(partials + (s * Tokens + t) * 16 + lane % 16);
-          sum += __shfl_xor_sync(0xFFFFFFFFU, sum, 16);
-          const int row = index * 16 + lane;
-          if (lane < 16 && row < a.rows) detail::store_output(a, t, row, sum);
-        }
-      }
-    }
+  } else {
+    __syncthreads();
   }
+  const int groups = static_cast<int>(gridDim.z);
+  if (groups == 1) {
+    for_share([&](int t, int row, float sum) {
+      if (row < a.rows) detail::store_output(a, t, row, sum);
+    });
+    return;
+  }
+  const std::int64_t padded_rows = static_cast<std::int64_t>(a.row_tiles) * 16;
+  for_share([&](int t, int row, float sum) {
+    a.partials[(static_cast<std::int64_t>(blockIdx.z) * Tokens + t) * padded_rows + row] = sum;
+  });
+  __threadfence();
+  __syncthreads();
+  unsigned& arrived = *reinterpret_cast<unsigned*>(table);  // nobody gathers any more
+  if (threadIdx.x == 0) {
+    unsigned* const counter = a.counters + blockIdx.y * gridDim.x + blockIdx.x;
+    arrived = atomicAdd(counter, 1U);
+    if (arrived == gridDim.z - 1) *counter = 0;  // as it was found
+  }
+  __syncthreads();
+  if (arrived != gridDim.z - 1) return;
+  __threadfence();
+  for_share([&](int t, int row, float) {
+    if (row >= a.rows) return;
+    float sum = 0.0F;
+#pragma unroll 8
+    for (int g = 0; g < groups; ++g) {
+      sum += __ldcg(a.partials + (static_cast<std::int64_t>(g) * Tokens + t) * padded_rows + row);
+    }
+    detail::store_output(a, t, row, sum);
+  });
 }
 
 }  // namespace codegemm::cuda

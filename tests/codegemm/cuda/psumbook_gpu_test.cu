@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// tests/codegemm/cuda/psumbook_gpu_test.cu - the block collectives alone: every word of a Psumbook, two tokens at once,
+// and the sum over lanes.
+#include <codegemm/cuda/block/psumbook.cuh>
+
+#include "gpu.cuh"
+
+namespace codegemm::test {
+namespace {
+
+template <class Book>
+__global__ void build_kernel(const std::uint16_t* codebooks, cuda::Activations x0, cuda::Activations x1, int k0, int v,
+                             int bits, float* out) {
+  extern __shared__ __align__(128) char table[];
+  const cuda::Activations x[2] = {x0, x1};
+  Book::build(table, codebooks, x, k0, v, bits);
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < 2 * Book::kColumns << bits; i += static_cast<int>(blockDim.x)) {
+    const int lane = i % 32;
+    const int p = i / 32 % (Book::kColumns / 32);
+    const int code = i / Book::kColumns % (1 << bits);
+    const int token = i / (Book::kColumns << bits);
+    out[i] = *reinterpret_cast<const float*>(table + Book::plane(token, p) + code * 256 + lane * 4);
+  }
+}
+
+template <class X, int V, int Codebooks, int Sets>
+void check_build(int v, int bits, int threads) {
+  using Book = cuda::Psumbook<V, Codebooks, Sets, 2>;
+  CAPTURE(V, v, Codebooks, Sets, bits, threads);
+  Rng rng(seed_or(1));
+  const int cols = Book::kSegments * v * 2 - v;  // the second granule lacks its last segment
+  const int k0 = Book::kSegments * v;
+  const auto codebooks = random_vector<Half>(static_cast<std::size_t>(Codebooks * v) << bits, rng);
+  const auto x = random_vector<X>(static_cast<std::size_t>(2 * cols), rng);
+  DeviceBuffer<Half> codebooks_device(codebooks);
+  DeviceBuffer<X> x_device(x);
+  DeviceBuffer<float> out(static_cast<std::size_t>(2 * Book::kColumns) << bits);
+  out.poison();
+  const auto* const bits_of_x = reinterpret_cast<const std::uint16_t*>(x_device.data());
+  const bool bf16 = std::is_same_v<X, BFloat16>;
+  REQUIRE_CUDA(cudaFuncSetAttribute(build_kernel<Book>, cudaFuncAttributeMaxDynamicSharedMemorySize, Book::bytes(bits)));
+  build_kernel<Book><<<1, static_cast<unsigned>(threads), static_cast<std::size_t>(Book::bytes(bits))>>>(
+      reinterpret_cast<const std::uint16_t*>(codebooks_device.data()), {bits_of_x, cols, bf16},
+      {bits_of_x + cols, cols, bf16}, k0, v, bits, out.data());
+  REQUIRE_CUDA(cudaGetLastError());
+  REQUIRE_CUDA(cudaDeviceSynchronize());
+  REQUIRE(out.guards_intact());
+  const auto got = out.download();
+  double furthest = 0.0;
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    const int lane = static_cast<int>(i) % 32;
+    const int p = static_cast<int>(i) / 32 % Sets;
+    const int code = static_cast<int>(i) / Book::kColumns % (1 << bits);
+    const int token = static_cast<int>(i) / (Book::kColumns << bits);
+    double want = 0.0;
+    double size = 1e-30;
+    for (int k = 0; k < v; ++k) {
+      const int at = k0 + (lane * Book::kSegmentsPerLane + p / Codebooks) * v + k;
+      const double a = at < cols ? static_cast<double>(as_float(x[static_cast<std::size_t>(token * cols + at)])) : 0.0;
+      const double c = static_cast<double>(
+          codebooks[static_cast<std::size_t>(((p % Codebooks << bits) + code) * v + k)].to_float());
+      want += a * c;
+      size += std::abs(a * c);
+    }
+    const double off = std::abs(static_cast<double>(got[i]) - want) / size;
+    furthest = off <= furthest ? furthest : (off > furthest ? off : HUGE_VAL);
+  }
+  CHECK(furthest <= 0x1p-21);
+}
+
+TEST_CASE("cuda psumbook: every word is the inner product of its centroid and segment", "[gpu]") {
+  static_cast<void>(gpu_or_skip());
+  check_build<Half, 4, 1, 2>(4, 8, 512);
+  check_build<BFloat16, 4, 1, 2>(4, 8, 96);
+  check_build<Half, 8, 2, 2>(8, 8, 256);
+  check_build<BFloat16, 2, 1, 1>(2, 5, 64);
+  check_build<Half, 16, 1, 1>(16, 4, 32);
+  check_build<Half, 0, 3, 3>(2, 6, 160);
+  check_build<BFloat16, 0, 1, 2>(16, 7, 1024);
+}
+
+__global__ void sum_kernel(const float* in, const __half* scales, float* out) {
+  const int lane = static_cast<int>(threadIdx.x);
+  const auto fill = [&](float(&sums)[16]) {
+    for (int i = 0; i < 16; ++i) sums[i] = in[lane * 16 + cuda::row_slot(lane, i)];
+  };
+  float sums[16];
+  fill(sums);
+  out[lane] = cuda::reduce_rows<5>(sums, nullptr);
+  fill(sums);
+  __half four[4];
+  for (int i = 0; i < 4; ++i) four[i] = scales[lane / 4 * 16 + cuda::row_slot(lane, i)];
+  out[32 + lane] = cuda::reduce_rows<2>(sums, four);
+}
+
+TEST_CASE("cuda psumbook: the sum over lanes, with and without scales", "[gpu]") {
+  static_cast<void>(gpu_or_skip());
+  Rng rng(seed_or(2));
+  const auto in = random_vector<float>(32 * 16, rng);         // [lane][row]
+  const auto scales = random_vector<Half>(8 * 16, rng);       // [group of 4 lanes][row]
+  DeviceBuffer<float> in_device(in);
+  DeviceBuffer<Half> scales_device(scales);
+  DeviceBuffer<float> out(64);
+  out.poison();
+  sum_kernel<<<1, 32>>>(in_device.data(), reinterpret_cast<const __half*>(scales_device.data()), out.data());
+  REQUIRE_CUDA(cudaDeviceSynchronize());
+  const auto got = out.download();
+  for (int lane = 0; lane < 32; ++lane) {
+    const int row = cuda::row_slot(lane, 0);
+    double plain = 0.0;
+    double scaled = 0.0;
+    for (int other = 0; other < 32; ++other) {
+      const double value = static_cast<double>(in[static_cast<std::size_t>(other * 16 + row)]);
+      plain += value;
+      scaled += value * static_cast<double>(scales[static_cast<std::size_t>(other / 4 * 16 + row)].to_float());
+    }
+    CHECK(std::abs(static_cast<double>(got[static_cast<std::size_t>(lane)]) - plain) <= 1e-5);
+    CHECK(std::abs(static_cast<double>(got[static_cast<std::size_t>(32 + lane)]) - scaled) <= 1e-5);
+  }
+}
+
+}  // namespace
+}  // namespace codegemm::test
