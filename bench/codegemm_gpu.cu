@@ -2,8 +2,8 @@
 //
 // bench/codegemm_gpu.cu - suite codegemm-gpu: the GPU product at few tokens, cold weights, beside its peers.
 //
-// Each time is the median of replays of a CUDA graph that holds many launches over different copies of the weights,
-// 600 MB in all, so that no cache holds them; divided by the number of launches.
+// Each time is the median of replays of a CUDA graph that holds many launches over different copies of the
+// weights, 600 MB in all, so that no cache holds them; divided by the number of launches.
 //
 // usage: codegemm-gpu [--json FILE] [--quick] [--shape NxK]... [--format NAME]... [--tokens T]...
 //                     [--peer NAME=LIBRARY]... [--cluster N] [--ahead ROUNDS] [--shared BYTES] [--sets N]
@@ -39,7 +39,9 @@ void check(const Status& status) {
 template <class T>
 struct Buffer {
   T* data = nullptr;
-  explicit Buffer(std::size_t count) { check(cudaMalloc(&data, std::max<std::size_t>(count * sizeof(T), 256)), "cudaMalloc"); }
+  explicit Buffer(std::size_t count) {
+    check(cudaMalloc(&data, std::max<std::size_t>(count * sizeof(T), 256)), "cudaMalloc");
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { cudaFree(data); }
@@ -115,7 +117,8 @@ Bandwidth measure_bandwidth(cudaStream_t stream, int multiprocessors) {
   Buffer<unsigned> sink(1);
   check(cudaMemset(a.data, 0x5A, kBytes), "cudaMemset");
   const double copy = time_us(stream, 1, 9, [&](int) {
-    check(cudaMemcpyAsync(a.data + kBytes / 2, a.data, kBytes / 2, cudaMemcpyDeviceToDevice, stream), "cudaMemcpyAsync");
+    check(cudaMemcpyAsync(a.data + kBytes / 2, a.data, kBytes / 2, cudaMemcpyDeviceToDevice, stream),
+          "cudaMemcpyAsync");
   });
   double read = 1e30;
   for (const int blocks : {2, 4, 8, 16}) {
@@ -144,7 +147,8 @@ Peer load_peer(const std::string& text) {
     if (s == nullptr) throw std::runtime_error(text + " lacks " + name);
     return s;
   };
-  return Peer{text.substr(0, eq), reinterpret_cast<decltype(&codegemm_peer_create)>(symbol("codegemm_peer_create")),
+  return Peer{text.substr(0, eq),
+              reinterpret_cast<decltype(&codegemm_peer_create)>(symbol("codegemm_peer_create")),
               reinterpret_cast<decltype(&codegemm_peer_run)>(symbol("codegemm_peer_run")),
               reinterpret_cast<decltype(&codegemm_peer_destroy)>(symbol("codegemm_peer_destroy"))};
 }
@@ -170,7 +174,8 @@ struct Shape {
 };
 
 // ||y - ref|| / ||ref|| over some of the rows, against sums in double over the same quantized weights.
-double error_of(const QuantizedMatrix& w, const std::vector<Half>& x, const std::vector<Half>& y, int tokens) {
+double error_of(const QuantizedMatrix& w, const std::vector<Half>& x, const std::vector<Half>& y,
+                int tokens) {
   const std::int64_t step = std::max<std::int64_t>(1, w.rows() / 97);
   double off = 0.0;
   double size = 0.0;
@@ -194,8 +199,9 @@ double error_of(const QuantizedMatrix& w, const std::vector<Half>& x, const std:
   return std::sqrt(off / size);
 }
 
-void measure(Shape shape, Format format, const std::vector<int>& token_counts, const cuda::GatherTuning& tuning,
-             cuda::PackOptions pack_options, bool quick, const std::vector<Peer>& peers, const cuda::Device& device, cudaStream_t stream,
+void measure(Shape shape, Format format, const std::vector<int>& token_counts,
+             const cuda::GatherTuning& tuning, cuda::PackOptions pack_options, bool quick,
+             const std::vector<Peer>& peers, const cuda::Device& device, cudaStream_t stream,
              std::vector<Row>& rows) {
   Random random{static_cast<std::uint64_t>(shape.rows * 1000003 + shape.cols + format.v)};
   auto made = QuantizedMatrix::create(format, shape.rows, shape.cols);
@@ -213,7 +219,8 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts, c
   Buffer<std::byte> weights(pitch * static_cast<std::size_t>(copies));
   check(cudaMemcpy(weights.data, packed->bytes().data(), bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
   for (int i = 1; i < copies; ++i) {
-    check(cudaMemcpy(weights.data + pitch * static_cast<std::size_t>(i), weights.data, bytes, cudaMemcpyDeviceToDevice),
+    check(cudaMemcpy(weights.data + pitch * static_cast<std::size_t>(i), weights.data, bytes,
+                     cudaMemcpyDeviceToDevice),
           "cudaMemcpy");
   }
   const int most = *std::max_element(token_counts.begin(), token_counts.end());
@@ -250,7 +257,8 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts, c
     // All those launches over equal weights must have given the same bits as the first one.
     std::vector<Half> again(y.size());
     check(cudaMemcpy(again.data(), y_device.data, y_bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
-    if (std::memcmp(again.data(), y.data(), y_bytes) != 0) throw std::runtime_error("two runs gave different results");
+    if (std::memcmp(again.data(), y.data(), y_bytes) != 0)
+      throw std::runtime_error("two runs gave different results");
     row.shape = std::to_string(shape.rows) + "x" + std::to_string(shape.cols);
     row.config = format_name(format);
     row.tokens = tokens;
@@ -259,7 +267,13 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts, c
     rows.push_back(row);
   }
   for (const Peer& peer : peers) {
-    const codegemm_peer_matrix matrix{format.v, format.m, format.b, format.g, shape.rows, shape.cols, w.codes().data(),
+    const codegemm_peer_matrix matrix{format.v,
+                                      format.m,
+                                      format.b,
+                                      format.g,
+                                      shape.rows,
+                                      shape.cols,
+                                      w.codes().data(),
                                       reinterpret_cast<const unsigned short*>(w.codebooks().data()),
                                       reinterpret_cast<const unsigned short*>(w.scales().data())};
     void* const handle = peer.create(&matrix, copies);
@@ -280,8 +294,8 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts, c
   }
   for (std::size_t i = first_row; i < rows.size(); ++i) {
     const Row& row = rows[i];
-    std::printf("%-12s %-10s T=%d %8.2f us %7.0f GB/s  error %.1e", row.shape.c_str(), row.config.c_str(), row.tokens,
-                row.us, row.gb_per_s, row.error);
+    std::printf("%-12s %-10s T=%d %8.2f us %7.0f GB/s  error %.1e", row.shape.c_str(), row.config.c_str(),
+                row.tokens, row.us, row.gb_per_s, row.error);
     for (const PeerTime& t : row.peers) {
       std::printf("  %s %.2f us (x%.2f, error %.1e)", t.name.c_str(), t.us, t.us / row.us, t.error);
     }
@@ -290,27 +304,31 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts, c
   }
 }
 
-void write_json(const char* path, const std::string& machine, const Bandwidth& bandwidth, const std::vector<Row>& rows) {
+void write_json(const char* path, const std::string& machine, const Bandwidth& bandwidth,
+                const std::vector<Row>& rows) {
   std::FILE* const f = std::fopen(path, "w");
   if (f == nullptr) throw std::runtime_error(std::string("cannot write ") + path);
   const char* const commit = std::getenv("CODEGEMM_COMMIT");
   char date[32] = "";
   const std::time_t now = std::time(nullptr);
   std::strftime(date, sizeof(date), "%Y-%m-%d", std::gmtime(&now));
-  std::fprintf(f, "{\n  \"suite\": \"codegemm-gpu\",\n  \"machine\": \"%s\",\n  \"commit\": \"%s\",\n", machine.c_str(),
-               commit != nullptr ? commit : "uncommitted");
-  std::fprintf(f, "  \"date\": \"%s\",\n  \"copy_gb_per_s\": %.1f,\n  \"read_gb_per_s\": %.1f,\n  \"rows\": [", date,
-               bandwidth.copy_gb_per_s, bandwidth.read_gb_per_s);
+  std::fprintf(f, "{\n  \"suite\": \"codegemm-gpu\",\n  \"machine\": \"%s\",\n  \"commit\": \"%s\",\n",
+               machine.c_str(), commit != nullptr ? commit : "uncommitted");
+  std::fprintf(f,
+               "  \"date\": \"%s\",\n  \"copy_gb_per_s\": %.1f,\n  \"read_gb_per_s\": %.1f,\n  \"rows\": [",
+               date, bandwidth.copy_gb_per_s, bandwidth.read_gb_per_s);
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const Row& r = rows[i];
-    std::fprintf(f,
-                 "%s\n    {\"name\": \"gemm\", \"shape\": \"%s\", \"config\": \"%s\", \"tokens\": %d, \"median_us\": "
-                 "%.3f, \"gb_per_s\": %.1f, \"share_of_read\": %.3f, \"error\": %.3g, \"peers\": [",
-                 i == 0 ? "" : ",", r.shape.c_str(), r.config.c_str(), r.tokens, r.us, r.gb_per_s,
-                 r.gb_per_s / bandwidth.read_gb_per_s, r.error);
+    std::fprintf(
+        f,
+        "%s\n    {\"name\": \"gemm\", \"shape\": \"%s\", \"config\": \"%s\", \"tokens\": %d, \"median_us\": "
+        "%.3f, \"gb_per_s\": %.1f, \"share_of_read\": %.3f, \"error\": %.3g, \"peers\": [",
+        i == 0 ? "" : ",", r.shape.c_str(), r.config.c_str(), r.tokens, r.us, r.gb_per_s,
+        r.gb_per_s / bandwidth.read_gb_per_s, r.error);
     for (std::size_t j = 0; j < r.peers.size(); ++j) {
-      std::fprintf(f, "%s{\"name\": \"%s\", \"median_us\": %.3f, \"ratio\": %.3f, \"error\": %.3g}", j == 0 ? "" : ", ",
-                   r.peers[j].name.c_str(), r.peers[j].us, r.peers[j].us / r.us, r.peers[j].error);
+      std::fprintf(f, "%s{\"name\": \"%s\", \"median_us\": %.3f, \"ratio\": %.3f, \"error\": %.3g}",
+                   j == 0 ? "" : ", ", r.peers[j].name.c_str(), r.peers[j].us, r.peers[j].us / r.us,
+                   r.peers[j].error);
     }
     std::fprintf(f, "]}");
   }
@@ -362,8 +380,8 @@ int program(int argc, char** argv) {
     }
   }
   if (shapes.empty()) {
-    shapes = {{4096, 4096},  {1024, 4096},  {6144, 4096},  {14336, 4096}, {28672, 4096}, {4096, 14336},
-              {8192, 8192},  {10240, 8192}, {28672, 8192}, {57344, 8192}, {8192, 28672}};
+    shapes = {{4096, 4096}, {1024, 4096},  {6144, 4096},  {14336, 4096}, {28672, 4096}, {4096, 14336},
+              {8192, 8192}, {10240, 8192}, {28672, 8192}, {57344, 8192}, {8192, 28672}};
   }
   if (formats.empty()) formats = {{4, 1, 8, 128}, {8, 2, 8, 128}, {4, 1, 8, 32}};
   if (tokens.empty()) tokens = {1, 2, 4, 8};
@@ -376,13 +394,14 @@ int program(int argc, char** argv) {
   int runtime = 0;
   check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
   check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
-  const std::string machine = concat(properties.name, ", ", device->multiprocessors, " multiprocessors, CUDA ",
-                                     runtime / 1000, '.', runtime % 1000 / 10, ", driver for ", driver / 1000, '.',
-                                     driver % 1000 / 10);
+  const std::string machine =
+      concat(properties.name, ", ", device->multiprocessors, " multiprocessors, CUDA ", runtime / 1000, '.',
+             runtime % 1000 / 10, ", driver for ", driver / 1000, '.', driver % 1000 / 10);
   cudaStream_t stream = nullptr;
   check(cudaStreamCreate(&stream), "cudaStreamCreate");
   const Bandwidth bandwidth = measure_bandwidth(stream, device->multiprocessors);
-  std::printf("%s\ncopy %.0f GB/s, read %.0f GB/s\n", machine.c_str(), bandwidth.copy_gb_per_s, bandwidth.read_gb_per_s);
+  std::printf("%s\ncopy %.0f GB/s, read %.0f GB/s\n", machine.c_str(), bandwidth.copy_gb_per_s,
+              bandwidth.read_gb_per_s);
   std::vector<Row> rows;
   for (const Format format : formats) {
     for (const Shape shape : shapes) {

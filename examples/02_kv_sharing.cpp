@@ -26,14 +26,17 @@ int main() {
   if (!allocator->reserve(context, 1000).ok()) return 1;       // the engine fills these blocks: prefill
   if (!allocator->commit(context, document).ok()) return 1;    // from now on others find them
 
-  std::vector<Sequence> forks;  // a planner, a writer and a reviewer; each writes a tail of 40 tokens of its own
+  std::vector<Sequence>
+      forks;  // a planner, a writer and a reviewer; each writes a tail of 40 tokens of its own
   for (int module = 0; module < 3; ++module) {
     forks.push_back(allocator->fork(context).value());
     if (!allocator->append_private(forks.back(), 40).ok()) return 1;
   }
   const KvStats stats = allocator->stats();
   std::printf("3 contexts of 1040 tokens in %lld blocks, %lld of them shared; a cache each would take %d\n",
-              static_cast<long long>(stats.in_use_blocks), static_cast<long long>(stats.shared_blocks), 3 * 65);
+              static_cast<long long>(stats.in_use_blocks), static_cast<long long>(stats.shared_blocks),
+              3 * 65);
   const Sequence again = allocator->open(base, document).value();
-  std::printf("a second session on the same document finds %lld tokens\n", static_cast<long long>(again.length()));
+  std::printf("a second session on the same document finds %lld tokens\n",
+              static_cast<long long>(again.length()));
 }

@@ -5,6 +5,7 @@
 // prefill and a cache of its own, so that the two can be compared.
 //
 // Run it with: scripts/demo
+// test: --model {model} --document {source}/tests/data/short_document.txt --agents {source}/tests/data/two_agents.json --cache {cache} --max-tokens 6
 
 #include <chrono>
 #include <cstdio>
@@ -60,17 +61,23 @@ struct Member {
 
 constexpr std::int64_t kPrefillChunk = 512;  // tokens a forward pass: large enough for full GEMM speed
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
 /// All calls of the session in order. The prompts do not depend on the answers.
-std::vector<Turn> plan_turns(const std::vector<Agent>& agents, const std::string& document, const Tokenizer& tokenizer) {
+std::vector<Turn> plan_turns(const std::vector<Agent>& agents, const std::string& document,
+                             const Tokenizer& tokenizer) {
   std::vector<Turn> turns;
   Conversation conversation(tokenizer);
   for (std::size_t turn = 0; turn < agents.front().instructions.size(); ++turn) {
     for (std::size_t a = 0; a < agents.size(); ++a) {
       const std::string& instruction = agents[a].instructions[turn];
-      turns.push_back({static_cast<int>(a), static_cast<int>(turn),
-                       conversation.user(turns.empty() ? document + "\n\n" + instruction : instruction), {}, {}});
+      turns.push_back({static_cast<int>(a),
+                       static_cast<int>(turn),
+                       conversation.user(turns.empty() ? document + "\n\n" + instruction : instruction),
+                       {},
+                       {}});
     }
   }
   return turns;
@@ -78,8 +85,8 @@ std::vector<Turn> plan_turns(const std::vector<Agent>& agents, const std::string
 
 /// The base prefills, the agents decode; the text streams to stdout.
 Run run_shared(const Options& options, const std::vector<Agent>& agents, const Tokenizer& tokenizer,
-               const PrefillModule<DenseLinear>& base, std::vector<Member>& members, const SessionResources& resources,
-               std::vector<Turn>& turns) {
+               const PrefillModule<DenseLinear>& base, std::vector<Member>& members,
+               const SessionResources& resources, std::vector<Turn>& turns) {
   Run run{"shared prefill", {}, 0.0};
   SharedSession<DenseLinear> session(base, resources);
   Sampler sampler = unwrap(Sampler::create(options.sampler));
@@ -117,9 +124,10 @@ Run run_shared(const Options& options, const std::vector<Agent>& agents, const T
   return run;
 }
 
-/// Every agent prefills the whole context with its own weights and keeps its own cache, as separate models have
-/// to. The answers are those of the shared run, so that both runs do the same work.
-Run run_separate(const std::vector<Turn>& turns, std::vector<Member>& members, const SessionResources& resources) {
+/// Every agent prefills the whole context with its own weights and keeps its own cache, as separate models
+/// have to. The answers are those of the shared run, so that both runs do the same work.
+Run run_separate(const std::vector<Turn>& turns, std::vector<Member>& members,
+                 const SessionResources& resources) {
   Run run{"separate prefill per model", {}, 0.0};
   std::vector<SharedSession<CodeGemmLinear>> sessions;
   for (Member& member : members) {
@@ -135,11 +143,13 @@ Run run_separate(const std::vector<Turn>& turns, std::vector<Member>& members, c
     const double begin = seconds_since(start);
     std::size_t next = 0;
     Generation made = unwrap(sessions[static_cast<std::size_t>(turn.agent)].decode(
-        member.decode, member.decode_workspace, DecodeLimits{static_cast<std::int64_t>(turn.chosen.size()), {}},
+        member.decode, member.decode_workspace,
+        DecodeLimits{static_cast<std::int64_t>(turn.chosen.size()), {}},
         [&](std::span<float>) { return turn.chosen[next++]; }, [](std::int32_t) { return true; }));
     for (auto& session : sessions) session.append(turn.answer);
     run.calls.push_back(Call{turn.agent, turn.turn, begin, std::move(made)});
-    progress.update(static_cast<std::int64_t>(run.calls.size()), static_cast<std::int64_t>(turns.size()), "calls");
+    progress.update(static_cast<std::int64_t>(run.calls.size()), static_cast<std::int64_t>(turns.size()),
+                    "calls");
   }
   run.seconds = seconds_since(start);
   return run;
@@ -162,12 +172,13 @@ int run(const Options& options) {
   if (context > config.context_length) {
     throw UserError(codegemm::concat(options.document, ": the session needs up to ", context,
                                      " tokens (document, instructions and ", turns.size(), " answers of ",
-                                     options.max_tokens, "), the model's context length is ", config.context_length));
+                                     options.max_tokens, "), the model's context length is ",
+                                     config.context_length));
   }
 
   ProgressLine loading("loading " + options.model);
-  const LoadedModel loaded =
-      unwrap(load_model(*source, [&](std::int64_t done, std::int64_t total) { loading.update(done, total, "tensors"); }));
+  const LoadedModel loaded = unwrap(load_model(
+      *source, [&](std::int64_t done, std::int64_t total) { loading.update(done, total, "tensors"); }));
   const PrefillModule<DenseLinear> base(loaded.model, CacheKey{options.model, loaded.fingerprint, ""});
   ForwardWorkspace base_workspace =
       unwrap(ForwardWorkspace::create(*loaded.model, kPrefillChunk, context, pool.workers()));
@@ -180,14 +191,17 @@ int run(const Options& options) {
     const auto model = unwrap(quantized_model(
         loaded, agent.format, options.cache, pool,
         [&](std::int64_t done, std::int64_t total) { progress.update(done, total, "layers"); }));
-    summaries.push_back({agent.name, format,
-                         8.0 * static_cast<double>(linear_bytes(*model)) / static_cast<double>(linear_weights(*model))});
-    members.push_back({unwrap(factorize(base, model)), unwrap(ForwardWorkspace::create(*model, 1, context, pool.workers())),
-                       PrefillModule<CodeGemmLinear>(model, CacheKey{agent.name, loaded.fingerprint + format, ""}),
-                       unwrap(ForwardWorkspace::create(*model, kPrefillChunk, context, pool.workers()))});
+    summaries.push_back(
+        {agent.name, format,
+         8.0 * static_cast<double>(linear_bytes(*model)) / static_cast<double>(linear_weights(*model))});
+    members.push_back(
+        {unwrap(factorize(base, model)), unwrap(ForwardWorkspace::create(*model, 1, context, pool.workers())),
+         PrefillModule<CodeGemmLinear>(model, CacheKey{agent.name, loaded.fingerprint + format, ""}),
+         unwrap(ForwardWorkspace::create(*model, kPrefillChunk, context, pool.workers()))});
   }
-  std::printf("document: %s\nsession: %zu agents, %zu calls, up to %lld tokens; %d threads\n", options.document.c_str(),
-              agents.size(), turns.size(), static_cast<long long>(context), pool.workers());
+  std::printf("document: %s\nsession: %zu agents, %zu calls, up to %lld tokens; %d threads\n",
+              options.document.c_str(), agents.size(), turns.size(), static_cast<long long>(context),
+              pool.workers());
 
   // One cache a session and one private tail; the separate run keeps a cache for every agent.
   const KvShape shape = kv_shape(config);
@@ -219,14 +233,22 @@ int run(const Options& options) {
 
 int main(int argc, char** argv) {
   Options options;
-  CLI::App app{"Three agents on one prefill: decode modules at a few bits a weight over a shared base cache."};
-  app.add_option("--model", options.model, "GGUF file or Hugging Face folder of a Llama-family model")->required();
+  options.sampler.repetition_penalty = 1.1F;  // a model this small repeats itself otherwise
+  CLI::App app{
+      "Three agents on one prefill: decode modules at a few bits a weight over a shared base cache."};
+  app.add_option("--model", options.model, "GGUF file or Hugging Face folder of a Llama-family model")
+      ->required();
   app.add_option("--document", options.document, "text that all agents read")->required();
   app.add_option("--agents", options.agents, "JSON: who takes part and what each is told")->required();
   app.add_option("--cache", options.cache, "folder for quantized weights")->required();
-  app.add_option("--max-tokens", options.max_tokens, "longest answer")->check(CLI::Range(1, 4096))->capture_default_str();
+  app.add_option("--max-tokens", options.max_tokens, "longest answer")
+      ->check(CLI::Range(1, 4096))
+      ->capture_default_str();
   app.add_option("--threads", options.threads, "0: one for each processor")->check(CLI::Range(0, 1024));
   app.add_option("--temperature", options.sampler.temperature, "0: greedy")->check(CLI::Range(0.0, 10.0));
+  app.add_option("--repetition-penalty", options.sampler.repetition_penalty, "above 1: less of the same")
+      ->check(CLI::Range(1.0, 10.0))
+      ->capture_default_str();
   app.add_option("--seed", options.sampler.seed, "of the sampler");
   app.add_option("--json", options.json, "where the numbers go")->default_val("shared_prefill.json");
   app.add_option("--svg", options.svg, "where the timeline goes")->default_val("shared_prefill.svg");

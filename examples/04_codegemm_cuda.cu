@@ -9,7 +9,7 @@
 #include <codegemm/gemm.cuh>
 #include <codegemm/reference.hpp>
 
-#define CHECK(ok, why) \
+#define CHECK(ok, why)                                                                                       \
   if (!(ok)) return std::printf("%s\n", why), 1
 
 int main() {
@@ -22,7 +22,8 @@ int main() {
   auto w = codegemm::QuantizedMatrix::create(codegemm::Format{4, 1, 8, 128}, 4096, 4096);
   CHECK(w.ok(), w.status().message().c_str());
   for (auto& word : w->codes()) word = static_cast<std::uint32_t>(std::rand()) * 2U;
-  for (auto& value : w->codebooks()) value = codegemm::Half::from_float(static_cast<float>(std::rand() % 201 - 100) * 0.01F);
+  for (auto& value : w->codebooks())
+    value = codegemm::Half::from_float(static_cast<float>(std::rand() % 201 - 100) * 0.01F);
   for (auto& value : w->scales()) value = codegemm::Half::from_float(0.02F);
 
   // Into the kernels' layout, and to the device: memory is the caller's.
@@ -30,8 +31,9 @@ int main() {
   CHECK(packed.ok(), packed.status().message().c_str());
   void* weights = nullptr;
   __half *x = nullptr, *y = nullptr;
-  CHECK(cudaMalloc(&weights, packed->bytes().size()) == cudaSuccess && cudaMalloc(&x, 4096 * 2) == cudaSuccess &&
-            cudaMalloc(&y, 4096 * 2) == cudaSuccess, "out of device memory");
+  CHECK(cudaMalloc(&weights, packed->bytes().size()) == cudaSuccess &&
+            cudaMalloc(&x, 4096 * 2) == cudaSuccess && cudaMalloc(&y, 4096 * 2) == cudaSuccess,
+        "out of device memory");
   cudaMemcpy(weights, packed->bytes().data(), packed->bytes().size(), cudaMemcpyHostToDevice);
   std::vector<codegemm::Half> activations(4096, codegemm::Half::from_float(0.5F));
   cudaMemcpy(x, activations.data(), 4096 * 2, cudaMemcpyHostToDevice);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// examples/05_psumbook_block.cu - a kernel of one's own around the Psumbook: the largest |w . x| of a matrix's rows, by
-// a block, without an output vector. Here the block is all there is; a real kernel would take a part of the rows.
-// test:
+// examples/05_psumbook_block.cu - a kernel of one's own around the Psumbook: the largest |w . x| of a
+// matrix's rows, by a block, without an output vector. Here the block is all there is; a real kernel would
+// take a part of the rows. test:
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +18,8 @@ constexpr int kRows = 512, kCols = 1024, kWarps = 16;
 // One codebook, vectors of 4, two columns a lane: 64 KiB of shared memory, 256 weights of each row at a time.
 using Book = codegemm::cuda::Psumbook<4, 1, 2>;
 
-__global__ void largest_kernel(codegemm::cuda::DevicePackedView w, codegemm::cuda::Activations x, float* largest) {
+__global__ void largest_kernel(codegemm::cuda::DevicePackedView w, codegemm::cuda::Activations x,
+                               float* largest) {
   extern __shared__ __align__(128) char book[];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const auto* const codebooks = reinterpret_cast<const std::uint16_t*>(w.data + w.layout.codebooks_at);
@@ -28,8 +29,8 @@ __global__ void largest_kernel(codegemm::cuda::DevicePackedView w, codegemm::cud
     Book::build(book, codebooks, xs, granule * Book::kSegments * 4, 4, 8);
     __syncthreads();
     for (int i = 0; i < kRows / 16 / kWarps; ++i) {
-      const std::byte* const tile =
-          w.data + w.layout.tiles_at + (granule * w.layout.row_tiles + i * kWarps + warp) * w.layout.tile_bytes;
+      const std::byte* const tile = w.data + w.layout.tiles_at +
+                                    (granule * w.layout.row_tiles + i * kWarps + warp) * w.layout.tile_bytes;
       const auto* const codes = reinterpret_cast<const uint4*>(tile);
       const uint4 of_lane[2] = {codes[lane], codes[32 + lane]};
       float sums[1][16];
@@ -57,17 +58,19 @@ int main() {
   auto w = codegemm::QuantizedMatrix::create(codegemm::Format{4, 1, 8, 128}, kRows, kCols);
   if (!w.ok()) return fail(w.status().message().c_str());
   for (auto& word : w->codes()) word = static_cast<std::uint32_t>(std::rand()) * 2U;
-  for (auto& value : w->codebooks()) value = codegemm::Half::from_float(static_cast<float>(std::rand() % 201 - 100) * 0.01F);
+  for (auto& value : w->codebooks())
+    value = codegemm::Half::from_float(static_cast<float>(std::rand() % 201 - 100) * 0.01F);
   for (auto& value : w->scales()) value = codegemm::Half::from_float(0.02F);
   const auto packed = codegemm::cuda::pack(w->view(), codegemm::cuda::PackOptions{2});
   if (!packed.ok()) return fail(packed.status().message().c_str());
 
   std::vector<codegemm::Half> x(kCols);
-  for (auto& value : x) value = codegemm::Half::from_float(static_cast<float>(std::rand() % 201 - 100) * 0.01F);
+  for (auto& value : x)
+    value = codegemm::Half::from_float(static_cast<float>(std::rand() % 201 - 100) * 0.01F);
   void *weights = nullptr, *x_device = nullptr;
   float* largest = nullptr;
-  if (cudaMalloc(&weights, packed->bytes().size()) != cudaSuccess || cudaMalloc(&x_device, kCols * 2) != cudaSuccess ||
-      cudaMalloc(&largest, 4) != cudaSuccess) {
+  if (cudaMalloc(&weights, packed->bytes().size()) != cudaSuccess ||
+      cudaMalloc(&x_device, kCols * 2) != cudaSuccess || cudaMalloc(&largest, 4) != cudaSuccess) {
     return fail("out of device memory");
   }
   cudaMemcpy(weights, packed->bytes().data(), packed->bytes().size(), cudaMemcpyHostToDevice);
@@ -81,7 +84,8 @@ int main() {
 
   std::vector<double> y(kRows);
   std::vector<double> x_double(kCols);
-  for (int k = 0; k < kCols; ++k) x_double[static_cast<std::size_t>(k)] = static_cast<double>(x[static_cast<std::size_t>(k)].to_float());
+  for (int k = 0; k < kCols; ++k)
+    x_double[static_cast<std::size_t>(k)] = static_cast<double>(x[static_cast<std::size_t>(k)].to_float());
   codegemm::reference_gemm(w->view(), codegemm::MatrixView<const double>(x_double.data(), 1, kCols),
                            codegemm::MatrixView<double>(y.data(), 1, kRows));
   double want = 0.0;

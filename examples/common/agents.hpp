@@ -49,13 +49,15 @@ struct Agent {
   for (const json& entry : root["agents"]) {
     const std::string where = codegemm::concat("agents[", agents.size(), "]");
     const auto text = [&](const json& value, const std::string& field) {
-      if (!value.is_string() || value.get_ref<const std::string&>().empty()) fail(where + "." + field + ": needs a text");
+      if (!value.is_string() || value.get_ref<const std::string&>().empty())
+        fail(where + "." + field + ": needs a text");
       return value.get<std::string>();
     };
     if (!entry.is_object()) fail(where + ": needs an object");
     Agent agent;
     agent.name = text(entry.value("name", json()), "name");
-    codegemm::Result<codegemm::Format> format = codegemm::parse_format(text(entry.value("format", json()), "format"));
+    codegemm::Result<codegemm::Format> format =
+        codegemm::parse_format(text(entry.value("format", json()), "format"));
     if (!format.ok()) fail(where + ".format: " + format.status().message());
     agent.format = *format;
     const json instructions = entry.value("instruction", json());

@@ -21,8 +21,8 @@ class Conversation {
  public:
   explicit Conversation(const Tokenizer& tokenizer)
       : tokenizer_(&tokenizer),
-        template_(unwrap(ChatTemplate::parse(tokenizer.chat_template().empty() ? std::string(kPlainTemplate)
-                                                                              : tokenizer.chat_template()))) {}
+        template_(unwrap(ChatTemplate::parse(
+            tokenizer.chat_template().empty() ? std::string(kPlainTemplate) : tokenizer.chat_template()))) {}
 
   /// Tokens of a message of the user, up to where the assistant's answer begins. For every message but the
   /// first, the end of the answer before it comes first. What the user says is text whatever it contains: a
@@ -33,7 +33,8 @@ class Conversation {
     const bool first = messages_.size() == 1;
     if (!first) {
       const std::size_t at = added.rfind(kAnswer);
-      if (at == std::string::npos) throw UserError("the chat template does not repeat the assistant's message");
+      if (at == std::string::npos)
+        throw UserError("the chat template does not repeat the assistant's message");
       added.erase(0, at + kAnswer.size());
     }
     const std::size_t question = added.rfind(kQuestion);
@@ -44,8 +45,9 @@ class Conversation {
     const std::string_view bos = tokenizer_->token_text(tokenizer_->bos());
     const bool add_bos = first && tokenizer_->adds_bos() && (bos.empty() || !added.starts_with(bos));
     std::vector<std::int32_t> tokens = unwrap(tokenizer_->encode(added.substr(0, question), {true, add_bos}));
-    for (const auto& [part, special] : {std::pair<std::string_view, bool>(text, false),
-                                        {std::string_view(added).substr(question + kQuestion.size()), true}}) {
+    for (const auto& [part, special] :
+         {std::pair<std::string_view, bool>(text, false),
+          {std::string_view(added).substr(question + kQuestion.size()), true}}) {
       const std::vector<std::int32_t> more = unwrap(tokenizer_->encode(part, {special, false}));
       tokens.insert(tokens.end(), more.begin(), more.end());
     }

@@ -66,8 +66,8 @@ class TensorLoader {
     Result<TensorInfo> info = source_.info(name);
     if (!info.ok()) return fail(info.status());
     if (info->rows != rows || info->cols != cols) {
-      return fail(error(StatusCode::kShapeMismatch, source_.path(), ": tensor '", name, "' is ", info->rows, " x ",
-                        info->cols, ", the config needs ", rows, " x ", cols));
+      return fail(error(StatusCode::kShapeMismatch, source_.path(), ": tensor '", name, "' is ", info->rows,
+                        " x ", info->cols, ", the config needs ", rows, " x ", cols));
     }
     std::vector<float> values(static_cast<std::size_t>(rows * cols));
     if (Status s = source_.read_rows(name, 0, rows, values.data()); !s.ok()) return fail(s);
@@ -123,7 +123,8 @@ class TensorLoader {
   } else if (h.rope_scaling == "llama3") {
     c.rope.scaling = RopeScaling::kLlama3;
   } else if (!h.rope_scaling.empty() && h.rope_scaling != "none" && h.rope_scaling != "default") {
-    return error(StatusCode::kUnsupported, "RoPE scaling '", h.rope_scaling, "'; known are none, linear, llama3");
+    return error(StatusCode::kUnsupported, "RoPE scaling '", h.rope_scaling,
+                 "'; known are none, linear, llama3");
   }
   c.rope.factor = h.rope_factor;
   c.rope.low_freq_factor = h.rope_low_freq_factor;
@@ -143,8 +144,8 @@ class TensorLoader {
   model->config = c;
   const std::int64_t per_layer = 9 + (c.attention_bias ? 3 : 0) + (c.qk_norm ? 2 : 0);
   detail::TensorLoader load(source, c.layers * per_layer + 2 + (c.tied_embeddings ? 0 : 1), progress);
-  model->embedding =
-      std::make_shared<const std::vector<float>>(load.read("model.embed_tokens.weight", c.vocab_size, c.hidden_size));
+  model->embedding = std::make_shared<const std::vector<float>>(
+      load.read("model.embed_tokens.weight", c.vocab_size, c.hidden_size));
   for (std::int64_t i = 0; i < c.layers && load.status().ok(); ++i) {
     LlamaLayer<DenseLinear>& layer = model->layers.emplace_back();
     const std::string prefix = codegemm::concat("model.layers.", i, ".");

@@ -18,7 +18,8 @@ namespace prefillshare::examples {
 /// Shows "LABEL  42% (1.3 s)" on stderr: rewritten in place on a terminal, a few lines in a log file.
 class ProgressLine {
  public:
-  explicit ProgressLine(std::string label) : label_(std::move(label)), terminal_(isatty(STDERR_FILENO) == 1) {}
+  explicit ProgressLine(std::string label)
+      : label_(std::move(label)), terminal_(isatty(STDERR_FILENO) == 1) {}
   ProgressLine(const ProgressLine&) = delete;
   ProgressLine& operator=(const ProgressLine&) = delete;
   ~ProgressLine() {

@@ -49,9 +49,12 @@ struct LinearPair {
   CodeGemmLinear* quantized;
 };
 
-[[nodiscard]] inline std::vector<LinearPair> pair_linears(const LlamaModel<DenseLinear>& dense, QuantizedModel& model) {
+[[nodiscard]] inline std::vector<LinearPair> pair_linears(const LlamaModel<DenseLinear>& dense,
+                                                          QuantizedModel& model) {
   std::vector<LinearPair> pairs;
-  for_each_linear(dense, [&](const std::string& name, const DenseLinear& layer) { pairs.push_back({name, &layer, nullptr}); });
+  for_each_linear(dense, [&](const std::string& name, const DenseLinear& layer) {
+    pairs.push_back({name, &layer, nullptr});
+  });
   std::size_t i = 0;
   for_each_linear(model, [&](const std::string&, CodeGemmLinear& layer) { pairs[i++].quantized = &layer; });
   return pairs;
@@ -73,10 +76,11 @@ struct LinearPair {
   for (const LinearPair& pair : pairs) {
     Result<codegemm::QuantizedMatrix> matrix = checkpoint->load(pair.name);
     if (!matrix.ok()) return matrix.status();
-    if (!(matrix->format() == format) || matrix->rows() != pair.dense->rows() || matrix->cols() != pair.dense->cols()) {
-      return error(StatusCode::kCorruptData, path, ": '", pair.name, "' is ", matrix->rows(), " x ", matrix->cols(), " in ",
-                   codegemm::format_name(matrix->format()), ", wanted ", pair.dense->rows(), " x ", pair.dense->cols(),
-                   " in ", codegemm::format_name(format));
+    if (!(matrix->format() == format) || matrix->rows() != pair.dense->rows() ||
+        matrix->cols() != pair.dense->cols()) {
+      return error(StatusCode::kCorruptData, path, ": '", pair.name, "' is ", matrix->rows(), " x ",
+                   matrix->cols(), " in ", codegemm::format_name(matrix->format()), ", wanted ",
+                   pair.dense->rows(), " x ", pair.dense->cols(), " in ", codegemm::format_name(format));
     }
     if (Status s = install(pair, *matrix); !s.ok()) return s;
   }
@@ -85,21 +89,21 @@ struct LinearPair {
 
 }  // namespace detail
 
-/// All linear layers of `loaded`, the head included, in `format`: read from `folder` if they were made before, else
-/// quantized by k-means and written there, whole or not at all. progress(layers done, layers).
-[[nodiscard]] inline Result<std::shared_ptr<const QuantizedModel>> quantized_model(const LoadedModel& loaded,
-                                                                                   codegemm::Format format,
-                                                                                   const std::string& folder,
-                                                                                   Executor& executor,
-                                                                                   const LoadProgress& progress = {}) {
+/// All linear layers of `loaded`, the head included, in `format`: read from `folder` if they were made
+/// before, else quantized by k-means and written there, whole or not at all. progress(layers done, layers).
+[[nodiscard]] inline Result<std::shared_ptr<const QuantizedModel>> quantized_model(
+    const LoadedModel& loaded, codegemm::Format format, const std::string& folder, Executor& executor,
+    const LoadProgress& progress = {}) {
   const std::shared_ptr<QuantizedModel> model = detail::without_linears(*loaded.model);
   const std::vector<detail::LinearPair> pairs = detail::pair_linears(*loaded.model, *model);
   const auto total = static_cast<std::int64_t>(pairs.size());
-  const std::string path = codegemm::concat(folder, "/", loaded.fingerprint, "-", codegemm::format_name(format), "-v",
-                                            detail::kQuantizerVersion, ".safetensors");
+  const std::string path =
+      codegemm::concat(folder, "/", loaded.fingerprint, "-", codegemm::format_name(format), "-v",
+                       detail::kQuantizerVersion, ".safetensors");
   std::error_code failed;
   std::filesystem::create_directories(folder, failed);
-  if (failed) return Status(StatusCode::kIoError, codegemm::concat(folder, ": ", failed.message()), failed.value());
+  if (failed)
+    return Status(StatusCode::kIoError, codegemm::concat(folder, ": ", failed.message()), failed.value());
 
   if (std::filesystem::exists(path, failed)) {
     const Status read = detail::read_quantized(path, format, pairs);
@@ -114,7 +118,8 @@ struct LinearPair {
   std::vector<codegemm::QuantizedMatrix> matrices;
   matrices.reserve(pairs.size());
   for (const detail::LinearPair& pair : pairs) {
-    Result<codegemm::QuantizedMatrix> matrix = codegemm::quantize_kmeans(pair.dense->weights(), format, {}, executor);
+    Result<codegemm::QuantizedMatrix> matrix =
+        codegemm::quantize_kmeans(pair.dense->weights(), format, {}, executor);
     if (!matrix.ok()) return matrix.status().with_prefix(pair.name);
     if (Status s = detail::install(pair, *matrix); !s.ok()) return s;
     matrices.push_back(std::move(matrix).value());

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// examples/common/report.hpp - what the shared and the separate run of a session cost, as a table and as JSON.
+// examples/common/report.hpp - what the shared and the separate run of a session cost, as a table and as
+// JSON.
 #pragma once
 
 #include <algorithm>
@@ -73,14 +74,15 @@ inline void print_report(const Run& shared, const Run& separate, const std::vect
     std::printf("%-34s %12.*f %12.*f %s  %5.2fx\n", what, digits, a, digits, b, unit, a > 0.0 ? b / a : 0.0);
   };
   std::printf("\n%-34s %12s %12s\n", "", "shared", "separate");
-  row("prefill tokens computed", static_cast<double>(shared.prefilled()), static_cast<double>(separate.prefilled()), "   ",
-      0);
+  row("prefill tokens computed", static_cast<double>(shared.prefilled()),
+      static_cast<double>(separate.prefilled()), "   ", 0);
   row("KV bytes held at most", mib(shared.kv_bytes()), mib(separate.kv_bytes()), "MiB", 1);
   for (std::size_t i = 0; i < shared.calls.size(); ++i) {
     const Call& call = shared.calls[i];
-    const std::string what = codegemm::concat("time to first token, ", agents[static_cast<std::size_t>(call.agent)].name,
-                                              " ", call.turn + 1);
-    row(what.c_str(), call.cost.first_token_seconds * 1e3, separate.calls[i].cost.first_token_seconds * 1e3, "ms ", 1);
+    const std::string what = codegemm::concat(
+        "time to first token, ", agents[static_cast<std::size_t>(call.agent)].name, " ", call.turn + 1);
+    row(what.c_str(), call.cost.first_token_seconds * 1e3, separate.calls[i].cost.first_token_seconds * 1e3,
+        "ms ", 1);
   }
   row("total time", shared.seconds, separate.seconds, "s  ", 2);
 
@@ -136,8 +138,10 @@ inline void print_report(const Run& shared, const Run& separate, const std::vect
     for (const AgentSummary& agent : agents) panel.rows.push_back(agent.name + " " + agent.format);
     for (const Call& call : run->calls) {
       const int agent_row = call.agent + (has_base ? 1 : 0);
-      const std::string turn = codegemm::concat(agents[static_cast<std::size_t>(call.agent)].name, ", turn ", call.turn + 1);
-      panel.spans.push_back({has_base ? 0 : agent_row, call.begin, call.begin + call.cost.prefill_seconds, true,
+      const std::string turn =
+          codegemm::concat(agents[static_cast<std::size_t>(call.agent)].name, ", turn ", call.turn + 1);
+      panel.spans.push_back({has_base ? 0 : agent_row, call.begin, call.begin + call.cost.prefill_seconds,
+                             true,
                              codegemm::concat(turn, ": ", call.cost.prefilled_tokens, " tokens prefilled")});
       panel.spans.push_back({agent_row, call.begin + call.cost.prefill_seconds,
                              call.begin + call.cost.prefill_seconds + call.cost.decode_seconds, false,

@@ -20,7 +20,7 @@ struct TimelineSpan {
   double begin = 0.0;  // seconds
   double end = 0.0;
   bool prefill = false;
-  std::string label;   // shown when the pointer rests on it
+  std::string label;  // shown when the pointer rests on it
 };
 
 /// One panel: rows over a time axis.
@@ -84,39 +84,40 @@ namespace detail {
   }
   const auto x = [&](double seconds) { return kLeft + seconds / last * kWidth; };
 
-  std::string svg = concat("<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 ", kLeft + kWidth + 30.0, " ",
-                           fixed(height, 0), "\" font-family=\"sans-serif\" font-size=\"13\">\n",
+  std::string svg = concat("<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 ", kLeft + kWidth + 30.0,
+                           " ", fixed(height, 0), "\" font-family=\"sans-serif\" font-size=\"13\">\n",
                            "<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n");
   const auto legend = [&](double at, const std::string& color, const char* text) {
-    svg += concat("<rect x=\"", at, "\" y=\"12\" width=\"14\" height=\"14\" fill=\"", color, "\"/><text x=\"", at + 20.0,
-                  "\" y=\"24\">", text, "</text>\n");
+    svg += concat("<rect x=\"", at, "\" y=\"12\" width=\"14\" height=\"14\" fill=\"", color, "\"/><text x=\"",
+                  at + 20.0, "\" y=\"24\">", text, "</text>\n");
   };
   legend(kLeft, prefill_color, "prefill");
   legend(kLeft + 90.0, decode_color, "decode");
 
   double y = 34.0;
   for (const TimelinePanel& panel : panels) {
-    svg += concat("<text x=\"12\" y=\"", fixed(y + 28.0, 1), "\" font-weight=\"bold\">", detail::escape_xml(panel.title),
-                  "</text>\n");
+    svg += concat("<text x=\"12\" y=\"", fixed(y + 28.0, 1), "\" font-weight=\"bold\">",
+                  detail::escape_xml(panel.title), "</text>\n");
     y += kHead;
     for (std::size_t r = 0; r < panel.rows.size(); ++r) {
       const double top = y + kRow * static_cast<double>(r);
-      svg += concat("<text x=\"12\" y=\"", fixed(top + 19.0, 1), "\">", detail::escape_xml(panel.rows[r]), "</text>",
-                    "<line x1=\"", kLeft, "\" x2=\"", kLeft + kWidth, "\" y1=\"", fixed(top + kRow, 1), "\" y2=\"",
-                    fixed(top + kRow, 1), "\" stroke=\"#ddd\"/>\n");
+      svg += concat("<text x=\"12\" y=\"", fixed(top + 19.0, 1), "\">", detail::escape_xml(panel.rows[r]),
+                    "</text>", "<line x1=\"", kLeft, "\" x2=\"", kLeft + kWidth, "\" y1=\"",
+                    fixed(top + kRow, 1), "\" y2=\"", fixed(top + kRow, 1), "\" stroke=\"#ddd\"/>\n");
     }
     for (const TimelineSpan& span : panel.spans) {
       const double top = y + kRow * static_cast<double>(span.row) + 6.0;
       svg += concat("<rect x=\"", fixed(x(span.begin), 2), "\" y=\"", fixed(top, 1), "\" width=\"",
-                    fixed(std::max(0.8, x(span.end) - x(span.begin)), 2), "\" height=\"", kRow - 11.0, "\" fill=\"",
-                    span.prefill ? prefill_color : decode_color, "\"><title>", detail::escape_xml(span.label),
-                    "</title></rect>\n");
+                    fixed(std::max(0.8, x(span.end) - x(span.begin)), 2), "\" height=\"", kRow - 11.0,
+                    "\" fill=\"", span.prefill ? prefill_color : decode_color, "\"><title>",
+                    detail::escape_xml(span.label), "</title></rect>\n");
     }
     y += kRow * static_cast<double>(panel.rows.size());
     const double step = detail::tick_step(last);
     for (double t = 0.0; t <= last * 1.0001; t += step) {
       svg += concat("<text x=\"", fixed(x(t), 1), "\" y=\"", fixed(y + 18.0, 1),
-                    "\" text-anchor=\"middle\" fill=\"#555\">", detail::fixed(t, step < 1.0 ? 1 : 0), " s</text>\n");
+                    "\" text-anchor=\"middle\" fill=\"#555\">", detail::fixed(t, step < 1.0 ? 1 : 0),
+                    " s</text>\n");
     }
     y += kFoot;
   }

@@ -88,11 +88,11 @@ namespace detail {
 // Vectors in a tile: as many as the tables allow, but so that tiles and scale groups share their borders
 // where that costs less than half of the tile.
 [[nodiscard]] inline std::int64_t choose_tile_vectors(Format f, std::int64_t vectors) {
-  CODEGEMM_ASSERT(f.m > 0 && f.v > 0);
+  CODEGEMM_ASSERT(validate(f).ok());
   const std::int64_t entries = std::min(CpuTiles::kMaxEntries, CpuTiles::kTableFloats / f.centroids());
   const std::int64_t most = std::max<std::int64_t>(1, entries / f.m);
   if (f.g < 0 || vectors <= most) return most;
-  const std::int64_t segment = f.g / f.v;
+  const std::int64_t segment = std::max(1, f.g / f.v);
   if (segment <= most) return most / segment * segment;
   for (std::int64_t tile = most; tile > most / 2; --tile) {
     if (segment % tile == 0) return tile;

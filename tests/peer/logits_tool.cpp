@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // tests/peer/logits_tool.cpp - writes our logits for given token ids, for logits_peer.py to compare.
-// Usage: logits_tool MODEL IDS.json OUT.bin   IDS.json: [[id, ...], ...]; OUT.bin: fp32 [tokens][vocab], prompt by prompt.
+// Usage: logits_tool MODEL IDS.json OUT.bin   IDS.json: [[id, ...], ...]; OUT.bin: fp32 [tokens][vocab],
+// prompt by prompt.
 
 #include <cstdio>
 #include <exception>
@@ -52,8 +53,9 @@ int run(const char* model_path, const char* ids_path, const char* out_path) {
     if (!workspace.ok()) return fail(workspace.status());
     std::vector<float> logits(static_cast<std::size_t>(tokens * model.config.vocab_size));
     const KvTarget target{&*storage, sequence->blocks(), 0};
-    if (Status s = forward(model, ids, target,
-                           MatrixView<float>(logits.data(), tokens, model.config.vocab_size), *workspace, pool);
+    if (Status s =
+            forward(model, ids, target, MatrixView<float>(logits.data(), tokens, model.config.vocab_size),
+                    *workspace, pool);
         !s.ok()) {
       return fail(s);
     }

@@ -29,15 +29,17 @@ struct CacheHarness {
 /// Runs tokens through a model on a base sequence of its own; logits [rows][vocab] as forward() has them.
 template <LinearLayer Linear>
 std::vector<float> run_forward(const LlamaModel<Linear>& model, std::span<const std::int32_t> tokens,
-                               std::int64_t logit_rows, CacheHarness& cache, Sequence& sequence, Executor& executor) {
+                               std::int64_t logit_rows, CacheHarness& cache, Sequence& sequence,
+                               Executor& executor) {
   ForwardWorkspace workspace = ForwardWorkspace::create(model, static_cast<std::int64_t>(tokens.size()),
                                                         model.config.context_length, executor.workers())
                                    .value();
   REQUIRE(cache.allocator->reserve(sequence, static_cast<std::int64_t>(tokens.size())).ok());
   std::vector<float> logits(static_cast<std::size_t>(logit_rows * model.config.vocab_size), NAN);
   const KvTarget target{&cache.storage, sequence.blocks(), sequence.length()};
-  const Status status = forward(model, tokens, target,
-                                MatrixView<float>(logits.data(), logit_rows, model.config.vocab_size), workspace, executor);
+  const Status status =
+      forward(model, tokens, target, MatrixView<float>(logits.data(), logit_rows, model.config.vocab_size),
+              workspace, executor);
   INFO(status.message());
   REQUIRE(status.ok());
   REQUIRE(cache.allocator->commit(sequence, tokens).ok());
@@ -48,11 +50,12 @@ std::vector<float> run_forward(const LlamaModel<Linear>& model, std::span<const 
   return static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
 }
 
-/// The ordinary way to generate: one model, one cache, the prompt in one pass, the first token from the logits
-/// of its last position. Greedy, `count` tokens, no stop token.
+/// The ordinary way to generate: one model, one cache, the prompt in one pass, the first token from the
+/// logits of its last position. Greedy, `count` tokens, no stop token.
 template <LinearLayer Linear>
-std::vector<std::int32_t> generate_unshared(const LlamaModel<Linear>& model, std::span<const std::int32_t> prompt,
-                                            std::int64_t count, Executor& executor) {
+std::vector<std::int32_t> generate_unshared(const LlamaModel<Linear>& model,
+                                            std::span<const std::int32_t> prompt, std::int64_t count,
+                                            Executor& executor) {
   const auto length = static_cast<std::int64_t>(prompt.size());
   CacheHarness cache(model.config, (length + count) / 16 + 2);
   Sequence sequence = cache.allocator->open(CacheKey{"unshared", "1", ""}, {}).value();
@@ -63,7 +66,8 @@ std::vector<std::int32_t> generate_unshared(const LlamaModel<Linear>& model, std
     REQUIRE(cache.allocator->reserve(sequence, 1).ok());
     const std::span<const std::int32_t> last(&out.back(), 1);
     const KvTarget target{&cache.storage, sequence.blocks(), sequence.length()};
-    REQUIRE(forward(model, last, target, MatrixView<float>(logits.data(), 1, model.config.vocab_size), workspace, executor)
+    REQUIRE(forward(model, last, target, MatrixView<float>(logits.data(), 1, model.config.vocab_size),
+                    workspace, executor)
                 .ok());
     REQUIRE(cache.allocator->commit(sequence, last).ok());
     out.push_back(argmax(logits));
@@ -82,8 +86,9 @@ struct SessionHarness {
   ForwardWorkspace decode_workspace;
   SharedSession<Base> session;
 
-  SessionHarness(std::shared_ptr<const LlamaModel<Base>> base_model, std::shared_ptr<const LlamaModel<Decode>> decode_model,
-                 std::int64_t chunk, std::int64_t context, std::int64_t blocks, Executor& executor_)
+  SessionHarness(std::shared_ptr<const LlamaModel<Base>> base_model,
+                 std::shared_ptr<const LlamaModel<Decode>> decode_model, std::int64_t chunk,
+                 std::int64_t context, std::int64_t blocks, Executor& executor_)
       : executor(executor_),
         base(base_model, CacheKey{"base", "1", ""}),
         decode(factorize(base, decode_model).value()),
@@ -97,8 +102,9 @@ struct SessionHarness {
   }
 
   [[nodiscard]] Result<Generation> greedy(std::int64_t count) {
-    return session.decode(decode, decode_workspace, DecodeLimits{count, {}},
-                          [](std::span<float> logits) { return argmax(logits); }, [](std::int32_t) { return true; });
+    return session.decode(
+        decode, decode_workspace, DecodeLimits{count, {}},
+        [](std::span<float> logits) { return argmax(logits); }, [](std::int32_t) { return true; });
   }
 };
 

@@ -51,7 +51,8 @@ using codegemm::test::Rng;
   const auto linear = [&](std::int64_t rows, std::int64_t cols, bool bias) {
     const float deviation = 1.0F / std::sqrt(static_cast<float>(cols));
     auto weights = std::make_shared<const std::vector<float>>(random_values(rng, rows * cols, deviation));
-    return DenseLinear(std::move(weights), rows, cols, bias ? random_values(rng, rows, 0.5F) : std::vector<float>());
+    return DenseLinear(std::move(weights), rows, cols,
+                       bias ? random_values(rng, rows, 0.5F) : std::vector<float>());
   };
   auto model = std::make_shared<LlamaModel<DenseLinear>>();
   model->config = c;
@@ -80,7 +81,8 @@ using codegemm::test::Rng;
   return model;
 }
 
-[[nodiscard]] inline std::vector<std::int32_t> random_tokens(Rng& rng, std::int64_t count, std::int64_t vocabulary) {
+[[nodiscard]] inline std::vector<std::int32_t> random_tokens(Rng& rng, std::int64_t count,
+                                                             std::int64_t vocabulary) {
   std::vector<std::int32_t> out(static_cast<std::size_t>(count));
   for (std::int32_t& token : out) token = static_cast<std::int32_t>(rng.below(vocabulary));
   return out;
@@ -116,15 +118,16 @@ inline std::vector<double> ref_linear(const DenseLinear& layer, const std::vecto
 }
 
 /// Head norm, then rotate-half RoPE, of all heads of one token.
-inline void ref_position(std::vector<double>& x, std::span<const float> norm, const ModelConfig& c, std::size_t at) {
+inline void ref_position(std::vector<double>& x, std::span<const float> norm, const ModelConfig& c,
+                         std::size_t at) {
   const auto dim = static_cast<std::size_t>(c.head_dim);
   for (std::size_t head = 0; head < x.size() / dim; ++head) {
     std::vector<double> h(x.begin() + static_cast<std::ptrdiff_t>(head * dim),
                           x.begin() + static_cast<std::ptrdiff_t>((head + 1) * dim));
     if (!norm.empty()) h = ref_norm(h, norm, c.rms_epsilon);
     for (std::size_t i = 0; i < dim / 2; ++i) {
-      const double angle =
-          static_cast<double>(at) * std::pow(c.rope.theta, -2.0 * static_cast<double>(i) / static_cast<double>(dim));
+      const double angle = static_cast<double>(at) *
+                           std::pow(c.rope.theta, -2.0 * static_cast<double>(i) / static_cast<double>(dim));
       x[head * dim + i] = h[i] * std::cos(angle) - h[i + dim / 2] * std::sin(angle);
       x[head * dim + i + dim / 2] = h[i + dim / 2] * std::cos(angle) + h[i] * std::sin(angle);
     }
@@ -133,8 +136,8 @@ inline void ref_position(std::vector<double>& x, std::span<const float> norm, co
 
 }  // namespace detail
 
-/// Logits of every token, [tokens][vocab], by the textbook and in double. `caches` (one for each layer) holds the
-/// past and grows by the tokens; it may come from another model, as a base cache does.
+/// Logits of every token, [tokens][vocab], by the textbook and in double. `caches` (one for each layer) holds
+/// the past and grows by the tokens; it may come from another model, as a base cache does.
 [[nodiscard]] inline std::vector<std::vector<double>> reference_forward(const LlamaModel<DenseLinear>& model,
                                                                         std::span<const std::int32_t> tokens,
                                                                         std::vector<ReferenceCache>& caches) {
@@ -169,7 +172,8 @@ inline void ref_position(std::vector<double>& x, std::span<const float> norm, co
         double sum = 0.0;
         for (double& s : scores) sum += s = std::exp(s - top);
         for (std::size_t s = 0; s <= at; ++s) {
-          for (std::size_t d = 0; d < dim; ++d) attended[head * dim + d] += scores[s] / sum * cache.v[s][kv * dim + d];
+          for (std::size_t d = 0; d < dim; ++d)
+            attended[head * dim + d] += scores[s] / sum * cache.v[s][kv * dim + d];
         }
       }
       const std::vector<double> projected = ref_linear(layer.o, attended);
@@ -187,7 +191,8 @@ inline void ref_position(std::vector<double>& x, std::span<const float> norm, co
 }
 
 /// Largest |got - want| over rows, relative to the largest |want|; NaN counts as infinite.
-[[nodiscard]] inline double worst_relative(std::span<const float> got, const std::vector<std::vector<double>>& want) {
+[[nodiscard]] inline double worst_relative(std::span<const float> got,
+                                           const std::vector<std::vector<double>>& want) {
   double worst = 0.0;
   double size = 0.0;
   std::size_t i = 0;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // codegemm/cpu/configs.hpp - every number of the CPU kernels: formats, tiles, measured costs. The file to
-// edit. Layer: cpu (host only).
+// edit.
+// Layer: cpu (host only).
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // codegemm/cpu/many_tokens.hpp - the dense way: dequantize some rows into the cache, multiply with many
-// tokens. Layer: cpu (host only).
+// tokens.
+// Layer: cpu (host only).
 #pragma once
 
 #include <algorithm>

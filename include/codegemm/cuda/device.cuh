@@ -15,17 +15,18 @@ namespace codegemm::cuda {
 /// A failed CUDA call as a Status: the code is kept, `what` names the call.
 [[nodiscard]] inline Status cuda_status(cudaError_t code, const char* what) {
   if (code == cudaSuccess) return {};
-  return Status(StatusCode::kCudaError, concat(what, ": ", cudaGetErrorName(code), " (", cudaGetErrorString(code), ")"),
+  return Status(StatusCode::kCudaError,
+                concat(what, ": ", cudaGetErrorName(code), " (", cudaGetErrorString(code), ")"),
                 static_cast<int>(code));
 }
 
 /// Properties of one GPU. Ask once, when the program starts, and pass to every call.
 struct Device {
-  int arch = 0;          // compute capability as 10 * major + minor: 80, 90
+  int arch = 0;  // compute capability as 10 * major + minor: 80, 90
   int multiprocessors = 0;
   int shared_bytes = 0;  // most shared memory of a block
-  // [size]: clusters of so many blocks that run at once, one block a multiprocessor; 0 where there are no clusters.
-  // A cluster lies within a group of multiprocessors, and the groups of one card differ in size.
+  // [size]: clusters of so many blocks that run at once, one block a multiprocessor; 0 where there are no
+  // clusters. A cluster lies within a group of multiprocessors, and the groups of one card differ in size.
   std::array<int, 9> clusters = {};
 };
 
@@ -67,14 +68,17 @@ __global__ void cluster_probe_kernel() {}
   if (Status s = ask(out.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin); !s.ok()) return s;
   out.arch = major * 10 + minor;
   if (out.arch < 90) return out;
-  if (Status s = cuda_status(cudaFuncSetAttribute(detail::cluster_probe_kernel<0>,
-                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, out.shared_bytes),
-                             "cudaFuncSetAttribute");
+  if (Status s =
+          cuda_status(cudaFuncSetAttribute(detail::cluster_probe_kernel<0>,
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize, out.shared_bytes),
+                      "cudaFuncSetAttribute");
       !s.ok()) {
     return s;
   }
   for (int size = 1; size <= 8; ++size) {
-    if (Status s = detail::probe_clusters(size, out.shared_bytes, out.clusters[static_cast<std::size_t>(size)]); !s.ok()) {
+    if (Status s =
+            detail::probe_clusters(size, out.shared_bytes, out.clusters[static_cast<std::size_t>(size)]);
+        !s.ok()) {
       return s;
     }
   }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cuda/launch.cuh - starts a kernel with cluster and programmatic-launch attributes, and reports failure.
+// codegemm/cuda/launch.cuh - starts a kernel with cluster and programmatic-launch attributes, and reports
+// failure.
 // Layer: cuda (host, needs nvcc).
 #pragma once
 

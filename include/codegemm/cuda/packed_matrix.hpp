@@ -29,11 +29,12 @@ inline constexpr int kTileRows = 16;
 
 /// Where everything lies in the buffer of a packed matrix.
 ///
-/// A *granule* is what 32 lanes own along K: lane l has the `sets / m` vectors from l * sets / m on, and their codes
-/// of all m codebooks are its columns p = 0 .. sets - 1 (vector l * sets / m + p / m, codebook p % m). A *tile* is 16
-/// rows of a granule: [sets][32 lanes][16 slots] codes of a byte each, slot row_slot(lane, row), then the scales
-/// [32 lanes][16 >> scale_steps] in fp16, since groups of 2^scale_steps lanes share a scale and are summed first.
-/// Tiles lie in the order [granule][row tile]. What is beyond N or K is 0.
+/// A *granule* is what 32 lanes own along K: lane l has the `sets / m` vectors from l * sets / m on, and
+/// their codes of all m codebooks are its columns p = 0 .. sets - 1 (vector l * sets / m + p / m, codebook p
+/// % m). A *tile* is 16 rows of a granule: [sets][32 lanes][16 slots] codes of a byte each, slot
+/// row_slot(lane, row), then the scales [32 lanes][16 >> scale_steps] in fp16, since groups of 2^scale_steps
+/// lanes share a scale and are summed first. Tiles lie in the order [granule][row tile]. What is beyond N or
+/// K is 0.
 struct PackedLayout {
   int sets = 0;
   int scale_steps = 0;  // 0..4, or 5: one scale a row, kept beside the tiles
@@ -56,20 +57,22 @@ struct PackOptions {
                                                         PackOptions options = {}) {
   if (const auto sizes = canonical_sizes(f, rows, cols); !sizes.ok()) return sizes.status();
   if (f.b > kMaxPsumbookCodeBits) {
-    return error(StatusCode::kUnsupported, "cuda pack: b = ", f.b, ", but the kernels for few tokens need b <= ",
-                 kMaxPsumbookCodeBits);
+    return error(StatusCode::kUnsupported, "cuda pack: b = ", f.b,
+                 ", but the kernels for few tokens need b <= ", kMaxPsumbookCodeBits);
   }
   // Kernels count rows, columns and tiles in 32 bits.
   constexpr std::int64_t kMaxSide = std::int64_t{1} << 30;
   if (rows > kMaxSide || cols > kMaxSide) {
-    return error(StatusCode::kUnsupported, "cuda pack: shape ", rows, " x ", cols, " has a side over ", kMaxSide);
+    return error(StatusCode::kUnsupported, "cuda pack: shape ", rows, " x ", cols, " has a side over ",
+                 kMaxSide);
   }
   const bool one_scale = f.scale_groups(cols) <= 1;
   PackedLayout out;
   const auto fits = [&](int sets) {  // one scale for all that a lane owns
     return sets % f.m == 0 && (one_scale || f.g % (sets / f.m * f.v) == 0);
   };
-  // More columns a lane: fewer sums over lanes for a product. Four is what a multiprocessor's shared memory holds.
+  // More columns a lane: fewer sums over lanes for a product. Four is what a multiprocessor's shared memory
+  // holds.
   out.sets = fits(4) ? 4 : fits(2) ? 2 : f.m;
   if (options.sets != 0) {
     if (options.sets < 0 || options.sets > 4 || !fits(options.sets)) {
@@ -117,7 +120,8 @@ class PackedMatrix {
 
   /// `device` holds a copy of bytes() and stays valid as long as the view is used.
   [[nodiscard]] DevicePackedView view(const void* device) const noexcept {
-    return DevicePackedView{format_, rows_, cols_, layout_, static_cast<const std::byte*>(device), kPackedVersion};
+    return DevicePackedView{format_,       rows_, cols_, layout_, static_cast<const std::byte*>(device),
+                            kPackedVersion};
   }
 
  private:
@@ -131,8 +135,8 @@ class PackedMatrix {
   AlignedBuffer<std::byte> buffer_;
 };
 
-/// Packs a canonical matrix. Errors as packed_layout() and validate() of the view (every code is checked), and
-/// kOutOfMemory.
+/// Packs a canonical matrix. Errors as packed_layout() and validate() of the view (every code is checked),
+/// and kOutOfMemory.
 [[nodiscard]] inline Result<PackedMatrix> pack(const QuantizedMatrixView& w, PackOptions options = {}) {
   if (Status status = validate(w); !status.ok()) return status;
   const auto layout = packed_layout(w.format, w.rows, w.cols, options);
@@ -144,8 +148,8 @@ class PackedMatrix {
   out.layout_ = *layout;
   const PackedLayout& l = out.layout_;
   if (!out.buffer_.reserve(l.bytes)) {
-    return error(StatusCode::kOutOfMemory, "cuda pack: ", w.rows, " x ", w.cols, " as ", format_name(w.format),
-                 " needs ", l.bytes, " bytes");
+    return error(StatusCode::kOutOfMemory, "cuda pack: ", w.rows, " x ", w.cols, " as ",
+                 format_name(w.format), " needs ", l.bytes, " bytes");
   }
   std::byte* const base = out.buffer_.data();
   std::memset(base, 0, l.bytes);
@@ -167,7 +171,8 @@ class PackedMatrix {
         }
       }
       if (l.scale_steps == 5) continue;
-      const std::int64_t group_k = (granule * 32 + (lane >> l.scale_steps << l.scale_steps)) * per_lane * w.format.v;
+      const std::int64_t group_k =
+          (granule * 32 + (lane >> l.scale_steps << l.scale_steps)) * per_lane * w.format.v;
       if (group_k >= w.cols) continue;
       const Half* const scales = w.scales + group_k / w.format.g * w.rows;
       const int count = kTileRows >> l.scale_steps;

@@ -17,10 +17,12 @@ namespace codegemm::cuda {
 struct GatherTuning {
   int cluster = 8;       ///< most blocks that push their sums into each other's shared memory; 1: none
   int rounds_ahead = 1;  ///< how far the second-level cache is ahead, in rounds of a tile a warp; at most 15
-  int shared_bytes = 0;  ///< shared memory of a block at least: more than half of a multiprocessor's keeps others off
+  int shared_bytes =
+      0;  ///< shared memory of a block at least: more than half of a multiprocessor's keeps others off
 };
 
-/// The grid of a gather kernel, (splits, chunks, groups): splits * groups blocks along K for each range of rows.
+/// The grid of a gather kernel, (splits, chunks, groups): splits * groups blocks along K for each range of
+/// rows.
 struct GatherPlan {
   bool cluster = false;  // the splits are the blocks of a cluster, else there is one
   int splits = 0;
@@ -38,23 +40,26 @@ struct GatherPlan {
                                  static_cast<std::size_t>(tokens * kTileRows) * sizeof(float);
   }
   [[nodiscard]] std::size_t counter_bytes() const {
-    return (static_cast<std::size_t>(splits) * static_cast<std::size_t>(chunks) * sizeof(unsigned) + 255) / 256 * 256;
+    return (static_cast<std::size_t>(splits) * static_cast<std::size_t>(chunks) * sizeof(unsigned) + 255) /
+           256 * 256;
   }
 };
 
 /// What plan_gather() knows of a kernel and a card.
 struct GatherLimits {
   int multiprocessors = 0;
-  std::size_t shared_bytes = 0;       // of a block at most
-  std::array<int, 9> clusters = {};   // [size]: how many clusters of that size run at once, one block a multiprocessor
-  std::size_t table_bytes = 0;        // a block's Psumbook
-  int tokens = 1;                     // of a pass
-  int warps = 1;                      // of a block
+  std::size_t shared_bytes = 0;  // of a block at most
+  std::array<int, 9> clusters =
+      {};  // [size]: how many clusters of that size run at once, one block a multiprocessor
+  std::size_t table_bytes = 0;  // a block's Psumbook
+  int tokens = 1;               // of a pass
+  int warps = 1;                // of a block
 };
 
-/// The cheapest grid by a rough count of cycles: a block builds a Psumbook for each of its granules, goes through its
-/// tiles, and the sums are added.
-[[nodiscard]] inline GatherPlan plan_gather(const PackedLayout& l, const GatherLimits& limits, const GatherTuning& tuning) {
+/// The cheapest grid by a rough count of cycles: a block builds a Psumbook for each of its granules, goes
+/// through its tiles, and the sums are added.
+[[nodiscard]] inline GatherPlan plan_gather(const PackedLayout& l, const GatherLimits& limits,
+                                            const GatherTuning& tuning) {
   // From traces of an H100. A tile's set of columns: 16 lookups, 4 shuffles and 4 wavefronts of codes.
   constexpr double kTileCycles = 27.0;
   constexpr double kGranuleCycles = 700.0;   // barriers, and the latency of a warp's last tile
@@ -66,19 +71,22 @@ struct GatherLimits {
   const std::int64_t granules = std::max<std::int64_t>(l.granules, 1);
   const std::size_t tile_sums = static_cast<std::size_t>(kTileRows * limits.tokens) * sizeof(float);
   GatherPlan best;
-  const auto consider = [&](bool cluster, std::int64_t splits, std::int64_t granules_per_block, std::int64_t slots) {
+  const auto consider = [&](bool cluster, std::int64_t splits, std::int64_t granules_per_block,
+                            std::int64_t slots) {
     const std::int64_t blocks = divide_up(granules, granules_per_block);  // along K
     if (slots < 1 || blocks % splits != 0) return;
     GatherPlan p;
     p.cluster = cluster;
     const std::int64_t groups = blocks / splits;
-    // A block's shared memory holds the sums of its rows, and those that are pushed to it: for each split, the tiles of
-    // its share of the warps.
-    const std::int64_t owned = cluster ? splits * divide_up(limits.warps, splits) : 0;  // warps, over all splits
+    // A block's shared memory holds the sums of its rows, and those that are pushed to it: for each split,
+    // the tiles of its share of the warps.
+    const std::int64_t owned =
+        cluster ? splits * divide_up(limits.warps, splits) : 0;  // warps, over all splits
     const std::size_t fixed = limits.table_bytes + static_cast<std::size_t>(owned) * tile_sums + 8;
     const auto room = static_cast<std::int64_t>((limits.shared_bytes - fixed) / tile_sums);
     const std::int64_t most = room * limits.warps / (limits.warps + owned);
-    const std::int64_t tiles = std::min(divide_up(l.row_tiles, std::clamp<std::int64_t>(slots / groups, 1, l.row_tiles)), most);
+    const std::int64_t tiles =
+        std::min(divide_up(l.row_tiles, std::clamp<std::int64_t>(slots / groups, 1, l.row_tiles)), most);
     const std::int64_t chunks = divide_up(l.row_tiles, tiles);
     if (groups > 65535 || chunks > 65535) return;  // limits of a grid
     p.splits = static_cast<int>(splits);
@@ -87,10 +95,13 @@ struct GatherLimits {
     p.granules_per_block = static_cast<int>(granules_per_block);
     p.tiles_per_block = static_cast<int>(tiles);
     p.shared_bytes = limits.table_bytes + static_cast<std::size_t>(tiles) * tile_sums;
-    if (cluster) p.shared_bytes += static_cast<std::size_t>(owned * divide_up(tiles, limits.warps)) * tile_sums + 8;
-    p.shared_bytes = std::max(p.shared_bytes, std::min(static_cast<std::size_t>(tuning.shared_bytes), limits.shared_bytes));
+    if (cluster)
+      p.shared_bytes += static_cast<std::size_t>(owned * divide_up(tiles, limits.warps)) * tile_sums + 8;
+    p.shared_bytes = std::max(p.shared_bytes,
+                              std::min(static_cast<std::size_t>(tuning.shared_bytes), limits.shared_bytes));
     const double sets = static_cast<double>(l.sets * limits.tokens);
-    const double granule = kBuildCycles * sets + kTileCycles * sets * static_cast<double>(tiles) + kGranuleCycles;
+    const double granule =
+        kBuildCycles * sets + kTileCycles * sets * static_cast<double>(tiles) + kGranuleCycles;
     const double waves = static_cast<double>(divide_up(chunks * groups, slots));
     p.cost = waves * static_cast<double>(granules_per_block) * granule + (splits > 1 ? kClusterCycles : 0.0);
     if (groups > 1) p.cost += kGroupCycles + kReadCycles * static_cast<double>(groups * tiles / splits);
@@ -98,7 +109,8 @@ struct GatherLimits {
   };
   for (std::int64_t granules_per_block = 1; granules_per_block <= granules; ++granules_per_block) {
     // With more granules a block, its Psumbooks alone cost more than the best so far.
-    const double least = (kBuildCycles + kTileCycles) * static_cast<double>(l.sets * limits.tokens) + kGranuleCycles;
+    const double least =
+        (kBuildCycles + kTileCycles) * static_cast<double>(l.sets * limits.tokens) + kGranuleCycles;
     if (best.splits != 0 && static_cast<double>(granules_per_block) * least >= best.cost) break;
     consider(false, 1, granules_per_block, limits.multiprocessors);
     for (int size = 2; size <= tuning.cluster; ++size) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/attention/cpu_kernels.hpp - the attention kernels for each instruction set, chosen when first
-// used. Layer: attention (host only).
+// prefillshare/attention/cpu_kernels.hpp - the attention kernels for each instruction set, chosen when
+// first used.
+// Layer: attention (host only).
 #pragma once
 
 #include <cstddef>

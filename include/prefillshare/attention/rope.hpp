@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/attention/rope.hpp - rotary position embedding, numerically as Hugging Face transformers does
-// it. Layer: attention (host only). See: transformers, modeling_rope_utils.py
-// (_compute_default_rope_parameters, _compute_linear_..., _compute_llama3_...)
+// prefillshare/attention/rope.hpp - rotary position embedding, numerically as Hugging Face transformers
+// does it.
+// Layer: attention (host only).
+// See: transformers, modeling_rope_utils.py (_compute_default_rope_parameters, _compute_linear_...,
+// _compute_llama3_...)
 #pragma once
 
 #include <cmath>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/model/codegemm_linear.hpp - a linear layer whose weights stay codes: the layer of a decode module.
+// prefillshare/model/codegemm_linear.hpp - a linear layer whose weights stay codes: the layer of a decode
+// module.
 // Layer: model (host only).
 #pragma once
 

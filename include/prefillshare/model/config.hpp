@@ -26,10 +26,10 @@ struct ModelConfig {
   std::int64_t head_dim = 0;        // need not be hidden_size / heads
   std::int64_t context_length = 0;  // tokens that the model was trained to see
   double rms_epsilon = 1e-5;
-  RopeConfig rope;                  // rope.head_dim = head_dim
-  bool tied_embeddings = false;     // the head is the embedding table
-  bool attention_bias = false;      // q, k and v have a bias
-  bool qk_norm = false;             // RMSNorm of each q and k head before RoPE
+  RopeConfig rope;               // rope.head_dim = head_dim
+  bool tied_embeddings = false;  // the head is the embedding table
+  bool attention_bias = false;   // q, k and v have a bias
+  bool qk_norm = false;          // RMSNorm of each q and k head before RoPE
 
   [[nodiscard]] std::int64_t q_size() const noexcept { return heads * head_dim; }
   [[nodiscard]] std::int64_t kv_size() const noexcept { return kv_heads * head_dim; }
@@ -46,10 +46,14 @@ struct ModelConfig {
   };
   // Generous for any published model, small enough that no product of two overflows.
   const Bound bounds[] = {
-      {"vocab_size", c.vocab_size, 1 << 24},      {"hidden_size", c.hidden_size, 1 << 20},
-      {"intermediate_size", c.intermediate_size, 1 << 22}, {"layers", c.layers, 1 << 12},
-      {"heads", c.heads, 1 << 12},                {"kv_heads", c.kv_heads, 1 << 12},
-      {"head_dim", c.head_dim, 1 << 12},          {"context_length", c.context_length, 1 << 26},
+      {"vocab_size", c.vocab_size, 1 << 24},
+      {"hidden_size", c.hidden_size, 1 << 20},
+      {"intermediate_size", c.intermediate_size, 1 << 22},
+      {"layers", c.layers, 1 << 12},
+      {"heads", c.heads, 1 << 12},
+      {"kv_heads", c.kv_heads, 1 << 12},
+      {"head_dim", c.head_dim, 1 << 12},
+      {"context_length", c.context_length, 1 << 26},
   };
   for (const Bound& bound : bounds) {
     if (bound.value < 1 || bound.value > bound.most) {
@@ -62,14 +66,16 @@ struct ModelConfig {
                  ", not a multiple of kv_heads = ", c.kv_heads);
   }
   if (c.head_dim % 8 != 0) {
-    return error(StatusCode::kInvalidArgument, "ModelConfig::head_dim is ", c.head_dim, ", must be a multiple of 8");
+    return error(StatusCode::kInvalidArgument, "ModelConfig::head_dim is ", c.head_dim,
+                 ", must be a multiple of 8");
   }
   if (c.rope.head_dim != c.head_dim) {
-    return error(StatusCode::kInvalidArgument, "ModelConfig::rope.head_dim is ", c.rope.head_dim, ", head_dim is ",
-                 c.head_dim);
+    return error(StatusCode::kInvalidArgument, "ModelConfig::rope.head_dim is ", c.rope.head_dim,
+                 ", head_dim is ", c.head_dim);
   }
   if (!(c.rms_epsilon > 0.0 && c.rms_epsilon < 1.0)) {
-    return error(StatusCode::kInvalidArgument, "ModelConfig::rms_epsilon is ", c.rms_epsilon, ", must be in (0, 1)");
+    return error(StatusCode::kInvalidArgument, "ModelConfig::rms_epsilon is ", c.rms_epsilon,
+                 ", must be in (0, 1)");
   }
   return validate(c.rope);
 }
@@ -85,8 +91,9 @@ struct ModelConfig {
 }
 
 /// Whether a decode module of config `decode` can read the cache that a base of config `base` wrote. What the
-/// cache is made of must agree: vocabulary (the same token ids), layers, KV heads, head size and RoPE; the rest
-/// (hidden and intermediate size, query heads, weights) may differ. kIncompatible names every difference.
+/// cache is made of must agree: vocabulary (the same token ids), layers, KV heads, head size and RoPE; the
+/// rest (hidden and intermediate size, query heads, weights) may differ. kIncompatible names every
+/// difference.
 [[nodiscard]] inline Status check_compatible(const ModelConfig& base, const ModelConfig& decode) {
   std::string differences;
   const auto compare = [&](const char* name, const auto& a, const auto& b) {

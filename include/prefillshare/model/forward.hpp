@@ -27,22 +27,23 @@ namespace prefillshare {
 /// caller and used by one forward pass at a time.
 class ForwardWorkspace {
  public:
-  /// Room for `max_tokens` tokens a call, on an executor of `workers`, over caches of up to `max_context` tokens.
-  /// kInvalidArgument for numbers below 1; kOutOfMemory.
+  /// Room for `max_tokens` tokens a call, on an executor of `workers`, over caches of up to `max_context`
+  /// tokens. kInvalidArgument for numbers below 1; kOutOfMemory.
   template <LinearLayer Linear>
-  [[nodiscard]] static Result<ForwardWorkspace> create(const LlamaModel<Linear>& model, std::int64_t max_tokens,
-                                                       std::int64_t max_context, int workers) {
+  [[nodiscard]] static Result<ForwardWorkspace> create(const LlamaModel<Linear>& model,
+                                                       std::int64_t max_tokens, std::int64_t max_context,
+                                                       int workers) {
     if (max_tokens < 1 || max_context < 1 || workers < 1) {
-      return error(StatusCode::kInvalidArgument, "ForwardWorkspace for ", max_tokens, " tokens, a context of ",
-                   max_context, " and ", workers, " workers");
+      return error(StatusCode::kInvalidArgument, "ForwardWorkspace for ", max_tokens,
+                   " tokens, a context of ", max_context, " and ", workers, " workers");
     }
     const ModelConfig& c = model.config;
     Result<RopeTable> rope = RopeTable::create(c.rope, max_context);
     if (!rope.ok()) return rope.status();
-    std::size_t scratch = workspace_bytes(
-        PagedAttentionShape{max_tokens, max_context, static_cast<int>(c.heads), static_cast<int>(c.kv_heads),
-                            static_cast<int>(c.head_dim)},
-        workers);
+    std::size_t scratch =
+        workspace_bytes(PagedAttentionShape{max_tokens, max_context, static_cast<int>(c.heads),
+                                            static_cast<int>(c.kv_heads), static_cast<int>(c.head_dim)},
+                        workers);
     for_each_linear(model, [&](const std::string&, const Linear& layer) {
       scratch = std::max(scratch, layer.workspace_bytes(max_tokens, workers));
     });
@@ -53,12 +54,12 @@ class ForwardWorkspace {
     const auto reserve = [&](AlignedFloats& buffer, std::int64_t width) {
       return buffer.reserve(static_cast<std::size_t>(max_tokens * width));
     };
-    if (!reserve(out.hidden, c.hidden_size) || !reserve(out.normed, c.hidden_size) || !reserve(out.q, c.q_size()) ||
-        !reserve(out.k, c.kv_size()) || !reserve(out.v, c.kv_size()) || !reserve(out.attended, c.q_size()) ||
-        !reserve(out.gate, c.intermediate_size) || !reserve(out.up, c.intermediate_size) ||
-        !out.scratch_.reserve(scratch)) {
-      return error(StatusCode::kOutOfMemory, "ForwardWorkspace: no memory for ", max_tokens, " tokens and ", scratch,
-                   " bytes of scratch");
+    if (!reserve(out.hidden, c.hidden_size) || !reserve(out.normed, c.hidden_size) ||
+        !reserve(out.q, c.q_size()) || !reserve(out.k, c.kv_size()) || !reserve(out.v, c.kv_size()) ||
+        !reserve(out.attended, c.q_size()) || !reserve(out.gate, c.intermediate_size) ||
+        !reserve(out.up, c.intermediate_size) || !out.scratch_.reserve(scratch)) {
+      return error(StatusCode::kOutOfMemory, "ForwardWorkspace: no memory for ", max_tokens, " tokens and ",
+                   scratch, " bytes of scratch");
     }
     return out;
   }
@@ -101,7 +102,8 @@ struct KvTarget {
 namespace detail {
 
 /// out[t] = weight * x[t] / rms(x[t]), for each row of `width` values.
-inline void rms_norm(const float* x, std::span<const float> weight, double epsilon, std::int64_t rows, float* out) {
+inline void rms_norm(const float* x, std::span<const float> weight, double epsilon, std::int64_t rows,
+                     float* out) {
   const auto width = static_cast<Eigen::Index>(weight.size());
   const Eigen::Map<const Eigen::ArrayXf> w(weight.data(), width);
   for (std::int64_t t = 0; t < rows; ++t) {
@@ -128,18 +130,19 @@ inline void add_to(std::span<float> sum, const float* x) {
 template <class Body>
 void for_token_ranges(std::int64_t tokens, Executor& executor, Body&& body) {
   constexpr std::int64_t kTokensPerTask = 32;
-  codegemm::parallel_for(executor, (tokens + kTokensPerTask - 1) / kTokensPerTask, [&](std::int64_t task, int) {
-    const std::int64_t first = task * kTokensPerTask;
-    body(first, std::min(kTokensPerTask, tokens - first));
-  });
+  codegemm::parallel_for(executor, (tokens + kTokensPerTask - 1) / kTokensPerTask,
+                         [&](std::int64_t task, int) {
+                           const std::int64_t first = task * kTokensPerTask;
+                           body(first, std::min(kTokensPerTask, tokens - first));
+                         });
 }
 
 /// One forward pass in progress: the operands that every step of a layer needs.
 template <LinearLayer Linear>
 class Forward {
  public:
-  Forward(const LlamaModel<Linear>& model, std::int64_t tokens, const KvTarget& kv, ForwardWorkspace& workspace,
-          Executor& executor)
+  Forward(const LlamaModel<Linear>& model, std::int64_t tokens, const KvTarget& kv,
+          ForwardWorkspace& workspace, Executor& executor)
       : model_(model), c_(model.config), tokens_(tokens), kv_(kv), ws_(workspace), executor_(executor) {}
 
   void embed(std::span<const std::int32_t> tokens) {
@@ -197,12 +200,13 @@ class Forward {
     const std::int64_t first = tokens_ - logits.rows;
     rms_norm(ws_.hidden.data() + first * c_.hidden_size, model_.final_norm, c_.rms_epsilon, logits.rows,
              ws_.normed.data());
-    return model_.head.forward(MatrixView<const float>(ws_.normed.data(), logits.rows, c_.hidden_size), logits,
-                               ws_.scratch(), executor_);
+    return model_.head.forward(MatrixView<const float>(ws_.normed.data(), logits.rows, c_.hidden_size),
+                               logits, ws_.scratch(), executor_);
   }
 
  private:
-  Status apply(const Linear& layer, const codegemm::AlignedBuffer<float>& in, codegemm::AlignedBuffer<float>& out) {
+  Status apply(const Linear& layer, const codegemm::AlignedBuffer<float>& in,
+               codegemm::AlignedBuffer<float>& out) {
     return layer.forward(MatrixView<const float>(in.data(), tokens_, layer.cols()),
                          MatrixView<float>(out.data(), tokens_, layer.rows()), ws_.scratch(), executor_);
   }
@@ -247,8 +251,9 @@ class Forward {
 /// Errors: kInvalidArgument for a token outside of the vocabulary, too many tokens for the workspace or a
 /// context past what it was made for; kShapeMismatch for logits of another shape.
 template <LinearLayer Linear>
-[[nodiscard]] Status forward(const LlamaModel<Linear>& model, std::span<const std::int32_t> tokens, const KvTarget& kv,
-                             MatrixView<float> logits, ForwardWorkspace& workspace, Executor& executor) {
+[[nodiscard]] Status forward(const LlamaModel<Linear>& model, std::span<const std::int32_t> tokens,
+                             const KvTarget& kv, MatrixView<float> logits, ForwardWorkspace& workspace,
+                             Executor& executor) {
   const ModelConfig& c = model.config;
   const auto count = static_cast<std::int64_t>(tokens.size());
   if (count == 0) return {};
@@ -258,7 +263,8 @@ template <LinearLayer Linear>
   }
   if (kv.first_position < 0 || kv.first_position + count > workspace.max_context()) {
     return error(StatusCode::kInvalidArgument, "tokens at positions ", kv.first_position, " to ",
-                 kv.first_position + count - 1, " in a workspace for contexts of ", workspace.max_context(), " tokens");
+                 kv.first_position + count - 1, " in a workspace for contexts of ", workspace.max_context(),
+                 " tokens");
   }
   if (executor.workers() > workspace.workers()) {
     return error(StatusCode::kInvalidArgument, "executor of ", executor.workers(), " workers, workspace for ",
@@ -271,8 +277,8 @@ template <LinearLayer Linear>
     }
   }
   if (logits.rows < 0 || logits.rows > count || (logits.rows > 0 && logits.cols != c.vocab_size)) {
-    return error(StatusCode::kShapeMismatch, "logits are ", logits.rows, " x ", logits.cols, ", the pass has ", count,
-                 " tokens and the vocabulary ", c.vocab_size);
+    return error(StatusCode::kShapeMismatch, "logits are ", logits.rows, " x ", logits.cols,
+                 ", the pass has ", count, " tokens and the vocabulary ", c.vocab_size);
   }
 
   detail::Forward<Linear> pass(model, count, kv, workspace, executor);

@@ -20,8 +20,8 @@
 namespace prefillshare {
 
 /// y[T][N] = x[T][K] W^T + bias. N = rows(), K = cols(); parameter_bytes() is what stays in memory.
-/// forward() must give the same bits for any number of workers, and may use `workspace`, aligned to 64 bytes, of
-/// workspace_bytes(most, workers) for any most >= T.
+/// forward() must give the same bits for any number of workers, and may use `workspace`, aligned to 64 bytes,
+/// of workspace_bytes(most, workers) for any most >= T.
 template <class L>
 concept LinearLayer = requires(const L& layer, MatrixView<const float> x, MatrixView<float> y,
                                std::span<std::byte> workspace, Executor& executor) {
@@ -38,8 +38,8 @@ namespace detail {
 [[nodiscard]] inline Status check_linear(std::int64_t rows, std::int64_t cols, MatrixView<const float> x,
                                          MatrixView<float> y) {
   if (x.cols != cols || y.cols != rows || x.rows != y.rows) {
-    return error(StatusCode::kShapeMismatch, "linear layer of ", rows, " x ", cols, ": x is ", x.rows,
-                           " x ", x.cols, ", y is ", y.rows, " x ", y.cols);
+    return error(StatusCode::kShapeMismatch, "linear layer of ", rows, " x ", cols, ": x is ", x.rows, " x ",
+                 x.cols, ", y is ", y.rows, " x ", y.cols);
   }
   return {};
 }
@@ -53,9 +53,9 @@ inline void add_bias(std::span<const float> bias, MatrixView<float> y) {
 
 }  // namespace detail
 
-/// A linear layer on fp32 weights, multiplied by Eigen, which takes its packing buffers from the heap when they
-/// exceed 128 KiB. The weights may be shared: a tied head is the embedding table, and a decode module that is the
-/// base is the base.
+/// A linear layer on fp32 weights, multiplied by Eigen, which takes its packing buffers from the heap when
+/// they exceed 128 KiB. The weights may be shared: a tied head is the embedding table, and a decode module
+/// that is the base is the base.
 class DenseLinear {
  public:
   DenseLinear() = default;
@@ -71,7 +71,8 @@ class DenseLinear {
   [[nodiscard]] std::int64_t rows() const noexcept { return rows_; }
   [[nodiscard]] std::int64_t cols() const noexcept { return cols_; }
   [[nodiscard]] std::int64_t parameter_bytes() const noexcept {
-    return (rows_ * cols_ + static_cast<std::int64_t>(bias_.size())) * static_cast<std::int64_t>(sizeof(float));
+    return (rows_ * cols_ + static_cast<std::int64_t>(bias_.size())) *
+           static_cast<std::int64_t>(sizeof(float));
   }
   /// [rows][cols].
   [[nodiscard]] MatrixView<const float> weights() const noexcept {
@@ -79,7 +80,9 @@ class DenseLinear {
   }
   [[nodiscard]] std::span<const float> bias() const noexcept { return bias_; }
 
-  [[nodiscard]] std::size_t workspace_bytes(std::int64_t /*tokens*/, int /*workers*/) const noexcept { return 0; }
+  [[nodiscard]] std::size_t workspace_bytes(std::int64_t /*tokens*/, int /*workers*/) const noexcept {
+    return 0;
+  }
 
   Status forward(MatrixView<const float> x, MatrixView<float> y, std::span<std::byte> /*workspace*/,
                  Executor& executor) const {
@@ -90,8 +93,8 @@ class DenseLinear {
     codegemm::parallel_for(executor, row_tiles * token_tiles, [&](std::int64_t task, int) {
       const std::int64_t first_row = task % row_tiles * kRowTile;
       const std::int64_t first_token = task / row_tiles * kTokenTile;
-      multiply_tile(x.rows_from(first_token, std::min(kTokenTile, x.rows - first_token)), y, first_token, first_row,
-                    std::min(kRowTile, rows_ - first_row));
+      multiply_tile(x.rows_from(first_token, std::min(kTokenTile, x.rows - first_token)), y, first_token,
+                    first_row, std::min(kRowTile, rows_ - first_row));
     });
     detail::add_bias(bias_, y);
     return {};

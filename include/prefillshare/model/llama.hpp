@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/model/llama.hpp - the weights of a Llama-family decoder, whatever its linear layers are made of.
+// prefillshare/model/llama.hpp - the weights of a Llama-family decoder, whatever its linear layers are
+// made of.
 // Layer: model (host only).
 #pragma once
 
@@ -70,7 +71,8 @@ template <LinearLayer Linear>
 template <LinearLayer Linear>
 [[nodiscard]] std::int64_t linear_weights(const LlamaModel<Linear>& model) {
   std::int64_t weights = 0;
-  for_each_linear(model, [&](const std::string&, const Linear& layer) { weights += layer.rows() * layer.cols(); });
+  for_each_linear(model,
+                  [&](const std::string&, const Linear& layer) { weights += layer.rows() * layer.cols(); });
   return weights;
 }
 
@@ -80,17 +82,19 @@ template <LinearLayer Linear>
   const ModelConfig& c = model.config;
   if (Status status = validate(c); !status.ok()) return status;
   Status first;
-  const auto linear = [&](const std::string& name, const Linear& layer, std::int64_t rows, std::int64_t cols) {
+  const auto linear = [&](const std::string& name, const Linear& layer, std::int64_t rows,
+                          std::int64_t cols) {
     if (!first.ok() || (layer.rows() == rows && layer.cols() == cols)) return;
-    first = error(StatusCode::kShapeMismatch, name, " is ", layer.rows(), " x ", layer.cols(), ", the config needs ",
-                  rows, " x ", cols);
+    first = error(StatusCode::kShapeMismatch, name, " is ", layer.rows(), " x ", layer.cols(),
+                  ", the config needs ", rows, " x ", cols);
   };
   const auto vector = [&](const std::string& name, std::size_t size, std::int64_t wanted) {
     if (!first.ok() || static_cast<std::int64_t>(size) == wanted) return;
     first = error(StatusCode::kShapeMismatch, name, " has ", size, " values, the config needs ", wanted);
   };
   if (static_cast<std::int64_t>(model.layers.size()) != c.layers) {
-    return error(StatusCode::kShapeMismatch, "model has ", model.layers.size(), " layers, the config needs ", c.layers);
+    return error(StatusCode::kShapeMismatch, "model has ", model.layers.size(), " layers, the config needs ",
+                 c.layers);
   }
   for (std::size_t i = 0; i < model.layers.size(); ++i) {
     const LlamaLayer<Linear>& l = model.layers[i];

@@ -38,9 +38,9 @@ class PrefillModule {
   /// workspace's size and commits each chunk, so that what is done stays usable whatever happens next.
   /// Errors: kInvalidArgument past the model's context length, kExhausted when no block can be had, and what
   /// forward() returns.
-  [[nodiscard]] Status prefill(std::span<const std::int32_t> tokens, KvAllocator& allocator, HostKvStorage& storage,
-                               Sequence& cache, ForwardWorkspace& workspace, Executor& executor,
-                               const Progress& progress = {}) const {
+  [[nodiscard]] Status prefill(std::span<const std::int32_t> tokens, KvAllocator& allocator,
+                               HostKvStorage& storage, Sequence& cache, ForwardWorkspace& workspace,
+                               Executor& executor, const Progress& progress = {}) const {
     const auto total = static_cast<std::int64_t>(tokens.size());
     if (cache.length() + total > config().context_length) {
       return error(StatusCode::kInvalidArgument, "context of ", cache.length() + total,
@@ -51,7 +51,8 @@ class PrefillModule {
       const std::int64_t count = std::min(workspace.max_tokens(), total - done);
       const auto chunk = tokens.subspan(static_cast<std::size_t>(done), static_cast<std::size_t>(count));
       const KvTarget target{&storage, cache.blocks(), cache.length()};
-      if (Status s = forward(*model_, chunk, target, MatrixView<float>(), workspace, executor); !s.ok()) return s;
+      if (Status s = forward(*model_, chunk, target, MatrixView<float>(), workspace, executor); !s.ok())
+        return s;
       if (Status s = allocator.commit(cache, chunk); !s.ok()) return s;
       done += count;
       if (progress) progress(done, total);
@@ -84,21 +85,24 @@ class DecodeModule {
     if (Status s = allocator.append_private(own, 1); !s.ok()) return s;
     const KvTarget target{&storage, own.blocks(), position};
     return forward(*model_, std::span(&token, 1), target,
-                   MatrixView<float>(logits.data(), 1, static_cast<std::int64_t>(logits.size())), workspace, executor);
+                   MatrixView<float>(logits.data(), 1, static_cast<std::int64_t>(logits.size())), workspace,
+                   executor);
   }
 
  private:
   explicit DecodeModule(std::shared_ptr<const LlamaModel<Linear>> model) : model_(std::move(model)) {}
 
   template <LinearLayer Base, LinearLayer Decode>
-  friend Result<DecodeModule<Decode>> factorize(const PrefillModule<Base>&, std::shared_ptr<const LlamaModel<Decode>>);
+  friend Result<DecodeModule<Decode>> factorize(const PrefillModule<Base>&,
+                                                std::shared_ptr<const LlamaModel<Decode>>);
 
   std::shared_ptr<const LlamaModel<Linear>> model_;
 };
 
 /// Makes `decode` a decode module of the base: the only way to get one, so that no module ever reads a cache
 /// that it does not fit. Call it once for each task's model; a base whose own weights are passed gives the
-/// ordinary model back, split in two. Errors: kIncompatible naming all that differs, or what validate() finds.
+/// ordinary model back, split in two. Errors: kIncompatible naming all that differs, or what validate()
+/// finds.
 template <LinearLayer Base, LinearLayer Decode>
 [[nodiscard]] Result<DecodeModule<Decode>> factorize(const PrefillModule<Base>& base,
                                                      std::shared_ptr<const LlamaModel<Decode>> decode) {

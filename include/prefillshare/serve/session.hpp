@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/serve/session.hpp - the PrefillShare loop: shared or partial prefill, selective decode, hand-back.
+// prefillshare/serve/session.hpp - the PrefillShare loop: shared or partial prefill, selective decode,
+// hand-back.
 // Layer: serve (host only).
 // See: PrefillShare (arXiv 2602.12029) section 3.3; examples/03_shared_prefill.cpp
 #pragma once
@@ -37,9 +38,9 @@ struct Generation {
   std::int64_t prefilled_tokens = 0;  // computed by the base for this call
   std::int64_t reused_tokens = 0;     // of the base cache, found there
   double prefill_seconds = 0.0;
-  double first_token_seconds = 0.0;   // from the call to its first token, the prefill included
-  double decode_seconds = 0.0;        // all steps of the decode module
-  std::int64_t kv_bytes = 0;          // held by the allocator at the end of the call, the call's own tail included
+  double first_token_seconds = 0.0;  // from the call to its first token, the prefill included
+  double decode_seconds = 0.0;       // all steps of the decode module
+  std::int64_t kv_bytes = 0;  // held by the allocator at the end of the call, the call's own tail included
 };
 
 /// The context of one session, shared by all agents that take turns on it.
@@ -54,7 +55,9 @@ class SharedSession {
       : base_(&base), resources_(resources) {}
 
   /// X := [X; tokens]. Computes nothing yet.
-  void append(std::span<const std::int32_t> tokens) { context_.insert(context_.end(), tokens.begin(), tokens.end()); }
+  void append(std::span<const std::int32_t> tokens) {
+    context_.insert(context_.end(), tokens.begin(), tokens.end());
+  }
 
   [[nodiscard]] std::span<const std::int32_t> context() const noexcept { return context_; }
 
@@ -65,7 +68,8 @@ class SharedSession {
   /// tree has from earlier sessions. Returns the tokens computed.
   [[nodiscard]] Result<std::int64_t> prefill(const typename PrefillModule<Base>::Progress& progress = {}) {
     if (context_.empty()) return error(StatusCode::kInvalidArgument, "prefill of an empty context");
-    const std::span<const std::int32_t> wanted = std::span<const std::int32_t>(context_).first(context_.size() - 1);
+    const std::span<const std::int32_t> wanted =
+        std::span<const std::int32_t>(context_).first(context_.size() - 1);
     if (!cache_) {
       Result<Sequence> opened = resources_.allocator->open(base_->key(), wanted);
       if (!opened.ok()) return opened.status();
@@ -87,7 +91,8 @@ class SharedSession {
   /// `workspace` was made for the module. On an error nothing of the call is kept but the base cache.
   template <LinearLayer Decode, class NextToken, class OnToken>
   [[nodiscard]] Result<Generation> decode(const DecodeModule<Decode>& module, ForwardWorkspace& workspace,
-                                          const DecodeLimits& limits, NextToken&& next_token, OnToken&& on_token,
+                                          const DecodeLimits& limits, NextToken&& next_token,
+                                          OnToken&& on_token,
                                           const typename PrefillModule<Base>::Progress& progress = {}) {
     using Clock = std::chrono::steady_clock;
     const auto seconds_since = [](Clock::time_point start) {
@@ -111,13 +116,15 @@ class SharedSession {
     logits_.resize(static_cast<std::size_t>(module.config().vocab_size));
     std::int32_t token = context_.back();
     while (static_cast<std::int64_t>(out.tokens.size()) < limits.max_tokens) {
-      if (Status s = module.step(token, allocator, *resources_.storage, own, logits_, workspace, *resources_.executor);
+      if (Status s = module.step(token, allocator, *resources_.storage, own, logits_, workspace,
+                                 *resources_.executor);
           !s.ok()) {
         return s;
       }
       token = next_token(std::span<float>(logits_));
       if (out.first_token_seconds == 0.0) out.first_token_seconds = seconds_since(start);
-      if (std::find(limits.stop_tokens.begin(), limits.stop_tokens.end(), token) != limits.stop_tokens.end()) {
+      if (std::find(limits.stop_tokens.begin(), limits.stop_tokens.end(), token) !=
+          limits.stop_tokens.end()) {
         out.stopped = true;
         break;
       }

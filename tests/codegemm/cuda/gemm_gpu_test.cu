@@ -145,7 +145,8 @@ TEST_CASE("cuda gemm: blocks that sum through memory, as before compute capabili
   std::uint64_t seed = seed_or(4000);
   cuda::GatherTuning tuning;
   tuning.cluster = 1;
-  for (const Format format : {Format{4, 1, 8, 128}, Format{8, 2, 8, 128}, Format{4, 1, 8, 32}, Format{8, 3, 6, -1}}) {
+  for (const Format format :
+       {Format{4, 1, 8, 128}, Format{8, 2, 8, 128}, Format{4, 1, 8, 32}, Format{8, 3, 6, -1}}) {
     for (const std::int64_t rows : {1, 17, 1031, 5000}) {
       for (const std::int64_t cols : {16, 264, 2560}) {
         for (const std::int64_t tokens : {1, 3}) {
@@ -210,7 +211,8 @@ TEST_CASE("cuda gemm: captured in a graph and replayed with other inputs, in a c
     b.y = MatrixView<float>(y.data(), 1, 777);
     b.tuning.cluster = cluster;
     // One workspace serves both: calls of one stream follow one another.
-    DeviceBuffer<std::byte> workspace(std::max(cuda::workspace_bytes(a, device), cuda::workspace_bytes(b, device)));
+    DeviceBuffer<std::byte> workspace(
+        std::max(cuda::workspace_bytes(a, device), cuda::workspace_bytes(b, device)));
     workspace.clear();
 
     cudaStream_t stream = nullptr;
@@ -261,7 +263,8 @@ TEST_CASE("cuda gemm: two streams with two workspaces at once", "[gpu]") {
     problems[i].x = MatrixView<const Half>(x_device.back()->data(), 1, 16384);
     problems[i].y = MatrixView<float>(y.back()->data(), 1, 1500);
     problems[i].tuning = tuning;
-    workspaces.push_back(std::make_unique<DeviceBuffer<std::byte>>(cuda::workspace_bytes(problems[i], device)));
+    workspaces.push_back(
+        std::make_unique<DeviceBuffer<std::byte>>(cuda::workspace_bytes(problems[i], device)));
     REQUIRE(workspaces.back()->size() > 0);
     workspaces.back()->clear();
   }

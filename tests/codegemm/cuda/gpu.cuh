@@ -80,7 +80,8 @@ class DeviceBuffer {
 };
 
 /// Random codes, codebooks of about the size of normalized weights, scales around 0.02.
-[[nodiscard]] inline QuantizedMatrix random_matrix(Format format, std::int64_t rows, std::int64_t cols, Rng& rng) {
+[[nodiscard]] inline QuantizedMatrix random_matrix(Format format, std::int64_t rows, std::int64_t cols,
+                                                   Rng& rng) {
   auto made = QuantizedMatrix::create(format, rows, cols);
   REQUIRE(made.ok());
   QuantizedMatrix out = std::move(made).value();
@@ -126,7 +127,8 @@ struct DeviceWeights {
 
   explicit DeviceWeights(QuantizedMatrix m, cuda::PackOptions options = {})
       : matrix(std::move(m)), packed(pack_or_fail(matrix, options)), buffer(packed.bytes().size()) {
-    REQUIRE_CUDA(cudaMemcpy(buffer.data(), packed.bytes().data(), packed.bytes().size(), cudaMemcpyHostToDevice));
+    REQUIRE_CUDA(
+        cudaMemcpy(buffer.data(), packed.bytes().data(), packed.bytes().size(), cudaMemcpyHostToDevice));
   }
   [[nodiscard]] cuda::DevicePackedView view() { return packed.view(buffer.data()); }
 
@@ -156,7 +158,8 @@ template <class X>
     for (std::int64_t k = 0; k < w.cols(); ++k) {
       const double weight = reference_weight(view, n, k);
       for (std::int64_t t = 0; t < tokens; ++t) {
-        const double term = weight * static_cast<double>(as_float(x[static_cast<std::size_t>(t * stride + k)]));
+        const double term =
+            weight * static_cast<double>(as_float(x[static_cast<std::size_t>(t * stride + k)]));
         out.y[static_cast<std::size_t>(t * w.rows() + n)] += term;
         out.size[static_cast<std::size_t>(t * w.rows() + n)] += std::abs(term);
       }
@@ -165,16 +168,18 @@ template <class X>
   return out;
 }
 
-/// The element that is furthest off, as a multiple of what it may be off: at most 1 passes. NaN counts as infinite.
+/// The element that is furthest off, as a multiple of what it may be off: at most 1 passes. NaN counts as
+/// infinite.
 template <class Y>
-[[nodiscard]] double worst(const Reference& want, const std::vector<Y>& got, std::int64_t tokens, std::int64_t rows,
-                           std::int64_t stride, std::int64_t cols) {
+[[nodiscard]] double worst(const Reference& want, const std::vector<Y>& got, std::int64_t tokens,
+                           std::int64_t rows, std::int64_t stride, std::int64_t cols) {
   double out = 0.0;
   for (std::int64_t t = 0; t < tokens; ++t) {
     for (std::int64_t n = 0; n < rows; ++n) {
       const auto i = static_cast<std::size_t>(t * rows + n);
       const double y = static_cast<double>(as_float(got[static_cast<std::size_t>(t * stride + n)]));
-      // The centroids' codebook sums, their sum over K in any order, one rounding of the output, and its underflow.
+      // The centroids' codebook sums, their sum over K in any order, one rounding of the output, and its
+      // underflow.
       const double bound = 1.01 * rounding_of<Y>() * std::abs(want.y[i]) + 1e-7 +
                            (16.0 + std::sqrt(static_cast<double>(cols))) * 0x1p-24 * want.size[i];
       const double off = std::abs(y - want.y[i]) / bound;

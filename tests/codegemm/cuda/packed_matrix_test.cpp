@@ -31,8 +31,9 @@ QuantizedMatrix random_matrix(Format format, std::int64_t rows, std::int64_t col
 
 TEST_CASE("cuda pack: every code and scale lies where the layout says, the rest is zero") {
   Rng rng(seed_or(1));
-  for (const Format format : {Format{4, 1, 8, 128}, Format{8, 2, 8, 128}, Format{4, 1, 8, 32}, Format{2, 3, 5, 8},
-                              Format{16, 4, 4, -1}, Format{4, 1, 6, 4}, Format{8, 1, 8, 24}}) {
+  for (const Format format :
+       {Format{4, 1, 8, 128}, Format{8, 2, 8, 128}, Format{4, 1, 8, 32}, Format{2, 3, 5, 8},
+        Format{16, 4, 4, -1}, Format{4, 1, 6, 4}, Format{8, 1, 8, 24}}) {
     for (const std::int64_t rows : {1, 16, 37}) {
       const std::int64_t cols = 48 * 13;
       for (const int sets : {0, format.m}) {
@@ -54,15 +55,16 @@ TEST_CASE("cuda pack: every code and scale lies where the layout says, the rest 
             const auto slot = static_cast<std::size_t>(cuda::row_slot(lane, static_cast<int>(n % 16)));
             for (int c = 0; c < format.m; ++c) {
               const auto p = static_cast<std::size_t>(j % per_lane * format.m + c);
-              std::byte& code = rest[tile_at(granule, n) + (p * 32 + static_cast<std::size_t>(lane)) * 16 + slot];
+              std::byte& code =
+                  rest[tile_at(granule, n) + (p * 32 + static_cast<std::size_t>(lane)) * 16 + slot];
               REQUIRE(code == static_cast<std::byte>(w.view().code(c, n, j)));
               code = std::byte{0};
             }
             if (l.scale_steps == 5) continue;
             // The lane that ends with this row in its group of 2^scale_steps lanes holds the scale.
             const auto count = static_cast<std::size_t>(16 >> l.scale_steps);
-            for (int other = lane >> l.scale_steps << l.scale_steps; other < ((lane >> l.scale_steps) + 1) << l.scale_steps;
-                 ++other) {
+            for (int other = lane >> l.scale_steps << l.scale_steps;
+                 other < ((lane >> l.scale_steps) + 1) << l.scale_steps; ++other) {
               const auto s = static_cast<std::size_t>(cuda::row_slot(other, static_cast<int>(n % 16)));
               if (s >= count) continue;
               Half scale;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/codegemm/cuda/psumbook_gpu_test.cu - the block collectives alone: every word of a Psumbook, two tokens at once,
-// and the sum over lanes.
+// tests/codegemm/cuda/psumbook_gpu_test.cu - the block collectives alone: every word of a Psumbook, two
+// tokens at once, and the sum over lanes.
 #include <codegemm/cuda/block/psumbook.cuh>
 
 #include "gpu.cuh"
@@ -10,13 +10,14 @@ namespace codegemm::test {
 namespace {
 
 template <class Book>
-__global__ void build_kernel(const std::uint16_t* codebooks, cuda::Activations x0, cuda::Activations x1, int k0, int v,
-                             int bits, float* out) {
+__global__ void build_kernel(const std::uint16_t* codebooks, cuda::Activations x0, cuda::Activations x1,
+                             int k0, int v, int bits, float* out) {
   extern __shared__ __align__(128) char table[];
   const cuda::Activations x[2] = {x0, x1};
   Book::build(table, codebooks, x, k0, v, bits);
   __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < 2 * Book::kColumns << bits; i += static_cast<int>(blockDim.x)) {
+  for (int i = static_cast<int>(threadIdx.x); i < 2 * Book::kColumns << bits;
+       i += static_cast<int>(blockDim.x)) {
     const int lane = i % 32;
     const int p = i / 32 % (Book::kColumns / 32);
     const int code = i / Book::kColumns % (1 << bits);
@@ -40,7 +41,8 @@ void check_build(int v, int bits, int threads) {
   out.poison();
   const auto* const bits_of_x = reinterpret_cast<const std::uint16_t*>(x_device.data());
   const bool bf16 = std::is_same_v<X, BFloat16>;
-  REQUIRE_CUDA(cudaFuncSetAttribute(build_kernel<Book>, cudaFuncAttributeMaxDynamicSharedMemorySize, Book::bytes(bits)));
+  REQUIRE_CUDA(cudaFuncSetAttribute(build_kernel<Book>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    Book::bytes(bits)));
   build_kernel<Book><<<1, static_cast<unsigned>(threads), static_cast<std::size_t>(Book::bytes(bits))>>>(
       reinterpret_cast<const std::uint16_t*>(codebooks_device.data()), {bits_of_x, cols, bf16},
       {bits_of_x + cols, cols, bf16}, k0, v, bits, out.data());
@@ -58,7 +60,8 @@ void check_build(int v, int bits, int threads) {
     double size = 1e-30;
     for (int k = 0; k < v; ++k) {
       const int at = k0 + (lane * Book::kSegmentsPerLane + p / Codebooks) * v + k;
-      const double a = at < cols ? static_cast<double>(as_float(x[static_cast<std::size_t>(token * cols + at)])) : 0.0;
+      const double a =
+          at < cols ? static_cast<double>(as_float(x[static_cast<std::size_t>(token * cols + at)])) : 0.0;
       const double c = static_cast<double>(
           codebooks[static_cast<std::size_t>(((p % Codebooks << bits) + code) * v + k)].to_float());
       want += a * c;
@@ -98,8 +101,8 @@ __global__ void sum_kernel(const float* in, const __half* scales, float* out) {
 TEST_CASE("cuda psumbook: the sum over lanes, with and without scales", "[gpu]") {
   static_cast<void>(gpu_or_skip());
   Rng rng(seed_or(2));
-  const auto in = random_vector<float>(32 * 16, rng);         // [lane][row]
-  const auto scales = random_vector<Half>(8 * 16, rng);       // [group of 4 lanes][row]
+  const auto in = random_vector<float>(32 * 16, rng);    // [lane][row]
+  const auto scales = random_vector<Half>(8 * 16, rng);  // [group of 4 lanes][row]
   DeviceBuffer<float> in_device(in);
   DeviceBuffer<Half> scales_device(scales);
   DeviceBuffer<float> out(64);
@@ -114,7 +117,8 @@ TEST_CASE("cuda psumbook: the sum over lanes, with and without scales", "[gpu]")
     for (int other = 0; other < 32; ++other) {
       const double value = static_cast<double>(in[static_cast<std::size_t>(other * 16 + row)]);
       plain += value;
-      scaled += value * static_cast<double>(scales[static_cast<std::size_t>(other / 4 * 16 + row)].to_float());
+      scaled +=
+          value * static_cast<double>(scales[static_cast<std::size_t>(other / 4 * 16 + row)].to_float());
     }
     CHECK(std::abs(static_cast<double>(got[static_cast<std::size_t>(lane)]) - plain) <= 1e-5);
     CHECK(std::abs(static_cast<double>(got[static_cast<std::size_t>(32 + lane)]) - scaled) <= 1e-5);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/codegemm/cuda/validate_gpu_test.cu - every wrong call has its own answer, before anything is launched.
-// Needs no GPU: what a device can do is a struct, and no call here may reach one.
+// tests/codegemm/cuda/validate_gpu_test.cu - every wrong call has its own answer, before anything is
+// launched. Needs no GPU: what a device can do is a struct, and no call here may reach one.
 #include <codegemm/gemm.cuh>
 
 #include "gpu.cuh"
@@ -119,7 +119,8 @@ TEST_CASE("cuda validate: devices and configurations") {
   Fixture f;
   expect(f.good, StatusCode::kUnsupported, "7.5", cuda::Device{75, 40, 65536, {}});
   expect(f.good, StatusCode::kUnsupported, "bytes of shared memory", cuda::Device{86, 82, 49152, {}});
-  expect<config_list<cuda::GatherM2V8G128>>(f.good, StatusCode::kUnsupported, "no configuration for m1v4g128");
+  expect<config_list<cuda::GatherM2V8G128>>(f.good, StatusCode::kUnsupported,
+                                            "no configuration for m1v4g128");
   CHECK(cuda::validate<config_list<cuda::GatherM1V4G128>>(f.good, kHopper).ok());
 }
 
@@ -135,9 +136,11 @@ TEST_CASE("cuda validate: the workspace") {
   f.good.y = MatrixView<float>(address<float>(16384), 2, 512);
   const std::size_t bytes = cuda::workspace_bytes(f.good, kAmpere);
   REQUIRE(bytes > 256);
-  CHECK(cuda::run(f.good, kAmpere, address<void>(4096), bytes - 1, nullptr).code() == StatusCode::kWorkspaceTooSmall);
+  CHECK(cuda::run(f.good, kAmpere, address<void>(4096), bytes - 1, nullptr).code() ==
+        StatusCode::kWorkspaceTooSmall);
   CHECK(cuda::run(f.good, kAmpere, nullptr, bytes, nullptr).code() == StatusCode::kNullPointer);
-  CHECK(cuda::run(f.good, kAmpere, address<void>(4096 + 64), bytes, nullptr).code() == StatusCode::kMisaligned);
+  CHECK(cuda::run(f.good, kAmpere, address<void>(4096 + 64), bytes, nullptr).code() ==
+        StatusCode::kMisaligned);
 }
 
 TEST_CASE("cuda pack: what it refuses") {

@@ -31,7 +31,8 @@ TokenizerSpec spec(std::string chat_template) {
 }
 
 constexpr const char* kChatMl =
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
 }  // namespace
@@ -40,7 +41,8 @@ TEST_CASE("each message adds what the template puts around it, and nothing befor
   const Tokenizer tokenizer = unwrap(Tokenizer::create(spec(kChatMl)));
   Conversation conversation(tokenizer);
   const auto text = [&](const std::vector<std::int32_t>& ids) { return unwrap(tokenizer.decode(ids, true)); };
-  CHECK(text(conversation.user("Hello there")) == "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n");
+  CHECK(text(conversation.user("Hello there")) ==
+        "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n");
   CHECK(text(conversation.user("And now?")) ==
         "<|im_end|>\n<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\n");
 }

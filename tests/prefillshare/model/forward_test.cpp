@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The forward pass against plain double loops, in one pass, in chunks, and on a cache that another model made.
+// The forward pass against plain double loops, in one pass, in chunks, and on a cache that another model
+// made.
 
 #include <cmath>
 #include <cstdint>
@@ -88,7 +89,9 @@ TEST_CASE("a forward pass in chunks of any size gives what one pass gives") {
       const auto part = std::span<const std::int32_t>(tokens).subspan(first, count);
       const std::vector<float> logits =
           run_forward(*model, part, last ? static_cast<std::int64_t>(count) : 0, cache, sequence, serial);
-      if (last) CHECK(worst_relative(logits, {reference.end() - static_cast<std::ptrdiff_t>(count), reference.end()}) < kTolerance);
+      if (last)
+        CHECK(worst_relative(logits, {reference.end() - static_cast<std::ptrdiff_t>(count),
+                                      reference.end()}) < kTolerance);
     }
   }
 }
@@ -136,8 +139,10 @@ TEST_CASE("a model of CodeGEMM layers is the dense model of its dequantized weig
     REQUIRE(matrix.ok());
     *into[index] = CodeGemmLinear(codegemm::pack(matrix->view()).value());
     std::vector<float> values(static_cast<std::size_t>(layer.rows() * layer.cols()));
-    codegemm::reference_dequantize(matrix->view(), MatrixView<float>(values.data(), layer.rows(), layer.cols()));
-    *plain[index] = DenseLinear(std::make_shared<const std::vector<float>>(std::move(values)), layer.rows(), layer.cols());
+    codegemm::reference_dequantize(matrix->view(),
+                                   MatrixView<float>(values.data(), layer.rows(), layer.cols()));
+    *plain[index] = DenseLinear(std::make_shared<const std::vector<float>>(std::move(values)), layer.rows(),
+                                layer.cols());
     ++index;
   });
   REQUIRE(validate(*quantized).ok());
@@ -160,7 +165,8 @@ TEST_CASE("forward refuses a wrong call with the numbers, and writes nothing") {
   REQUIRE(cache.allocator->reserve(sequence, 16).ok());
   ForwardWorkspace workspace = ForwardWorkspace::create(*model, 4, 32, 1).value();
   std::vector<float> logits(static_cast<std::size_t>(5 * config.vocab_size), -1.0F);
-  const auto call = [&](std::vector<std::int32_t> tokens, std::int64_t first, std::int64_t rows, std::int64_t cols) {
+  const auto call = [&](std::vector<std::int32_t> tokens, std::int64_t first, std::int64_t rows,
+                        std::int64_t cols) {
     const KvTarget target{&cache.storage, sequence.blocks(), first};
     return forward(*model, tokens, target, MatrixView<float>(logits.data(), rows, cols), workspace, serial);
   };
@@ -179,7 +185,8 @@ TEST_CASE("forward refuses a wrong call with the numbers, and writes nothing") {
   CHECK_FALSE(call({1, 2}, 15, 1, 61).ok());  // the second token has no block
   codegemm::ThreadPool pool(2);
   const KvTarget target{&cache.storage, sequence.blocks(), 0};
-  names(forward(*model, std::vector<std::int32_t>{1}, target, MatrixView<float>(), workspace, pool), "2 workers");
+  names(forward(*model, std::vector<std::int32_t>{1}, target, MatrixView<float>(), workspace, pool),
+        "2 workers");
   CHECK(call({}, 0, 0, 0).ok());
   for (const float value : logits) REQUIRE(value == -1.0F);
 }

@@ -49,17 +49,20 @@ TEST_CASE("a decode module must fit the base's cache, and the message names all 
     const auto made = factorize(module, random_model(other, 4));
     REQUIRE_FALSE(made.ok());
     CHECK(made.status().code() == StatusCode::kIncompatible);
-    check_names(made.status(), {"vocab_size: base 61, decode 62", "layers: base 2, decode 3", "kv_heads: base 2, decode 3",
-                                "head_dim: base 8, decode 16", "rope theta: base 10000, decode 500000", "qk_norm"});
+    check_names(made.status(),
+                {"vocab_size: base 61, decode 62", "layers: base 2, decode 3", "kv_heads: base 2, decode 3",
+                 "head_dim: base 8, decode 16", "rope theta: base 10000, decode 500000", "qk_norm"});
   }
   SECTION("RoPE scaling is part of the cache") {
     ModelConfig other = base;
     other.rope.scaling = RopeScaling::kLinear;
     other.rope.factor = 4.0;
-    check_names(factorize(module, random_model(other, 5)).status(), {"rope scaling type", "rope scaling factor"});
+    check_names(factorize(module, random_model(other, 5)).status(),
+                {"rope scaling type", "rope scaling factor"});
   }
   SECTION("no model at all") {
-    CHECK(factorize(module, std::shared_ptr<const LlamaModel<DenseLinear>>()).status().code() == StatusCode::kNullPointer);
+    CHECK(factorize(module, std::shared_ptr<const LlamaModel<DenseLinear>>()).status().code() ==
+          StatusCode::kNullPointer);
   }
   SECTION("a model whose tensors do not fit its own config") {
     auto broken = std::make_shared<LlamaModel<DenseLinear>>(*random_model(base, 6));
@@ -80,8 +83,10 @@ TEST_CASE("validate names the member of a config that cannot be") {
   CHECK(validate(tiny_config()).ok());
   CHECK(message([](ModelConfig& c) { c.layers = 0; }).find("layers is 0") != std::string::npos);
   CHECK(message([](ModelConfig& c) { c.vocab_size = -5; }).find("vocab_size is -5") != std::string::npos);
-  CHECK(message([](ModelConfig& c) { c.hidden_size = std::int64_t{1} << 40; }).find("hidden_size") != std::string::npos);
-  CHECK(message([](ModelConfig& c) { c.kv_heads = 4; }).find("not a multiple of kv_heads = 4") != std::string::npos);
+  CHECK(message([](ModelConfig& c) { c.hidden_size = std::int64_t{1} << 40; }).find("hidden_size") !=
+        std::string::npos);
+  CHECK(message([](ModelConfig& c) { c.kv_heads = 4; }).find("not a multiple of kv_heads = 4") !=
+        std::string::npos);
   CHECK(message([](ModelConfig& c) { c.head_dim = 7; }).find("head_dim is 7") != std::string::npos);
   CHECK(message([](ModelConfig& c) { c.rms_epsilon = 0.0; }).find("rms_epsilon") != std::string::npos);
 }
@@ -97,8 +102,8 @@ TEST_CASE("a prefill module stops at the context length and at the last block, a
   const std::vector<std::int32_t> tokens = random_tokens(rng, 65, config.vocab_size);
   Sequence sequence = cache.allocator->open(module.key(), {}).value();
   const auto prefill = [&](std::size_t first, std::size_t count) {
-    return module.prefill(std::span(tokens).subspan(first, count), *cache.allocator, cache.storage, sequence, workspace,
-                          serial);
+    return module.prefill(std::span(tokens).subspan(first, count), *cache.allocator, cache.storage, sequence,
+                          workspace, serial);
   };
   check_names(prefill(0, 65), {"65 tokens", "context length is 64"});
   CHECK(sequence.length() == 0);

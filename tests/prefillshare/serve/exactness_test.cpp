@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// On a real model: with a decode module whose weights are the base's, the greedy tokens under shared prefill are
-// those of an ordinary unshared run, token by token.
+// On a real model: with a decode module whose weights are the base's, the greedy tokens under shared prefill
+// are those of an ordinary unshared run, token by token.
 
 #include <cstdlib>
 #include <string>
@@ -32,15 +32,16 @@ TEST_CASE("greedy tokens under shared prefill equal the unshared run's on three 
   constexpr std::int64_t kTokens = 128;
   for (const char* text : {
            "The river had risen in the night, and by morning",
-           "<|im_start|>user\nExplain in a few sentences why the sky is blue.<|im_end|>\n<|im_start|>assistant\n",
+           "<|im_start|>user\nExplain in a few sentences why the sky is "
+           "blue.<|im_end|>\n<|im_start|>assistant\n",
            "def fibonacci(n):\n    \"\"\"Returns the n-th Fibonacci number, counted from zero.\"\"\"\n",
        }) {
     CAPTURE(text);
     const std::vector<std::int32_t> prompt = tokenizer->encode(text).value();
     const std::vector<std::int32_t> unshared = test::generate_unshared(*loaded->model, prompt, kTokens, pool);
     const auto context = static_cast<std::int64_t>(prompt.size()) + kTokens;
-    test::SessionHarness<DenseLinear, DenseLinear> harness(loaded->model, loaded->model, 64, context, context / 16 + 4,
-                                                           pool);
+    test::SessionHarness<DenseLinear, DenseLinear> harness(loaded->model, loaded->model, 64, context,
+                                                           context / 16 + 4, pool);
     harness.session.append(prompt);
     const auto shared = harness.greedy(kTokens);
     INFO(shared.status().message());

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The paper's loop on small models: shared prefill, selective decode, hand-back, against the double reference.
+// The paper's loop on small models: shared prefill, selective decode, hand-back, against the double
+// reference.
 
 #include <cstdint>
 #include <vector>
@@ -120,8 +121,8 @@ TEST_CASE("a second session on the same document finds its prefill in the tree")
   SharedSession<DenseLinear> second(first.base, first.resources());
   second.append(prompt);
   const Result<Generation> made = second.decode(
-      first.decode, first.decode_workspace, DecodeLimits{4, {}}, [](std::span<float> logits) { return argmax(logits); },
-      [](std::int32_t) { return true; });
+      first.decode, first.decode_workspace, DecodeLimits{4, {}},
+      [](std::span<float> logits) { return argmax(logits); }, [](std::int32_t) { return true; });
   REQUIRE(made.ok());
   CHECK(made->reused_tokens == 64);
   CHECK(made->prefilled_tokens == 5);
@@ -146,8 +147,9 @@ TEST_CASE("a call ends by its limits, a stop token, the caller, or the last bloc
   const std::vector<std::int32_t> prompt = random_tokens(rng, 33, config.vocab_size);
   harness.session.append(prompt);
   const auto decode = [&](const DecodeLimits& limits, auto&& on_token) {
-    return harness.session.decode(harness.decode, harness.decode_workspace, limits,
-                                  [](std::span<float> logits) { return argmax(logits); }, on_token);
+    return harness.session.decode(
+        harness.decode, harness.decode_workspace, limits,
+        [](std::span<float> logits) { return argmax(logits); }, on_token);
   };
   const auto always = [](std::int32_t) { return true; };
   const std::vector<std::int32_t> full = decode({8, {}}, always)->tokens;
@@ -160,7 +162,8 @@ TEST_CASE("a call ends by its limits, a stop token, the caller, or the last bloc
   const auto first = static_cast<std::size_t>(std::find(full.begin(), full.end(), stop[0]) - full.begin());
   const Result<Generation> stopped = decode({8, stop}, always);
   CHECK(stopped->stopped);
-  CHECK(stopped->tokens == std::vector<std::int32_t>(full.begin(), full.begin() + static_cast<std::ptrdiff_t>(first)));
+  CHECK(stopped->tokens ==
+        std::vector<std::int32_t>(full.begin(), full.begin() + static_cast<std::ptrdiff_t>(first)));
 
   const Result<Generation> cancelled = decode({8, {}}, [](std::int32_t) { return false; });
   CHECK((cancelled->stopped && cancelled->tokens.size() == 1));

@@ -45,7 +45,8 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// Asks for `bytes` (a multiple of 16, at a multiple of 16) to be brought into the second-level cache. One thread.
+// Asks for `bytes` (a multiple of 16, at a multiple of 16) to be brought into the second-level cache. One
+// thread.
 __device__ __forceinline__ void prefetch_l2(const void* address, unsigned bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
@@ -63,8 +64,9 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return rank;
 }
 
-// A barrier in shared memory at byte address `barrier` for one phase: it opens once `bytes` have been pushed to this
-// block. One thread calls; the blocks of a cluster meet (cluster_arrive, cluster_wait) before the first push.
+// A barrier in shared memory at byte address `barrier` for one phase: it opens once `bytes` have been pushed
+// to this block. One thread calls; the blocks of a cluster meet (cluster_arrive, cluster_wait) before the
+// first push.
 __device__ __forceinline__ void expect_pushes(unsigned barrier, unsigned bytes) {
   asm volatile(
       "mbarrier.init.shared::cta.b64 [%0], 1;\n\t"
@@ -76,7 +78,9 @@ __device__ __forceinline__ void expect_pushes(unsigned barrier, unsigned bytes) 
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 // The address of this block's shared memory `shared` in block `rank` of the cluster.
 __device__ __forceinline__ unsigned address_in(unsigned shared, unsigned rank) {
@@ -86,9 +90,10 @@ __device__ __forceinline__ unsigned address_in(unsigned shared, unsigned rank) {
 }
 // Writes into another block of the cluster and counts at its barrier. Nothing waits here.
 __device__ __forceinline__ void push(unsigned address, float value, unsigned barrier) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
-               "r"(__float_as_uint(value)), "r"(barrier)
-               : "memory");
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
+      "r"(__float_as_uint(value)), "r"(barrier)
+      : "memory");
 }
 __device__ __forceinline__ void wait_for_pushes(unsigned barrier) {
   asm volatile(

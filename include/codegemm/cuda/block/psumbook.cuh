@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cuda/block/psumbook.cuh - a Psumbook in shared memory: a block builds it, its warps gather from it.
+// codegemm/cuda/block/psumbook.cuh - a Psumbook in shared memory: a block builds it, its warps gather from
+// it.
 // Layer: cuda/block (device).
 // See: examples/05_psumbook_block.cu
 #pragma once
@@ -28,10 +29,10 @@ struct Activations {
   }
 };
 
-/// The Psumbook of one *granule*: 32 * Sets columns, for Tokens tokens. A column is one codebook's inner products
-/// with one segment of V activations. Lane l of every warp owns the columns of the segments l * J .. l * J + J - 1
-/// (J = Sets / Codebooks, all codebooks), numbered p = 0 .. Sets - 1: segment l * J + p / Codebooks, codebook
-/// p % Codebooks.
+/// The Psumbook of one *granule*: 32 * Sets columns, for Tokens tokens. A column is one codebook's inner
+/// products with one segment of V activations. Lane l of every warp owns the columns of the segments l * J ..
+/// l * J + J - 1 (J = Sets / Codebooks, all codebooks), numbered p = 0 .. Sets - 1: segment l * J + p /
+/// Codebooks, codebook p % Codebooks.
 ///
 /// Word (t, code, p, l) lies at byte  plane(t, p) + code * 256 + l * 4, so that
 /// - whatever the codes are, a lane reads its own bank: a gather never has a bank conflict;
@@ -40,8 +41,10 @@ struct Activations {
 /// V = 0: the vector length is the run-time argument `v`. All functions are for whole warps.
 template <int V, int Codebooks, int Sets, int Tokens = 1>
 struct Psumbook {
-  static_assert(V == 0 || V == 2 || V == 4 || V == 8 || V == 16, "codegemm: Psumbook V must be 2, 4, 8, 16 or 0");
-  static_assert(Codebooks >= 1 && Sets % Codebooks == 0, "codegemm: Psumbook Sets must be a multiple of Codebooks");
+  static_assert(V == 0 || V == 2 || V == 4 || V == 8 || V == 16,
+                "codegemm: Psumbook V must be 2, 4, 8, 16 or 0");
+  static_assert(Codebooks >= 1 && Sets % Codebooks == 0,
+                "codegemm: Psumbook Sets must be a multiple of Codebooks");
   static_assert(Tokens >= 1, "codegemm: Psumbook Tokens must be 1 or more");
 
   static constexpr int kColumns = 32 * Sets;
@@ -62,8 +65,8 @@ struct Psumbook {
   static constexpr int kSteps = V == 16 ? 2 : 1;
   static constexpr bool kHalfStep = V == 2 || V == 4;
 
-  /// What a thread holds of 8 centroids: the B operand of the product. Kept as they were loaded, so that nothing
-  /// waits for them before they are used.
+  /// What a thread holds of 8 centroids: the B operand of the product. Kept as they were loaded, so that
+  /// nothing waits for them before they are used.
   struct Centroids {
     std::uint16_t b[kSteps][2];
   };
@@ -73,8 +76,8 @@ struct Psumbook {
   };
 
   /// Centroids 8 * block .. 8 * block + 7 of one codebook.
-  [[nodiscard]] static __device__ __forceinline__ Centroids load_centroids(const std::uint16_t* codebook, int block,
-                                                                          int v, int step = 0) {
+  [[nodiscard]] static __device__ __forceinline__ Centroids load_centroids(const std::uint16_t* codebook,
+                                                                           int block, int v, int step = 0) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const std::uint16_t* const centroid = codebook + (block * 8 + lane / 4) * v;
     Centroids out;
@@ -88,8 +91,8 @@ struct Psumbook {
   }
 
   /// Position p of the granule whose first activation is number `k0`.
-  [[nodiscard]] static __device__ __forceinline__ Segments load_segments(const Activations& x, int k0, int p, int v,
-                                                                        int step = 0) {
+  [[nodiscard]] static __device__ __forceinline__ Segments load_segments(const Activations& x, int k0, int p,
+                                                                         int v, int step = 0) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     Segments out;
 #pragma unroll
@@ -109,8 +112,8 @@ struct Psumbook {
   }
 
   /// d += the inner products of 8 centroids with the position's 32 segments.
-  static __device__ __forceinline__ void multiply(float (&d)[2][4], const Activations& x, const Centroids& centroids,
-                                                  const Segments& segments) {
+  static __device__ __forceinline__ void multiply(float (&d)[2][4], const Activations& x,
+                                                  const Centroids& centroids, const Segments& segments) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -129,10 +132,11 @@ struct Psumbook {
     }
   }
 
-  /// Writes the 8 x 32 inner products. In a product's fragment eight lanes share a code and differ in the segment,
-  /// and four differ in the code alone: stored as they are, they would hit eight banks. Rotated by the code, the
-  /// 32 lanes of each store hit 32 banks.
-  static __device__ __forceinline__ void store(char* table, int token_plane, int block, const float (&d)[2][4]) {
+  /// Writes the 8 x 32 inner products. In a product's fragment eight lanes share a code and differ in the
+  /// segment, and four differ in the code alone: stored as they are, they would hit eight banks. Rotated by
+  /// the code, the 32 lanes of each store hit 32 banks.
+  static __device__ __forceinline__ void store(char* table, int token_plane, int block,
+                                               const float (&d)[2][4]) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int q = lane % 4;
     char* const base = table + token_plane + block * 2048 + q * 512 + lane / 4 * 4;
@@ -148,8 +152,8 @@ struct Psumbook {
     }
   }
 
-  /// The whole granule by all warps of the block, straight from memory. Barriers around it are the caller's: one
-  /// before (nobody gathers from the old table any more), one after.
+  /// The whole granule by all warps of the block, straight from memory. Barriers around it are the caller's:
+  /// one before (nobody gathers from the old table any more), one after.
   static __device__ __forceinline__ void build(char* table, const std::uint16_t* codebooks,
                                                const Activations (&x)[Tokens], int k0, int v, int bits) {
     const int warps = static_cast<int>(blockDim.x) / 32;
@@ -169,8 +173,8 @@ struct Psumbook {
     }
   }
 
-  /// sums[t][i] = the sum of row i over the lane's columns. codes[p] holds the codes of 16 rows for the lane's
-  /// column p, a byte each.
+  /// sums[t][i] = the sum of row i over the lane's columns. codes[p] holds the codes of 16 rows for the
+  /// lane's column p, a byte each.
   static __device__ __forceinline__ void gather(const char* table, const uint4 (&codes)[Sets], int lane,
                                                 float (&sums)[Tokens][16]) {
     const unsigned lane_byte = static_cast<unsigned>(lane) * 4U;
@@ -180,7 +184,8 @@ struct Psumbook {
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         // bytes of the address: lane * 4, the code, 0, 0
-        const unsigned at = __byte_perm(words[i / 4], lane_byte, 0x7604U | (static_cast<unsigned>(i % 4) << 4));
+        const unsigned at =
+            __byte_perm(words[i / 4], lane_byte, 0x7604U | (static_cast<unsigned>(i % 4) << 4));
 #pragma unroll
         for (int t = 0; t < Tokens; ++t) {
           const float psum = *reinterpret_cast<const float*>(table + at + plane(t, p));
@@ -193,8 +198,8 @@ struct Psumbook {
 
 namespace detail {
 
-// One step of the transposing reduction over lanes 2^Step apart: each lane keeps the lower half of its slots and
-// gets the other lane's values for the same rows, which row_slot() put into that lane's upper half.
+// One step of the transposing reduction over lanes 2^Step apart: each lane keeps the lower half of its slots
+// and gets the other lane's values for the same rows, which row_slot() put into that lane's upper half.
 template <int Step>
 __device__ __forceinline__ void reduce_step(float (&sums)[16]) {
   constexpr int kKeep = 8 >> Step;
@@ -212,9 +217,9 @@ __device__ __forceinline__ void reduce_steps(float (&sums)[16]) {
 
 }  // namespace detail
 
-/// Lane l ends with the sum of row row_slot(l, 0) over all lanes, where slot i of lane l held row row_slot(l, i).
-/// After the sum over groups of 2^ScaleSteps lanes, slot i is multiplied by scales[i] (i < 16 >> ScaleSteps).
-/// ScaleSteps = 5: no scales. The order of the sum is fixed.
+/// Lane l ends with the sum of row row_slot(l, 0) over all lanes, where slot i of lane l held row row_slot(l,
+/// i). After the sum over groups of 2^ScaleSteps lanes, slot i is multiplied by scales[i] (i < 16 >>
+/// ScaleSteps). ScaleSteps = 5: no scales. The order of the sum is fixed.
 template <int ScaleSteps>
 [[nodiscard]] __device__ __forceinline__ float reduce_rows(float (&sums)[16], const __half* scales) {
   constexpr int kBefore = ScaleSteps < 4 ? ScaleSteps : 4;

@@ -34,8 +34,8 @@ struct GatherArgs {
   int granules = 0;
   int tiles_per_block = 0;
   int granules_per_block = 0;
-  int warps_per_owner = 0;          // ceil(warps of a block / splits)
-  unsigned splits_inverse = 0;      // 65536 / splits, rounded up
+  int warps_per_owner = 0;      // ceil(warps of a block / splits)
+  unsigned splits_inverse = 0;  // 65536 / splits, rounded up
   int tile_bytes = 0;
   int scale_steps = 0;  // log2 of the lanes that share a scale; 5: no scales in the tiles
   int v = 0;
@@ -62,7 +62,8 @@ struct TileRegisters {
       scale_bits[0] = __ldg(reinterpret_cast<const unsigned short*>(scales));
     } else {
 #pragma unroll
-      for (int i = 0; i < kScales / 2; ++i) scale_bits[i] = __ldg(reinterpret_cast<const unsigned*>(scales) + i);
+      for (int i = 0; i < kScales / 2; ++i)
+        scale_bits[i] = __ldg(reinterpret_cast<const unsigned*>(scales) + i);
     }
   }
 };
@@ -95,8 +96,8 @@ __device__ __forceinline__ float reduce_from(float (&sums)[16], const unsigned c
 }
 
 template <int Steps>
-__device__ __forceinline__ float reduce_tile(float (&sums)[16], const unsigned* scale_bits, const unsigned char* scales,
-                                             int lane, int steps) {
+__device__ __forceinline__ float reduce_tile(float (&sums)[16], const unsigned* scale_bits,
+                                             const unsigned char* scales, int lane, int steps) {
   if constexpr (Steps >= 0) {
     return reduce_with<Steps>(sums, scale_bits);
   } else {
@@ -134,14 +135,15 @@ __device__ __forceinline__ void store_output(const GatherArgs& a, int token, int
 }  // namespace detail
 
 /// Block (split, chunk, group) sums granules_per_block granules, from number (group * splits + split) *
-/// granules_per_block on, over tiles_per_block row tiles from chunk * tiles_per_block on. Then the sums of a chunk are
-/// added, always in their order:
-/// - Cluster: the splits are the blocks of one cluster. They push their sums into each other's shared memory, and each
+/// granules_per_block on, over tiles_per_block row tiles from chunk * tiles_per_block on. Then the sums of a
+/// chunk are added, always in their order:
+/// - Cluster: the splits are the blocks of one cluster. They push their sums into each other's shared memory,
+/// and each
 ///   ends with a share of the rows. Else there is one split, and its share is all rows.
-/// - Several groups: each block writes its share to `partials`, and the last to come, by `counters`, adds them up.
+/// - Several groups: each block writes its share to `partials`, and the last to come, by `counters`, adds
+/// them up.
 template <class Config, int Tokens, bool Cluster>
-__global__ void __launch_bounds__(Config::kThreads, 1)
-    gather_kernel(const __grid_constant__ GatherArgs a) {
+__global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __grid_constant__ GatherArgs a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr bool kCluster = Cluster;
 #else
@@ -152,9 +154,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr int kSets = Config::kSets;
   constexpr int kSteps = Config::kScaleSteps;
   using Tile = detail::TileRegisters<kSets, kSteps>;
-  // The Psumbook; the sums of the block's rows [Tokens][tiles_per_block][16]; for a cluster, what its blocks push here,
-  // [splits][Tokens][warps owned][tiles of a warp][16], and the barrier. The tiles of warp w (of every block) are
-  // summed by the block of rank w % splits.
+  // The Psumbook; the sums of the block's rows [Tokens][tiles_per_block][16]; for a cluster, what its blocks
+  // push here, [splits][Tokens][warps owned][tiles of a warp][16], and the barrier. The tiles of warp w (of
+  // every block) are summed by the block of rank w % splits.
   extern __shared__ __align__(128) char table[];
 
   detail::allow_next_kernel();
@@ -169,9 +171,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int tiles = min(a.tiles_per_block, a.row_tiles - tile0);
   float* const row_sums = reinterpret_cast<float*>(table + Book::bytes(code_bits));
 
-  // Weights do not depend on the kernel before: they are on their way while it still runs. In each round a warp sums
-  // one tile; its next one comes into the same registers in the meantime, and one warp asks for the tiles of a later
-  // round into the second-level cache.
+  // Weights do not depend on the kernel before: they are on their way while it still runs. In each round a
+  // warp sums one tile; its next one comes into the same registers in the meantime, and one warp asks for the
+  // tiles of a later round into the second-level cache.
   const std::int64_t granule_bytes = static_cast<std::int64_t>(a.row_tiles) * a.tile_bytes;
   const unsigned char* const first_tile =
       a.tiles + granule0 * granule_bytes + static_cast<std::int64_t>(tile0) * a.tile_bytes;
@@ -185,7 +187,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   // With a fixed format each warp keeps its share of the centroids and builds one position of the table.
   constexpr bool kFixed = Config::kVecLen != 0 && Config::kCodeBits != 0 && kWarps % kSets == 0;
   constexpr int kShare = kFixed ? (1 << (Config::kCodeBits - 3)) * kSets / kWarps : 1;
-  static_assert(!kFixed || kShare >= 1, "codegemm: Config kThreads must not be more than the Psumbook can use");
+  static_assert(!kFixed || kShare >= 1,
+                "codegemm: Config kThreads must not be more than the Psumbook can use");
   const std::uint16_t* const codebooks = a.codebooks;
   typename Book::Centroids centroids[kShare];
   if constexpr (kFixed) {
@@ -207,8 +210,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
 #if __CUDA_ARCH__ >= 900
   const int rank = kCluster ? static_cast<int>(detail::cluster_rank()) : 0;
-  const int most = (a.tiles_per_block + kWarps - 1) / kWarps;         // tiles of a warp
-  const int slots = a.warps_per_owner * most;                         // tiles that are pushed here by each block
+  const int most = (a.tiles_per_block + kWarps - 1) / kWarps;  // tiles of a warp
+  const int slots = a.warps_per_owner * most;                  // tiles that are pushed here by each block
   const unsigned pushed_at =
       static_cast<unsigned>(__cvta_generic_to_shared(row_sums + Tokens * a.tiles_per_block * 16));
   const unsigned barrier = pushed_at + static_cast<unsigned>(splits * Tokens * slots) * 64U;
@@ -217,7 +220,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if constexpr (kCluster) {
     if (threadIdx.x == 0) {
       int expected = 0;
-      for (int w = rank; w < kWarps; w += splits) expected += w < tiles ? (tiles - w + kWarps - 1) / kWarps : 0;
+      for (int w = rank; w < kWarps; w += splits)
+        expected += w < tiles ? (tiles - w + kWarps - 1) / kWarps : 0;
       detail::expect_pushes(barrier, static_cast<unsigned>(expected * splits * Tokens) * 64U);
     }
     detail::cluster_arrive();
@@ -225,7 +229,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const unsigned owner = static_cast<unsigned>(warp - turn * splits);
     push_barrier = detail::address_in(barrier, owner);
     push_at = detail::address_in(
-        pushed_at + static_cast<unsigned>((rank * Tokens * slots + turn * most) * 16 + row_slot(lane, 0)) * 4U,
+        pushed_at +
+            static_cast<unsigned>((rank * Tokens * slots + turn * most) * 16 + row_slot(lane, 0)) * 4U,
         owner);
   }
 #endif
@@ -246,17 +251,18 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   // Sums a tile in registers; `next`, if there is one, then comes into the same registers.
   float* so_far = nullptr;  // the lane's row of the warp's next tile
-  const auto sum_tile = [&](const unsigned char* tile_at, const unsigned char* next, bool first,
-                            bool last) {
+  const auto sum_tile = [&](const unsigned char* tile_at, const unsigned char* next, bool first, bool last) {
     float sums[Tokens][16];
     Book::gather(table, tile.codes, lane, sums);
     unsigned scale_bits[sizeof(tile.scale_bits) / sizeof(unsigned)];
 #pragma unroll
-    for (unsigned i = 0; i < sizeof(tile.scale_bits) / sizeof(unsigned); ++i) scale_bits[i] = tile.scale_bits[i];
+    for (unsigned i = 0; i < sizeof(tile.scale_bits) / sizeof(unsigned); ++i)
+      scale_bits[i] = tile.scale_bits[i];
     if (next != nullptr) tile.load(next, lane);
 #pragma unroll
     for (int t = 0; t < Tokens; ++t) {
-      float total = detail::reduce_tile<kSteps>(sums[t], scale_bits, tile_at + kSets * 512, lane, a.scale_steps);
+      float total =
+          detail::reduce_tile<kSteps>(sums[t], scale_bits, tile_at + kSets * 512, lane, a.scale_steps);
       if (lane < 16) {
         float* const sum = so_far + t * a.tiles_per_block * 16;
         if (!first) total += *sum;
