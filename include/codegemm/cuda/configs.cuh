@@ -5,12 +5,13 @@
 //
 // A new row is tested and timed with no further edit: tests and benchmarks go over the same list as the
 // dispatch. Members of a gather configuration:
-//   kVecLen, kCodeBits   0: known at run time only (slower to build the Psumbook)
-//   kCodebooks           m
-//   kSets                columns that a lane owns in a granule, as PackedLayout::sets; a multiple of
-//   kCodebooks kScaleSteps          log2 of the lanes that share a scale, 5: one scale a row, -1: known at
-//   run time only kThreads             of a block kMaxTokens           tokens in one pass over the weights;
-//   32 KiB of shared memory for each set and token
+//   kVecLen, kCodeBits  0: known at run time only (slower to build the Psumbook)
+//   kCodebooks          m
+//   kSets               columns that a lane owns in a granule, as PackedLayout::sets; a multiple of
+//                       kCodebooks
+//   kScaleSteps         log2 of the lanes that share a scale; 5: one scale a row; -1: known at run time only
+//   kThreads            of a block
+//   kMaxTokens          tokens in one pass over the weights; 32 KiB of shared memory for each set and token
 #pragma once
 
 #include <codegemm/base/config_list.hpp>

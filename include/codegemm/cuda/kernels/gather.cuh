@@ -138,10 +138,9 @@ __device__ __forceinline__ void store_output(const GatherArgs& a, int token, int
 /// granules_per_block on, over tiles_per_block row tiles from chunk * tiles_per_block on. Then the sums of a
 /// chunk are added, always in their order:
 /// - Cluster: the splits are the blocks of one cluster. They push their sums into each other's shared memory,
-/// and each
-///   ends with a share of the rows. Else there is one split, and its share is all rows.
+///   and each ends with a share of the rows. Else there is one split, and its share is all rows.
 /// - Several groups: each block writes its share to `partials`, and the last to come, by `counters`, adds
-/// them up.
+///   them up.
 template <class Config, int Tokens, bool Cluster>
 __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __grid_constant__ GatherArgs a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
