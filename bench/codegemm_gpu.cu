@@ -27,7 +27,7 @@
 
 namespace {
 
-using namespace codegemm;  // NOLINT(google-build-using-namespace): a program, not a header
+using namespace codegemm;
 
 void check(cudaError_t code, const char* what) {
   if (code != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(code));

@@ -30,8 +30,8 @@
 
 namespace {
 
-using namespace prefillshare;            // NOLINT(google-build-using-namespace): a program of one page
-using namespace prefillshare::examples;  // NOLINT(google-build-using-namespace)
+using namespace prefillshare;
+using namespace prefillshare::examples;
 using Clock = std::chrono::steady_clock;
 
 struct Options {

@@ -19,7 +19,7 @@
 
 namespace {
 
-using namespace prefillshare::examples;  // NOLINT(google-build-using-namespace)
+using namespace prefillshare::examples;
 
 void require(bool condition) {
   if (!condition) std::abort();

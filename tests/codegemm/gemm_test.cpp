@@ -21,7 +21,7 @@
 #include <support/catch.hpp>
 #include <support/random.hpp>
 
-using namespace codegemm;  // NOLINT(google-build-using-namespace): a test
+using namespace codegemm;
 using codegemm::detail::Regime;
 using codegemm::test::Expected;
 using codegemm::test::Rng;

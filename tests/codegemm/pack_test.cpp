@@ -18,7 +18,7 @@
 #include <support/catch.hpp>
 #include <support/random.hpp>
 
-using namespace codegemm;  // NOLINT(google-build-using-namespace): a test
+using namespace codegemm;
 using codegemm::test::Rng;
 
 namespace {

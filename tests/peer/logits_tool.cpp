@@ -19,8 +19,8 @@
 
 namespace {
 
-using namespace prefillshare;            // NOLINT(google-build-using-namespace): a program of one page
-using namespace prefillshare::examples;  // NOLINT(google-build-using-namespace)
+using namespace prefillshare;
+using namespace prefillshare::examples;
 
 int fail(const Status& status) {
   std::fprintf(stderr, "logits_tool: %s\n", status.message().c_str());

@@ -141,7 +141,7 @@ inline void ref_position(std::vector<double>& x, std::span<const float> norm, co
 [[nodiscard]] inline std::vector<std::vector<double>> reference_forward(const LlamaModel<DenseLinear>& model,
                                                                         std::span<const std::int32_t> tokens,
                                                                         std::vector<ReferenceCache>& caches) {
-  using namespace detail;  // NOLINT(google-build-using-namespace)
+  using namespace detail;
   const ModelConfig& c = model.config;
   caches.resize(model.layers.size());
   const auto dim = static_cast<std::size_t>(c.head_dim);

@@ -19,7 +19,7 @@ using codegemm::AtomicFile;
 using codegemm::Result;
 using codegemm::Status;
 using codegemm::StatusCode;
-using namespace codegemm::test;  // NOLINT(google-build-using-namespace)
+using namespace codegemm::test;
 
 namespace {
 

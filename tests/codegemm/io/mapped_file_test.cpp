@@ -15,7 +15,7 @@
 using codegemm::MappedFile;
 using codegemm::Result;
 using codegemm::StatusCode;
-using namespace codegemm::test;  // NOLINT(google-build-using-namespace)
+using namespace codegemm::test;
 
 namespace {
 std::string text_of(const MappedFile& file) {

@@ -11,7 +11,7 @@
 
 namespace {
 
-using namespace prefillshare::examples;  // NOLINT(google-build-using-namespace)
+using namespace prefillshare::examples;
 
 /// Every printable byte is a token; two control tokens; ChatML.
 TokenizerSpec spec(std::string chat_template) {

@@ -13,7 +13,7 @@
 #include <examples/common/ggml_vectors.hpp>
 #include <support/catch.hpp>
 
-using namespace prefillshare::examples;  // NOLINT(google-build-using-namespace)
+using namespace prefillshare::examples;
 using prefillshare::examples::test::GgmlVector;
 using prefillshare::examples::test::kGgmlVectors;
 

@@ -16,9 +16,9 @@
 #include <examples/common/gguf_builder.hpp>
 #include <support/catch.hpp>
 
-using namespace prefillshare::examples;        // NOLINT(google-build-using-namespace)
-using namespace prefillshare::examples::test;  // NOLINT(google-build-using-namespace)
-using namespace codegemm::test;                // NOLINT(google-build-using-namespace)
+using namespace prefillshare::examples;
+using namespace prefillshare::examples::test;
+using namespace codegemm::test;
 using codegemm::Dtype;
 using codegemm::SafetensorsTensor;
 

@@ -17,8 +17,8 @@
 
 namespace {
 
-using namespace prefillshare;        // NOLINT(google-build-using-namespace)
-using namespace prefillshare::test;  // NOLINT(google-build-using-namespace)
+using namespace prefillshare;
+using namespace prefillshare::test;
 
 // fp32 sums of up to 40 products through two layers: a few units of 6e-8 each, with room for ten times that.
 constexpr double kTolerance = 2e-5;

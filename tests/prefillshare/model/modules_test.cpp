@@ -11,8 +11,8 @@
 
 namespace {
 
-using namespace prefillshare;        // NOLINT(google-build-using-namespace)
-using namespace prefillshare::test;  // NOLINT(google-build-using-namespace)
+using namespace prefillshare;
+using namespace prefillshare::test;
 
 void check_names(const Status& status, std::initializer_list<const char*> parts) {
   CAPTURE(status.message());

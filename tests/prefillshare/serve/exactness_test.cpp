@@ -13,8 +13,8 @@
 #include <support/model_harness.hpp>
 
 TEST_CASE("greedy tokens under shared prefill equal the unshared run's on three prompts") {
-  using namespace prefillshare;            // NOLINT(google-build-using-namespace)
-  using namespace prefillshare::examples;  // NOLINT(google-build-using-namespace)
+  using namespace prefillshare;
+  using namespace prefillshare::examples;
   const char* path = std::getenv("PREFILLSHARE_TEST_MODEL");
   if (path == nullptr || *path == '\0') TEST_SKIP("PREFILLSHARE_TEST_MODEL names no model");
 

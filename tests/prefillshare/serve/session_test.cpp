@@ -13,8 +13,8 @@
 
 namespace {
 
-using namespace prefillshare;        // NOLINT(google-build-using-namespace)
-using namespace prefillshare::test;  // NOLINT(google-build-using-namespace)
+using namespace prefillshare;
+using namespace prefillshare::test;
 
 constexpr double kTolerance = 2e-5;  // as in forward_test.cpp
 
