@@ -73,11 +73,12 @@ std::vector<Turn> plan_turns(const std::vector<Agent>& agents, const std::string
   for (std::size_t turn = 0; turn < agents.front().instructions.size(); ++turn) {
     for (std::size_t a = 0; a < agents.size(); ++a) {
       const std::string& instruction = agents[a].instructions[turn];
-      turns.push_back({static_cast<int>(a),
-                       static_cast<int>(turn),
-                       conversation.user(turns.empty() ? document + "\n\n" + instruction : instruction),
-                       {},
-                       {}});
+      turns.push_back(
+          {static_cast<int>(a),
+           static_cast<int>(turn),
+           conversation.user(turns.empty() ? codegemm::concat(document, "\n\n", instruction) : instruction),
+           {},
+           {}});
     }
   }
   return turns;

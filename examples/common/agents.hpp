@@ -50,7 +50,7 @@ struct Agent {
     const std::string where = codegemm::concat("agents[", agents.size(), "]");
     const auto text = [&](const json& value, const std::string& field) {
       if (!value.is_string() || value.get_ref<const std::string&>().empty())
-        fail(where + "." + field + ": needs a text");
+        fail(codegemm::concat(where, ".", field, ": needs a text"));
       return value.get<std::string>();
     };
     if (!entry.is_object()) fail(where + ": needs an object");

@@ -134,8 +134,9 @@ inline void print_report(const Run& shared, const Run& separate, const std::vect
     TimelinePanel panel;
     panel.title = codegemm::concat(run->name, ": ", detail::fixed(run->seconds, 2), " s, ", run->prefilled(),
                                    " tokens prefilled");
-    if (has_base) panel.rows.push_back("base (prefill)");
-    for (const AgentSummary& agent : agents) panel.rows.push_back(agent.name + " " + agent.format);
+    if (has_base) panel.rows.emplace_back("base (prefill)");
+    for (const AgentSummary& agent : agents)
+      panel.rows.push_back(codegemm::concat(agent.name, " ", agent.format));
     for (const Call& call : run->calls) {
       const int agent_row = call.agent + (has_base ? 1 : 0);
       const std::string turn =

@@ -114,7 +114,9 @@ namespace detail {
     }
     y += kRow * static_cast<double>(panel.rows.size());
     const double step = detail::tick_step(last);
-    for (double t = 0.0; t <= last * 1.0001; t += step) {
+    const int ticks = static_cast<int>(last * 1.0001 / step);
+    for (int tick = 0; tick <= ticks; ++tick) {
+      const double t = step * tick;
       svg += concat("<text x=\"", fixed(x(t), 1), "\" y=\"", fixed(y + 18.0, 1),
                     "\" text-anchor=\"middle\" fill=\"#555\">", detail::fixed(t, step < 1.0 ? 1 : 0),
                     " s</text>\n");
