@@ -6,7 +6,8 @@
 // weights, 600 MB in all, so that no cache holds them; divided by the number of launches.
 //
 // usage: codegemm-gpu [--json FILE] [--quick] [--shape NxK]... [--format NAME]... [--tokens T]...
-//                     [--peer NAME=LIBRARY]... [--cluster N] [--ahead ROUNDS] [--shared BYTES] [--sets N]
+//                     [--peer NAME=LIBRARY]... [--no-cublas] [--regime gather|mma|wgmma] [--cluster N]
+//                     [--ahead ROUNDS] [--shared BYTES] [--sets N] [--splits N] [--token-tile N]
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -18,8 +19,10 @@
 #include <string>
 #include <vector>
 
+#include <cublas_v2.h>
 #include <dlfcn.h>
 
+#include <codegemm/cuda/dequantize.cuh>
 #include <codegemm/gemm.cuh>
 #include <codegemm/reference.hpp>
 
@@ -173,10 +176,11 @@ struct Shape {
   std::int64_t cols;
 };
 
-// ||y - ref|| / ||ref|| over some of the rows, against sums in double over the same quantized weights.
+// ||y - ref|| / ||ref|| over some of the rows and tokens, against sums in double over the same quantized weights.
 double error_of(const QuantizedMatrix& w, const std::vector<Half>& x, const std::vector<Half>& y,
                 int tokens) {
   const std::int64_t step = std::max<std::int64_t>(1, w.rows() / 97);
+  const int token_step = std::max(1, tokens / 16);
   double off = 0.0;
   double size = 0.0;
   const QuantizedMatrixView view = w.view();
@@ -184,12 +188,12 @@ double error_of(const QuantizedMatrix& w, const std::vector<Half>& x, const std:
     std::vector<double> sums(static_cast<std::size_t>(tokens), 0.0);
     for (std::int64_t k = 0; k < w.cols(); ++k) {
       const double weight = reference_weight(view, n, k);
-      for (int t = 0; t < tokens; ++t) {
+      for (int t = 0; t < tokens; t += token_step) {
         sums[static_cast<std::size_t>(t)] +=
             weight * static_cast<double>(x[static_cast<std::size_t>(t * w.cols() + k)].to_float());
       }
     }
-    for (int t = 0; t < tokens; ++t) {
+    for (int t = 0; t < tokens; t += token_step) {
       const double want = sums[static_cast<std::size_t>(t)];
       const double d = static_cast<double>(y[static_cast<std::size_t>(t * w.rows() + n)].to_float()) - want;
       off += d * d;
@@ -199,10 +203,9 @@ double error_of(const QuantizedMatrix& w, const std::vector<Half>& x, const std:
   return std::sqrt(off / size);
 }
 
-void measure(Shape shape, Format format, const std::vector<int>& token_counts,
-             const cuda::GatherTuning& tuning, cuda::PackOptions pack_options, bool quick,
-             const std::vector<Peer>& peers, const cuda::Device& device, cudaStream_t stream,
-             std::vector<Row>& rows) {
+void measure(Shape shape, Format format, const std::vector<int>& token_counts, const cuda::GemmTuning& tuning,
+             cuda::PackOptions pack_options, bool quick, const std::vector<Peer>& peers,
+             cublasHandle_t cublas, const cuda::Device& device, cudaStream_t stream, std::vector<Row>& rows) {
   Random random{static_cast<std::uint64_t>(shape.rows * 1000003 + shape.cols + format.v)};
   auto made = QuantizedMatrix::create(format, shape.rows, shape.cols);
   check(made.status());
@@ -225,16 +228,22 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts,
   }
   const int most = *std::max_element(token_counts.begin(), token_counts.end());
   std::vector<Half> x(static_cast<std::size_t>(most * shape.cols));
-  for (Half& value : x) value = Half::from_float(random.normal());
+  // Numbers are drawn once and repeated: a prime number of them, so that tokens differ.
+  std::vector<Half> drawn(std::min<std::size_t>(x.size(), 1'000'003));
+  for (Half& value : drawn) value = Half::from_float(random.normal());
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = drawn[i % drawn.size()];
   Buffer<Half> x_device(x.size());
   Buffer<Half> y_device(static_cast<std::size_t>(most * shape.rows));
   check(cudaMemcpy(x_device.data, x.data(), x.size() * sizeof(Half), cudaMemcpyHostToDevice), "cudaMemcpy");
   std::vector<Half> y(static_cast<std::size_t>(most * shape.rows));
   const std::size_t y_bytes = y.size() * sizeof(Half);
-  const int launches = std::max(copies, 8);
-  const int replays = quick ? 5 : 20;
+  const int replays_of_few = quick ? 5 : 20;
   const std::size_t first_row = rows.size();
 
+  const auto launches_of = [&](int tokens) {
+    return tokens >= 512 ? std::min(copies, 8) : std::max(copies, 8);
+  };
+  const auto replays_of = [&](int tokens) { return tokens >= 512 ? 5 : replays_of_few; };
   for (const int tokens : token_counts) {
     cuda::GemmProblem<Half, Half> p;
     p.x = MatrixView<const Half>(x_device.data, tokens, shape.cols);
@@ -250,7 +259,7 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts,
     check(cudaMemcpy(y.data(), y_device.data, y_bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
     Row row;
     row.error = error_of(w, x, y, tokens);
-    row.us = time_us(stream, launches, replays, [&](int i) {
+    row.us = time_us(stream, launches_of(tokens), replays_of(tokens), [&](int i) {
       p.weights.data = weights.data + pitch * static_cast<std::size_t>(i % copies);
       check(cuda::run(p, device, workspace.data, workspace_bytes, stream));
     });
@@ -265,6 +274,40 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts,
     const double read = static_cast<double>(w.codes().size_bytes() + w.scales().size_bytes());
     row.gb_per_s = read / row.us * 1e-3;
     rows.push_back(row);
+  }
+  if (cublas != nullptr) {  // the same weights in fp16, fp32 sums
+    const auto n = static_cast<int>(shape.rows);
+    const auto k = static_cast<int>(shape.cols);
+    const std::size_t weights16 = static_cast<std::size_t>(shape.rows * shape.cols);
+    const int copies16 = static_cast<int>(std::clamp<std::size_t>(600'000'000 / (weights16 * 2) + 1, 2, 64));
+    Buffer<Half> w16(weights16 * static_cast<std::size_t>(copies16));
+    for (int i = 0; i < copies16; ++i) {
+      check(cuda::dequantize(packed->view(weights.data),
+                             MatrixView<Half>(w16.data + weights16 * static_cast<std::size_t>(i), n, k),
+                             device, stream));
+    }
+    check(cublasSetStream(cublas, stream) == CUBLAS_STATUS_SUCCESS ? cudaSuccess : cudaErrorUnknown,
+          "cuBLAS");
+    for (std::size_t i = first_row; i < rows.size(); ++i) {
+      Row& row = rows[i];
+      const auto enqueue = [&](int j) {
+        const float one = 1.0F;
+        const float zero = 0.0F;
+        const Half* const a = w16.data + weights16 * static_cast<std::size_t>(j % copies16);
+        if (cublasGemmEx(cublas, CUBLAS_OP_T, CUBLAS_OP_N, n, row.tokens, k, &one, a, CUDA_R_16F, k,
+                         x_device.data, CUDA_R_16F, k, &zero, y_device.data, CUDA_R_16F, n,
+                         CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) != CUBLAS_STATUS_SUCCESS) {
+          throw std::runtime_error("cublasGemmEx failed");
+        }
+      };
+      check(cudaMemset(y_device.data, 0xFF, y_bytes), "cudaMemset");
+      enqueue(0);
+      check(cudaStreamSynchronize(stream), "cublas");
+      check(cudaMemcpy(y.data(), y_device.data, y_bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
+      const double error = error_of(w, x, y, row.tokens);
+      const int calls = row.tokens >= 512 ? std::min(copies16, 8) : std::max(copies16, 8);
+      row.peers.push_back({"cublas", time_us(stream, calls, replays_of(row.tokens), enqueue), error});
+    }
   }
   for (const Peer& peer : peers) {
     const codegemm_peer_matrix matrix{format.v,
@@ -285,7 +328,7 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts,
       check(cudaStreamSynchronize(stream), peer.name.c_str());
       check(cudaMemcpy(y.data(), y_device.data, y_bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
       const double error = error_of(w, x, y, row.tokens);
-      const double us = time_us(stream, launches, replays, [&](int j) {
+      const double us = time_us(stream, launches_of(row.tokens), replays_of(row.tokens), [&](int j) {
         static_cast<void>(peer.run(handle, j % copies, x_device.data, y_device.data, row.tokens, stream));
       });
       row.peers.push_back({peer.name, us, error});
@@ -294,7 +337,7 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts,
   }
   for (std::size_t i = first_row; i < rows.size(); ++i) {
     const Row& row = rows[i];
-    std::printf("%-12s %-10s T=%d %8.2f us %7.0f GB/s  error %.1e", row.shape.c_str(), row.config.c_str(),
+    std::printf("%-12s %-10s T=%-4d %8.2f us %7.0f GB/s  error %.1e", row.shape.c_str(), row.config.c_str(),
                 row.tokens, row.us, row.gb_per_s, row.error);
     for (const PeerTime& t : row.peers) {
       std::printf("  %s %.2f us (x%.2f, error %.1e)", t.name.c_str(), t.us, t.us / row.us, t.error);
@@ -341,14 +384,19 @@ int program(int argc, char** argv) {
   std::vector<Format> formats;
   std::vector<int> tokens;
   std::vector<Peer> peers;
-  cuda::GatherTuning tuning;
+  cuda::GemmTuning tuning;
   cuda::PackOptions pack_options;
   const char* json = nullptr;
   bool quick = false;
+  bool with_cublas = true;
   for (int i = 1; i < argc; ++i) {
     const std::string name = argv[i];
     if (name == "--quick") {
       quick = true;
+      continue;
+    }
+    if (name == "--no-cublas") {
+      with_cublas = false;
       continue;
     }
     if (i + 1 >= argc) throw std::runtime_error("unknown or unfinished argument " + name);
@@ -373,6 +421,16 @@ int program(int argc, char** argv) {
       tuning.rounds_ahead = std::atoi(value);
     } else if (name == "--shared") {
       tuning.shared_bytes = std::atoi(value);
+    } else if (name == "--regime") {
+      const std::string regime = value;
+      tuning.regime = regime == "gather"  ? cuda::Regime::kGather
+                      : regime == "mma"   ? cuda::Regime::kFusedMma
+                      : regime == "wgmma" ? cuda::Regime::kFusedWgmma
+                                          : cuda::Regime::kAuto;
+    } else if (name == "--splits") {
+      tuning.splits = std::atoi(value);
+    } else if (name == "--token-tile") {
+      tuning.token_tile = std::atoi(value);
     } else if (name == "--sets") {
       pack_options.sets = std::atoi(value);
     } else {
@@ -402,13 +460,17 @@ int program(int argc, char** argv) {
   const Bandwidth bandwidth = measure_bandwidth(stream, device->multiprocessors);
   std::printf("%s\ncopy %.0f GB/s, read %.0f GB/s\n", machine.c_str(), bandwidth.copy_gb_per_s,
               bandwidth.read_gb_per_s);
+  cublasHandle_t cublas = nullptr;
+  if (with_cublas && cublasCreate(&cublas) != CUBLAS_STATUS_SUCCESS)
+    throw std::runtime_error("cublasCreate failed");
   std::vector<Row> rows;
   for (const Format format : formats) {
     for (const Shape shape : shapes) {
-      measure(shape, format, tokens, tuning, pack_options, quick, peers, *device, stream, rows);
+      measure(shape, format, tokens, tuning, pack_options, quick, peers, cublas, *device, stream, rows);
       if (json != nullptr) write_json(json, machine, bandwidth, rows);
     }
   }
+  if (cublas != nullptr) cublasDestroy(cublas);
   check(cudaStreamDestroy(stream), "cudaStreamDestroy");
   return 0;
 }

@@ -11,7 +11,8 @@
 //                       kCodebooks
 //   kScaleSteps         log2 of the lanes that share a scale; 5: one scale a row; -1: known at run time only
 //   kThreads            of a block
-//   kMaxTokens          tokens in one pass over the weights; 32 KiB of shared memory for each set and token
+//   kPassTokens         tokens in one pass over the weights; 32 KiB of shared memory for each set and token
+//   kMostTokens         up to how many tokens this is the fastest regime
 #pragma once
 
 #include <codegemm/base/config_list.hpp>
@@ -20,27 +21,53 @@ namespace codegemm::cuda {
 
 struct GatherM1V4G128 {
   static constexpr int kVecLen = 4, kCodebooks = 1, kCodeBits = 8, kSets = 4, kScaleSteps = 3;
-  static constexpr int kThreads = 1024, kMaxTokens = 1;
+  static constexpr int kThreads = 1024, kPassTokens = 1, kMostTokens = 1;
 };
 struct GatherM2V8G128 {
   static constexpr int kVecLen = 8, kCodebooks = 2, kCodeBits = 8, kSets = 4, kScaleSteps = 3;
-  static constexpr int kThreads = 1024, kMaxTokens = 1;
+  static constexpr int kThreads = 1024, kPassTokens = 1, kMostTokens = 1;
 };
 struct GatherM1V4G32 {
   static constexpr int kVecLen = 4, kCodebooks = 1, kCodeBits = 8, kSets = 4, kScaleSteps = 1;
-  static constexpr int kThreads = 1024, kMaxTokens = 1;
+  static constexpr int kThreads = 1024, kPassTokens = 1, kMostTokens = 1;
 };
 
 /// Any v, b and g.
 template <int Codebooks, int Sets>
 struct GatherAny {
   static constexpr int kVecLen = 0, kCodebooks = Codebooks, kCodeBits = 0, kSets = Sets, kScaleSteps = -1;
-  static constexpr int kThreads = 512, kMaxTokens = 1;
+  static constexpr int kThreads = 512, kPassTokens = 1, kMostTokens = 1;
 };
 
 /// Best first. A program that needs few formats passes a shorter list and compiles faster.
 using GatherConfigs =
     config_list<GatherM1V4G128, GatherM2V8G128, GatherM1V4G32, GatherAny<1, 1>, GatherAny<1, 2>,
                 GatherAny<1, 4>, GatherAny<2, 2>, GatherAny<2, 4>, GatherAny<3, 3>, GatherAny<4, 4>>;
+
+/// Members of a fused configuration, for mma.sync and wgmma alike:
+///   kVecLen, kCodebooks, kSets  as above, v and m fixed; kSets / m * v is a multiple of 4
+///   kCodeBytes   1, or 2 where b > 8: such codebooks stay in global memory
+///   kScaleSteps  PackedLayout::scale_steps from 2 on, or 0: any, slower
+template <int V, int M, int ScaleSteps, int Sets = 4>
+struct Fused {
+  static constexpr int kVecLen = V, kCodebooks = M, kCodeBytes = 1, kSets = Sets, kScaleSteps = ScaleSteps;
+};
+template <int V, int Sets>
+struct FusedWide {
+  static constexpr int kVecLen = V, kCodebooks = 1, kCodeBytes = 2, kSets = Sets, kScaleSteps = 0;
+};
+
+/// Best first.
+using FusedConfigs =
+    config_list<Fused<4, 1, 3>, Fused<8, 2, 3>, Fused<4, 1, 0>, Fused<8, 2, 0>, FusedWide<8, 2>>;
+
+/// Up to how many tokens mma.sync is faster than wgmma.
+inline constexpr int kMostMmaTokens = 16;
+
+/// What gemm.cuh dispatches over. A program that needs few formats passes a struct with shorter lists.
+struct DefaultConfigs {
+  using Gather = GatherConfigs;
+  using Fused = FusedConfigs;
+};
 
 }  // namespace codegemm::cuda

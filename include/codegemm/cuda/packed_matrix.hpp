@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -17,26 +18,28 @@
 #include <codegemm/base/aligned_buffer.hpp>
 #include <codegemm/base/numerics.hpp>
 #include <codegemm/base/status.hpp>
-#include <codegemm/cuda/block/row_slot.hpp>
+#include <codegemm/cuda/block/tile_layout.hpp>
 #include <codegemm/format.hpp>
 #include <codegemm/quantized_matrix.hpp>
 
 namespace codegemm::cuda {
 
 /// Goes up with every change of the layout below; a view of another version is refused.
-inline constexpr int kPackedVersion = 1;
-inline constexpr int kTileRows = 16;
+inline constexpr int kPackedVersion = 2;
 
-/// Where everything lies in the buffer of a packed matrix.
+/// Where everything lies in the buffer of a packed matrix. Kernels of every regime read the same one.
 ///
 /// A *granule* is what 32 lanes own along K: lane l has the `sets / m` vectors from l * sets / m on, and
 /// their codes of all m codebooks are its columns p = 0 .. sets - 1 (vector l * sets / m + p / m, codebook p
-/// % m). A *tile* is 16 rows of a granule: [sets][32 lanes][16 slots] codes of a byte each, slot
-/// row_slot(lane, row), then the scales [32 lanes][16 >> scale_steps] in fp16, since groups of 2^scale_steps
-/// lanes share a scale and are summed first. Tiles lie in the order [granule][row tile]. What is beyond N or
-/// K is 0.
+/// % m). A *tile* is 16 rows of a granule: the lanes' codes (block/tile_layout.hpp; a code takes one byte, or
+/// two where b > 8), then the scales [32 lanes][16 >> scale_steps] in fp16, since groups of 2^scale_steps
+/// lanes share a scale. Tiles lie in the order [granule][row tile]. What is beyond N or K is 0.
+///
+/// Codebooks and scales are multiplied by powers of two, so that the largest of each is about 2^6 and a
+/// product of the two is a normal fp16 number; DevicePackedView::unscale undoes it.
 struct PackedLayout {
   int sets = 0;
+  int code_bytes = 1;
   int scale_steps = 0;  // 0..4, or 5: one scale a row, kept beside the tiles
   std::int64_t granules = 0;
   std::int64_t row_tiles = 0;
@@ -45,21 +48,24 @@ struct PackedLayout {
   std::size_t row_scales_at = 0;  // fp16 [N], if scale_steps is 5
   std::size_t tiles_at = 0;
   std::size_t bytes = 0;
+
+  /// Bytes of a row's codes in a lane.
+  [[nodiscard]] constexpr int row_bytes() const noexcept { return sets * code_bytes; }
+  /// Position in a tile of the scales.
+  [[nodiscard]] constexpr int scales_at() const noexcept { return row_bytes() * 512; }
+
+  friend constexpr bool operator==(const PackedLayout&, const PackedLayout&) = default;
 };
 
 /// What pack() may be told.
 struct PackOptions {
-  int sets = 0;  ///< columns that a lane owns in a granule: a multiple of m up to 4; 0: by format and size
+  int sets = 0;  ///< columns that a lane owns in a granule: a multiple of m up to 4; 0: by format
 };
 
-/// The layout for an N x K matrix. kUnsupported: b over 8, which a Psumbook is not for.
+/// The layout for an N x K matrix. Errors as canonical_sizes(), and kUnsupported for a side over 2^30.
 [[nodiscard]] inline Result<PackedLayout> packed_layout(Format f, std::int64_t rows, std::int64_t cols,
                                                         PackOptions options = {}) {
   if (const auto sizes = canonical_sizes(f, rows, cols); !sizes.ok()) return sizes.status();
-  if (f.b > kMaxPsumbookCodeBits) {
-    return error(StatusCode::kUnsupported, "cuda pack: b = ", f.b,
-                 ", but the kernels for few tokens need b <= ", kMaxPsumbookCodeBits);
-  }
   // Kernels count rows, columns and tiles in 32 bits.
   constexpr std::int64_t kMaxSide = std::int64_t{1} << 30;
   if (rows > kMaxSide || cols > kMaxSide) {
@@ -68,12 +74,14 @@ struct PackOptions {
   }
   const bool one_scale = f.scale_groups(cols) <= 1;
   PackedLayout out;
+  out.code_bytes = f.stored_code_bits() / 8;
   const auto fits = [&](int sets) {  // one scale for all that a lane owns
     return sets % f.m == 0 && (one_scale || f.g % (sets / f.m * f.v) == 0);
   };
-  // More columns a lane: fewer sums over lanes for a product. Four is what a multiprocessor's shared memory
-  // holds.
-  out.sets = fits(4) ? 4 : fits(2) ? 2 : f.m;
+  // More columns a lane: fewer sums over lanes for a product. Four bytes a row is what a multiprocessor's
+  // shared memory holds the Psumbooks of, and what one load of the tensor-core kernels brings.
+  const int most = 4 / out.code_bytes;
+  out.sets = fits(most) ? most : fits(2) ? 2 : f.m;
   if (options.sets != 0) {
     if (options.sets < 0 || options.sets > 4 || !fits(options.sets)) {
       return error(StatusCode::kInvalidArgument, "cuda pack: ", options.sets, " columns a lane do not fit ",
@@ -87,9 +95,10 @@ struct PackOptions {
     out.scale_steps = 0;
     while (out.scale_steps < 4 && f.g % (lane_span << (out.scale_steps + 1)) == 0) ++out.scale_steps;
   }
-  out.granules = (cols + 32 * lane_span - 1) / (32 * lane_span);
+  const int granule_span = 32 * lane_span;
+  out.granules = (cols + granule_span - 1) / granule_span;
   out.row_tiles = (rows + kTileRows - 1) / kTileRows;
-  out.tile_bytes = out.sets * 512 + (one_scale ? 0 : 1024 >> out.scale_steps);
+  out.tile_bytes = out.scales_at() + (one_scale ? 0 : 1024 >> out.scale_steps);
   const auto aligned = [](std::size_t n) { return (n + 255) / 256 * 256; };
   out.row_scales_at = aligned(static_cast<std::size_t>(f.m * f.centroids() * f.v) * sizeof(Half));
   out.tiles_at = aligned(out.row_scales_at + (one_scale ? static_cast<std::size_t>(rows) * sizeof(Half) : 0));
@@ -105,6 +114,7 @@ struct DevicePackedView {
   PackedLayout layout;
   const std::byte* data = nullptr;  // [layout.bytes], device memory
   int version = 0;
+  float unscale = 1.0F;  // a power of two: what products of the packed codebooks and scales are multiplied by
 };
 static_assert(std::is_trivially_copyable_v<DevicePackedView>, "DevicePackedView is passed by value");
 
@@ -120,8 +130,8 @@ class PackedMatrix {
 
   /// `device` holds a copy of bytes() and stays valid as long as the view is used.
   [[nodiscard]] DevicePackedView view(const void* device) const noexcept {
-    return DevicePackedView{format_,       rows_, cols_, layout_, static_cast<const std::byte*>(device),
-                            kPackedVersion};
+    return DevicePackedView{format_,        rows_,   cols_, layout_, static_cast<const std::byte*>(device),
+                            kPackedVersion, unscale_};
   }
 
  private:
@@ -132,8 +142,48 @@ class PackedMatrix {
   std::int64_t rows_ = 0;
   std::int64_t cols_ = 0;
   PackedLayout layout_;
+  float unscale_ = 1.0F;
   AlignedBuffer<std::byte> buffer_;
 };
+
+namespace detail {
+
+// The e for which the largest finite |value| * 2^e is in [2^5, 2^6); 0 where there is none.
+[[nodiscard]] inline int exponent_to_fill(std::span<const Half> values) {
+  float most = 0.0F;
+  for (const Half value : values) {
+    const float size = std::fabs(value.to_float());
+    if (std::isfinite(size)) most = std::max(most, size);
+  }
+  return most == 0.0F ? 0 : 5 - std::ilogb(most);
+}
+
+inline void store_scaled(std::byte* to, Half value, float factor) {
+  const Half scaled = Half::from_float(value.to_float() * factor);
+  std::memcpy(to, &scaled, sizeof(Half));
+}
+
+// Columns of 16 bits: the canonical code, low byte first.
+inline void store_codes(const QuantizedMatrixView& w, const PackedLayout& l, std::byte* tiles,
+                        std::int64_t granule, int lane) {
+  const int m = w.format.m;
+  const std::int64_t first = (granule * 32 + lane) * (l.sets / m);
+  for (int p = 0; p < l.sets; ++p) {
+    const std::int64_t j = first + p / m;
+    if (j >= w.vectors()) break;
+    for (std::int64_t n = 0; n < w.rows; ++n) {
+      std::byte* const tile = tiles + n / kTileRows * l.tile_bytes;
+      const int slot = row_slot(lane, static_cast<int>(n % kTileRows));
+      const std::uint32_t code = w.code(p % m, n, j);
+      for (int i = 0; i < l.code_bytes; ++i) {
+        const int at = tile_offset(lane, stream_offset(l.row_bytes(), slot, p * l.code_bytes + i));
+        tile[at] = static_cast<std::byte>(code >> (8 * i));
+      }
+    }
+  }
+}
+
+}  // namespace detail
 
 /// Packs a canonical matrix. Errors as packed_layout() and validate() of the view (every code is checked),
 /// and kOutOfMemory.
@@ -153,39 +203,37 @@ class PackedMatrix {
   }
   std::byte* const base = out.buffer_.data();
   std::memset(base, 0, l.bytes);
-  std::memcpy(base + l.codebooks_at, w.codebooks,
-              static_cast<std::size_t>(w.format.m * w.format.centroids() * w.format.v) * sizeof(Half));
-  const int per_lane = l.sets / w.format.m;  // vectors
-  const std::int64_t tile_bytes = l.tile_bytes;
+  const auto values = static_cast<std::size_t>(w.format.m * w.format.centroids() * w.format.v);
+  const auto scale_values = static_cast<std::size_t>(w.format.scale_groups(w.cols) * w.rows);
+  const int codebook_exponent = detail::exponent_to_fill({w.codebooks, values});
+  const int scale_exponent = detail::exponent_to_fill({w.scales, scale_values});
+  const float codebook_factor = std::ldexp(1.0F, codebook_exponent);
+  const float scale_factor = std::ldexp(1.0F, scale_exponent);
+  out.unscale_ = std::ldexp(1.0F, -codebook_exponent - scale_exponent);
+  for (std::size_t i = 0; i < values; ++i) {
+    detail::store_scaled(base + l.codebooks_at + i * sizeof(Half), w.codebooks[i], codebook_factor);
+  }
+  const std::int64_t lane_span = l.sets / w.format.m * w.format.v;
   for (std::int64_t granule = 0; granule < l.granules; ++granule) {
-    std::byte* const tiles = base + l.tiles_at + granule * l.row_tiles * tile_bytes;
+    std::byte* const tiles = base + l.tiles_at + granule * l.row_tiles * l.tile_bytes;
     for (int lane = 0; lane < 32; ++lane) {
-      const std::int64_t first = (granule * 32 + lane) * per_lane;
-      for (int p = 0; p < l.sets; ++p) {
-        const std::int64_t j = first + p / w.format.m;
-        if (j >= w.vectors()) break;
-        std::byte* const codes = tiles + (p * 32 + lane) * kTileRows;
-        for (std::int64_t n = 0; n < w.rows; ++n) {
-          const int slot = row_slot(lane, static_cast<int>(n % kTileRows));
-          codes[n / kTileRows * tile_bytes + slot] = static_cast<std::byte>(w.code(p % w.format.m, n, j));
-        }
-      }
-      if (l.scale_steps == 5) continue;
-      const std::int64_t group_k =
-          (granule * 32 + (lane >> l.scale_steps << l.scale_steps)) * per_lane * w.format.v;
-      if (group_k >= w.cols) continue;
-      const Half* const scales = w.scales + group_k / w.format.g * w.rows;
-      const int count = kTileRows >> l.scale_steps;
+      detail::store_codes(w, l, tiles, granule, lane);
+      const bool leads = l.scale_steps < 5 && lane % (1 << l.scale_steps) == 0;
+      const std::int64_t k = (granule * 32 + lane) * lane_span;
+      if (!leads || k >= w.cols) continue;
+      const Half* const scales = w.scales + k / w.format.g * w.rows;
       for (std::int64_t n = 0; n < w.rows; ++n) {
-        const int slot = row_slot(lane, static_cast<int>(n % kTileRows));
-        if (slot >= count) continue;
-        std::memcpy(tiles + n / kTileRows * tile_bytes + l.sets * 512 + (lane * count + slot) * 2, scales + n,
-                    sizeof(Half));
+        const std::int64_t at =
+            n / kTileRows * l.tile_bytes + l.scales_at() +
+            scale_offset(l.scale_steps, lane, static_cast<int>(n % kTileRows)) * std::int64_t{2};
+        detail::store_scaled(tiles + at, scales[n], scale_factor);
       }
     }
   }
-  if (l.scale_steps == 5 && w.cols > 0) {
-    std::memcpy(base + l.row_scales_at, w.scales, static_cast<std::size_t>(w.rows) * sizeof(Half));
+  if (l.scale_steps == 5) {
+    for (std::size_t n = 0; n < scale_values; ++n) {
+      detail::store_scaled(base + l.row_scales_at + n * sizeof(Half), w.scales[n], scale_factor);
+    }
   }
   return Result<PackedMatrix>(std::move(out));  // spelled out for nvcc, which would copy
 }

@@ -17,67 +17,93 @@ struct Case {
   std::int64_t tokens;
   bool bias = false;
   std::int64_t pad = 0;  // extra stride of x and y
-  cuda::GatherTuning tuning = {};
+  cuda::GemmTuning tuning = {};
   int sets = 0;
 };
 
-// Runs a case twice: the same bits, the right numbers, every output written and nothing beside them.
+constexpr cuda::Regime kRegimes[] = {cuda::Regime::kGather, cuda::Regime::kFusedMma,
+                                     cuda::Regime::kFusedWgmma};
+
+// Runs a case twice in every regime that serves it: the same bits, the right numbers, every output written and
+// nothing beside them. Returns how many regimes did.
 template <class X, class Y>
-void check(const Case& c, const cuda::Device& device, std::uint64_t seed) {
+int check(const Case& c, const cuda::Device& device, std::uint64_t seed) {
   CAPTURE(format_name(c.format), c.rows, c.cols, c.tokens, c.bias, c.pad, c.tuning.cluster, c.sets, seed);
+  CAPTURE(c.tuning.splits, c.tuning.rounds_ahead);
   Rng rng(seed);
   DeviceWeights w(random_matrix(c.format, c.rows, c.cols, rng), {c.sets});
   const std::int64_t x_stride = c.cols + c.pad;
   const std::int64_t y_stride = c.rows + c.pad;
   const auto x = random_vector<X>(static_cast<std::size_t>(c.tokens * x_stride), rng);
   const auto bias = random_vector<Y>(static_cast<std::size_t>(c.rows), rng);
+  const auto residual = random_vector<Y>(static_cast<std::size_t>(c.tokens * y_stride), rng);
   DeviceBuffer<X> x_device(x);
   DeviceBuffer<Y> bias_device(bias);
+  DeviceBuffer<Y> residual_device(residual);
   DeviceBuffer<Y> y(static_cast<std::size_t>(c.tokens * y_stride));
-
-  cuda::GemmProblem<X, Y> p;
-  p.weights = w.view();
-  p.x = MatrixView<const X>(x_device.data(), c.tokens, c.cols, x_stride);
-  p.y = MatrixView<Y>(y.data(), c.tokens, c.rows, y_stride);
-  p.bias = c.bias ? bias_device.data() : nullptr;
-  p.tuning = c.tuning;
-  DeviceBuffer<std::byte> workspace(cuda::workspace_bytes(p, device));
-  workspace.clear();
-
-  std::vector<Y> got[2];
-  for (auto& out : got) {
-    y.poison();
-    const Status status = cuda::run(p, device, workspace.data(), workspace.size(), nullptr);
-    INFO(status.message());
-    REQUIRE(status.ok());
-    REQUIRE_CUDA(cudaDeviceSynchronize());
-    out = y.download();
-  }
-  REQUIRE(y.guards_intact());
-  REQUIRE(workspace.guards_intact());
-  REQUIRE(std::memcmp(got[0].data(), got[1].data(), got[0].size() * sizeof(Y)) == 0);
-
   Reference want = reference_of(w.matrix, x, c.tokens, x_stride);
-  for (std::size_t i = 0; c.bias && i < want.y.size(); ++i) {
-    const double b = static_cast<double>(as_float(bias[i % static_cast<std::size_t>(c.rows)]));
-    want.y[i] += b;
-    want.size[i] += std::abs(b);
-  }
-  CHECK(worst(want, got[0], c.tokens, c.rows, y_stride, c.cols) <= 1.0);
-  for (std::int64_t t = 0; t < c.tokens; ++t) {  // what lies between the rows of y stays as it was
-    for (std::int64_t i = c.rows; i < y_stride; ++i) {
-      unsigned char bytes[sizeof(Y)];
-      std::memcpy(bytes, &got[0][static_cast<std::size_t>(t * y_stride + i)], sizeof(Y));
-      for (const unsigned char byte : bytes) REQUIRE(byte == 0xFF);
+  const double size_of_product = norm(want);
+  for (std::int64_t t = 0; c.bias && t < c.tokens; ++t) {
+    for (std::int64_t n = 0; n < c.rows; ++n) {
+      const double b = static_cast<double>(as_float(bias[static_cast<std::size_t>(n)]));
+      const double r = static_cast<double>(as_float(residual[static_cast<std::size_t>(t * y_stride + n)]));
+      want.y[static_cast<std::size_t>(t * c.rows + n)] += b + r;
+      want.size[static_cast<std::size_t>(t * c.rows + n)] += std::abs(b) + std::abs(r);
     }
   }
+
+  int served = 0;
+  for (const cuda::Regime regime : kRegimes) {
+    cuda::GemmProblem<X, Y> p;
+    p.weights = w.view();
+    p.x = MatrixView<const X>(x_device.data(), c.tokens, c.cols, x_stride);
+    p.y = MatrixView<Y>(y.data(), c.tokens, c.rows, y_stride);
+    p.bias = c.bias ? bias_device.data() : nullptr;
+    if (c.bias) p.residual = MatrixView<const Y>(residual_device.data(), c.tokens, c.rows, y_stride);
+    p.tuning = c.tuning;
+    p.tuning.regime = regime;
+    if (cuda::regime_of(p, device) != regime) continue;
+    ++served;
+    CAPTURE(static_cast<int>(regime));
+    DeviceBuffer<std::byte> workspace(cuda::workspace_bytes(p, device));
+    workspace.clear();
+    std::vector<Y> got[2];
+    for (auto& out : got) {
+      y.poison();
+      const Status status = cuda::run(p, device, workspace.data(), workspace.size(), nullptr);
+      INFO(status.message());
+      REQUIRE(status.ok());
+      REQUIRE_CUDA(cudaDeviceSynchronize());
+      out = y.download();
+    }
+    REQUIRE(y.guards_intact());
+    REQUIRE(workspace.guards_intact());
+    REQUIRE(std::memcmp(got[0].data(), got[1].data(), got[0].size() * sizeof(Y)) == 0);
+    // On tensor cores a weight may be rounded to x's type: twice where it is a sum of several centroids.
+    const double weight_rounding = regime == cuda::Regime::kGather ? 0.0 : 3.0 * rounding_of<X>();
+    CHECK(worst(want, got[0], c.tokens, c.rows, y_stride, c.cols, weight_rounding) <= 1.0);
+    const double rounding = regime == cuda::Regime::kGather ? 1e-6 : rounding_of<X>();
+    const double most = rounding * size_of_product + rounding_of<Y>() * norm(want);
+    if (c.rows * c.tokens >= 32) {
+      CHECK(relative_error(want, got[0], c.tokens, c.rows, y_stride, 1.0) <= most);
+    }
+    for (std::int64_t t = 0; t < c.tokens; ++t) {  // what lies between the rows of y stays as it was
+      for (std::int64_t i = c.rows; i < y_stride; ++i) {
+        unsigned char bytes[sizeof(Y)];
+        std::memcpy(bytes, &got[0][static_cast<std::size_t>(t * y_stride + i)], sizeof(Y));
+        for (const unsigned char byte : bytes) REQUIRE(byte == 0xFF);
+      }
+    }
+  }
+  REQUIRE(served > 0);
+  return served;
 }
 
 // Small enough for compute-sanitizer (scripts/gpu-check).
 TEST_CASE("cuda gemm: a small one of each kind", "[gpu]") {
   const cuda::Device device = gpu_or_skip();
   std::uint64_t seed = seed_or(500);
-  cuda::GatherTuning alone;
+  cuda::GemmTuning alone;
   alone.cluster = 1;
   check<Half, Half>({{4, 1, 8, 128}, 77, 1096, 1, true, 1}, device, seed++);
   check<BFloat16, float>({{8, 2, 8, 128}, 33, 2048, 1, false, 0}, device, seed++);
@@ -99,6 +125,29 @@ TEST_CASE("cuda gemm: tuned formats on every edge of their tiles", "[gpu]") {
         }
       }
     }
+  }
+}
+
+TEST_CASE("cuda gemm: tensor cores on every edge of their tiles, grids and windows", "[gpu]") {
+  const cuda::Device device = gpu_or_skip();
+  std::uint64_t seed = seed_or(8000);
+  for (const Format format :
+       {Format{4, 1, 8, 128}, Format{8, 2, 8, 128}, Format{4, 1, 8, 32}, Format{8, 2, 8, 64},
+        Format{4, 1, 7, -1}, Format{8, 2, 8, 256}, Format{8, 1, 12, 128}}) {
+    for (const std::int64_t tokens : {1, 7, 8, 9, 16, 17, 33, 64, 65, 150}) {
+      check<Half, float>({format, 83, 1096, tokens, true, 1}, device, seed++);
+      check<BFloat16, float>({format, 40, 776, tokens, false, 0}, device, seed++);
+    }
+    for (const int splits : {1, 2, 3, 6}) {
+      for (const int rounds_ahead : {0, 3}) {
+        cuda::GemmTuning tuning;
+        tuning.splits = splits;
+        tuning.rounds_ahead = rounds_ahead;
+        check<Half, Half>({format, 700, 9216, 5, true, 0, tuning}, device, seed++);
+        check<Half, float>({format, 1031, 8192 + 24, 12, true, 8, tuning}, device, seed++);
+      }
+    }
+    check<Half, float>({format, 33, 40960, 16}, device, seed++);  // many windows
   }
 }
 
@@ -143,7 +192,7 @@ TEST_CASE("cuda gemm: token counts, types, strides and bias", "[gpu]") {
 TEST_CASE("cuda gemm: blocks that sum through memory, as before compute capability 9.0", "[gpu]") {
   const cuda::Device device = gpu_or_skip();
   std::uint64_t seed = seed_or(4000);
-  cuda::GatherTuning tuning;
+  cuda::GemmTuning tuning;
   tuning.cluster = 1;
   for (const Format format :
        {Format{4, 1, 8, 128}, Format{8, 2, 8, 128}, Format{4, 1, 8, 32}, Format{8, 3, 6, -1}}) {
@@ -162,7 +211,7 @@ TEST_CASE("cuda gemm: tunings change the speed, not the answer", "[gpu]") {
   std::uint64_t seed = seed_or(5000);
   for (const int cluster : {1, 2, 5, 8}) {
     for (const int rounds_ahead : {0, 1, 15}) {
-      const cuda::GatherTuning tuning{cluster, rounds_ahead, rounds_ahead * 10000};
+      const cuda::GemmTuning tuning{cluster, rounds_ahead, rounds_ahead * 10000};
       check<Half, Half>({{4, 1, 8, 128}, 4099, 2560, 2, false, 0, tuning}, device, seed++);
     }
   }
@@ -245,7 +294,7 @@ TEST_CASE("cuda gemm: two streams with two workspaces at once", "[gpu]") {
   const cuda::Device device = gpu_or_skip();
   Rng rng(seed_or(8000));
   DeviceWeights w(random_matrix({4, 1, 8, 128}, 1500, 16384, rng));
-  cuda::GatherTuning tuning;
+  cuda::GemmTuning tuning;
   tuning.cluster = 1;  // the way of summing that has a workspace
   cudaStream_t streams[2] = {};
   std::vector<std::vector<Half>> x;

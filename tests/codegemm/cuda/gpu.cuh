@@ -18,6 +18,7 @@
 #include <codegemm/quantized_matrix.hpp>
 #include <codegemm/reference.hpp>
 #include <support/catch.hpp>
+#include <support/quantized.hpp>
 #include <support/random.hpp>
 
 namespace codegemm::test {
@@ -78,24 +79,6 @@ class DeviceBuffer {
   std::size_t size_ = 0;
   std::byte* base_ = nullptr;
 };
-
-/// Random codes, codebooks of about the size of normalized weights, scales around 0.02.
-[[nodiscard]] inline QuantizedMatrix random_matrix(Format format, std::int64_t rows, std::int64_t cols,
-                                                   Rng& rng) {
-  auto made = QuantizedMatrix::create(format, rows, cols);
-  REQUIRE(made.ok());
-  QuantizedMatrix out = std::move(made).value();
-  for (std::int64_t c = 0; c < format.m; ++c) {
-    for (std::int64_t n = 0; n < rows; ++n) {
-      for (std::int64_t j = 0; j < cols / format.v; ++j) {
-        out.set_code(c, n, j, static_cast<std::uint32_t>(rng.below(format.centroids())));
-      }
-    }
-  }
-  for (Half& value : out.codebooks()) value = Half::from_float(rng.normal());
-  for (Half& value : out.scales()) value = Half::from_float(rng.uniform(0.01F, 0.03F));
-  return out;
-}
 
 template <class T>
 [[nodiscard]] std::vector<T> random_vector(std::size_t size, Rng& rng) {
@@ -169,10 +152,11 @@ template <class X>
 }
 
 /// The element that is furthest off, as a multiple of what it may be off: at most 1 passes. NaN counts as
-/// infinite.
+/// infinite. Each weight may have been rounded by weight_rounding.
 template <class Y>
 [[nodiscard]] double worst(const Reference& want, const std::vector<Y>& got, std::int64_t tokens,
-                           std::int64_t rows, std::int64_t stride, std::int64_t cols) {
+                           std::int64_t rows, std::int64_t stride, std::int64_t cols,
+                           double weight_rounding = 0.0) {
   double out = 0.0;
   for (std::int64_t t = 0; t < tokens; ++t) {
     for (std::int64_t n = 0; n < rows; ++n) {
@@ -180,8 +164,9 @@ template <class Y>
       const double y = static_cast<double>(as_float(got[static_cast<std::size_t>(t * stride + n)]));
       // The centroids' codebook sums, their sum over K in any order, one rounding of the output, and its
       // underflow.
-      const double bound = 1.01 * rounding_of<Y>() * std::abs(want.y[i]) + 1e-7 +
-                           (16.0 + std::sqrt(static_cast<double>(cols))) * 0x1p-24 * want.size[i];
+      const double bound =
+          1.01 * rounding_of<Y>() * std::abs(want.y[i]) + 1e-7 +
+          ((16.0 + std::sqrt(static_cast<double>(cols))) * 0x1p-24 + weight_rounding) * want.size[i];
       const double off = std::abs(y - want.y[i]) / bound;
       out = off <= out ? out : (off > out ? off : HUGE_VAL);
     }
@@ -189,21 +174,26 @@ template <class Y>
   return out;
 }
 
-/// ||got - want|| / ||want||.
+/// ||want||.
+[[nodiscard]] inline double norm(const Reference& want) {
+  double size = 0.0;
+  for (const double y : want.y) size += y * y;
+  return std::sqrt(size);
+}
+
+/// ||got - want|| / size, or / ||want||.
 template <class Y>
 [[nodiscard]] double relative_error(const Reference& want, const std::vector<Y>& got, std::int64_t tokens,
-                                    std::int64_t rows, std::int64_t stride) {
+                                    std::int64_t rows, std::int64_t stride, double size = 0.0) {
   double off = 0.0;
-  double size = 0.0;
   for (std::int64_t t = 0; t < tokens; ++t) {
     for (std::int64_t n = 0; n < rows; ++n) {
       const double y = want.y[static_cast<std::size_t>(t * rows + n)];
       const double d = static_cast<double>(as_float(got[static_cast<std::size_t>(t * stride + n)])) - y;
       off += d * d;
-      size += y * y;
     }
   }
-  return std::sqrt(off / size);
+  return std::sqrt(off) / (size > 0.0 ? size : norm(want));
 }
 
 }  // namespace codegemm::test

@@ -3,37 +3,35 @@
 // tests/codegemm/cuda/packed_matrix_test.cpp - the GPU layout, byte by byte, without a GPU.
 #include <codegemm/cuda/packed_matrix.hpp>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <span>
 #include <vector>
 
-#include <codegemm/cuda/plan.hpp>
+#include <codegemm/cuda/regimes/gather_plan.hpp>
 #include <support/catch.hpp>
+#include <support/quantized.hpp>
 #include <support/random.hpp>
 
 namespace codegemm::test {
 namespace {
 
-QuantizedMatrix random_matrix(Format format, std::int64_t rows, std::int64_t cols, Rng& rng) {
-  auto made = QuantizedMatrix::create(format, rows, cols);
-  REQUIRE(made.ok());
-  QuantizedMatrix out = std::move(made).value();
-  for (std::int64_t c = 0; c < format.m; ++c) {
-    for (std::int64_t n = 0; n < rows; ++n) {
-      for (std::int64_t j = 0; j < cols / format.v; ++j) {
-        out.set_code(c, n, j, static_cast<std::uint32_t>(rng.below(format.centroids())));
-      }
-    }
-  }
-  for (Half& value : out.codebooks()) value = Half::from_float(rng.normal());
-  for (Half& value : out.scales()) value = Half::from_float(rng.uniform(0.01F, 0.03F));
-  return out;
+// The power of two that brings the largest value to 32 .. 64.
+float factor_to_fill(std::span<const Half> values) {
+  float most = 0.0F;
+  for (const Half value : values) most = std::max(most, std::abs(value.to_float()));
+  float factor = 1.0F;
+  while (most * factor >= 64.0F) factor *= 0.5F;
+  while (most * factor < 32.0F) factor *= 2.0F;
+  return factor;
 }
 
 TEST_CASE("cuda pack: every code and scale lies where the layout says, the rest is zero") {
   Rng rng(seed_or(1));
-  for (const Format format :
-       {Format{4, 1, 8, 128}, Format{8, 2, 8, 128}, Format{4, 1, 8, 32}, Format{2, 3, 5, 8},
-        Format{16, 4, 4, -1}, Format{4, 1, 6, 4}, Format{8, 1, 8, 24}}) {
+  for (const Format format : {Format{4, 1, 8, 128}, Format{8, 2, 8, 128}, Format{4, 1, 8, 32},
+                              Format{2, 3, 5, 8}, Format{16, 4, 4, -1}, Format{4, 1, 6, 4},
+                              Format{8, 1, 8, 24}, Format{8, 1, 16, -1}, Format{4, 2, 10, 64}}) {
     for (const std::int64_t rows : {1, 16, 37}) {
       const std::int64_t cols = 48 * 13;
       for (const int sets : {0, format.m}) {
@@ -44,6 +42,9 @@ TEST_CASE("cuda pack: every code and scale lies where the layout says, the rest 
         const cuda::PackedLayout& l = packed->layout();
         std::vector<std::byte> rest(packed->bytes().begin(), packed->bytes().end());
         REQUIRE(rest.size() == l.bytes);
+        const float codebook_factor = factor_to_fill(w.codebooks());
+        const float scale_factor = factor_to_fill(w.scales());
+        REQUIRE(packed->view(nullptr).unscale * codebook_factor * scale_factor == 1.0F);
         const int per_lane = l.sets / format.m;
         const auto tile_at = [&](std::int64_t granule, std::int64_t n) {
           return l.tiles_at + static_cast<std::size_t>((granule * l.row_tiles + n / 16) * l.tile_bytes);
@@ -52,13 +53,15 @@ TEST_CASE("cuda pack: every code and scale lies where the layout says, the rest 
           for (std::int64_t j = 0; j < cols / format.v; ++j) {
             const std::int64_t granule = j / (32 * per_lane);
             const int lane = static_cast<int>(j / per_lane % 32);
-            const auto slot = static_cast<std::size_t>(cuda::row_slot(lane, static_cast<int>(n % 16)));
+            const int slot = cuda::row_slot(lane, static_cast<int>(n % 16));
             for (int c = 0; c < format.m; ++c) {
-              const auto p = static_cast<std::size_t>(j % per_lane * format.m + c);
-              std::byte& code =
-                  rest[tile_at(granule, n) + (p * 32 + static_cast<std::size_t>(lane)) * 16 + slot];
-              REQUIRE(code == static_cast<std::byte>(w.view().code(c, n, j)));
-              code = std::byte{0};
+              for (int byte = 0; byte < l.code_bytes; ++byte) {
+                const int p = (static_cast<int>(j) % per_lane * format.m + c) * l.code_bytes + byte;
+                const int at = cuda::tile_offset(lane, cuda::stream_offset(l.row_bytes(), slot, p));
+                std::byte& code = rest[tile_at(granule, n) + static_cast<std::size_t>(at)];
+                REQUIRE(code == static_cast<std::byte>(w.view().code(c, n, j) >> (8 * byte)));
+                code = std::byte{0};
+              }
             }
             if (l.scale_steps == 5) continue;
             // The lane that ends with this row in its group of 2^scale_steps lanes holds the scale.
@@ -68,17 +71,21 @@ TEST_CASE("cuda pack: every code and scale lies where the layout says, the rest 
               const auto s = static_cast<std::size_t>(cuda::row_slot(other, static_cast<int>(n % 16)));
               if (s >= count) continue;
               Half scale;
-              const std::size_t at = tile_at(granule, n) + static_cast<std::size_t>(l.sets) * 512 +
+              const std::size_t at = tile_at(granule, n) + static_cast<std::size_t>(l.scales_at()) +
                                      (static_cast<std::size_t>(other) * count + s) * 2;
               std::memcpy(&scale, packed->bytes().data() + at, 2);
-              REQUIRE(scale.to_float() == w.view().scale(n, j * format.v));
+              REQUIRE(scale.to_float() == w.view().scale(n, j * format.v) * scale_factor);
               std::memset(&rest[at], 0, 2);
             }
           }
           if (l.scale_steps == 5) std::memset(&rest[l.row_scales_at + static_cast<std::size_t>(n) * 2], 0, 2);
         }
-        REQUIRE(std::memcmp(rest.data(), w.codebooks().data(), w.codebooks().size_bytes()) == 0);
-        std::memset(rest.data(), 0, w.codebooks().size_bytes());
+        for (std::size_t i = 0; i < w.codebooks().size(); ++i) {
+          Half value;
+          std::memcpy(&value, &rest[i * 2], 2);
+          REQUIRE(value.to_float() == w.codebooks()[i].to_float() * codebook_factor);
+          std::memset(&rest[i * 2], 0, 2);
+        }
         for (const std::byte byte : rest) REQUIRE(byte == std::byte{0});
       }
     }
@@ -99,7 +106,7 @@ TEST_CASE("cuda plan: covers every granule and tile once, within the card") {
     if (round % 4 != 0) limits.clusters = {0, 132, 66, 40, 30, 22, 16, 16, 15};
     limits.table_bytes = static_cast<std::size_t>(layout->sets) * 32768;
     limits.warps = round % 5 == 0 ? 16 : 32;
-    const cuda::GatherTuning tuning{static_cast<int>(1 + rng.below(8)), 1, 0};
+    const cuda::GemmTuning tuning{static_cast<int>(1 + rng.below(8)), 1, 0};
     const cuda::GatherPlan p = cuda::plan_gather(*layout, limits, tuning);
     CAPTURE(round, rows, cols, p.splits, p.groups, p.chunks, p.granules_per_block, p.tiles_per_block);
     REQUIRE(p.splits >= 1);

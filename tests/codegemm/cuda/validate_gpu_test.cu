@@ -37,7 +37,7 @@ struct Fixture {
   }
 };
 
-template <class Configs = cuda::GatherConfigs>
+template <class Configs = cuda::DefaultConfigs>
 void expect(const Problem& p, StatusCode code, const char* text, const cuda::Device& device = kHopper) {
   const Status status = cuda::validate<Configs>(p, device);
   CAPTURE(status.message());
@@ -78,8 +78,15 @@ TEST_CASE("cuda validate: every wrong operand has its own status") {
   p.y.stride = 1;
   expect(p, StatusCode::kInvalidArgument, "stride 1");
   p = f.good;
-  p.x.rows = p.y.rows = 9;
-  expect(p, StatusCode::kUnsupported, "9 tokens");
+  p.x.rows = p.y.rows = (std::int64_t{1} << 24) + 1;
+  expect(p, StatusCode::kUnsupported, "16777217 tokens");
+  p = f.good;
+  p.residual = MatrixView<const float>(address<const float>(16384), 2, 40);
+  expect(p, StatusCode::kShapeMismatch, "residual is 2 x 40");
+  p.residual = MatrixView<const float>(address<const float>(16384), 2, 48, 47);
+  expect(p, StatusCode::kInvalidArgument, "residual has stride 47");
+  p.residual = MatrixView<const float>(address<const float>(16386), 2, 48);
+  expect(p, StatusCode::kMisaligned, "residual");
   p = f.good;
   p.x.data = nullptr;
   expect(p, StatusCode::kNullPointer, "x is null");
@@ -113,15 +120,23 @@ TEST_CASE("cuda validate: every wrong operand has its own status") {
   p = f.good;
   p.tuning.rounds_ahead = 17;
   expect(p, StatusCode::kInvalidArgument, "17 rounds");
+  p = f.good;
+  p.tuning.splits = 9;
+  expect(p, StatusCode::kInvalidArgument, "9 splits");
 }
+
+template <class Config>
+struct OneConfig {
+  using Gather = config_list<Config>;
+  using Fused = config_list<>;
+};
 
 TEST_CASE("cuda validate: devices and configurations") {
   Fixture f;
   expect(f.good, StatusCode::kUnsupported, "7.5", cuda::Device{75, 40, 65536, {}});
   expect(f.good, StatusCode::kUnsupported, "bytes of shared memory", cuda::Device{86, 82, 49152, {}});
-  expect<config_list<cuda::GatherM2V8G128>>(f.good, StatusCode::kUnsupported,
-                                            "no configuration for m1v4g128");
-  CHECK(cuda::validate<config_list<cuda::GatherM1V4G128>>(f.good, kHopper).ok());
+  expect<OneConfig<cuda::GatherM2V8G128>>(f.good, StatusCode::kUnsupported, "no configuration for m1v4g128");
+  CHECK(cuda::validate<OneConfig<cuda::GatherM1V4G128>>(f.good, kHopper).ok());
 }
 
 TEST_CASE("cuda validate: the workspace") {
@@ -134,6 +149,7 @@ TEST_CASE("cuda validate: the workspace") {
   f.good.weights = packed->view(address<void>(4096));
   f.good.x = MatrixView<const Half>(address<const Half>(8192), 2, 4096);
   f.good.y = MatrixView<float>(address<float>(16384), 2, 512);
+  f.good.tuning.regime = cuda::Regime::kGather;
   const std::size_t bytes = cuda::workspace_bytes(f.good, kAmpere);
   REQUIRE(bytes > 256);
   CHECK(cuda::run(f.good, kAmpere, address<void>(4096), bytes - 1, nullptr).code() ==
@@ -149,7 +165,8 @@ TEST_CASE("cuda pack: what it refuses") {
         StatusCode::kInvalidArgument);
   CHECK(cuda::pack(QuantizedMatrixView{{4, 1, 8, 128}, 4, 8, nullptr, nullptr, nullptr}).status().code() ==
         StatusCode::kNullPointer);
-  CHECK(cuda::packed_layout({8, 1, 16, 128}, 4, 8).status().code() == StatusCode::kUnsupported);
+  CHECK(cuda::packed_layout({8, 1, 16, 128}, (std::int64_t{1} << 30) + 1, 8).status().code() ==
+        StatusCode::kUnsupported);
   auto broken = random_matrix({4, 1, 6, 128}, 5, 64, rng);
   broken.codes()[3] = 0x40;
   CHECK(cuda::pack(broken.view()).status().code() == StatusCode::kCorruptData);

@@ -11,7 +11,7 @@
 #include <cuda_fp16.h>
 
 #include <codegemm/cuda/block/intrinsics.cuh>
-#include <codegemm/cuda/block/row_slot.hpp>
+#include <codegemm/cuda/block/tile_layout.hpp>
 
 namespace codegemm::cuda {
 
@@ -173,19 +173,23 @@ struct Psumbook {
     }
   }
 
-  /// sums[t][i] = the sum of row i over the lane's columns. codes[p] holds the codes of 16 rows for the
-  /// lane's column p, a byte each.
+  /// sums[t][i] = the sum of slot i over the lane's columns. codes is the lane's stream of 16 rows
+  /// (tile_layout.hpp): 16 * Sets bytes.
   static __device__ __forceinline__ void gather(const char* table, const uint4 (&codes)[Sets], int lane,
                                                 float (&sums)[Tokens][16]) {
     const unsigned lane_byte = static_cast<unsigned>(lane) * 4U;
 #pragma unroll
-    for (int p = 0; p < Sets; ++p) {
-      const unsigned words[4] = {codes[p].x, codes[p].y, codes[p].z, codes[p].w};
+    for (int i = 0; i < 16; ++i) {
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
+      for (int p = 0; p < Sets; ++p) {
+        const int byte = stream_offset(Sets, i, p);
+        const uint4& four = codes[byte / 16];
+        const unsigned word = byte / 4 % 4 == 0   ? four.x
+                              : byte / 4 % 4 == 1 ? four.y
+                              : byte / 4 % 4 == 2 ? four.z
+                                                  : four.w;
         // bytes of the address: lane * 4, the code, 0, 0
-        const unsigned at =
-            __byte_perm(words[i / 4], lane_byte, 0x7604U | (static_cast<unsigned>(i % 4) << 4));
+        const unsigned at = __byte_perm(word, lane_byte, 0x7604U | (static_cast<unsigned>(byte % 4) << 4));
 #pragma unroll
         for (int t = 0; t < Tokens; ++t) {
           const float psum = *reinterpret_cast<const float*>(table + at + plane(t, p));

@@ -6,29 +6,22 @@
 
 #include <cstdint>
 
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <codegemm/cuda/block/psumbook.cuh>
+#include <codegemm/cuda/kernels/output.cuh>
 
 namespace codegemm::cuda {
 
-enum class ScalarType : int { kHalf = 0, kBFloat16 = 1, kFloat = 2 };
-
 /// Everything that the kernel reads, by value. Pointers are to device memory.
 struct GatherArgs {
-  const unsigned char* tiles = nullptr;       // [granules][row_tiles][tile_bytes], see packed_matrix.hpp
-  const std::uint16_t* codebooks = nullptr;   // fp16 [m][2^b][v]
-  const std::uint16_t* row_scales = nullptr;  // fp16 [rows], or null where the tiles hold the scales
-  const std::uint16_t* x = nullptr;           // [tokens][x_stride]
-  void* y = nullptr;                          // [tokens][y_stride]
-  const void* bias = nullptr;                 // [rows] of y's type, or null
+  const unsigned char* tiles = nullptr;      // [granules][row_tiles][tile_bytes], see packed_matrix.hpp
+  const std::uint16_t* codebooks = nullptr;  // fp16 [m][2^b][v]
+  const std::uint16_t* x = nullptr;          // [tokens][x_stride]
   float* partials = nullptr;     // [groups][tokens][row_tiles * 16], where there are several groups
   unsigned* counters = nullptr;  // [chunks][splits of a group], zero before and after
   std::int64_t x_stride = 0;
-  std::int64_t y_stride = 0;
-  int rows = 0;
   int cols = 0;
   int row_tiles = 0;
   int granules = 0;
@@ -42,7 +35,7 @@ struct GatherArgs {
   int code_bits = 0;
   int rounds_ahead = 0;  // in a round each warp sums a tile; how far the second-level cache is ahead
   ScalarType x_type = ScalarType::kHalf;
-  ScalarType y_type = ScalarType::kHalf;
+  Output out;
 };
 
 namespace detail {
@@ -112,26 +105,6 @@ __device__ __forceinline__ float reduce_tile(float (&sums)[16], const unsigned* 
   }
 }
 
-// Row scale, bias, conversion: the last thing that happens to a sum.
-__device__ __forceinline__ void store_output(const GatherArgs& a, int token, int row, float sum) {
-  if (a.row_scales != nullptr) sum *= __half2float(__ushort_as_half(a.row_scales[row]));
-  const std::int64_t at = token * a.y_stride + row;
-  switch (a.y_type) {
-    case ScalarType::kHalf:
-      if (a.bias != nullptr) sum += __half2float(static_cast<const __half*>(a.bias)[row]);
-      static_cast<__half*>(a.y)[at] = __float2half_rn(sum);
-      break;
-    case ScalarType::kBFloat16:
-      if (a.bias != nullptr) sum += __bfloat162float(static_cast<const __nv_bfloat16*>(a.bias)[row]);
-      static_cast<__nv_bfloat16*>(a.y)[at] = __float2bfloat16_rn(sum);
-      break;
-    case ScalarType::kFloat:
-      if (a.bias != nullptr) sum += static_cast<const float*>(a.bias)[row];
-      static_cast<float*>(a.y)[at] = sum;
-      break;
-  }
-}
-
 }  // namespace detail
 
 /// Block (split, chunk, group) sums granules_per_block granules, from number (group * splits + split) *
@@ -156,7 +129,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   // The Psumbook; the sums of the block's rows [Tokens][tiles_per_block][16]; for a cluster, what its blocks
   // push here, [splits][Tokens][warps owned][tiles of a warp][16], and the barrier. The tiles of warp w (of
   // every block) are summed by the block of rank w % splits.
-  extern __shared__ __align__(128) char table[];
+  extern __shared__ __align__(1024) char table[];
 
   detail::allow_next_kernel();
   const int code_bits = Config::kCodeBits != 0 ? Config::kCodeBits : a.code_bits;
@@ -361,7 +334,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   const int groups = static_cast<int>(gridDim.z);
   if (groups == 1) {
     for_share([&](int t, int row, float sum) {
-      if (row < a.rows) detail::store_output(a, t, row, sum);
+      if (row < a.out.rows) detail::store_output(a.out, t, row, sum);
     });
     return;
   }
@@ -381,13 +354,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   if (arrived != gridDim.z - 1) return;
   __threadfence();
   for_share([&](int t, int row, float) {
-    if (row >= a.rows) return;
+    if (row >= a.out.rows) return;
     float sum = 0.0F;
 #pragma unroll 8
     for (int g = 0; g < groups; ++g) {
       sum += __ldcg(a.partials + (static_cast<std::int64_t>(g) * Tokens + t) * padded_rows + row);
     }
-    detail::store_output(a, t, row, sum);
+    detail::store_output(a.out, t, row, sum);
   });
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cuda/plan.hpp - how a product is cut into blocks.
-// Layer: cuda (host only, no CUDA headers).
+// codegemm/cuda/regimes/gather_plan.hpp - how a product by gathering is cut into blocks.
+// Layer: cuda/regimes (host only, no CUDA headers).
 #pragma once
 
 #include <algorithm>
@@ -10,16 +10,9 @@
 #include <cstdint>
 
 #include <codegemm/cuda/packed_matrix.hpp>
+#include <codegemm/cuda/tuning.hpp>
 
 namespace codegemm::cuda {
-
-/// What a call may tune; the defaults fit an H100.
-struct GatherTuning {
-  int cluster = 8;       ///< most blocks that push their sums into each other's shared memory; 1: none
-  int rounds_ahead = 1;  ///< how far the second-level cache is ahead, in rounds of a tile a warp; at most 15
-  int shared_bytes =
-      0;  ///< shared memory of a block at least: more than half of a multiprocessor's keeps others off
-};
 
 /// The grid of a gather kernel, (splits, chunks, groups): splits * groups blocks along K for each range of
 /// rows.
@@ -33,15 +26,11 @@ struct GatherPlan {
   std::size_t shared_bytes = 0;
   double cost = 0.0;  // estimated cycles
 
-  /// A counter for each block of a group, and the sums of every group.
+  /// The sums of every group, after the counters.
   [[nodiscard]] std::size_t workspace_bytes(const PackedLayout& l, int tokens) const {
     if (groups <= 1) return 0;
-    return counter_bytes() + static_cast<std::size_t>(groups) * static_cast<std::size_t>(l.row_tiles) *
-                                 static_cast<std::size_t>(tokens * kTileRows) * sizeof(float);
-  }
-  [[nodiscard]] std::size_t counter_bytes() const {
-    return (static_cast<std::size_t>(splits) * static_cast<std::size_t>(chunks) * sizeof(unsigned) + 255) /
-           256 * 256;
+    return kCounterBytes + static_cast<std::size_t>(groups) * static_cast<std::size_t>(l.row_tiles) *
+                               static_cast<std::size_t>(tokens * kTileRows) * sizeof(float);
   }
 };
 
@@ -59,7 +48,7 @@ struct GatherLimits {
 /// The cheapest grid by a rough count of cycles: a block builds a Psumbook for each of its granules, goes
 /// through its tiles, and the sums are added.
 [[nodiscard]] inline GatherPlan plan_gather(const PackedLayout& l, const GatherLimits& limits,
-                                            const GatherTuning& tuning) {
+                                            const GemmTuning& tuning) {
   // From traces of an H100. A tile's set of columns: 16 lookups, 4 shuffles and 4 wavefronts of codes.
   constexpr double kTileCycles = 27.0;
   constexpr double kGranuleCycles = 700.0;   // barriers, and the latency of a warp's last tile
@@ -89,6 +78,7 @@ struct GatherLimits {
         std::min(divide_up(l.row_tiles, std::clamp<std::int64_t>(slots / groups, 1, l.row_tiles)), most);
     const std::int64_t chunks = divide_up(l.row_tiles, tiles);
     if (groups > 65535 || chunks > 65535) return;  // limits of a grid
+    if (groups > 1 && static_cast<std::size_t>(splits * chunks) > kCounterBytes / sizeof(unsigned)) return;
     p.splits = static_cast<int>(splits);
     p.groups = static_cast<int>(groups);
     p.chunks = static_cast<int>(chunks);
@@ -104,7 +94,9 @@ struct GatherLimits {
         kBuildCycles * sets + kTileCycles * sets * static_cast<double>(tiles) + kGranuleCycles;
     const double waves = static_cast<double>(divide_up(chunks * groups, slots));
     p.cost = waves * static_cast<double>(granules_per_block) * granule + (splits > 1 ? kClusterCycles : 0.0);
-    if (groups > 1) p.cost += kGroupCycles + kReadCycles * static_cast<double>(groups * tiles / splits);
+    if (groups > 1)
+      p.cost +=
+          kGroupCycles + kReadCycles * static_cast<double>(groups * tiles) / static_cast<double>(splits);
     if (best.splits == 0 || p.cost < best.cost) best = p;
   };
   for (std::int64_t granules_per_block = 1; granules_per_block <= granules; ++granules_per_block) {

@@ -1,0 +1,497 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/cuda/kernels/fused_mma.cuh - y = x W^T for up to 16 tokens: weights are looked up straight into the
+// fragments of mma.sync and exist nowhere else.
+// Layer: cuda/kernels (device).
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_fp16.h>
+
+#include <codegemm/cuda/block/centroid_table.cuh>
+#include <codegemm/cuda/block/intrinsics.cuh>
+#include <codegemm/cuda/kernels/output.cuh>
+
+namespace codegemm::cuda {
+
+/// Everything that the kernel reads, by value. Pointers are to device memory.
+struct FusedMmaArgs {
+  const unsigned char* tiles = nullptr;      // [granules][row_tiles][tile_bytes], see packed_matrix.hpp
+  const std::uint16_t* codebooks = nullptr;  // fp16 [m][2^b][v]
+  const std::uint16_t* x = nullptr;          // [tokens][x_stride]
+  std::int64_t x_stride = 0;
+  int tokens = 0;
+  int cols = 0;
+  int row_tiles = 0;
+  int slabs = 0;  // half granules
+  int tile_bytes = 0;
+  int scale_steps = 0;  // as PackedLayout
+  int code_bits = 0;
+  int tiles_per_block = 0;
+  int slabs_per_split = 0;
+  int tiles_ahead = 0;     // how far the second-level cache is ahead
+  bool x_aligned = false;  // every row of x starts at a multiple of 16 bytes
+  Output out;
+};
+
+inline constexpr int kFusedMmaThreads = 512;
+
+/// Sizes of a block that host and device agree on.
+template <class Config, int Tokens>
+struct FusedMmaShape {
+  static_assert(Tokens == 8 || Tokens == 16, "codegemm: fused_mma_kernel Tokens must be 8 or 16");
+  static constexpr int kLaneSpan = Config::kSets / Config::kCodebooks * Config::kVecLen;  // k of a lane
+  static constexpr int kWarps = kFusedMmaThreads / 32;
+  static constexpr int kSlabSpan = 16 * kLaneSpan;  // k of a slab
+  static constexpr int kGroup = 4;                  // row tiles between two barriers
+  using Table = CentroidTable<Config::kVecLen, Config::kCodebooks>;
+
+  [[nodiscard]] static __host__ __device__ constexpr int table_bytes(int bits) {
+    return Config::kCodeBytes == 1 ? Table::bytes(bits) : 0;
+  }
+  static constexpr int kTileSums = Tokens * kTileRows;  // floats of a warp's tile
+  static constexpr int kSumBytes = 2 * kGroup * kWarps * kTileSums * 4;
+};
+
+namespace detail {
+
+// 4 * Fours values of a token's row, `valid` of them there, the rest 0.
+template <int Fours>
+__device__ __forceinline__ void load_fours(const std::uint16_t* from, int valid, bool aligned,
+                                           unsigned (&words)[Fours * 2]) {
+  if (aligned && valid == 4 * Fours) {
+    if constexpr (Fours == 2) {
+      const uint4 four = *reinterpret_cast<const uint4*>(from);
+      words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+    } else {
+      const uint2 two = *reinterpret_cast<const uint2*>(from);
+      words[0] = two.x, words[1] = two.y;
+    }
+    return;
+  }
+#pragma unroll
+  for (int w = 0; w < Fours * 2; ++w) {
+    const unsigned low = w * 2 < valid ? from[w * 2] : 0U;
+    const unsigned high = w * 2 + 1 < valid ? from[w * 2 + 1] : 0U;
+    words[w] = low | high << 16;
+  }
+}
+
+// A centroid in global memory.
+template <int V>
+__device__ __forceinline__ void load_centroid(const std::uint16_t* from, unsigned (&pairs)[V / 2]) {
+  if constexpr (V >= 8) {
+#pragma unroll
+    for (int i = 0; i < V / 8; ++i) {
+      const uint4 four = __ldg(reinterpret_cast<const uint4*>(from) + i);
+      pairs[i * 4] = four.x, pairs[i * 4 + 1] = four.y, pairs[i * 4 + 2] = four.z, pairs[i * 4 + 3] = four.w;
+    }
+  } else if constexpr (V == 4) {
+    const uint2 two = __ldg(reinterpret_cast<const uint2*>(from));
+    pairs[0] = two.x, pairs[1] = two.y;
+  } else {
+    pairs[0] = __ldg(reinterpret_cast<const unsigned*>(from));
+  }
+}
+
+// Codes of rows r and r + 8 in one lane of the packed layout: the parts of 4, 2 and 1 bytes of a row.
+template <int RowBytes>
+struct PairCodes {
+  static_assert(RowBytes >= 1 && RowBytes <= 4, "codegemm: a lane of a Config must have 1 to 4 bytes a row");
+  unsigned words[RowBytes >= 3 ? 2 : 1];
+
+  __device__ __forceinline__ void load(const unsigned char* tiles, unsigned offset, unsigned offset_of_last) {
+    if constexpr (RowBytes == 4) {
+      const uint2 two = __ldg(reinterpret_cast<const uint2*>(tiles + offset));
+      words[0] = two.x, words[1] = two.y;
+    } else if constexpr (RowBytes == 1) {
+      words[0] = __ldg(reinterpret_cast<const unsigned short*>(tiles + offset));
+    } else {
+      words[0] = __ldg(reinterpret_cast<const unsigned*>(tiles + offset));
+      if constexpr (RowBytes == 3)
+        words[1] = __ldg(reinterpret_cast<const unsigned short*>(tiles + offset_of_last));
+    }
+  }
+  // How to take the bytes of a row out, for the first or the second slot of the pair.
+  [[nodiscard]] static __device__ __forceinline__ unsigned selector(bool second) {
+    constexpr unsigned kFirst = RowBytes == 4   ? 0x3210U
+                                : RowBytes == 3 ? 0x0410U
+                                : RowBytes == 2 ? 0x0010U
+                                                : 0U;
+    constexpr unsigned kSecond = RowBytes == 4   ? 0x7654U
+                                 : RowBytes == 3 ? 0x0532U
+                                 : RowBytes == 2 ? 0x0032U
+                                                 : 1U;
+    return second ? kSecond : kFirst;
+  }
+  [[nodiscard]] __device__ __forceinline__ unsigned row(unsigned selector) const {
+    return __byte_perm(words[0], words[RowBytes >= 3 ? 1 : 0], selector);
+  }
+};
+
+// The scales of rows r and r + 8 of a lane's own group, for weights.
+struct WeightScales {
+  unsigned short bits[2];
+
+  // `offset` is that of row r; `second` bytes on lies row r + 8.
+  __device__ __forceinline__ void load(const unsigned char* tiles, unsigned offset, unsigned second) {
+    bits[0] = __ldg(reinterpret_cast<const unsigned short*>(tiles + offset));
+    bits[1] = __ldg(reinterpret_cast<const unsigned short*>(tiles + (offset + second)));
+  }
+};
+
+// The scales of rows 2 q, 2 q + 1, 2 q + 8 and 2 q + 9, the columns of a fragment of sums. In scale_offset()'s
+// order rows 2 q and 2 q + 1 are neighbours, and rows 2 q + 8 and 2 q + 9 lie in the next lane.
+template <int Steps>
+struct SumScales {
+  static_assert(Steps >= 2 && Steps <= 4, "codegemm: kScaleSteps of a fused Config must be 0 or 2 to 5");
+  unsigned words[2];
+
+  // `offset` is that of row 2 q for the group whose first lane has bit 3 clear.
+  __device__ __forceinline__ void load(const unsigned char* tiles, unsigned offset) {
+    if constexpr (Steps == 3) {
+      const uint2 two = __ldg(reinterpret_cast<const uint2*>(tiles + (offset & ~7U)));
+      words[0] = two.x, words[1] = two.y;
+    } else {
+      words[0] = __ldg(reinterpret_cast<const unsigned*>(tiles + (offset & ~3U)));
+      words[1] = __ldg(reinterpret_cast<const unsigned*>(tiles + (offset & ~3U) + (Steps == 2 ? 8 : 16)));
+    }
+  }
+  // [rows 2 q + 8 e + i]. `odd`: bit 3 of the group's first lane, which swaps neighbours.
+  __device__ __forceinline__ void unpack(bool odd, float (&scale)[2][2]) const {
+    const float2 first = __half22float2(*reinterpret_cast<const __half2*>(&words[0]));
+    const float2 second = __half22float2(*reinterpret_cast<const __half2*>(&words[1]));
+    if constexpr (Steps == 4) {  // pairs (2 q, 2 q + 8) and (2 q + 1, 2 q + 9)
+      scale[0][0] = first.x, scale[1][0] = first.y, scale[0][1] = second.x, scale[1][1] = second.y;
+    } else {
+      scale[0][0] = odd ? first.y : first.x, scale[0][1] = odd ? first.x : first.y;
+      scale[1][0] = odd ? second.y : second.x, scale[1][1] = odd ? second.x : second.y;
+    }
+  }
+};
+
+}  // namespace detail
+
+/// Block (split, i) multiplies the slabs of its split with row tiles i * tiles_per_block .., and the splits of
+/// one i are a cluster that adds its sums. Each warp holds one slab of x in registers, as fragments, and goes
+/// over the block's row tiles; what the warps made of a tile is added in shared memory, in a fixed order. So x
+/// is read once a window of as many slabs as there are warps, and shared memory is left to the lookups.
+///
+/// Tokens are the rows of a product, weights its columns: lane 4 r + q holds rows r and r + 8 of a tile, each a
+/// column. In the step that multiplies the i-th four of every lane's k, the packed lanes q, 4 + q, 8 + q and
+/// 12 + q of the slab come in turn. So one load brings the codes of all steps of a packed lane, and a looked-up
+/// centroid is a fragment as it is.
+template <class Config, PairType Type, int Tokens>
+__global__ void __launch_bounds__(kFusedMmaThreads, 1)
+    fused_mma_kernel(const __grid_constant__ FusedMmaArgs a) {
+  using Shape = FusedMmaShape<Config, Tokens>;
+  using Table = typename Shape::Table;
+  constexpr int V = Config::kVecLen;
+  constexpr int kCodebooks = Config::kCodebooks;
+  constexpr int kRowBytes = Config::kSets * Config::kCodeBytes;
+  constexpr int kLaneSpan = Shape::kLaneSpan;
+  constexpr int kWarps = Shape::kWarps;
+  constexpr int kTileSums = Shape::kTileSums;
+  static_assert(kLaneSpan % 4 == 0, "codegemm: a lane of a Config must own a multiple of 4 columns");
+  // A scale shared by whole chunks of four packed lanes multiplies sums, else weights.
+  constexpr bool kRowScale = Config::kScaleSteps == 5;
+  constexpr bool kOnSums = !kRowScale && Config::kScaleSteps >= 2;
+  constexpr bool kOnWeights = !kRowScale && !kOnSums;
+  constexpr bool kConvert = Type == PairType::kBFloat16 && Config::kCodeBytes == 2;
+  constexpr bool kTableBf16 = Type == PairType::kBFloat16 && !kOnWeights;
+  constexpr bool kCombine = kOnWeights || kConvert;  // one product for all codebooks
+  constexpr int kChunksPerScale = kOnSums ? 1 << (Config::kScaleSteps - 2) : 1;
+  using SumScales = detail::SumScales<kOnSums ? Config::kScaleSteps : 2>;
+  constexpr int kUnit = V < 4 ? 4 : V;          // k of a lane looked up at once
+  constexpr int kVectors = kUnit / V;           // vectors of it
+  constexpr int kSteps = kUnit / 4;             // products of it
+  constexpr int kChunkSteps = kLaneSpan / 4;    // products of a chunk
+  constexpr int kHalves = Tokens == 8 ? 1 : 2;  // tokens r, and r + 8
+
+  // The table; what warps made of a group of tiles, [2][tile][warp][token][16 rows]; where blocks or windows
+  // are added: the block's sums [token][row].
+  extern __shared__ __align__(1024) char table[];
+  float* const warp_sums = reinterpret_cast<float*>(table + Shape::table_bytes(a.code_bits));
+  float* const block_sums = warp_sums + Shape::kSumBytes / 4;
+
+  detail::allow_next_kernel();
+  const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / 32, 0);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int r = lane / 4;
+  const int q = lane % 4;
+  const int tile0 = static_cast<int>(blockIdx.y) * a.tiles_per_block;
+  const int tiles = min(a.tiles_per_block, a.row_tiles - tile0);
+  const int slab0 = static_cast<int>(blockIdx.x) * a.slabs_per_split;
+  const int slab1 = min(slab0 + a.slabs_per_split, a.slabs);
+  const bool direct = gridDim.x == 1 && slab1 - slab0 <= kWarps;
+  const int block_rows = a.tiles_per_block * kTileRows;
+
+  // Where a lane finds what it needs in a tile for chunk 0 of a slab. Other chunks differ in bits that are known.
+  const unsigned first_code =
+      static_cast<unsigned>(tile_offset(q, stream_offset(kRowBytes, row_slot(q, r) & 7, 0)));
+  [[maybe_unused]] const unsigned first_last =
+      static_cast<unsigned>(tile_offset(q, stream_offset(kRowBytes, row_slot(q, r) & 7, kRowBytes - 1)));
+  // Without scales in the tiles (known at run time only) weights are multiplied by 1.
+  const bool has_scales = kOnSums || (kOnWeights && a.scale_steps < 5);
+  const int steps = kOnSums ? Config::kScaleSteps : has_scales ? a.scale_steps : 0;
+  const unsigned second_scale =  // from row r to row r + 8
+      steps > 0      ? 2U * (16U >> steps)
+      : (q & 1) != 0 ? static_cast<unsigned>(-16)
+                     : 16U;
+  [[maybe_unused]] const unsigned first_sum_scale =
+      static_cast<unsigned>(kRowBytes * 512 + 2 * scale_offset(steps, 0, 2 * q));
+  [[maybe_unused]] unsigned weight_scale_at[kOnWeights ? 4 : 1];
+  if constexpr (kOnWeights) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      weight_scale_at[j] =
+          static_cast<unsigned>(kRowBytes * 512 + 2 * scale_offset(steps, (4 * j + q) >> steps << steps, r));
+    }
+  }
+  const unsigned scale_half = 32U * (16U >> steps);  // from a slab to the other one of its granule
+  const unsigned select0 = detail::PairCodes<kRowBytes>::selector((q & 1) != 0);
+  const unsigned select1 = detail::PairCodes<kRowBytes>::selector((q & 1) == 0);
+  const unsigned lane_bytes = Table::lane_bytes(lane);
+
+  // A warp's tiles in the order [window][tile]: the codes of the next one come into the registers of the one
+  // that is multiplied, and a later one into the second-level cache.
+  detail::PairCodes<kRowBytes> codes[4];
+  [[maybe_unused]] SumScales sum_scales[4 / kChunksPerScale];
+  [[maybe_unused]] detail::WeightScales weight_scales[4];
+  const unsigned granule_bytes = static_cast<unsigned>(a.row_tiles) * static_cast<unsigned>(a.tile_bytes);
+  unsigned at = 0;         // of the tile to be loaded, plus 256 for an odd slab
+  unsigned scales_at = 0;  // of its scales, less their place in a tile
+  const auto load_chunk = [&](int j) {
+    const int slot = (j & 1) * 2 + j / 2;  // what row_slot() of lane 4 j flips
+    codes[j].load(
+        a.tiles,
+        at + (first_code ^ static_cast<unsigned>(tile_offset(4 * j, stream_offset(kRowBytes, slot, 0)))),
+        at + (first_last ^ static_cast<unsigned>(tile_offset(4 * j, slot * 2))));
+    // The scales of a group are needed until its last chunk.
+    if constexpr (kOnSums) {
+      if (j % kChunksPerScale == kChunksPerScale - 1) {
+        const int first = j / kChunksPerScale * kChunksPerScale;
+        const unsigned flip = Config::kScaleSteps == 2 && first % 2 == 1 ? 4U : 0U;
+        sum_scales[j / kChunksPerScale].load(
+            a.tiles, scales_at + (first_sum_scale ^ flip) + static_cast<unsigned>(8 * first * (16 >> steps)));
+      }
+    }
+    if constexpr (kOnWeights) {
+      weight_scales[j].bits[0] = weight_scales[j].bits[1] = 0x3C00;  // 1
+      if (has_scales) weight_scales[j].load(a.tiles, scales_at + weight_scale_at[j], second_scale);
+    }
+  };
+  const auto aim = [&](int slab, int tile) {
+    const auto half = static_cast<unsigned>(slab % 2);
+    const unsigned of_tile = static_cast<unsigned>(slab / 2) * granule_bytes +
+                             static_cast<unsigned>(tile0 + tile) * static_cast<unsigned>(a.tile_bytes);
+    at = of_tile + half * 256U;
+    scales_at = of_tile + half * scale_half;
+  };
+  // One of the two warps of a granule asks for the tile.
+  const auto prefetch = [&](int slab, int tile) {
+    if (tile < tiles && lane == 0 && (slab % 2 == 0 || slab == slab0)) {
+      detail::prefetch_l2(a.tiles + static_cast<unsigned>(slab / 2) * granule_bytes +
+                              static_cast<unsigned>(tile0 + tile) * static_cast<unsigned>(a.tile_bytes),
+                          static_cast<unsigned>(a.tile_bytes));
+    }
+  };
+  if (slab0 + warp < slab1) {
+    aim(slab0 + warp, 0);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) load_chunk(j);
+    for (int i = 1; i <= a.tiles_ahead; ++i) prefetch(slab0 + warp, i);
+  }
+  if constexpr (Config::kCodeBytes == 1) {
+    Table::fill(table, a.codebooks, a.code_bits, kTableBf16 ? PairType::kBFloat16 : PairType::kHalf);
+  }
+  detail::wait_for_previous_kernel();
+
+  int stage = 0;
+  for (int window = slab0; window < slab1; window += kWarps) {
+    const int slab = window + warp;
+    const int warps = min(kWarps, slab1 - window);  // that have a slab
+    // Fragments of x: the lane's four k of tokens r and r + 8.
+    unsigned x[4 * kChunkSteps][4];
+    if (slab < slab1) {
+      constexpr int kOf = kLaneSpan >= 8 ? 2 : 1;  // steps loaded at once
+#pragma unroll
+      for (int step = 0; step < 4 * kChunkSteps; step += kOf) {
+        const int k =
+            slab * Shape::kSlabSpan + (step / kChunkSteps * 4 + q) * kLaneSpan + step % kChunkSteps * 4;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          unsigned words[kOf * 2] = {};
+          if (i < kHalves) {
+            detail::load_fours<kOf>(a.x + (r + 8 * i) * a.x_stride + k,
+                                    r + 8 * i < a.tokens ? min(a.cols - k, 4 * kOf) : 0, a.x_aligned, words);
+          }
+#pragma unroll
+          for (int s = 0; s < kOf; ++s) x[step + s][i] = words[s * 2], x[step + s][2 + i] = words[s * 2 + 1];
+        }
+      }
+    }
+    if (window == slab0) __syncthreads();  // the table
+
+    for (int group = 0; group < tiles; group += Shape::kGroup) {
+      float* const of_stage = warp_sums + stage * (Shape::kSumBytes / 8);
+      const int end = min(group + Shape::kGroup, tiles);
+      if (slab < slab1) {
+#pragma unroll 1
+        for (int tile = group; tile < end; ++tile) {
+          // After the last tile of a window comes the first of the next; after all, the last one again.
+          prefetch(slab, tile + 1 + a.tiles_ahead);
+          if (tile + 1 < tiles) {
+            aim(slab, tile + 1);
+          } else if (slab + kWarps < slab1) {
+            aim(slab + kWarps, 0);
+          }
+          float sums[2][4] = {};
+          [[maybe_unused]] float part[2][4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const unsigned rows[2] = {codes[j].row(select0), codes[j].row(select1)};
+            [[maybe_unused]] float sum_scale[2][2];
+            [[maybe_unused]] __half weight_scale[2];
+            if (kOnSums && j % kChunksPerScale == kChunksPerScale - 1)
+              sum_scales[j / kChunksPerScale].unpack(j / 2 == 1, sum_scale);
+            if constexpr (kOnWeights) {
+              weight_scale[0] = __ushort_as_half(weight_scales[j].bits[0]);
+              weight_scale[1] = __ushort_as_half(weight_scales[j].bits[1]);
+            }
+            load_chunk(j);
+#pragma unroll
+            for (int u = 0; u < kLaneSpan / kUnit; ++u) {
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {  // rows 0 .. 7, then 8 .. 15 of the tile
+                unsigned weights[kUnit / 2];
+#pragma unroll
+                for (int c = 0; c < kCodebooks; ++c) {
+#pragma unroll
+                  for (int i = 0; i < kVectors; ++i) {
+                    const int p = (u * kVectors + i) * kCodebooks + c;
+                    unsigned vector[V / 2];
+                    if constexpr (Config::kCodeBytes == 1) {
+                      Table::lookup(table, Table::address(rows[e], p, lane_bytes), c, a.code_bits, vector);
+                    } else {
+                      const unsigned code = p == 0 ? rows[e] & 0xFFFFU : rows[e] >> 16;
+                      detail::load_centroid<V>(
+                          a.codebooks + ((static_cast<unsigned>(c) << a.code_bits) + code) * V, vector);
+                    }
+#pragma unroll
+                    for (int w = 0; w < V / 2; ++w) {
+                      unsigned& to = weights[i * (V / 2) + w];
+                      to = kCombine && c > 0 ? detail::add_pairs(to, vector[w]) : vector[w];
+                    }
+                  }
+                  if (kCombine && c + 1 < kCodebooks) continue;
+                  if constexpr (kOnWeights || kConvert) {
+                    const __half by = kOnWeights ? weight_scale[e] : __ushort_as_half(0x3C00);
+#pragma unroll
+                    for (int w = 0; w < kUnit / 2; ++w) {
+                      weights[w] =
+                          Type == PairType::kHalf
+                              ? detail::scale_pair(weights[w], __half2half2(by))
+                              : detail::scale_pair_bf16(detail::unpack_pair(weights[w]), __half2float(by));
+                    }
+                  }
+#pragma unroll
+                  for (int s = 0; s < kSteps; ++s) {
+                    detail::mma_pairs<Type>(
+                        kOnSums ? part[e] : sums[e], x[j * kChunkSteps + u * kSteps + s], weights[s * 2],
+                        weights[s * 2 + 1],
+                        kOnSums && j % kChunksPerScale == 0 && u == 0 && s == 0 && c == 0);
+                  }
+                }
+              }
+            }
+            if (kOnSums && j % kChunksPerScale == kChunksPerScale - 1) {
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                  const float more = part[e][i] * sum_scale[e][i % 2];
+                  sums[e][i] = j < kChunksPerScale ? more : sums[e][i] + more;
+                }
+              }
+            }
+          }
+          // Eight rows of a token lie together, swapped with the other eight for every other pair of tokens, so
+          // that a store of four tokens hits every bank once.
+          float* const to = of_stage + ((tile - group) * kWarps + warp) * kTileSums + r * 16 + q * 2;
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+#pragma unroll
+            for (int i = 0; i < kHalves; ++i) {
+              *reinterpret_cast<float2*>(to + i * 128 + (e ^ (r >> 1 & 1)) * 8) =
+                  make_float2(sums[e][i * 2], sums[e][i * 2 + 1]);
+            }
+          }
+        }
+      }
+      __syncthreads();
+      // Four rows of a token at a time.
+      for (int i = static_cast<int>(threadIdx.x); i < (end - group) * (kTileSums / 4);
+           i += kFusedMmaThreads) {
+        const int token = i / 4 % Tokens;
+        const int row =
+            (group + i / (kTileSums / 4)) * kTileRows + ((i >> 1 ^ token >> 1) & 1) * 8 + i % 2 * 4;
+        const float* const from =
+            of_stage + i / (kTileSums / 4) * (kWarps * kTileSums) + i % (kTileSums / 4) * 4;
+        float4 sum = *reinterpret_cast<const float4*>(from);
+#pragma unroll 5
+        for (int w = 1; w < warps; ++w) {
+          const float4 more = *reinterpret_cast<const float4*>(from + w * kTileSums);
+          sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+        }
+        if (direct) {
+          if (token < a.tokens) detail::store_output4(a.out, token, tile0 * kTileRows + row, sum);
+        } else {
+          float4& total = *reinterpret_cast<float4*>(block_sums + token * block_rows + row);
+          if (window > slab0) sum.x += total.x, sum.y += total.y, sum.z += total.z, sum.w += total.w;
+          total = sum;
+        }
+      }
+      stage ^= 1;  // the other half of the sums: nobody still reads it
+    }
+  }
+  if (direct) return;
+  __syncthreads();
+
+  // Each block of the cluster ends with a share of the rows.
+  const int rows = min(tiles * kTileRows, a.out.rows - tile0 * kTileRows);
+  int from = 0;
+  int to = rows;
+#if __CUDA_ARCH__ >= 900
+  const int splits = static_cast<int>(gridDim.x);
+  if (splits > 1) {
+    detail::cluster_barrier();
+    const int share = (rows + splits - 1) / splits;
+    from = min(static_cast<int>(detail::cluster_rank()) * share, rows);
+    to = min(from + share, rows);
+  }
+#endif
+  for (int token = warp; token < a.tokens; token += kWarps) {
+    for (int row = from + lane; row < to; row += 32) {
+      float sum = 0.0F;
+      float* const own = block_sums + token * block_rows + row;
+#if __CUDA_ARCH__ >= 900
+      if (splits > 1) {
+        const auto place = static_cast<unsigned>(__cvta_generic_to_shared(own));
+        for (int s = 0; s < splits; ++s)
+          sum += detail::load_from(detail::address_in(place, static_cast<unsigned>(s)));
+      } else
+#endif
+      {
+        sum = *own;
+      }
+      detail::store_output(a.out, token, tile0 * kTileRows + row, sum);
+    }
+  }
+#if __CUDA_ARCH__ >= 900
+  if (splits > 1) detail::cluster_barrier();  // nobody's shared memory goes while others read it
+#endif
+}
+
+}  // namespace codegemm::cuda

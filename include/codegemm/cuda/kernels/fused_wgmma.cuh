@@ -1,0 +1,471 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/cuda/kernels/fused_wgmma.cuh - y = x W^T for many tokens on Hopper: weights are looked up straight
+// into the registers of wgmma while the copy engine brings the activations.
+// Layer: cuda/kernels (device).
+#pragma once
+
+#include <cstdint>
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <codegemm/cuda/block/centroid_table.cuh>
+#include <codegemm/cuda/block/intrinsics.cuh>
+#include <codegemm/cuda/block/wgmma.cuh>
+#include <codegemm/cuda/kernels/output.cuh>
+
+namespace codegemm::cuda {
+
+/// Everything that the kernel reads, by value. Pointers are to device memory.
+struct FusedWgmmaArgs {
+  CUtensorMap x;                             // [tokens][cols] in boxes of half a token tile x 64
+  const unsigned char* tiles = nullptr;      // [granules][row_tiles][tile_bytes], see packed_matrix.hpp
+  const std::uint16_t* codebooks = nullptr;  // fp16 [m][2^b][v]
+  float* partials = nullptr;  // [splits][tokens][row_tiles * 16] where there are several splits
+  int tokens = 0;
+  int row_tiles = 0;
+  int tile_bytes = 0;
+  int scale_steps = 0;  // as PackedLayout
+  int code_bits = 0;
+  int slabs = 0;  // half granules that have columns
+  int slabs_per_split = 0;
+  int splits = 0;
+  int row_blocks = 0;    // pairs of blocks of kRowTiles row tiles
+  int token_blocks = 0;  // token tiles
+  int x_stages = 0;
+  int code_stages = 0;
+  Output out;
+};
+
+/// Sizes of a block that host and device agree on.
+template <class Config, int TokenTile>
+struct FusedWgmmaShape {
+  static_assert(TokenTile == 32 || TokenTile == 64 || TokenTile == 128 || TokenTile == 256,
+                "codegemm: fused_wgmma_kernel TokenTile must be 32, 64, 128 or 256");
+  static constexpr int kThreads = 384;  // one warpgroup that copies, two that multiply
+  static constexpr int kRowTiles = 8;   // four each
+  static constexpr int kLaneSpan =
+      Config::kSets / Config::kCodebooks * Config::kVecLen;  // k of a packed lane
+  static constexpr int kRowBytes = Config::kSets * Config::kCodeBytes;
+  static constexpr int kSlabSpan = 16 * kLaneSpan;
+  static constexpr int kStageBytes = TokenTile * 128;  // 64 k of x
+  static constexpr int kMaxStages = 8;
+  static constexpr int kCodeBytes = 16 * 16 * kRowBytes;  // of a slab of a row tile
+  // A warp's sums on their way out, [16 tokens][16 rows]: a stride at which a fragment's store hits every bank once.
+  static constexpr int kScratchStride = 20;
+  static constexpr int kScratchBytes = 8 * 16 * kScratchStride * 4;
+  using Table = CentroidTable<Config::kVecLen, Config::kCodebooks>;
+
+  [[nodiscard]] static __host__ __device__ constexpr int table_bytes(int bits) {
+    return Config::kCodeBytes == 1 ? Table::bytes(bits) : 0;
+  }
+  /// Of a slab of a row tile.
+  [[nodiscard]] static __host__ __device__ constexpr int scale_bytes(int steps) {
+    return steps < 5 ? 512 >> steps : 0;
+  }
+  [[nodiscard]] static __host__ __device__ constexpr int code_stage_bytes(int steps) {
+    return kRowTiles * (kCodeBytes + scale_bytes(steps));
+  }
+};
+
+#if CODEGEMM_HAS_WGMMA
+namespace detail {
+
+// The fragment of 16 rows x 16 k that a warp multiplies in a step: rows r and r + 8, k 2 q, 2 q + 1 and 8 more.
+template <class Config, PairType Type>
+struct WgmmaFragments {
+  using Table = CentroidTable<Config::kVecLen, Config::kCodebooks>;
+  static constexpr int V = Config::kVecLen;
+  static constexpr int kCodebooks = Config::kCodebooks;
+  static constexpr int kLaneSpan = Config::kSets / kCodebooks * V;
+  static constexpr int kRowBytes = Config::kSets * Config::kCodeBytes;
+  static constexpr bool kRowScale = Config::kScaleSteps == 5;
+  static constexpr bool kFixedScale = !kRowScale && Config::kScaleSteps > 0;
+  static_assert(kLaneSpan == 4 || kLaneSpan == 8 || kLaneSpan == 16 || kLaneSpan == 32,
+                "codegemm: a lane of a Config must own 4, 8, 16 or 32 columns");
+
+  const char* table = nullptr;
+  const std::uint16_t* codebooks = nullptr;
+  int bits = 0;
+  int steps = 0;  // of scales
+  int r = 0;
+  int q = 0;
+  unsigned lane_bytes = 0;
+  unsigned scale_pairs[2] = {};  // of rows r and r + 8, each twice
+
+  // Bytes of a row's codes in packed lane `owner` of the slab.
+  __device__ __forceinline__ void load_rows(const char* codes, int owner, unsigned (&rows)[2]) const {
+    const char* const stream = codes + owner * (16 * kRowBytes);
+    const int slot = row_slot(owner, r) & 7;
+    unsigned words[2];
+    if constexpr (kRowBytes == 4) {
+      const uint2 two = *reinterpret_cast<const uint2*>(stream + stream_offset(4, slot, 0));
+      words[0] = two.x, words[1] = two.y;
+    } else if constexpr (kRowBytes == 1) {
+      const unsigned both = *reinterpret_cast<const unsigned short*>(stream + stream_offset(1, slot, 0));
+      words[0] = both, words[1] = both >> 8;
+    } else {
+      const unsigned both = *reinterpret_cast<const unsigned*>(stream + stream_offset(kRowBytes, slot, 0));
+      words[0] = both & 0xFFFFU, words[1] = both >> 16;
+      if constexpr (kRowBytes == 3) {
+        const unsigned last = *reinterpret_cast<const unsigned short*>(stream + stream_offset(3, slot, 2));
+        words[0] |= last << 16, words[1] |= (last & 0xFF00U) << 8;
+      }
+    }
+    const bool swapped = owner % 2 == 1;
+    rows[0] = swapped ? words[1] : words[0];
+    rows[1] = swapped ? words[0] : words[1];
+  }
+
+  __device__ __forceinline__ void load_scales(const char* scales, int owner) {
+    if constexpr (!kRowScale) {
+      const int log2_lanes = kFixedScale ? Config::kScaleSteps : steps;
+      const int group = owner >> log2_lanes << log2_lanes;
+      const auto* const of_tile = reinterpret_cast<const unsigned short*>(scales);
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        scale_pairs[e] = of_tile[scale_offset(log2_lanes, group, r + 8 * e)] * 0x10001U;
+    }
+  }
+
+  // Step `step` of a slab, known when compiling. `codes` and `scales` are the row tile's.
+  __device__ __forceinline__ void load(const char* codes, const char* scales, int step, unsigned (&a)[4]) {
+    unsigned rows[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int k = 16 * step + 8 * half + 2 * q;
+      const int owner = kLaneSpan >= 16  ? 16 * step / kLaneSpan
+                        : kLaneSpan == 8 ? 2 * step + half
+                                         : 4 * step + 2 * half + q / 2;
+      if (kLaneSpan < 16 || half == 0) {
+        load_rows(codes, owner, rows);
+        const bool new_group = !kFixedScale ||
+                               (kLaneSpan >= 16 && 16 * step % kLaneSpan == 0 &&
+                                owner % (1 << (Config::kScaleSteps % 5)) == 0) ||
+                               (kLaneSpan == 8 && owner % (1 << (Config::kScaleSteps % 5)) == 0) ||
+                               kLaneSpan == 4;
+        if (!kRowScale && has_scales() && new_group) load_scales(scales, owner);
+      }
+      const int vector = k % kLaneSpan / V;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) a[half * 2 + e] = weights(rows[e], vector, half, e);
+    }
+  }
+
+  [[nodiscard]] __device__ __forceinline__ bool has_scales() const { return kFixedScale || steps < 5; }
+
+ private:
+  [[nodiscard]] __device__ __forceinline__ unsigned pair(unsigned row, int vector, int c, int half) const {
+    const int p = vector * kCodebooks + c;
+    if constexpr (Config::kCodeBytes == 1) {
+      const unsigned at = __byte_perm(row, lane_bytes, 0x7604U | (static_cast<unsigned>(p) << 4));
+      return Table::lookup_pair(table, at, Table::plane(c * Table::kHalves + (V == 16 ? half : 0), bits));
+    } else {
+      const unsigned code = row >> (16 * p) & 0xFFFFU;
+      const std::uint16_t* const centroid = codebooks + ((static_cast<unsigned>(c) << bits) + code) * V;
+      return __ldg(reinterpret_cast<const unsigned*>(centroid) + (8 * half + 2 * q) % V / 2);
+    }
+  }
+  [[nodiscard]] __device__ __forceinline__ unsigned weights(unsigned row, int vector, int half, int e) const {
+    const unsigned scale = scale_pairs[e];
+    const bool scaled = !kRowScale;
+    if constexpr (Type == PairType::kHalf) {
+      unsigned sum = pair(row, vector, 0, half);
+#pragma unroll
+      for (int c = 1; c < kCodebooks; ++c) sum = add_pairs(sum, pair(row, vector, c, half));
+      return scaled ? scale_pair(sum, *reinterpret_cast<const __half2*>(&scale)) : sum;
+    } else {
+      float2 sum = unpack_pair(pair(row, vector, 0, half));
+#pragma unroll
+      for (int c = 1; c < kCodebooks; ++c) {
+        const float2 more = unpack_pair(pair(row, vector, c, half));
+        sum.x += more.x, sum.y += more.y;
+      }
+      const float by = scaled ? unpack_pair(scale).x : 1.0F;
+      return scale_pair_bf16(sum, by);
+    }
+  }
+};
+
+template <int Registers>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+template <int Registers>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+}  // namespace detail
+#endif
+
+/// A cluster of two blocks makes 256 rows x TokenTile tokens at a time, over the slabs of one split, and goes
+/// through the products in the order [split][token block][row block]; consecutive ones run at once. In a block
+/// one warpgroup copies: a warp asks the copy engine for x, half of it for both blocks, the others bring codes
+/// and scales. Two warpgroups multiply 64 rows each. Weights of two steps are looked up while the products of
+/// the two before run.
+template <class Config, PairType Type, int TokenTile>
+__global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_constant__ FusedWgmmaArgs a) {
+#if CODEGEMM_HAS_WGMMA
+  using Shape = FusedWgmmaShape<Config, TokenTile>;
+  using Table = typename Shape::Table;
+  constexpr int kStagesOfSlab = Shape::kLaneSpan / 4;
+  constexpr int kRowTiles = Shape::kRowTiles;
+  // The table, whose size is a multiple of 1024 bytes; x of the stages, which the swizzle wants at such ones;
+  // codes and scales of the code stages; sums on their way out; barriers.
+  extern __shared__ __align__(1024) char table[];
+  char* const x_memory = table + Shape::table_bytes(a.code_bits);
+  char* const code_memory = x_memory + a.x_stages * Shape::kStageBytes;
+  const int scale_bytes = Shape::scale_bytes(a.scale_steps);
+  const int code_stage_bytes = kRowTiles * (Shape::kCodeBytes + scale_bytes);
+  const unsigned x_at = static_cast<unsigned>(__cvta_generic_to_shared(x_memory));
+  const unsigned codes_at = static_cast<unsigned>(__cvta_generic_to_shared(code_memory));
+  const unsigned barriers =
+      codes_at + static_cast<unsigned>(a.code_stages * code_stage_bytes + Shape::kScratchBytes);
+  const auto full_x = [&](int stage) { return barriers + static_cast<unsigned>(stage) * 8U; };
+  const auto empty_x = [&](int stage) {
+    return barriers + static_cast<unsigned>(Shape::kMaxStages + stage) * 8U;
+  };
+  const auto full_codes = [&](int stage) {
+    return barriers + static_cast<unsigned>(2 * Shape::kMaxStages + stage) * 8U;
+  };
+  const auto empty_codes = [&](int stage) {
+    return barriers + static_cast<unsigned>(3 * Shape::kMaxStages + stage) * 8U;
+  };
+  constexpr int kCodeThreads = 96;
+
+  detail::allow_next_kernel();
+  const int rank = static_cast<int>(detail::cluster_rank());
+  const int group = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / 128, 0);
+  const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) % 128 / 32, 0);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < a.x_stages; ++i) {
+      detail::init_barrier(full_x(i), 1);
+      detail::init_barrier(empty_x(i), 4);  // both warpgroups of both blocks
+    }
+    for (int i = 0; i < a.code_stages; ++i) {
+      detail::init_barrier(full_codes(i), kCodeThreads);
+      detail::init_barrier(empty_codes(i), 2);
+    }
+    detail::publish_barriers();
+  }
+  if constexpr (Config::kCodeBytes == 1) Table::fill(table, a.codebooks, a.code_bits, PairType::kHalf);
+  __syncthreads();
+  detail::cluster_barrier();
+
+  const int clusters = static_cast<int>(gridDim.x) / 2;
+  const int first = static_cast<int>(blockIdx.x) / 2;
+  const int products = a.splits * a.token_blocks * a.row_blocks;
+  struct Product {
+    int row_tile, token, slab, slabs, split;
+  };
+  const auto product = [&](int i) {
+    Product p;
+    p.row_tile = (i % a.row_blocks * 2 + rank) * kRowTiles;
+    p.token = i / a.row_blocks % a.token_blocks * TokenTile;
+    p.split = i / a.row_blocks / a.token_blocks;
+    p.slab = p.split * a.slabs_per_split;
+    p.slabs = min(a.slabs_per_split, a.slabs - p.slab);
+    return p;
+  };
+
+  if (group == 0) {
+    detail::give_registers<40>();
+    if (warp == 0) {
+      if (lane == 0) {
+        detail::wait_for_previous_kernel();
+        int stage = 0;
+        unsigned phase = 0;
+        for (int i = first; i < products; i += clusters) {
+          const Product p = product(i);
+          for (int s = 0; s < p.slabs * kStagesOfSlab; ++s) {
+            detail::wait_for_cluster_phase(empty_x(stage), phase ^ 1U);
+            detail::arrive_and_expect(full_x(stage), Shape::kStageBytes);
+            detail::copy_box(
+                x_at + static_cast<unsigned>(stage * Shape::kStageBytes + rank * (Shape::kStageBytes / 2)),
+                &a.x, p.slab * Shape::kSlabSpan + s * 64, p.token + rank * (TokenTile / 2), full_x(stage), 3);
+            if (++stage == a.x_stages) {
+              stage = 0;
+              phase ^= 1U;
+            }
+          }
+        }
+      }
+    } else {
+      const int thread = static_cast<int>(threadIdx.x) - 32;
+      constexpr int kChunks = 16 * Shape::kRowBytes;  // of 16 bytes of a row tile
+      const int scale_chunks = scale_bytes / 16;
+      int stage = 0;
+      unsigned phase = 0;
+      for (int i = first; i < products; i += clusters) {
+        const Product p = product(i);
+        for (int s = 0; s < p.slabs; ++s) {
+          const int slab = p.slab + s;
+          detail::wait_for_phase(empty_codes(stage), phase ^ 1U);
+          const unsigned to = codes_at + static_cast<unsigned>(stage * code_stage_bytes);
+          const unsigned char* const granule =
+              a.tiles + static_cast<std::int64_t>(slab / 2) * a.row_tiles * a.tile_bytes;
+          for (int c = thread; c < kRowTiles * kChunks; c += kCodeThreads) {
+            const int tile = min(p.row_tile + c / kChunks, a.row_tiles - 1);
+            const int owner = c % kChunks % 16;
+            const int part = c % kChunks / 16;
+            detail::copy_16_bytes(
+                to + static_cast<unsigned>(c / kChunks * Shape::kCodeBytes + owner * kChunks + part * 16),
+                granule + static_cast<std::int64_t>(tile) * a.tile_bytes +
+                    (part * 32 + slab % 2 * 16 + owner) * 16);
+          }
+          for (int c = thread; c < kRowTiles * scale_chunks; c += kCodeThreads) {
+            const int tile = min(p.row_tile + c / scale_chunks, a.row_tiles - 1);
+            detail::copy_16_bytes(to + static_cast<unsigned>(kRowTiles * Shape::kCodeBytes + c * 16),
+                                  granule + static_cast<std::int64_t>(tile) * a.tile_bytes +
+                                      Shape::kRowBytes * 512 + slab % 2 * scale_bytes +
+                                      c % scale_chunks * 16);
+          }
+          detail::arrive_after_copies(full_codes(stage));
+          if (++stage == a.code_stages) {
+            stage = 0;
+            phase ^= 1U;
+          }
+        }
+      }
+      asm volatile("cp.async.wait_all;" ::: "memory");
+    }
+  } else {
+    detail::take_registers<232>();
+    detail::wait_for_previous_kernel();  // it may read what is written here
+    detail::WgmmaFragments<Config, Type> fragments;
+    fragments.table = table;
+    fragments.codebooks = a.codebooks;
+    fragments.bits = a.code_bits;
+    fragments.steps = Config::kScaleSteps > 0 ? Config::kScaleSteps : a.scale_steps;
+    fragments.r = lane / 4;
+    fragments.q = lane % 4;
+    fragments.lane_bytes = static_cast<unsigned>(lane) * 4U % static_cast<unsigned>(Table::kPlaneBytes);
+    if constexpr (Config::kScaleSteps == 0) {
+      if (a.scale_steps == 5) fragments.scale_pairs[0] = fragments.scale_pairs[1] = 0x3C003C00U;  // 1
+    }
+    const int tile_of_block = (group - 1) * 4 + warp;
+    float* const scratch = reinterpret_cast<float*>(code_memory + a.code_stages * code_stage_bytes) +
+                           tile_of_block * (16 * Shape::kScratchStride);
+    const bool leader = threadIdx.x % 128 == 0;
+    const unsigned other_empty = detail::address_in(empty_x(0), static_cast<unsigned>(rank ^ 1));
+    const auto release_x = [&](int stage) {
+      if (leader) {
+        detail::arrive(empty_x(stage));
+        detail::arrive_in_cluster(other_empty + static_cast<unsigned>(stage) * 8U);
+      }
+    };
+    int stage = 0;
+    unsigned phase = 0;
+    int code_stage = 0;
+    unsigned code_phase = 0;
+    float d[TokenTile / 2];
+    for (int i = first; i < products; i += clusters) {
+      const Product p = product(i);
+      int held = -1;  // the stage whose products may still run
+      unsigned weights[4][4];
+      for (int s = 0; s < p.slabs; ++s) {
+        detail::wait_for_phase(full_codes(code_stage), code_phase);
+        const char* const of_stage = code_memory + code_stage * code_stage_bytes;
+        const char* const codes = of_stage + tile_of_block * Shape::kCodeBytes;
+        const char* const scales = of_stage + kRowTiles * Shape::kCodeBytes + tile_of_block * scale_bytes;
+#pragma unroll
+        for (int of_slab = 0; of_slab < kStagesOfSlab; ++of_slab) {
+          const std::uint64_t tokens =
+              detail::describe_tokens(x_at + static_cast<unsigned>(stage * Shape::kStageBytes));
+#pragma unroll
+          for (int pair = 0; pair < 2; ++pair) {
+            detail::wgmma_wait<1>();
+            if (pair == 1 && held >= 0) release_x(held);
+#pragma unroll
+            for (int step = 2 * pair; step < 2 * pair + 2; ++step)
+              fragments.load(codes, scales, of_slab * 4 + step, weights[step]);
+            if (pair == 0) detail::wait_for_phase(full_x(stage), phase);
+            detail::wgmma_fence();
+#pragma unroll
+            for (int step = 2 * pair; step < 2 * pair + 2; ++step) {
+              detail::wgmma_pairs<Type>(d, weights[step], tokens + static_cast<std::uint64_t>(step * 2),
+                                        s > 0 || of_slab > 0 || step > 0);
+            }
+            detail::wgmma_commit();
+          }
+          held = stage;
+          if (++stage == a.x_stages) {
+            stage = 0;
+            phase ^= 1U;
+          }
+        }
+        detail::sync_warpgroup(group);  // it has read the codes
+        if (leader) detail::arrive(empty_codes(code_stage));
+        if (++code_stage == a.code_stages) {
+          code_stage = 0;
+          code_phase ^= 1U;
+        }
+      }
+      detail::wgmma_wait<0>();
+      if (held >= 0) release_x(held);
+
+      // Out by way of shared memory, 16 tokens at a time: half a tile's rows of a token a lane, which is a sector
+      // for two lanes.
+      const int row = (p.row_tile + tile_of_block) * 16 + lane % 2 * 8;
+      detail::EightRows rows;
+      if (a.splits == 1) rows.load(a.out, row);
+      float* const partials =
+          a.partials + (static_cast<std::int64_t>(p.split) * a.tokens * a.row_tiles * 16 + row);
+#pragma unroll 1
+      for (int n = 0; n < TokenTile / 16;
+           ++n) {  // one piece of code for all: registers are chosen by branches
+        if (p.token + n * 16 >= a.tokens) break;
+#pragma unroll
+        for (int of = 0; of < TokenTile / 16; ++of) {
+          if (of != n) continue;
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            scratch[(e / 4 * 8 + fragments.q * 2 + e % 2) * Shape::kScratchStride + fragments.r +
+                    e / 2 % 2 * 8] = d[of * 8 + e];
+          }
+        }
+        __syncwarp();
+        const float* const from = scratch + lane / 2 * Shape::kScratchStride + lane % 2 * 8;
+        const float4 low = *reinterpret_cast<const float4*>(from);
+        const float4 high = *reinterpret_cast<const float4*>(from + 4);
+        __syncwarp();
+        const int token = p.token + n * 16 + lane / 2;
+        if (token >= a.tokens) continue;
+        if (a.splits == 1) {
+          rows.store(a.out, token, row, low, high);
+        } else if (row < a.row_tiles * 16) {
+          float* const to = partials + static_cast<std::int64_t>(token) * a.row_tiles * 16;
+          *reinterpret_cast<float4*>(to) = low;
+          *reinterpret_cast<float4*>(to + 4) = high;
+        }
+      }
+    }
+  }
+  detail::cluster_barrier();  // nobody's barriers go while the other block arrives at them
+#endif
+}
+
+/// Adds the splits' sums, always in their order; four rows of a token a thread.
+template <int>  // a template: one definition, however many files include this
+__global__ void add_splits_kernel(const __grid_constant__ FusedWgmmaArgs a) {
+  detail::allow_next_kernel();
+  detail::wait_for_previous_kernel();
+  const int row = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * 4;
+  const int token = static_cast<int>(blockIdx.y);
+  if (row >= a.out.rows) return;
+  const std::int64_t rows = static_cast<std::int64_t>(a.row_tiles) * kTileRows;
+  const float* const from = a.partials + token * rows + row;
+  float4 sum = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+#pragma unroll 4
+  for (int s = 0; s < a.splits; ++s) {
+    const float4 more = __ldcg(reinterpret_cast<const float4*>(from + s * a.tokens * rows));
+    sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+  }
+  detail::store_output4(a.out, token, row, sum);
+}
+
+}  // namespace codegemm::cuda

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/cuda/problem.cuh - a product to be made, and the checks that hold in every regime.
+// Layer: cuda (host, needs nvcc).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <codegemm/base/matrix_view.hpp>
+#include <codegemm/base/numerics.hpp>
+#include <codegemm/base/status.hpp>
+#include <codegemm/cuda/device.cuh>
+#include <codegemm/cuda/kernels/output.cuh>
+#include <codegemm/cuda/packed_matrix.hpp>
+#include <codegemm/cuda/tuning.hpp>
+
+namespace codegemm::cuda {
+
+inline constexpr std::size_t kWorkspaceAlignment = 256;
+
+namespace detail {
+
+template <class T>
+struct ScalarOf {
+  static constexpr bool kKnown = false;
+};
+template <ScalarType Type>
+struct KnownScalar {
+  static constexpr bool kKnown = true;
+  static constexpr ScalarType kType = Type;
+};
+template <>
+struct ScalarOf<Half> : KnownScalar<ScalarType::kHalf> {};
+template <>
+struct ScalarOf<__half> : KnownScalar<ScalarType::kHalf> {};
+template <>
+struct ScalarOf<BFloat16> : KnownScalar<ScalarType::kBFloat16> {};
+template <>
+struct ScalarOf<__nv_bfloat16> : KnownScalar<ScalarType::kBFloat16> {};
+template <>
+struct ScalarOf<float> : KnownScalar<ScalarType::kFloat> {};
+
+[[nodiscard]] inline bool aligned(const void* p, std::size_t to) {
+  return reinterpret_cast<std::uintptr_t>(p) % to == 0;
+}
+
+}  // namespace detail
+
+/// y[T][N] = x[T][K] W^T (+ bias) (+ residual). Every pointer is to device memory of the caller's.
+/// X: __half or __nv_bfloat16 (or codegemm::Half, BFloat16); Y: these or float. Sums are fp32 for all of
+/// them. On tensor cores weights are multiplied in X's type: with bf16 each is rounded to 8 bits once.
+template <class X, class Y>
+struct GemmProblem {
+  static_assert(
+      detail::ScalarOf<X>::kKnown && !std::is_same_v<X, float>,
+      "codegemm: GemmProblem X must be __half, __nv_bfloat16, codegemm::Half or codegemm::BFloat16");
+  static_assert(
+      detail::ScalarOf<Y>::kKnown,
+      "codegemm: GemmProblem Y must be float, __half, __nv_bfloat16, codegemm::Half or codegemm::BFloat16");
+  DevicePackedView weights;
+  MatrixView<const X> x;         // [T][K], any stride
+  MatrixView<Y> y;               // [T][N], any stride; must not overlap x
+  const Y* bias = nullptr;       // [N], or null
+  MatrixView<const Y> residual;  // [T][N] to be added, or null data; may be y itself
+  /// The kernel may start while the one before it in the stream still runs, and then reads weights only. Set
+  /// to false where that kernel writes the weights.
+  bool overlap = true;
+  GemmTuning tuning = {};
+};
+
+namespace detail {
+
+// Version, layout and pointer of packed weights.
+[[nodiscard]] inline Status validate_weights(const DevicePackedView& w, const Device& device) {
+  if (w.version != kPackedVersion) {
+    return error(StatusCode::kIncompatible, "cuda gemm: weights packed by layout version ", w.version,
+                 ", this code reads version ", kPackedVersion);
+  }
+  if (device.arch < 80) {
+    return error(StatusCode::kUnsupported, "cuda gemm: compute capability ", device.arch / 10, ".",
+                 device.arch % 10, ", but the kernels need 8.0");
+  }
+  const auto layout = packed_layout(w.format, w.rows, w.cols, PackOptions{w.layout.sets});
+  if (!layout.ok()) return layout.status();
+  if (*layout != w.layout) {
+    return error(StatusCode::kInvalidArgument, "cuda gemm: the view's layout is not that of a packed ",
+                 w.rows, " x ", w.cols, " matrix as ", format_name(w.format));
+  }
+  if (w.rows == 0) return {};
+  if (w.data == nullptr) return error(StatusCode::kNullPointer, "cuda gemm: weights is null");
+  if (!aligned(w.data, 256)) {
+    return error(StatusCode::kMisaligned, "cuda gemm: weights is not aligned to 256 bytes");
+  }
+  return {};
+}
+
+// What does not depend on the regime.
+template <class X, class Y>
+[[nodiscard]] Status validate_problem(const GemmProblem<X, Y>& p, const Device& device) {
+  const DevicePackedView& w = p.weights;
+  if (Status status = validate_weights(w, device); !status.ok()) return status;
+  if (p.x.rows < 0 || p.y.rows < 0) {
+    return error(StatusCode::kInvalidArgument, "cuda gemm: x has ", p.x.rows, " rows, y has ", p.y.rows);
+  }
+  if (p.x.cols != w.cols) {
+    return error(StatusCode::kShapeMismatch, "cuda gemm: x has ", p.x.cols,
+                 " columns, the weights have K = ", w.cols);
+  }
+  if (p.y.cols != w.rows) {
+    return error(StatusCode::kShapeMismatch, "cuda gemm: y has ", p.y.cols,
+                 " columns, the weights have N = ", w.rows);
+  }
+  if (p.x.rows != p.y.rows) {
+    return error(StatusCode::kShapeMismatch, "cuda gemm: x has ", p.x.rows, " rows (tokens), y has ",
+                 p.y.rows);
+  }
+  if (p.residual.data != nullptr && (p.residual.rows != p.y.rows || p.residual.cols != p.y.cols)) {
+    return error(StatusCode::kShapeMismatch, "cuda gemm: residual is ", p.residual.rows, " x ",
+                 p.residual.cols, ", y is ", p.y.rows, " x ", p.y.cols);
+  }
+  const auto check_stride = [](const char* name, std::int64_t stride, std::int64_t cols) -> Status {
+    if (stride >= cols) return {};
+    return error(StatusCode::kInvalidArgument, "cuda gemm: ", name, " has stride ", stride, ", below its ",
+                 cols, " columns");
+  };
+  if (Status s = check_stride("x", p.x.stride, p.x.cols); !s.ok()) return s;
+  if (Status s = check_stride("y", p.y.stride, p.y.cols); !s.ok()) return s;
+  if (p.residual.data != nullptr) {
+    if (Status s = check_stride("residual", p.residual.stride, p.residual.cols); !s.ok()) return s;
+  }
+  constexpr std::int64_t kMaxTokens = std::int64_t{1} << 24;  // tokens are counted in 32 bits
+  if (p.x.rows > kMaxTokens) {
+    return error(StatusCode::kUnsupported, "cuda gemm: ", p.x.rows, " tokens, but at most ", kMaxTokens,
+                 " in one call");
+  }
+  const GemmTuning& t = p.tuning;
+  if (t.cluster < 1 || t.cluster > 8 || t.rounds_ahead < 0 || t.rounds_ahead > 15 || t.shared_bytes < 0 ||
+      t.splits < 0 || t.splits > 8 || t.token_tile < 0 || t.token_tile > 256) {
+    return error(StatusCode::kInvalidArgument, "cuda gemm: tuning with clusters of ", t.cluster, ", ",
+                 t.rounds_ahead, " rounds ahead, ", t.shared_bytes, " bytes of shared memory, ", t.splits,
+                 " splits, tiles of ", t.token_tile, " tokens");
+  }
+  if (p.x.rows == 0 || w.rows == 0) return {};
+  const auto check_pointer = [](const char* name, const void* at, std::size_t to) -> Status {
+    if (aligned(at, to)) return {};
+    return error(StatusCode::kMisaligned, "cuda gemm: ", name, " is not aligned to ", to, " bytes");
+  };
+  if (p.x.data == nullptr && w.cols > 0) return error(StatusCode::kNullPointer, "cuda gemm: x is null");
+  if (p.y.data == nullptr) return error(StatusCode::kNullPointer, "cuda gemm: y is null");
+  if (Status s = check_pointer("x", p.x.data, sizeof(X)); !s.ok()) return s;
+  if (Status s = check_pointer("y", p.y.data, sizeof(Y)); !s.ok()) return s;
+  if (Status s = check_pointer("bias", p.bias, sizeof(Y)); !s.ok()) return s;
+  return check_pointer("residual", p.residual.data, sizeof(Y));
+}
+
+template <class X, class Y>
+[[nodiscard]] Output output_of(const GemmProblem<X, Y>& p) {
+  const DevicePackedView& w = p.weights;
+  Output out;
+  out.y = p.y.data;
+  out.bias = p.bias;
+  out.residual = p.residual.data;
+  out.row_scales = w.layout.scale_steps == 5 && w.cols > 0
+                       ? reinterpret_cast<const std::uint16_t*>(w.data + w.layout.row_scales_at)
+                       : nullptr;
+  out.y_stride = p.y.stride;
+  out.residual_stride = p.residual.stride;
+  out.rows = static_cast<int>(w.rows);
+  out.unscale = w.unscale;
+  out.type = ScalarOf<Y>::kType;
+  return out;
+}
+
+// The same for the tokens from `token` on.
+template <class Y>
+[[nodiscard]] Output from_token(Output out, std::int64_t token) {
+  const auto advance = [&](const void* data, std::int64_t stride) -> const void* {
+    return data == nullptr ? nullptr : static_cast<const Y*>(data) + token * stride;
+  };
+  out.y = const_cast<void*>(advance(out.y, out.y_stride));
+  out.residual = advance(out.residual, out.residual_stride);
+  return out;
+}
+
+}  // namespace detail
+}  // namespace codegemm::cuda

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/cuda/regimes/fused_mma.cuh - weights looked up into mma.sync: some tokens, or many where there is no
+// wgmma.
+// Layer: cuda/regimes (host, needs nvcc).
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include <codegemm/base/config_list.hpp>
+#include <codegemm/cuda/kernels/fused_mma.cuh>
+#include <codegemm/cuda/launch.cuh>
+#include <codegemm/cuda/problem.cuh>
+#include <codegemm/cuda/regimes/fused_mma_plan.hpp>
+
+namespace codegemm::cuda::detail {
+
+/// The regime over a config_list of fused configurations, see configs.cuh. Needs no workspace.
+template <class Configs>
+struct FusedMmaRegime {
+  template <class Fn>
+  [[nodiscard]] static bool match(const DevicePackedView& w, const Device& device, Fn&& fn) {
+    return first_match(
+        Configs{},
+        [&](auto c) {
+          using Config = decltype(c);
+          const int steps = w.layout.scale_steps;
+          return c.kVecLen == w.format.v && c.kCodebooks == w.format.m && c.kSets == w.layout.sets &&
+                 c.kCodeBytes == w.layout.code_bytes && (c.kScaleSteps == 0 || c.kScaleSteps == steps) &&
+                 w.cols > 0 && w.layout.bytes < (std::size_t{1} << 32) &&
+                 plan<Config, 8>(w, device, GemmTuning{}).splits > 0;
+        },
+        fn);
+  }
+
+  template <class Config, int Tokens>
+  [[nodiscard]] static FusedMmaPlan plan(const DevicePackedView& w, const Device& device,
+                                         const GemmTuning& tuning) {
+    using Shape = FusedMmaShape<Config, Tokens>;
+    FusedMmaLimits limits;
+    limits.multiprocessors = device.multiprocessors;
+    limits.shared_bytes = static_cast<std::size_t>(device.shared_bytes);
+    limits.clusters = device.clusters;
+    limits.table_bytes = static_cast<std::size_t>(Shape::table_bytes(w.format.b));
+    limits.sum_bytes = Shape::kSumBytes;
+    limits.tokens = Tokens;
+    limits.warps = Shape::kWarps;
+    const int lookups = Shape::kSlabSpan * kTileRows * 2 * Config::kCodebooks;
+    limits.slab_cycles = (lookups + 2 * Shape::kTileSums * 4) / 128 + 12;
+    return plan_fused_mma(w.layout, limits, tuning);
+  }
+
+  [[nodiscard]] static bool serves(const DevicePackedView& w, const Device& device) {
+    return match(w, device, [](auto) {});
+  }
+
+  template <class X, class Y>
+  [[nodiscard]] static Status run(const GemmProblem<X, Y>& p, const Device& device, cudaStream_t stream) {
+    Status status;
+    static_cast<void>(match(p.weights, device, [&](auto c) {
+      using Config = decltype(c);
+      for (std::int64_t token = 0; token < p.x.rows && status.ok();) {
+        const auto tokens = static_cast<int>(std::min<std::int64_t>(p.x.rows - token, 16));
+        static_cast<void>(status = tokens <= 8 ? launch_pass<Config, 8>(p, token, tokens, device, stream)
+                                               : launch_pass<Config, 16>(p, token, tokens, device, stream));
+        token += tokens;
+      }
+    }));
+    return status;
+  }
+
+ private:
+  template <class Config, int Tokens, class X, class Y>
+  [[nodiscard]] static Status launch_pass(const GemmProblem<X, Y>& p, std::int64_t token, int tokens,
+                                          const Device& device, cudaStream_t stream) {
+    const DevicePackedView& w = p.weights;
+    const FusedMmaPlan plan = FusedMmaRegime::plan<Config, Tokens>(w, device, p.tuning);
+    if (plan.splits == 0) {
+      return error(StatusCode::kUnsupported, "cuda gemm: no grid for ", w.rows, " x ", w.cols, ", ", tokens,
+                   " tokens, with ", p.tuning.splits, " splits");
+    }
+    FusedMmaArgs args;
+    const auto* const base = reinterpret_cast<const unsigned char*>(w.data);
+    args.tiles = base + w.layout.tiles_at;
+    args.codebooks = reinterpret_cast<const std::uint16_t*>(base + w.layout.codebooks_at);
+    args.x = reinterpret_cast<const std::uint16_t*>(p.x.row(token));
+    args.x_stride = p.x.stride;
+    args.tokens = tokens;
+    args.cols = static_cast<int>(w.cols);
+    args.row_tiles = static_cast<int>(w.layout.row_tiles);
+    args.slabs = static_cast<int>(2 * w.layout.granules);
+    args.tile_bytes = w.layout.tile_bytes;
+    args.scale_steps = w.layout.scale_steps;
+    args.code_bits = w.format.b;
+    args.tiles_per_block = plan.tiles_per_block;
+    args.slabs_per_split = plan.slabs_per_split;
+    args.tiles_ahead = p.tuning.rounds_ahead;
+    args.x_aligned = aligned(args.x, 16) && p.x.stride % 8 == 0;
+    args.out = from_token<Y>(output_of(p), token);
+    LaunchShape shape;
+    shape.grid = dim3(static_cast<unsigned>(plan.splits), static_cast<unsigned>(plan.blocks));
+    shape.threads = kFusedMmaThreads;
+    shape.shared_bytes = plan.shared_bytes;
+    shape.cluster = plan.splits > 1 ? static_cast<unsigned>(plan.splits) : 0;
+    shape.overlap = p.overlap && device.arch >= 90;
+    constexpr PairType kPairs =
+        ScalarOf<X>::kType == ScalarType::kHalf ? PairType::kHalf : PairType::kBFloat16;
+    return launch(fused_mma_kernel<Config, kPairs, Tokens>, shape, args, stream);
+  }
+};
+
+}  // namespace codegemm::cuda::detail

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/cuda/regimes/fused_wgmma_plan.hpp - how a fused product by wgmma is cut into clusters and splits.
+// Layer: cuda/regimes (host only, no CUDA headers).
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include <codegemm/cuda/packed_matrix.hpp>
+#include <codegemm/cuda/tuning.hpp>
+
+namespace codegemm::cuda {
+
+/// Clusters of two blocks go over token_blocks * row_blocks * splits products.
+struct FusedWgmmaPlan {
+  int token_tile = 0;  // 0: does not fit
+  int splits = 0;
+  int token_blocks = 0;
+  int row_blocks = 0;
+  int clusters = 0;
+  int slabs = 0;
+  int slabs_per_split = 0;
+  int x_stages = 0;
+  int code_stages = 0;
+  std::size_t shared_bytes = 0;
+  std::size_t partial_bytes = 0;  // of the splits
+  double cost = 0.0;              // estimated cycles
+};
+
+/// What plan_fused_wgmma() knows of a kernel and a card.
+struct FusedWgmmaLimits {
+  int cluster_pairs = 0;  // clusters of two that run at once
+  std::size_t shared_bytes = 0;
+  std::size_t table_bytes = 0;
+  std::size_t code_stage_bytes = 0;
+  std::size_t other_bytes = 0;  // barriers, and sums on their way out
+  int max_stages = 0;
+  int lane_span = 0;
+  int codebooks = 0;
+};
+
+/// The cheapest plan by a rough count of cycles; at most 32 MiB of partial sums.
+[[nodiscard]] inline FusedWgmmaPlan plan_fused_wgmma(const PackedLayout& l, std::int64_t cols,
+                                                     std::int64_t tokens, const FusedWgmmaLimits& limits,
+                                                     const GemmTuning& tuning) {
+  constexpr std::size_t kMaxPartialBytes = (std::size_t{32} << 20) - kCounterBytes;
+  constexpr double kStepLatency = 90.0;      // of the lookups of 16 k
+  constexpr double kProductCycles = 1500.0;  // filling the stages
+  constexpr double kTokenCycles = 14.0;      // of the output
+  constexpr double kSplitCycles = 4000.0;    // another kernel
+  constexpr double kPartialBytesACycle = 1200.0;
+  constexpr int kRowTiles = 16;  // of a cluster
+  constexpr int kCodeStages = 2;
+  const auto divide_up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
+  const std::int64_t slab_span = 16 * limits.lane_span;
+  const std::int64_t slabs = divide_up(cols, slab_span);
+  FusedWgmmaPlan best;
+  if (limits.cluster_pairs < 1) return best;
+  for (const int tile : {32, 64, 128, 256}) {
+    if (tuning.token_tile != 0 && tile != tuning.token_tile) continue;
+    const std::size_t stage = static_cast<std::size_t>(tile) * 128;
+    const std::size_t fixed = limits.table_bytes + kCodeStages * limits.code_stage_bytes + limits.other_bytes;
+    if (fixed + 3 * stage > limits.shared_bytes) continue;
+    const auto x_stages = static_cast<int>(
+        std::min((limits.shared_bytes - fixed) / stage, static_cast<std::size_t>(limits.max_stages)));
+    const std::int64_t token_blocks = divide_up(tokens, tile);
+    const std::int64_t row_blocks = divide_up(l.row_tiles, kRowTiles);
+    for (int splits = 1; splits <= 8; ++splits) {
+      if (tuning.splits != 0 && splits != tuning.splits) continue;
+      const std::int64_t slabs_per_split = divide_up(slabs, splits);
+      if ((splits - 1) * slabs_per_split >= slabs) continue;
+      const std::size_t partials =
+          splits == 1 ? 0
+                      : static_cast<std::size_t>(splits * tokens * l.row_tiles * kTileRows) * sizeof(float);
+      if (partials > kMaxPartialBytes) continue;
+      const std::int64_t products = token_blocks * row_blocks * splits;
+      if (products > (std::int64_t{1} << 30)) continue;
+      const double steps = static_cast<double>(slabs_per_split * limits.lane_span);  // of 16 k
+      // Tensor cores; shared memory: tokens for both warpgroups, lookups and codes; latency.
+      const double step = std::max({static_cast<double>(tile),
+                                    1.1 * (tile / 2.0 + 8.0 * (4.0 * limits.codebooks + 2.0)), kStepLatency});
+      FusedWgmmaPlan p;
+      p.token_tile = tile;
+      p.splits = splits;
+      p.token_blocks = static_cast<int>(token_blocks);
+      p.row_blocks = static_cast<int>(row_blocks);
+      p.clusters = static_cast<int>(std::min<std::int64_t>(products, limits.cluster_pairs));
+      p.slabs = static_cast<int>(slabs);
+      p.slabs_per_split = static_cast<int>(slabs_per_split);
+      p.x_stages = x_stages;
+      p.code_stages = kCodeStages;
+      p.shared_bytes = fixed + static_cast<std::size_t>(x_stages) * stage;
+      p.partial_bytes = partials;
+      p.cost = static_cast<double>(divide_up(products, limits.cluster_pairs)) *
+               (steps * step + kProductCycles + kTokenCycles * tile);
+      if (splits > 1) p.cost += kSplitCycles + 2.0 * static_cast<double>(partials) / kPartialBytesACycle;
+      if (best.token_tile == 0 || p.cost < best.cost) best = p;
+    }
+  }
+  return best;
+}
+
+}  // namespace codegemm::cuda

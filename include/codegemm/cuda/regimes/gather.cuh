@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/cuda/regimes/gather.cuh - few tokens: gathering from Psumbooks.
+// Layer: cuda/regimes (host, needs nvcc).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <codegemm/base/config_list.hpp>
+#include <codegemm/cuda/kernels/gather.cuh>
+#include <codegemm/cuda/launch.cuh>
+#include <codegemm/cuda/problem.cuh>
+#include <codegemm/cuda/regimes/gather_plan.hpp>
+
+namespace codegemm::cuda::detail {
+
+/// The regime over a config_list of gather configurations, see configs.cuh.
+template <class Configs>
+struct GatherRegime {
+  template <class Config, int Tokens>
+  using BookOf = Psumbook<Config::kVecLen, Config::kCodebooks, Config::kSets, Tokens>;
+
+  // Calls fn(Config{}) for the configuration that serves a packed matrix on a device.
+  template <class Fn>
+  [[nodiscard]] static bool match(const DevicePackedView& w, const Device& device, Fn&& fn) {
+    return first_match(
+        Configs{},
+        [&](auto c) {
+          using Config = decltype(c);
+          const auto shared = static_cast<std::size_t>(BookOf<Config, 1>::bytes(w.format.b)) + 64;
+          return w.layout.code_bytes == 1 && c.kCodebooks == w.format.m && c.kSets == w.layout.sets &&
+                 (c.kVecLen == 0 || c.kVecLen == w.format.v) &&
+                 (c.kCodeBits == 0 || c.kCodeBits == w.format.b) &&
+                 (c.kScaleSteps < 0 || c.kScaleSteps == w.layout.scale_steps) &&
+                 shared <= static_cast<std::size_t>(device.shared_bytes);
+        },
+        fn);
+  }
+
+  template <class Config, int Tokens>
+  [[nodiscard]] static GatherPlan plan(const DevicePackedView& w, const Device& device,
+                                       const GemmTuning& tuning) {
+    GatherLimits limits;
+    limits.multiprocessors = device.multiprocessors;
+    limits.shared_bytes = static_cast<std::size_t>(device.shared_bytes);
+    limits.clusters = device.clusters;
+    limits.table_bytes = static_cast<std::size_t>(BookOf<Config, Tokens>::bytes(w.format.b));
+    limits.tokens = Tokens;
+    limits.warps = Config::kThreads / 32;
+    return plan_gather(w.layout, limits, tuning);
+  }
+
+  [[nodiscard]] static bool serves(const DevicePackedView& w, const Device& device) {
+    return match(w, device, [](auto) {});
+  }
+  /// Up to how many tokens this is the fastest regime for a matrix it serves.
+  [[nodiscard]] static std::int64_t most_tokens(const DevicePackedView& w, const Device& device) {
+    std::int64_t out = 0;
+    static_cast<void>(match(w, device, [&](auto c) { out = c.kMostTokens; }));
+    return out;
+  }
+
+  template <class X, class Y>
+  [[nodiscard]] static std::size_t workspace_bytes(const GemmProblem<X, Y>& p, const Device& device) {
+    const DevicePackedView& w = p.weights;
+    std::size_t bytes = 0;
+    static_cast<void>(match(w, device, [&](auto c) {
+      using Config = decltype(c);
+      bytes = plan<Config, 1>(w, device, p.tuning).workspace_bytes(w.layout, 1);
+      if constexpr (Config::kPassTokens >= 2) {
+        const std::size_t two = plan<Config, 2>(w, device, p.tuning).workspace_bytes(w.layout, 2);
+        bytes = p.x.rows >= 2 && two > bytes ? two : bytes;
+      }
+    }));
+    return bytes;
+  }
+
+  template <class X, class Y>
+  [[nodiscard]] static Status run(const GemmProblem<X, Y>& p, const Device& device, void* workspace,
+                                  cudaStream_t stream) {
+    const DevicePackedView& w = p.weights;
+    GatherArgs args;
+    const auto* const base = reinterpret_cast<const unsigned char*>(w.data);
+    args.tiles = base + w.layout.tiles_at;
+    args.codebooks = reinterpret_cast<const std::uint16_t*>(base + w.layout.codebooks_at);
+    args.x_stride = p.x.stride;
+    args.cols = static_cast<int>(w.cols);
+    args.row_tiles = static_cast<int>(w.layout.row_tiles);
+    args.granules = static_cast<int>(w.layout.granules);
+    args.tile_bytes = w.layout.tile_bytes;
+    args.scale_steps = w.layout.scale_steps;
+    args.v = w.format.v;
+    args.code_bits = w.format.b;
+    args.x_type = ScalarOf<X>::kType;
+    const Output out = output_of(p);
+    Status status;
+    static_cast<void>(match(w, device, [&](auto c) {
+      using Config = decltype(c);
+      std::int64_t token = 0;
+      while (token < p.x.rows && status.ok()) {
+        args.x = reinterpret_cast<const std::uint16_t*>(p.x.row(token));
+        args.out = from_token<Y>(out, token);
+        if constexpr (Config::kPassTokens >= 2) {
+          if (p.x.rows - token >= 2) {
+            static_cast<void>(status = launch_pass<Config, 2>(args, p, device, workspace, stream));
+            token += 2;
+            continue;
+          }
+        }
+        static_cast<void>(status = launch_pass<Config, 1>(args, p, device, workspace, stream));
+        ++token;
+      }
+    }));
+    return status;
+  }
+
+ private:
+  template <class Config, int Tokens, class Problem>
+  [[nodiscard]] static Status launch_pass(GatherArgs args, const Problem& p, const Device& device,
+                                          void* workspace, cudaStream_t stream) {
+    const GatherPlan plan = GatherRegime::plan<Config, Tokens>(p.weights, device, p.tuning);
+    args.granules_per_block = plan.granules_per_block;
+    args.tiles_per_block = plan.tiles_per_block;
+    args.warps_per_owner = (Config::kThreads / 32 + plan.splits - 1) / plan.splits;
+    args.splits_inverse =
+        (65536U + static_cast<unsigned>(plan.splits) - 1U) / static_cast<unsigned>(plan.splits);
+    args.rounds_ahead = p.tuning.rounds_ahead;
+    args.counters = static_cast<unsigned*>(workspace);
+    args.partials = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + kCounterBytes);
+    LaunchShape shape;
+    shape.grid = dim3(static_cast<unsigned>(plan.splits), static_cast<unsigned>(plan.chunks),
+                      static_cast<unsigned>(plan.groups));
+    shape.threads = Config::kThreads;
+    shape.shared_bytes = plan.shared_bytes;
+    shape.cluster = plan.cluster ? static_cast<unsigned>(plan.splits) : 0;
+    shape.overlap = p.overlap && device.arch >= 90;
+    return plan.cluster ? launch(gather_kernel<Config, Tokens, true>, shape, args, stream)
+                        : launch(gather_kernel<Config, Tokens, false>, shape, args, stream);
+  }
+};
+
+}  // namespace codegemm::cuda::detail
