@@ -36,7 +36,8 @@ template <class Configs = DefaultConfigs, class X, class Y>
   const bool mma = may(Regime::kFusedMma) && FusedMma::serves(w, device);
   const bool wgmma = may(Regime::kFusedWgmma) && FusedWgmma::serves(p, device);
   if (gather && p.x.rows <= Gather::most_tokens(w, device)) return Regime::kGather;
-  if (wgmma && (!mma || p.x.rows > kMostMmaTokens)) return Regime::kFusedWgmma;
+  const std::int64_t most_mma = w.rows * w.cols <= kSmallWeights ? kMostMmaTokensSmall : kMostMmaTokens;
+  if (wgmma && (!mma || p.x.rows > most_mma)) return Regime::kFusedWgmma;
   if (mma) return Regime::kFusedMma;
   return gather ? Regime::kGather : Regime::kAuto;
 }

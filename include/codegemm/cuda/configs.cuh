@@ -15,6 +15,8 @@
 //   kMostTokens         up to how many tokens this is the fastest regime
 #pragma once
 
+#include <cstdint>
+
 #include <codegemm/base/config_list.hpp>
 
 namespace codegemm::cuda {
@@ -57,12 +59,22 @@ struct FusedWide {
   static constexpr int kVecLen = V, kCodebooks = 1, kCodeBytes = 2, kSets = Sets, kScaleSteps = 0;
 };
 
-/// Best first.
+/// Best first; the formats of the paper, and AQLM's with codes of 16 bits.
 using FusedConfigs =
     config_list<Fused<4, 1, 3>, Fused<8, 2, 3>, Fused<4, 1, 0>, Fused<8, 2, 0>, FusedWide<8, 2>>;
 
-/// Up to how many tokens mma.sync is faster than wgmma.
+/// The rest of what a lane of packed weights can be with b <= 8: a program whose formats are among them puts
+/// these into its list.
+using MoreFusedConfigs =
+    config_list<Fused<2, 1, 0>, Fused<2, 2, 0>, Fused<4, 2, 0>, Fused<4, 3, 0, 3>, Fused<4, 4, 0>,
+                Fused<8, 1, 0, 2>, Fused<8, 3, 0, 3>, Fused<8, 4, 0>, Fused<16, 1, 0, 1>, Fused<16, 2, 0, 2>,
+                Fused<16, 3, 0, 3>, Fused<16, 4, 0>>;
+
+/// Up to how many tokens mma.sync is faster than wgmma, for matrices of at most kSmallWeights weights and for
+/// larger ones.
+inline constexpr int kMostMmaTokensSmall = 32;
 inline constexpr int kMostMmaTokens = 16;
+inline constexpr std::int64_t kSmallWeights = std::int64_t{6144} * 4096;
 
 /// What gemm.cuh dispatches over. A program that needs few formats passes a struct with shorter lists.
 struct DefaultConfigs {

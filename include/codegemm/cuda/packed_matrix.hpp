@@ -79,9 +79,11 @@ struct PackOptions {
     return sets % f.m == 0 && (one_scale || f.g % (sets / f.m * f.v) == 0);
   };
   // More columns a lane: fewer sums over lanes for a product. Four bytes a row is what a multiprocessor's
-  // shared memory holds the Psumbooks of, and what one load of the tensor-core kernels brings.
+  // shared memory holds the Psumbooks of, and what one load of the tensor-core kernels brings; 16 weights are
+  // what their threads hold activations for.
+  const auto good = [&](int sets) { return fits(sets) && sets / f.m * f.v <= 16; };
   const int most = 4 / out.code_bytes;
-  out.sets = fits(most) ? most : fits(2) ? 2 : f.m;
+  out.sets = good(most) ? most : good(2) ? 2 : f.m;
   if (options.sets != 0) {
     if (options.sets < 0 || options.sets > 4 || !fits(options.sets)) {
       return error(StatusCode::kInvalidArgument, "cuda pack: ", options.sets, " columns a lane do not fit ",

@@ -52,6 +52,7 @@ struct FusedWgmmaShape {
   static constexpr int kSlabSpan = 16 * kLaneSpan;
   static constexpr int kStageBytes = TokenTile * 128;  // 64 k of x
   static constexpr int kMaxStages = 8;
+  static constexpr int kBarrierBytes = 4 * kMaxStages * 8;
   static constexpr int kCodeBytes = 16 * 16 * kRowBytes;  // of a slab of a row tile
   // A warp's sums on their way out, [16 tokens][16 rows]: a stride at which a fragment's store hits every bank once.
   static constexpr int kScratchStride = 20;
@@ -74,6 +75,7 @@ struct FusedWgmmaShape {
 namespace detail {
 
 // The fragment of 16 rows x 16 k that a warp multiplies in a step: rows r and r + 8, k 2 q, 2 q + 1 and 8 more.
+// lookup() fetches what finish() then makes the weights of.
 template <class Config, PairType Type>
 struct WgmmaFragments {
   using Table = CentroidTable<Config::kVecLen, Config::kCodebooks>;
@@ -86,6 +88,11 @@ struct WgmmaFragments {
   static_assert(kLaneSpan == 4 || kLaneSpan == 8 || kLaneSpan == 16 || kLaneSpan == 32,
                 "codegemm: a lane of a Config must own 4, 8, 16 or 32 columns");
 
+  struct Pairs {
+    unsigned values[4][kCodebooks];  // [half * 2 + row][codebook]
+    unsigned scales[2][2];           // [half][row], each twice
+  };
+
   const char* table = nullptr;
   const std::uint16_t* codebooks = nullptr;
   int bits = 0;
@@ -95,6 +102,54 @@ struct WgmmaFragments {
   unsigned lane_bytes = 0;
   unsigned scale_pairs[2] = {};  // of rows r and r + 8, each twice
 
+  // Step `step` of a slab, known when compiling. `codes` and `scales` are the row tile's.
+  __device__ __forceinline__ void lookup(const char* codes, const char* scales, int step, Pairs& out) {
+    unsigned rows[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int k = 16 * step + 8 * half + 2 * q;
+      const int owner = kLaneSpan >= 16  ? 16 * step / kLaneSpan
+                        : kLaneSpan == 8 ? 2 * step + half
+                                         : 4 * step + 2 * half + q / 2;
+      if (kLaneSpan < 16 || half == 0) {
+        load_rows(codes, owner, rows);
+        const int group = 1 << Config::kScaleSteps % 5;
+        const bool goes_on =
+            kFixedScale && kLaneSpan >= 8 && (16 * step + 8 * half) % (kLaneSpan * group) != 0;
+        if (!kRowScale && !goes_on) load_scales(scales, owner);
+      }
+      const int vector = k % kLaneSpan / V;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        out.scales[half][e] = scale_pairs[e];
+#pragma unroll
+        for (int c = 0; c < kCodebooks; ++c) out.values[half * 2 + e][c] = pair(rows[e], vector, c, half);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void finish(const Pairs& pairs, unsigned (&a)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const unsigned scale = pairs.scales[i / 2][i % 2];
+      if constexpr (Type == PairType::kHalf) {
+        unsigned sum = pairs.values[i][0];
+#pragma unroll
+        for (int c = 1; c < kCodebooks; ++c) sum = add_pairs(sum, pairs.values[i][c]);
+        a[i] = kRowScale ? sum : scale_pair(sum, *reinterpret_cast<const __half2*>(&scale));
+      } else {
+        float2 sum = unpack_pair(pairs.values[i][0]);
+#pragma unroll
+        for (int c = 1; c < kCodebooks; ++c) {
+          const float2 more = unpack_pair(pairs.values[i][c]);
+          sum.x += more.x, sum.y += more.y;
+        }
+        a[i] = scale_pair_bf16(sum, kRowScale ? 1.0F : unpack_pair(scale).x);
+      }
+    }
+  }
+
+ private:
   // Bytes of a row's codes in packed lane `owner` of the slab.
   __device__ __forceinline__ void load_rows(const char* codes, int owner, unsigned (&rows)[2]) const {
     const char* const stream = codes + owner * (16 * kRowBytes);
@@ -119,44 +174,19 @@ struct WgmmaFragments {
     rows[1] = swapped ? words[0] : words[1];
   }
 
+  // Without a branch, which would keep the compiler from running products at the same time: a tile without scales
+  // has other data at this place, which is not used.
   __device__ __forceinline__ void load_scales(const char* scales, int owner) {
-    if constexpr (!kRowScale) {
-      const int log2_lanes = kFixedScale ? Config::kScaleSteps : steps;
-      const int group = owner >> log2_lanes << log2_lanes;
-      const auto* const of_tile = reinterpret_cast<const unsigned short*>(scales);
+    const int log2_lanes = kFixedScale ? Config::kScaleSteps : min(steps, 4);
+    const int group = owner >> log2_lanes << log2_lanes;
+    const auto* const of_tile = reinterpret_cast<const unsigned short*>(scales);
 #pragma unroll
-      for (int e = 0; e < 2; ++e)
-        scale_pairs[e] = of_tile[scale_offset(log2_lanes, group, r + 8 * e)] * 0x10001U;
+    for (int e = 0; e < 2; ++e) {
+      const unsigned both = of_tile[scale_offset(log2_lanes, group, r + 8 * e)] * 0x10001U;
+      scale_pairs[e] = kFixedScale || steps < 5 ? both : 0x3C003C00U;  // 1
     }
   }
 
-  // Step `step` of a slab, known when compiling. `codes` and `scales` are the row tile's.
-  __device__ __forceinline__ void load(const char* codes, const char* scales, int step, unsigned (&a)[4]) {
-    unsigned rows[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int k = 16 * step + 8 * half + 2 * q;
-      const int owner = kLaneSpan >= 16  ? 16 * step / kLaneSpan
-                        : kLaneSpan == 8 ? 2 * step + half
-                                         : 4 * step + 2 * half + q / 2;
-      if (kLaneSpan < 16 || half == 0) {
-        load_rows(codes, owner, rows);
-        const bool new_group = !kFixedScale ||
-                               (kLaneSpan >= 16 && 16 * step % kLaneSpan == 0 &&
-                                owner % (1 << (Config::kScaleSteps % 5)) == 0) ||
-                               (kLaneSpan == 8 && owner % (1 << (Config::kScaleSteps % 5)) == 0) ||
-                               kLaneSpan == 4;
-        if (!kRowScale && has_scales() && new_group) load_scales(scales, owner);
-      }
-      const int vector = k % kLaneSpan / V;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) a[half * 2 + e] = weights(rows[e], vector, half, e);
-    }
-  }
-
-  [[nodiscard]] __device__ __forceinline__ bool has_scales() const { return kFixedScale || steps < 5; }
-
- private:
   [[nodiscard]] __device__ __forceinline__ unsigned pair(unsigned row, int vector, int c, int half) const {
     const int p = vector * kCodebooks + c;
     if constexpr (Config::kCodeBytes == 1) {
@@ -166,25 +196,6 @@ struct WgmmaFragments {
       const unsigned code = row >> (16 * p) & 0xFFFFU;
       const std::uint16_t* const centroid = codebooks + ((static_cast<unsigned>(c) << bits) + code) * V;
       return __ldg(reinterpret_cast<const unsigned*>(centroid) + (8 * half + 2 * q) % V / 2);
-    }
-  }
-  [[nodiscard]] __device__ __forceinline__ unsigned weights(unsigned row, int vector, int half, int e) const {
-    const unsigned scale = scale_pairs[e];
-    const bool scaled = !kRowScale;
-    if constexpr (Type == PairType::kHalf) {
-      unsigned sum = pair(row, vector, 0, half);
-#pragma unroll
-      for (int c = 1; c < kCodebooks; ++c) sum = add_pairs(sum, pair(row, vector, c, half));
-      return scaled ? scale_pair(sum, *reinterpret_cast<const __half2*>(&scale)) : sum;
-    } else {
-      float2 sum = unpack_pair(pair(row, vector, 0, half));
-#pragma unroll
-      for (int c = 1; c < kCodebooks; ++c) {
-        const float2 more = unpack_pair(pair(row, vector, c, half));
-        sum.x += more.x, sum.y += more.y;
-      }
-      const float by = scaled ? unpack_pair(scale).x : 1.0F;
-      return scale_pair_bf16(sum, by);
     }
   }
 };
@@ -344,9 +355,6 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
     fragments.r = lane / 4;
     fragments.q = lane % 4;
     fragments.lane_bytes = static_cast<unsigned>(lane) * 4U % static_cast<unsigned>(Table::kPlaneBytes);
-    if constexpr (Config::kScaleSteps == 0) {
-      if (a.scale_steps == 5) fragments.scale_pairs[0] = fragments.scale_pairs[1] = 0x3C003C00U;  // 1
-    }
     const int tile_of_block = (group - 1) * 4 + warp;
     float* const scratch = reinterpret_cast<float*>(code_memory + a.code_stages * code_stage_bytes) +
                            tile_of_block * (16 * Shape::kScratchStride);
@@ -366,43 +374,67 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
     for (int i = first; i < products; i += clusters) {
       const Product p = product(i);
       int held = -1;  // the stage whose products may still run
-      unsigned weights[4][4];
-      for (int s = 0; s < p.slabs; ++s) {
+      unsigned weights[2][2][4];
+      typename detail::WgmmaFragments<Config, Type>::Pairs pairs[2];
+      const char* codes = nullptr;
+      const char* scales = nullptr;
+      const auto open_codes = [&] {
         detail::wait_for_phase(full_codes(code_stage), code_phase);
         const char* const of_stage = code_memory + code_stage * code_stage_bytes;
-        const char* const codes = of_stage + tile_of_block * Shape::kCodeBytes;
-        const char* const scales = of_stage + kRowTiles * Shape::kCodeBytes + tile_of_block * scale_bytes;
-#pragma unroll
-        for (int of_slab = 0; of_slab < kStagesOfSlab; ++of_slab) {
-          const std::uint64_t tokens =
-              detail::describe_tokens(x_at + static_cast<unsigned>(stage * Shape::kStageBytes));
-#pragma unroll
-          for (int pair = 0; pair < 2; ++pair) {
-            detail::wgmma_wait<1>();
-            if (pair == 1 && held >= 0) release_x(held);
-#pragma unroll
-            for (int step = 2 * pair; step < 2 * pair + 2; ++step)
-              fragments.load(codes, scales, of_slab * 4 + step, weights[step]);
-            if (pair == 0) detail::wait_for_phase(full_x(stage), phase);
-            detail::wgmma_fence();
-#pragma unroll
-            for (int step = 2 * pair; step < 2 * pair + 2; ++step) {
-              detail::wgmma_pairs<Type>(d, weights[step], tokens + static_cast<std::uint64_t>(step * 2),
-                                        s > 0 || of_slab > 0 || step > 0);
-            }
-            detail::wgmma_commit();
-          }
-          held = stage;
-          if (++stage == a.x_stages) {
-            stage = 0;
-            phase ^= 1U;
-          }
-        }
-        detail::sync_warpgroup(group);  // it has read the codes
+        codes = of_stage + tile_of_block * Shape::kCodeBytes;
+        scales = of_stage + kRowTiles * Shape::kCodeBytes + tile_of_block * scale_bytes;
+      };
+      const auto close_codes = [&] {
+        detail::sync_warpgroup(group);  // it has read them
         if (leader) detail::arrive(empty_codes(code_stage));
         if (++code_stage == a.code_stages) {
           code_stage = 0;
           code_phase ^= 1U;
+        }
+      };
+      constexpr int kPairs = 2 * kStagesOfSlab;  // of steps, of a slab
+      open_codes();
+      fragments.lookup(codes, scales, 0, pairs[0]);
+      fragments.lookup(codes, scales, 1, pairs[1]);
+      for (int s = 0; s < p.slabs; ++s) {
+        std::uint64_t tokens = 0;
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+          detail::wgmma_wait<1>();  // the weights of the pair before the last are free
+          if (pair % 2 == 1 && held >= 0) release_x(held);
+#pragma unroll
+          for (int step = 0; step < 2; ++step) fragments.finish(pairs[step], weights[pair % 2][step]);
+          if (pair % 2 == 0) {
+            detail::wait_for_phase(full_x(stage), phase);
+            tokens = detail::describe_tokens(x_at + static_cast<unsigned>(stage * Shape::kStageBytes));
+          }
+          detail::wgmma_fence();
+#pragma unroll
+          for (int step = 0; step < 2; ++step) {
+            detail::wgmma_pairs<Type>(d, weights[pair % 2][step],
+                                      tokens + static_cast<std::uint64_t>((pair % 2 * 2 + step) * 2),
+                                      s > 0 || pair > 0 || step > 0);
+          }
+          detail::wgmma_commit();
+          if (pair % 2 == 1) {
+            held = stage;
+            if (++stage == a.x_stages) {
+              stage = 0;
+              phase ^= 1U;
+            }
+          }
+          // The next pair's weights are looked up while this one's products run.
+          if (pair + 1 < kPairs) {
+            fragments.lookup(codes, scales, (pair + 1) * 2, pairs[0]);
+            fragments.lookup(codes, scales, (pair + 1) * 2 + 1, pairs[1]);
+          } else {
+            close_codes();
+            if (s + 1 < p.slabs) {
+              open_codes();
+              fragments.lookup(codes, scales, 0, pairs[0]);
+              fragments.lookup(codes, scales, 1, pairs[1]);
+            }
+          }
         }
       }
       detail::wgmma_wait<0>();

@@ -61,8 +61,10 @@ struct FusedMmaRegime {
     Status status;
     static_cast<void>(match(p.weights, device, [&](auto c) {
       using Config = decltype(c);
+      // Large tables leave no room for the sums of 16 tokens.
+      const int most = plan<Config, 16>(p.weights, device, p.tuning).splits > 0 ? 16 : 8;
       for (std::int64_t token = 0; token < p.x.rows && status.ok();) {
-        const auto tokens = static_cast<int>(std::min<std::int64_t>(p.x.rows - token, 16));
+        const auto tokens = static_cast<int>(std::min<std::int64_t>(p.x.rows - token, most));
         static_cast<void>(status = tokens <= 8 ? launch_pass<Config, 8>(p, token, tokens, device, stream)
                                                : launch_pass<Config, 16>(p, token, tokens, device, stream));
         token += tokens;

@@ -55,7 +55,7 @@ struct FusedWgmmaRegime {
     limits.shared_bytes = static_cast<std::size_t>(device.shared_bytes);
     limits.table_bytes = static_cast<std::size_t>(Shape::table_bytes(w.format.b));
     limits.code_stage_bytes = static_cast<std::size_t>(Shape::code_stage_bytes(w.layout.scale_steps));
-    limits.other_bytes = 4 * Shape::kMaxStages * 8 + Shape::kScratchBytes;
+    limits.other_bytes = Shape::kScratchBytes + Shape::kBarrierBytes;
     limits.max_stages = Shape::kMaxStages;
     limits.lane_span = Shape::kLaneSpan;
     limits.codebooks = Config::kCodebooks;

@@ -75,6 +75,9 @@ struct FusedWgmmaLimits {
           splits == 1 ? 0
                       : static_cast<std::size_t>(splits * tokens * l.row_tiles * kTileRows) * sizeof(float);
       if (partials > kMaxPartialBytes) continue;
+      if (splits > 1 &&
+          token_blocks * row_blocks * 2 > static_cast<std::int64_t>(kCounterBytes / sizeof(unsigned)))
+        continue;
       const std::int64_t products = token_blocks * row_blocks * splits;
       if (products > (std::int64_t{1} << 30)) continue;
       const double steps = static_cast<double>(slabs_per_split * limits.lane_span);  // of 16 k

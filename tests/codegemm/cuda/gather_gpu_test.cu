@@ -1,102 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/codegemm/cuda/gemm_gpu_test.cu - the GPU product for few tokens against the double reference.
-#include <codegemm/gemm.cuh>
-
+// tests/codegemm/cuda/gather_gpu_test.cu - the GPU product by gathering from Psumbooks.
 #include <vector>
 
-#include "gpu.cuh"
+#include "check_gemm.cuh"
 
 namespace codegemm::test {
 namespace {
 
-struct Case {
-  Format format;
-  std::int64_t rows;
-  std::int64_t cols;
-  std::int64_t tokens;
-  bool bias = false;
-  std::int64_t pad = 0;  // extra stride of x and y
-  cuda::GemmTuning tuning = {};
-  int sets = 0;
+struct Configs {
+  using Gather = cuda::GatherConfigs;
+  using Fused = config_list<>;
 };
 
-constexpr cuda::Regime kRegimes[] = {cuda::Regime::kGather, cuda::Regime::kFusedMma,
-                                     cuda::Regime::kFusedWgmma};
-
-// Runs a case twice in every regime that serves it: the same bits, the right numbers, every output written and
-// nothing beside them. Returns how many regimes did.
 template <class X, class Y>
 int check(const Case& c, const cuda::Device& device, std::uint64_t seed) {
-  CAPTURE(format_name(c.format), c.rows, c.cols, c.tokens, c.bias, c.pad, c.tuning.cluster, c.sets, seed);
-  CAPTURE(c.tuning.splits, c.tuning.rounds_ahead);
-  Rng rng(seed);
-  DeviceWeights w(random_matrix(c.format, c.rows, c.cols, rng), {c.sets});
-  const std::int64_t x_stride = c.cols + c.pad;
-  const std::int64_t y_stride = c.rows + c.pad;
-  const auto x = random_vector<X>(static_cast<std::size_t>(c.tokens * x_stride), rng);
-  const auto bias = random_vector<Y>(static_cast<std::size_t>(c.rows), rng);
-  const auto residual = random_vector<Y>(static_cast<std::size_t>(c.tokens * y_stride), rng);
-  DeviceBuffer<X> x_device(x);
-  DeviceBuffer<Y> bias_device(bias);
-  DeviceBuffer<Y> residual_device(residual);
-  DeviceBuffer<Y> y(static_cast<std::size_t>(c.tokens * y_stride));
-  Reference want = reference_of(w.matrix, x, c.tokens, x_stride);
-  const double size_of_product = norm(want);
-  for (std::int64_t t = 0; c.bias && t < c.tokens; ++t) {
-    for (std::int64_t n = 0; n < c.rows; ++n) {
-      const double b = static_cast<double>(as_float(bias[static_cast<std::size_t>(n)]));
-      const double r = static_cast<double>(as_float(residual[static_cast<std::size_t>(t * y_stride + n)]));
-      want.y[static_cast<std::size_t>(t * c.rows + n)] += b + r;
-      want.size[static_cast<std::size_t>(t * c.rows + n)] += std::abs(b) + std::abs(r);
-    }
-  }
-
-  int served = 0;
-  for (const cuda::Regime regime : kRegimes) {
-    cuda::GemmProblem<X, Y> p;
-    p.weights = w.view();
-    p.x = MatrixView<const X>(x_device.data(), c.tokens, c.cols, x_stride);
-    p.y = MatrixView<Y>(y.data(), c.tokens, c.rows, y_stride);
-    p.bias = c.bias ? bias_device.data() : nullptr;
-    if (c.bias) p.residual = MatrixView<const Y>(residual_device.data(), c.tokens, c.rows, y_stride);
-    p.tuning = c.tuning;
-    p.tuning.regime = regime;
-    if (cuda::regime_of(p, device) != regime) continue;
-    ++served;
-    CAPTURE(static_cast<int>(regime));
-    DeviceBuffer<std::byte> workspace(cuda::workspace_bytes(p, device));
-    workspace.clear();
-    std::vector<Y> got[2];
-    for (auto& out : got) {
-      y.poison();
-      const Status status = cuda::run(p, device, workspace.data(), workspace.size(), nullptr);
-      INFO(status.message());
-      REQUIRE(status.ok());
-      REQUIRE_CUDA(cudaDeviceSynchronize());
-      out = y.download();
-    }
-    REQUIRE(y.guards_intact());
-    REQUIRE(workspace.guards_intact());
-    REQUIRE(std::memcmp(got[0].data(), got[1].data(), got[0].size() * sizeof(Y)) == 0);
-    // On tensor cores a weight may be rounded to x's type: twice where it is a sum of several centroids.
-    const double weight_rounding = regime == cuda::Regime::kGather ? 0.0 : 3.0 * rounding_of<X>();
-    CHECK(worst(want, got[0], c.tokens, c.rows, y_stride, c.cols, weight_rounding) <= 1.0);
-    const double rounding = regime == cuda::Regime::kGather ? 1e-6 : rounding_of<X>();
-    const double most = rounding * size_of_product + rounding_of<Y>() * norm(want);
-    if (c.rows * c.tokens >= 32) {
-      CHECK(relative_error(want, got[0], c.tokens, c.rows, y_stride, 1.0) <= most);
-    }
-    for (std::int64_t t = 0; t < c.tokens; ++t) {  // what lies between the rows of y stays as it was
-      for (std::int64_t i = c.rows; i < y_stride; ++i) {
-        unsigned char bytes[sizeof(Y)];
-        std::memcpy(bytes, &got[0][static_cast<std::size_t>(t * y_stride + i)], sizeof(Y));
-        for (const unsigned char byte : bytes) REQUIRE(byte == 0xFF);
-      }
-    }
-  }
-  REQUIRE(served > 0);
-  return served;
+  return check_in<Configs, X, Y>(c, device, seed);
 }
 
 // Small enough for compute-sanitizer (scripts/gpu-check).
@@ -125,29 +44,6 @@ TEST_CASE("cuda gemm: tuned formats on every edge of their tiles", "[gpu]") {
         }
       }
     }
-  }
-}
-
-TEST_CASE("cuda gemm: tensor cores on every edge of their tiles, grids and windows", "[gpu]") {
-  const cuda::Device device = gpu_or_skip();
-  std::uint64_t seed = seed_or(8000);
-  for (const Format format :
-       {Format{4, 1, 8, 128}, Format{8, 2, 8, 128}, Format{4, 1, 8, 32}, Format{8, 2, 8, 64},
-        Format{4, 1, 7, -1}, Format{8, 2, 8, 256}, Format{8, 1, 12, 128}}) {
-    for (const std::int64_t tokens : {1, 7, 8, 9, 16, 17, 33, 64, 65, 150}) {
-      check<Half, float>({format, 83, 1096, tokens, true, 1}, device, seed++);
-      check<BFloat16, float>({format, 40, 776, tokens, false, 0}, device, seed++);
-    }
-    for (const int splits : {1, 2, 3, 6}) {
-      for (const int rounds_ahead : {0, 3}) {
-        cuda::GemmTuning tuning;
-        tuning.splits = splits;
-        tuning.rounds_ahead = rounds_ahead;
-        check<Half, Half>({format, 700, 9216, 5, true, 0, tuning}, device, seed++);
-        check<Half, float>({format, 1031, 8192 + 24, 12, true, 8, tuning}, device, seed++);
-      }
-    }
-    check<Half, float>({format, 33, 40960, 16}, device, seed++);  // many windows
   }
 }
 
@@ -230,9 +126,9 @@ TEST_CASE("cuda gemm: large K and the error that the paper's kernel has", "[gpu]
     p.weights = w.view();
     p.x = MatrixView<const Half>(x_device.data(), 1, 14336);
     p.y = MatrixView<Half>(y.data(), 1, 512);
-    DeviceBuffer<std::byte> workspace(cuda::workspace_bytes(p, device));
+    DeviceBuffer<std::byte> workspace(cuda::workspace_bytes<Configs>(p, device));
     workspace.clear();
-    REQUIRE(cuda::run(p, device, workspace.data(), workspace.size(), nullptr).ok());
+    REQUIRE(cuda::run<Configs>(p, device, workspace.data(), workspace.size(), nullptr).ok());
     REQUIRE_CUDA(cudaDeviceSynchronize());
     CHECK(relative_error(reference_of(w.matrix, x, 1, 14336), y.download(), 1, 512, 512) <= 5e-4);
   }
@@ -261,7 +157,7 @@ TEST_CASE("cuda gemm: captured in a graph and replayed with other inputs, in a c
     b.tuning.cluster = cluster;
     // One workspace serves both: calls of one stream follow one another.
     DeviceBuffer<std::byte> workspace(
-        std::max(cuda::workspace_bytes(a, device), cuda::workspace_bytes(b, device)));
+        std::max(cuda::workspace_bytes<Configs>(a, device), cuda::workspace_bytes<Configs>(b, device)));
     workspace.clear();
 
     cudaStream_t stream = nullptr;
@@ -269,8 +165,8 @@ TEST_CASE("cuda gemm: captured in a graph and replayed with other inputs, in a c
     cudaGraphExec_t replay = nullptr;
     REQUIRE_CUDA(cudaStreamCreate(&stream));
     REQUIRE_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-    REQUIRE(cuda::run(a, device, workspace.data(), workspace.size(), stream).ok());
-    REQUIRE(cuda::run(b, device, workspace.data(), workspace.size(), stream).ok());
+    REQUIRE(cuda::run<Configs>(a, device, workspace.data(), workspace.size(), stream).ok());
+    REQUIRE(cuda::run<Configs>(b, device, workspace.data(), workspace.size(), stream).ok());
     REQUIRE_CUDA(cudaStreamEndCapture(stream, &graph));
     REQUIRE_CUDA(cudaGraphInstantiate(&replay, graph, 0));
     for (int i = 0; i < 20; ++i) {
@@ -313,14 +209,16 @@ TEST_CASE("cuda gemm: two streams with two workspaces at once", "[gpu]") {
     problems[i].y = MatrixView<float>(y.back()->data(), 1, 1500);
     problems[i].tuning = tuning;
     workspaces.push_back(
-        std::make_unique<DeviceBuffer<std::byte>>(cuda::workspace_bytes(problems[i], device)));
+        std::make_unique<DeviceBuffer<std::byte>>(cuda::workspace_bytes<Configs>(problems[i], device)));
     REQUIRE(workspaces.back()->size() > 0);
     workspaces.back()->clear();
   }
   REQUIRE_CUDA(cudaDeviceSynchronize());
   for (int round = 0; round < 50; ++round) {
     for (std::size_t i = 0; i < 2; ++i) {
-      REQUIRE(cuda::run(problems[i], device, workspaces[i]->data(), workspaces[i]->size(), streams[i]).ok());
+      REQUIRE(
+          cuda::run<Configs>(problems[i], device, workspaces[i]->data(), workspaces[i]->size(), streams[i])
+              .ok());
     }
   }
   REQUIRE_CUDA(cudaDeviceSynchronize());
@@ -342,9 +240,9 @@ TEST_CASE("cuda gemm: zeros, extremes, infinity and NaN", "[gpu]") {
     p.weights = w.view();
     p.x = MatrixView<const BFloat16>(x_device.data(), 1, 512);
     p.y = MatrixView<float>(y.data(), 1, 40);
-    DeviceBuffer<std::byte> workspace(cuda::workspace_bytes(p, device));
+    DeviceBuffer<std::byte> workspace(cuda::workspace_bytes<Configs>(p, device));
     workspace.clear();
-    REQUIRE(cuda::run(p, device, workspace.data(), workspace.size(), nullptr).ok());
+    REQUIRE(cuda::run<Configs>(p, device, workspace.data(), workspace.size(), nullptr).ok());
     REQUIRE_CUDA(cudaDeviceSynchronize());
     return y.download();
   };

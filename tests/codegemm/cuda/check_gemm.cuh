@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// tests/codegemm/cuda/check_gemm.cuh - one product in every regime of a set of configurations, against the double
+// reference.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include <codegemm/gemm.cuh>
+
+#include "gpu.cuh"
+
+namespace codegemm::test {
+
+struct Case {
+  Format format;
+  std::int64_t rows;
+  std::int64_t cols;
+  std::int64_t tokens;
+  bool bias = false;
+  std::int64_t pad = 0;  // extra stride of x and y
+  cuda::GemmTuning tuning = {};
+  int sets = 0;
+};
+
+constexpr cuda::Regime kRegimes[] = {cuda::Regime::kGather, cuda::Regime::kFusedMma,
+                                     cuda::Regime::kFusedWgmma};
+
+// Runs a case twice in every regime that serves it: the same bits, the right numbers, every output written and
+// nothing beside them. Returns how many regimes did.
+template <class Configs, class X, class Y>
+int check_in(const Case& c, const cuda::Device& device, std::uint64_t seed) {
+  CAPTURE(format_name(c.format), c.rows, c.cols, c.tokens, c.bias, c.pad, c.tuning.cluster, c.sets, seed);
+  CAPTURE(c.tuning.splits, c.tuning.rounds_ahead);
+  Rng rng(seed);
+  DeviceWeights w(random_matrix(c.format, c.rows, c.cols, rng), {c.sets});
+  const std::int64_t x_stride = c.cols + c.pad;
+  const std::int64_t y_stride = c.rows + c.pad;
+  const auto x = random_vector<X>(static_cast<std::size_t>(c.tokens * x_stride), rng);
+  const auto bias = random_vector<Y>(static_cast<std::size_t>(c.rows), rng);
+  const auto residual = random_vector<Y>(static_cast<std::size_t>(c.tokens * y_stride), rng);
+  DeviceBuffer<X> x_device(x);
+  DeviceBuffer<Y> bias_device(bias);
+  DeviceBuffer<Y> residual_device(residual);
+  DeviceBuffer<Y> y(static_cast<std::size_t>(c.tokens * y_stride));
+  Reference want = reference_of(w.matrix, x, c.tokens, x_stride);
+  const double size_of_product = norm(want);
+  for (std::int64_t t = 0; c.bias && t < c.tokens; ++t) {
+    for (std::int64_t n = 0; n < c.rows; ++n) {
+      const double b = static_cast<double>(as_float(bias[static_cast<std::size_t>(n)]));
+      const double r = static_cast<double>(as_float(residual[static_cast<std::size_t>(t * y_stride + n)]));
+      want.y[static_cast<std::size_t>(t * c.rows + n)] += b + r;
+      want.size[static_cast<std::size_t>(t * c.rows + n)] += std::abs(b) + std::abs(r);
+    }
+  }
+
+  int served = 0;
+  for (const cuda::Regime regime : kRegimes) {
+    cuda::GemmProblem<X, Y> p;
+    p.weights = w.view();
+    p.x = MatrixView<const X>(x_device.data(), c.tokens, c.cols, x_stride);
+    p.y = MatrixView<Y>(y.data(), c.tokens, c.rows, y_stride);
+    p.bias = c.bias ? bias_device.data() : nullptr;
+    if (c.bias) p.residual = MatrixView<const Y>(residual_device.data(), c.tokens, c.rows, y_stride);
+    p.tuning = c.tuning;
+    p.tuning.regime = regime;
+    if (cuda::regime_of<Configs>(p, device) != regime) continue;
+    ++served;
+    CAPTURE(static_cast<int>(regime));
+    DeviceBuffer<std::byte> workspace(cuda::workspace_bytes<Configs>(p, device));
+    workspace.clear();
+    std::vector<Y> got[2];
+    for (auto& out : got) {
+      y.poison();
+      const Status status = cuda::run<Configs>(p, device, workspace.data(), workspace.size(), nullptr);
+      INFO(status.message());
+      REQUIRE(status.ok());
+      REQUIRE_CUDA(cudaDeviceSynchronize());
+      out = y.download();
+    }
+    REQUIRE(y.guards_intact());
+    REQUIRE(workspace.guards_intact());
+    REQUIRE(std::memcmp(got[0].data(), got[1].data(), got[0].size() * sizeof(Y)) == 0);
+    // On tensor cores a weight may be rounded to x's type: twice where it is a sum of several centroids.
+    const double weight_rounding = regime == cuda::Regime::kGather ? 0.0 : 3.0 * rounding_of<X>();
+    CHECK(worst(want, got[0], c.tokens, c.rows, y_stride, c.cols, weight_rounding) <= 1.0);
+    const double rounding = regime == cuda::Regime::kGather ? 1e-6 : rounding_of<X>();
+    const double most = rounding * size_of_product + rounding_of<Y>() * norm(want);
+    if (c.rows * c.tokens >= 32) {
+      CHECK(relative_error(want, got[0], c.tokens, c.rows, y_stride, 1.0) <= most);
+    }
+    for (std::int64_t t = 0; t < c.tokens; ++t) {  // what lies between the rows of y stays as it was
+      for (std::int64_t i = c.rows; i < y_stride; ++i) {
+        unsigned char bytes[sizeof(Y)];
+        std::memcpy(bytes, &got[0][static_cast<std::size_t>(t * y_stride + i)], sizeof(Y));
+        for (const unsigned char byte : bytes) REQUIRE(byte == 0xFF);
+      }
+    }
+  }
+  REQUIRE(served > 0);
+  return served;
+}
+
+}  // namespace codegemm::test
