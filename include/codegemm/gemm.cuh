@@ -35,7 +35,9 @@ template <class Configs = DefaultConfigs, class X, class Y>
   const bool gather = may(Regime::kGather) && Gather::serves(w, device);
   const bool mma = may(Regime::kFusedMma) && FusedMma::serves(w, device);
   const bool wgmma = may(Regime::kFusedWgmma) && FusedWgmma::serves(p, device);
-  if (gather && p.x.rows <= Gather::most_tokens(w, device)) return Regime::kGather;
+  // With at most a row tile for each multiprocessor, building Psumbooks is most of the work.
+  const bool few_rows = w.layout.row_tiles <= device.multiprocessors;
+  if (gather && !(few_rows && mma) && p.x.rows <= Gather::most_tokens(w, device)) return Regime::kGather;
   const std::int64_t most_mma = w.rows * w.cols <= kSmallWeights ? kMostMmaTokensSmall : kMostMmaTokens;
   if (wgmma && (!mma || p.x.rows > most_mma)) return Regime::kFusedWgmma;
   if (mma) return Regime::kFusedMma;
