@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // fuzz/safetensors_fuzz.cpp - any bytes as a safetensors file, as a checkpoint of ours, as a model of the
-// CodeGEMM and AQLM projects (its config.json under "config" in the file's metadata), and as a config.json. Seeds: small files made with codegemm/io/safetensors_writer.hpp, codegemm/io/checkpoint.hpp
-// and by the Python package safetensors.
+// CodeGEMM and AQLM projects (its config.json under "config" in the file's metadata), and as a config.json.
+// Seeds: small files made with codegemm/io/safetensors_writer.hpp, codegemm/io/checkpoint.hpp and by Python.
 
 #include <algorithm>
 #include <cstddef>

@@ -37,7 +37,8 @@ bool same_weights(const QuantizedMatrix& a, const QuantizedMatrix& b) {
   return a.rows() == b.rows() && a.cols() == b.cols();
 }
 
-/// Two layers of two modules, sorted by name as a reader finds them, an embedding and a norm, with a config that has fields of its own.
+/// Two layers of two modules, sorted by name as a reader finds them, an embedding and a norm, with a config
+/// that has fields of its own.
 struct Model {
   std::vector<QuantizedMatrix> matrices;
   std::vector<NamedMatrix> named;
