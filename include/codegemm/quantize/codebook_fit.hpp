@@ -19,10 +19,10 @@
 namespace codegemm::detail {
 
 /// The loss is quadratic in all m * 2^b * v centroid values P: with D the linear map that decodes P into rows
-/// (codes and scales fixed), it is tr((W - D P) H (W - D P)^T). Conjugate gradients solve its normal equations
-/// without forming them (they would be (m 2^b v)^2 numbers), each step one product with H. The preconditioner
-/// is the v x v block of each centroid. Sums over rows go through fixed parts, so that they do not depend on
-/// the workers.
+/// (codes and scales fixed), it is tr((W - D P) H (W - D P)^T). Conjugate gradients solve its normal
+/// equations without forming them (they would be (m 2^b v)^2 numbers), each step one product with H. The
+/// preconditioner is the v x v block of each centroid. Sums over rows go through fixed parts, so that they do
+/// not depend on the workers.
 class CodebookFit {
  public:
   CodebookFit(AdditiveState& state, Executor& executor)
