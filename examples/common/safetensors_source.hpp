@@ -19,6 +19,43 @@
 
 namespace prefillshare::examples {
 
+namespace detail {
+
+/// kUnsupported for more than two dimensions.
+[[nodiscard]] inline Result<TensorInfo> safetensors_info(const codegemm::SafetensorsFolder::Entry& entry) {
+  const codegemm::SafetensorsTensor& tensor = *entry.tensor;
+  const std::vector<std::int64_t>& shape = tensor.shape;
+  if (shape.size() > 2) {
+    return error(StatusCode::kUnsupported, entry.file->name(), ": tensor ", codegemm::quoted(tensor.name),
+                 " has shape ", codegemm::shape_text(shape), ", only vectors and matrices are read");
+  }
+  TensorInfo out{1, 1, std::string(codegemm::to_string(tensor.dtype))};
+  if (!shape.empty()) out.cols = shape.back();
+  if (shape.size() == 2) out.rows = shape.front();
+  return out;
+}
+
+/// Rows that are there, as fp32. kUnsupported for integers.
+[[nodiscard]] inline Status read_safetensors_rows(const codegemm::SafetensorsFolder::Entry& entry,
+                                                  const TensorInfo& shape, std::int64_t first,
+                                                  std::int64_t count, float* out) {
+  const codegemm::SafetensorsTensor& tensor = *entry.tensor;
+  const auto row_bytes = static_cast<std::uint64_t>(shape.cols) * codegemm::item_size(tensor.dtype);
+  const std::byte* from = tensor.data.data() + static_cast<std::uint64_t>(first) * row_bytes;
+  const std::int64_t values = count * shape.cols;
+  switch (tensor.dtype) {
+    case codegemm::Dtype::kF64: convert<double>(from, values, out); return {};
+    case codegemm::Dtype::kF32: convert<float>(from, values, out); return {};
+    case codegemm::Dtype::kF16: convert<codegemm::Half>(from, values, out); return {};
+    case codegemm::Dtype::kBF16: convert<codegemm::BFloat16>(from, values, out); return {};
+    default:
+      return error(StatusCode::kUnsupported, entry.file->name(), ": tensor ", codegemm::quoted(tensor.name),
+                   " has dtype ", shape.type, ", converted to fp32 are F64, F32, F16, BF16");
+  }
+}
+
+}  // namespace detail
+
 /// Reads config.json and model.safetensors, or the shards that model.safetensors.index.json names, of one
 /// folder.
 class SafetensorsSource final : public TensorSource {
@@ -46,17 +83,7 @@ class SafetensorsSource final : public TensorSource {
   [[nodiscard]] bool contains(std::string_view name) const override { return folder_.find(name) != nullptr; }
   [[nodiscard]] Result<TensorInfo> info(std::string_view name) const override {
     const codegemm::SafetensorsFolder::Entry* entry = folder_.find(name);
-    if (entry == nullptr) return no_tensor(name);
-    const codegemm::SafetensorsTensor& tensor = *entry->tensor;
-    const std::vector<std::int64_t>& shape = tensor.shape;
-    if (shape.size() > 2) {
-      return error(StatusCode::kUnsupported, entry->file->name(), ": tensor ", codegemm::quoted(name),
-                   " has shape ", codegemm::shape_text(shape), ", only vectors and matrices are read");
-    }
-    TensorInfo out{1, 1, std::string(codegemm::to_string(tensor.dtype))};
-    if (!shape.empty()) out.cols = shape.back();
-    if (shape.size() == 2) out.rows = shape.front();
-    return out;
+    return entry == nullptr ? no_tensor(name) : detail::safetensors_info(*entry);
   }
 
   [[nodiscard]] Status read_rows(std::string_view name, std::int64_t first, std::int64_t count,
@@ -64,19 +91,7 @@ class SafetensorsSource final : public TensorSource {
     const Result<TensorInfo> shape = info(name);
     if (!shape.ok()) return shape.status();
     if (Status status = check_rows(name, *shape, first, count); !status.ok()) return status;
-    const codegemm::SafetensorsFolder::Entry& entry = *folder_.find(name);
-    const auto row_bytes = static_cast<std::uint64_t>(shape->cols) * codegemm::item_size(entry.tensor->dtype);
-    const std::byte* from = entry.tensor->data.data() + static_cast<std::uint64_t>(first) * row_bytes;
-    const std::int64_t values = count * shape->cols;
-    switch (entry.tensor->dtype) {
-      case codegemm::Dtype::kF64: detail::convert<double>(from, values, out); return {};
-      case codegemm::Dtype::kF32: detail::convert<float>(from, values, out); return {};
-      case codegemm::Dtype::kF16: detail::convert<codegemm::Half>(from, values, out); return {};
-      case codegemm::Dtype::kBF16: detail::convert<codegemm::BFloat16>(from, values, out); return {};
-      default:
-        return error(StatusCode::kUnsupported, entry.file->name(), ": tensor ", codegemm::quoted(name),
-                     " has dtype ", shape->type, ", converted to fp32 are F64, F32, F16, BF16");
-    }
+    return detail::read_safetensors_rows(*folder_.find(name), *shape, first, count, out);
   }
 
  private:

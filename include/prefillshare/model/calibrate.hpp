@@ -76,9 +76,9 @@ concept LayerReplacer = requires(R& replacer, const std::string& name, const Den
 };
 
 /// The residual stream of all calibration sequences between two blocks of a model. Blocks are replaced one
-/// after the other; within a block q, k and v come first, then o, then gate and up, then down, each seeing the
-/// inputs that the ones before, as replaced, give it. Bit-identical for any number of workers, and whether
-/// replacements were found or made.
+/// after the other; within a block q, k and v come first, then o, then gate and up, then down, each seeing
+/// the inputs that the ones before, as replaced, give it. Bit-identical for any number of workers, and
+/// whether replacements were found or made.
 class CalibrationRun {
  public:
   /// Sequences of up to context_length tokens, none empty. kInvalidArgument for tokens outside of the
