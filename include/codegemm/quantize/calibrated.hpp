@@ -36,8 +36,8 @@ struct CalibratedOptions {
   int rounds = 12;          ///< at most so many rounds of fitting and searching
   double tolerance = 0.01;  ///< rounds end once one lowers the error by less than this share
   int beam = 4;             ///< paths that the code search keeps, 1..16
-  int codebook_steps = 12;  ///< conjugate gradient steps of each codebook fit
-  double damping = 0.01;    ///< added to H's diagonal, in shares of its mean
+  int codebook_steps = 8;   ///< conjugate gradient steps of each codebook fit
+  double damping = 0.1;     ///< added to H's diagonal, in shares of its mean
   /// Called with the share done (0 to 1, an upper bound of the rounds being assumed) and the relative error
   /// so far, on the calling thread. May be empty.
   std::function<void(double share, double error)> progress;
@@ -89,13 +89,14 @@ namespace detail {
   return out;
 }
 
-/// What the inputs of each vector weigh: the mean of H's diagonal over it.
+/// What the inputs of each vector weigh when the codebooks begin: the fourth root of H's mean diagonal over it.
+/// Its full weight lets the few largest inputs take all centroids, from which the rounds do not recover.
 [[nodiscard]] inline std::vector<float> vector_importance(const DenseMatrix& gram, int v) {
   std::vector<float> out;
   for (std::int64_t k = 0; k < gram.rows(); k += v) {
     float sum = 0.0F;
     for (std::int64_t d = 0; d < v; ++d) sum += gram(k + d, k + d);
-    out.push_back(sum / static_cast<float>(v));
+    out.push_back(std::pow(sum / static_cast<float>(v), 0.25F));
   }
   return out;
 }
@@ -168,15 +169,19 @@ inline void give_matrix(const AdditiveState& s, QuantizedMatrix& to) {
   };
   tell(1);
   for (int round = 0; round < options.rounds && report.error > 0.0; ++round) {
+    fit();  // before the search: codebooks that know H make for other codes than those of k-means
     if (rebuild) search_codes(s, factor, SearchMode::kRebuild, options.beam, executor);
     search_codes(s, factor, SearchMode::kRefine, options.beam, executor);
-    fit();
     const double error = relative();
     report.rounds = round + 1;
     const bool done = !(error < report.error * (1.0 - options.tolerance));
     report.error = error;
     tell(round + 2);
     if (done) break;
+  }
+  if (report.rounds > 0) {
+    fit();
+    report.error = relative();
   }
   give_matrix(s, *made);
   if (options.progress) options.progress(1.0, report.error);
