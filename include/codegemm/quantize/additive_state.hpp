@@ -14,6 +14,7 @@
 #include <codegemm/base/executor.hpp>
 #include <codegemm/base/matrix_view.hpp>
 #include <codegemm/base/numerics.hpp>
+#include <codegemm/quantize/guarded_loop.hpp>
 #include <codegemm/quantize/nearest.hpp>
 #include <codegemm/quantized_matrix.hpp>
 
@@ -113,7 +114,7 @@ inline void residual_rows(const AdditiveState& s, const std::vector<float>& valu
 [[nodiscard]] inline double weighted_error(const AdditiveState& s, bool residual, Executor& executor) {
   const std::vector<float> values = book_values(s);
   std::vector<double> parts(static_cast<std::size_t>(row_tiles(s)));
-  parallel_for(executor, row_tiles(s), [&](std::int64_t task, int) {
+  guarded_for(executor, row_tiles(s), [&](std::int64_t task, int) {
     const std::int64_t first = task * kRowTile;
     const std::int64_t count = std::min(kRowTile, s.rows - first);
     DenseMatrix e(count, s.cols);

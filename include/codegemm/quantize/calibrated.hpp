@@ -89,8 +89,8 @@ namespace detail {
   return out;
 }
 
-/// What the inputs of each vector weigh when the codebooks begin: the fourth root of H's mean diagonal over it.
-/// Its full weight lets the few largest inputs take all centroids, from which the rounds do not recover.
+/// What the inputs of each vector weigh when the codebooks begin: the fourth root of H's mean diagonal over
+/// it. Its full weight lets the few largest inputs take all centroids, from which the rounds do not recover.
 [[nodiscard]] inline std::vector<float> vector_importance(const DenseMatrix& gram, int v) {
   std::vector<float> out;
   for (std::int64_t k = 0; k < gram.rows(); k += v) {

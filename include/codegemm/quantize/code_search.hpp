@@ -16,6 +16,7 @@
 #include <codegemm/base/executor.hpp>
 #include <codegemm/quantize/additive_state.hpp>
 #include <codegemm/quantize/beam.hpp>
+#include <codegemm/quantize/guarded_loop.hpp>
 
 namespace codegemm::detail {
 
@@ -279,7 +280,7 @@ template <int kVecLen>
 void search_codes(AdditiveState& s, const DenseMatrix& factor, SearchMode mode, int beam,
                   Executor& executor) {
   constexpr std::int64_t kRows = 32;
-  parallel_for(executor, (s.rows + kRows - 1) / kRows, [&](std::int64_t task, int) {
+  guarded_for(executor, (s.rows + kRows - 1) / kRows, [&](std::int64_t task, int) {
     TileSearch<kVecLen> tile(s, factor, mode, beam);
     tile.run(task * kRows, std::min(kRows, s.rows - task * kRows));
   });

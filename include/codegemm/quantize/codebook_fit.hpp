@@ -15,6 +15,7 @@
 
 #include <codegemm/base/executor.hpp>
 #include <codegemm/quantize/additive_state.hpp>
+#include <codegemm/quantize/guarded_loop.hpp>
 
 namespace codegemm::detail {
 
@@ -73,7 +74,7 @@ class CodebookFit {
   template <class Body>
   std::vector<float> sum_tiles(std::int64_t width, Body&& body) const {
     std::vector<double> sums(static_cast<std::size_t>(parts_ * width), 0.0);
-    parallel_for(executor_, parts_, [&](std::int64_t part, int) {
+    guarded_for(executor_, parts_, [&](std::int64_t part, int) {
       for (std::int64_t tile = first_tile(part); tile < first_tile(part + 1); ++tile) {
         const std::int64_t first = tile * kRowTile;
         body(first, std::min(kRowTile, s_.rows - first), sums.data() + part * width);

@@ -17,6 +17,7 @@
 #include <codegemm/base/executor.hpp>
 #include <codegemm/base/matrix_view.hpp>
 #include <codegemm/base/status.hpp>
+#include <codegemm/quantize/guarded_loop.hpp>
 
 namespace codegemm {
 
@@ -39,7 +40,7 @@ class GramMatrix {
     return out;
   }
 
-  /// Adds the tokens x[T][K]. kShapeMismatch.
+  /// Adds the tokens x[T][K]. kShapeMismatch; kOutOfMemory, after which the sums are of no use.
   [[nodiscard]] Status add(MatrixView<const float> x, Executor& executor) {
     if (x.cols != inputs_) {
       return error(StatusCode::kShapeMismatch, "GramMatrix of ", inputs_, " inputs: x has ", x.cols);
@@ -48,12 +49,16 @@ class GramMatrix {
     const std::int64_t tiles = (inputs_ + kTile - 1) / kTile;
     const Eigen::Map<const Dense, 0, Stride> tokens(x.data, x.rows, x.cols, Stride(x.stride));
     // The lower triangle by tiles; matrix() mirrors it.
-    parallel_for(executor, tiles, [&](std::int64_t task, int) {
-      const std::int64_t first = (tiles - 1 - task) * kTile;  // the widest first
-      const std::int64_t count = std::min(kTile, inputs_ - first);
-      Eigen::Map<Dense, 0, Stride>(sums_.data() + first * inputs_, count, first + count, Stride(inputs_))
-          .noalias() += tokens.middleCols(first, count).transpose() * tokens.leftCols(first + count);
-    });
+    try {
+      detail::guarded_for(executor, tiles, [&](std::int64_t task, int) {
+        const std::int64_t first = (tiles - 1 - task) * kTile;  // the widest first
+        const std::int64_t count = std::min(kTile, inputs_ - first);
+        Eigen::Map<Dense, 0, Stride>(sums_.data() + first * inputs_, count, first + count, Stride(inputs_))
+            .noalias() += tokens.middleCols(first, count).transpose() * tokens.leftCols(first + count);
+      });
+    } catch (const std::bad_alloc&) {
+      return error(StatusCode::kOutOfMemory, "GramMatrix: no memory to multiply ", x.rows, " x ", x.cols);
+    }
     tokens_ += x.rows;
     return {};
   }

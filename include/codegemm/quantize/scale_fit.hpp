@@ -13,6 +13,7 @@
 
 #include <codegemm/base/executor.hpp>
 #include <codegemm/quantize/additive_state.hpp>
+#include <codegemm/quantize/guarded_loop.hpp>
 
 namespace codegemm::detail {
 
@@ -21,7 +22,7 @@ namespace codegemm::detail {
 inline void fit_scales(AdditiveState& s, Executor& executor) {
   const std::vector<float> values = book_values(s);
   const std::int64_t length = s.group_length();
-  parallel_for(executor, row_tiles(s), [&](std::int64_t task, int) {
+  guarded_for(executor, row_tiles(s), [&](std::int64_t task, int) {
     const std::int64_t first = task * kRowTile;
     const std::int64_t count = std::min(kRowTile, s.rows - first);
     DenseMatrix unscaled(count, s.cols);

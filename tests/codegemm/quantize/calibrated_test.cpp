@@ -4,10 +4,12 @@
 // optimum, then the whole against k-means.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <new>
 #include <string>
 #include <utility>
 #include <vector>
@@ -417,4 +419,18 @@ TEST_CASE("what cannot be calibrated is refused with its place", "[calibrated]")
   CHECK(refusal({gram.data(), 16, 16}, options).find("damping = nan") != std::string::npos);
   w(2, 3) = std::numeric_limits<float>::quiet_NaN();
   CHECK(refusal({gram.data(), 16, 16}) == "quantize_kmeans: weight at row 2, column 3 is nan");
+}
+
+TEST_CASE("a task that runs out of memory is heard on the calling thread", "[calibrated]") {
+  for (const int workers : {1, 3}) {
+    ThreadPool pool(workers);
+    std::atomic<int> ran{0};
+    const auto body = [&](std::int64_t task, int) {
+      ++ran;
+      if (task == 5) throw std::bad_alloc();
+    };
+    CHECK_THROWS_AS(detail::guarded_for(pool, 1000, body), std::bad_alloc);
+    if (workers == 1) CHECK(ran == 6);  // the rest is left out
+    CHECK_NOTHROW(detail::guarded_for(pool, 5, body));
+  }
 }
