@@ -47,7 +47,7 @@ struct Options {
 
 std::string time_text(double seconds) {
   if (seconds < 0.0) return "";
-  const auto whole = static_cast<long long>(seconds + 0.5);
+  const auto whole = std::llround(seconds);
   char text[32];
   std::snprintf(text, sizeof(text), ", %lld:%02lld left", whole / 60, whole % 60);
   return text;
@@ -119,8 +119,7 @@ Layers quantize_on_text(const Options& options, const LoadedModel& loaded, codeg
     progress.update(static_cast<std::int64_t>(now.share * 1000.0), 1000,
                     codegemm::concat(now.layer, " ", error, time_text(now.seconds_left)));
   });
-  CalibrationRun calibration =
-      unwrap(CalibrationRun::create(loaded.model, std::move(sequences), executor.workers()));
+  CalibrationRun calibration = unwrap(CalibrationRun::create(loaded.model, sequences, executor.workers()));
   while (calibration.blocks_done() < loaded.model->config.layers)
     check(calibration.next_block(quantizer, executor));
 

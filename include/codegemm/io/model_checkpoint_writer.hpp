@@ -69,7 +69,8 @@ namespace detail {
     if (f.b > 8) return refuse("packs four codes of at most 8 bits into a word");
     if (f.g < 0) return refuse("has no group size of -1: regroup() to one that divides every K first");
     if (w.cols % f.g != 0) return refuse("needs a K that is a multiple of g = ", f.g);
-    if (w.cols % (4 * f.v) != 0) return refuse("needs a K that is a multiple of 4 v = ", 4 * f.v);
+    const std::int64_t word = std::int64_t{4} * f.v;
+    if (w.cols % word != 0) return refuse("needs a K that is a multiple of 4 v = ", word);
   }
   return f;
 }

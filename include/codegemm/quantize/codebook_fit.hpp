@@ -162,11 +162,17 @@ class CodebookFit {
     std::vector<float> z(r.size(), 0.0F);
     for (std::int64_t i = 0; i < size_ / v; ++i) {
       if (!used_[static_cast<std::size_t>(i)]) continue;  // a centroid without uses stays as it is
-      const Eigen::Map<const DenseMatrix> factor(blocks_.data() + i * v * v, v, v);
-      Eigen::VectorXf x = Eigen::Map<const Eigen::VectorXf>(r.data() + i * v, v);
-      factor.triangularView<Eigen::Lower>().solveInPlace(x);
-      factor.transpose().triangularView<Eigen::Upper>().solveInPlace(x);
-      std::copy_n(x.data(), v, z.data() + i * v);
+      const float* const factor = blocks_.data() + i * v * v;
+      float* const x = z.data() + i * v;
+      std::copy_n(r.data() + i * v, v, x);
+      for (std::int64_t a = 0; a < v; ++a) {  // L y = r
+        for (std::int64_t b = 0; b < a; ++b) x[a] -= factor[a * v + b] * x[b];
+        x[a] /= factor[a * v + a];
+      }
+      for (std::int64_t a = v - 1; a >= 0; --a) {  // L^T z = y
+        for (std::int64_t b = a + 1; b < v; ++b) x[a] -= factor[b * v + a] * x[b];
+        x[a] /= factor[a * v + a];
+      }
     }
     return z;
   }

@@ -84,7 +84,7 @@ class CalibrationRun {
   /// Sequences of up to context_length tokens, none empty. kInvalidArgument for tokens outside of the
   /// vocabulary or a sequence's length; kOutOfMemory.
   [[nodiscard]] static Result<CalibrationRun> create(std::shared_ptr<const LlamaModel<DenseLinear>> model,
-                                                     std::vector<std::vector<std::int32_t>> sequences,
+                                                     const std::vector<std::vector<std::int32_t>>& sequences,
                                                      int workers) {
     const ModelConfig& c = model->config;
     std::int64_t longest = 0;

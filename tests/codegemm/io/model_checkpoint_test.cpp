@@ -21,6 +21,8 @@ namespace {
 
 constexpr auto kOurs = CheckpointKind::kCodeGemm;
 constexpr auto kAqlm = CheckpointKind::kAqlm;
+constexpr std::size_t kEmbeddingBytes = 8 * 64 * 2;  // 8 x 64 in fp16
+constexpr std::size_t kNormBytes = 64 * 4;           // 64 in fp32
 
 bool same(const QuantizedMatrix& a, const QuantizedMatrix& b) {
   const auto equal = [](auto x, auto y) { return std::equal(x.begin(), x.end(), y.begin(), y.end()); };
@@ -42,7 +44,7 @@ bool same_weights(const QuantizedMatrix& a, const QuantizedMatrix& b) {
 struct Model {
   std::vector<QuantizedMatrix> matrices;
   std::vector<NamedMatrix> named;
-  std::vector<std::byte> data = std::vector<std::byte>(64 * 8 * 2 + 64 * 4);
+  std::vector<std::byte> data = std::vector<std::byte>(kEmbeddingBytes + kNormBytes);
   std::vector<SafetensorsTensor> plain;
   nlohmann::json config = {{"model_type", "llama"}, {"hidden_size", 64}, {"dtype", "bfloat16"}};
 
@@ -56,8 +58,8 @@ struct Model {
     }
     for (std::byte& b : data) b = static_cast<std::byte>(rng.below(256));
     const std::span<const std::byte> all(data);
-    plain.push_back({"model.embed_tokens.weight", Dtype::kF16, {8, 64}, all.first(8 * 64 * 2)});
-    plain.push_back({"model.norm.weight", Dtype::kF32, {64}, all.subspan(8 * 64 * 2, 64 * 4)});
+    plain.push_back({"model.embed_tokens.weight", Dtype::kF16, {8, 64}, all.first(kEmbeddingBytes)});
+    plain.push_back({"model.norm.weight", Dtype::kF32, {64}, all.subspan(kEmbeddingBytes, kNormBytes)});
   }
 
   void check(const ModelCheckpoint& checkpoint) const {

@@ -67,9 +67,9 @@ TEST_CASE("on a real model's layers calibration beats k-means by far, on held-ou
   const std::vector<std::int32_t> ids = tokens_of_file(root + "examples/data/river_report.txt", tokenizer);
   const auto half = ids.begin() + static_cast<std::ptrdiff_t>(ids.size() / 2);
   ThreadPool pool(2);
-  const auto grams_of = [&](std::vector<std::int32_t> tokens) {
+  const auto grams_of = [&](const std::vector<std::int32_t>& tokens) {
     Grams grams;
-    CalibrationRun run = CalibrationRun::create(loaded.model, {std::move(tokens)}, pool.workers()).value();
+    CalibrationRun run = CalibrationRun::create(loaded.model, {tokens}, pool.workers()).value();
     REQUIRE(run.next_block(grams, pool).ok());
     return grams.of;
   };

@@ -373,7 +373,7 @@ TEST_CASE("odd layers: few tokens, dead inputs, zero rows, one row, no data at a
   }
   CHECK(output_error(*q, w, x) < 0.5 * output_error(quantize_kmeans(view(w), f, {}, serial).value(), w, x));
 
-  const std::vector<float> none(96 * 96, 0.0F);
+  const std::vector<float> none(std::size_t{96} * 96, 0.0F);
   CalibratedReport report;
   REQUIRE(quantize_calibrated(view(w), {none.data(), 96, 96}, f, options, serial, &report).ok());
   CHECK(report.error < report.kmeans_error);

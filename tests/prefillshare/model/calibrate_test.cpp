@@ -179,8 +179,8 @@ TEST_CASE("a run that finds its first layers done goes on to the same bits, with
 
 TEST_CASE("sequences that the model cannot run are refused", "[calibrate]") {
   const auto model = random_model(tiny_config(), 77);
-  const auto refusal = [&](Sequences sequences) {
-    return CalibrationRun::create(model, std::move(sequences), 1).status().message();
+  const auto refusal = [&](const Sequences& sequences) {
+    return CalibrationRun::create(model, sequences, 1).status().message();
   };
   CHECK(refusal({}) == "CalibrationRun: no sequences");
   CHECK(refusal({{1, 2}, {}}) == "CalibrationRun: a sequence of 0 tokens, must be in 1..256");
