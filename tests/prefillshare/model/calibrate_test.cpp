@@ -2,16 +2,18 @@
 //
 // tests/prefillshare/model/calibrate_test.cpp - what a calibration run shows each layer, and what it leaves.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include <Eigen/Core>
+#include <Eigen/Dense>
 
 #include <prefillshare/model/calibrate.hpp>
 
@@ -35,6 +37,7 @@ Sequences some_sequences(std::uint64_t seed) {
 struct Rounding {
   std::vector<std::string> names;
   std::map<std::string, std::vector<float>> grams;
+  std::map<std::string, std::vector<float>> targets;  // the weights it was given
   std::map<std::string, DenseLinear> made;
   std::map<std::string, DenseLinear> there;  // what find() gives
 
@@ -46,6 +49,7 @@ struct Rounding {
     names.push_back(name);
     grams[name].assign(gram.data, gram.data + gram.rows * gram.cols);
     const MatrixView<const float> w = dense.weights();
+    targets[name].assign(w.data, w.data + w.rows * w.cols);
     auto values = std::make_shared<std::vector<float>>(w.data, w.data + w.rows * w.cols);
     for (float& value : *values) value = std::round(value * 16.0F) / 16.0F;
     DenseLinear rounded(std::shared_ptr<const std::vector<float>>(values), w.rows, w.cols,
@@ -70,13 +74,16 @@ std::shared_ptr<const LlamaModel<DenseLinear>> replaced(const LlamaModel<DenseLi
 
 TEST_CASE("a calibration run ends where the replaced model's forward pass does", "[calibrate]") {
   for (const bool qwen : {false, true}) {
+    CAPTURE(qwen);
     ModelConfig config = tiny_config();
     config.attention_bias = qwen;
     config.qk_norm = qwen;
     const auto model = random_model(config, 71);
     const Sequences sequences = some_sequences(72);
     codegemm::SerialExecutor serial;
-    CalibrationRun run = CalibrationRun::create(model, sequences, 1).value();
+    CalibrationRunOptions options;
+    options.correct = qwen;
+    CalibrationRun run = CalibrationRun::create(model, sequences, 1, options).value();
     Rounding rounding;
     for (int i = 0; i < 2; ++i) {
       const Status status = run.next_block(rounding, serial);
@@ -187,4 +194,90 @@ TEST_CASE("sequences that the model cannot run are refused", "[calibrate]") {
   CHECK(refusal({std::vector<std::int32_t>(257, 1)}) ==
         "CalibrationRun: a sequence of 257 tokens, must be in 1..256");
   CHECK(refusal({{1, 61}}) == "CalibrationRun: token 61, the vocabulary has 61");
+}
+
+TEST_CASE("corrected weights are the least-squares ones for the dense model's outputs", "[calibrate]") {
+  const ModelConfig config = tiny_config();
+  const auto model = random_model(config, 78);
+  const Sequences sequences = some_sequences(79);
+  codegemm::SerialExecutor serial;
+  const auto run_with = [&](bool correct, Rounding& rounding) {
+    CalibrationRunOptions options;
+    options.correct = correct;
+    options.correction_damping = 0.2;
+    CalibrationRun run = CalibrationRun::create(model, sequences, 1, options).value();
+    REQUIRE(run.next_block(rounding, serial).ok());
+    const std::vector<float> hidden(run.hidden().begin(), run.hidden().end());
+    REQUIRE(run.next_block(rounding, serial).ok());
+    return hidden;
+  };
+  const auto weights_of = [&](const DenseLinear& layer) {
+    const MatrixView<const float> w = layer.weights();
+    return std::vector<float>(w.data, w.data + w.rows * w.cols);
+  };
+  Rounding plain;
+  run_with(false, plain);
+  for_each_linear(*model, [&](const std::string& name, const DenseLinear& layer) {
+    if (name != "lm_head") CHECK(plain.targets.at(name) == weights_of(layer));
+  });
+
+  Rounding corrected;
+  const std::vector<float> now = run_with(true, corrected);
+  // Nothing is replaced before the first layer: there is nothing to correct.
+  const std::vector<float> first = weights_of(model->layers[0].q);
+  const std::vector<float>& same = corrected.targets.at("model.layers.0.self_attn.q_proj");
+  for (std::size_t i = 0; i < first.size(); ++i) CHECK(std::abs(same[i] - first[i]) <= 1e-4F);
+
+  // The second block's q: its inputs behind the replaced first block, and behind the dense one.
+  CalibrationRun dense = CalibrationRun::create(model, sequences, 1).value();
+  Rounding keep;
+  for_each_linear(*model, [&](const std::string& name, const DenseLinear& layer) {
+    if (name != "lm_head") keep.there.emplace(name, layer);
+  });
+  REQUIRE(dense.next_block(keep, serial).ok());
+  const auto inputs = [&](std::span<const float> hidden) {
+    const auto tokens = static_cast<std::int64_t>(hidden.size()) / config.hidden_size;
+    std::vector<float> normed(hidden.size());
+    prefillshare::detail::rms_norm(hidden.data(), model->layers[1].input_norm, config.rms_epsilon, tokens,
+                                   normed.data());
+    using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+    return Eigen::MatrixXd(
+        Eigen::Map<const Matrix>(normed.data(), tokens, config.hidden_size).cast<double>());
+  };
+  const Eigen::MatrixXd x = inputs(now);
+  const Eigen::MatrixXd y = inputs(dense.hidden());
+  const std::int64_t k = config.hidden_size;
+  Eigen::MatrixXd h = x.transpose() * x;
+  Eigen::MatrixXd c = y.transpose() * x;
+  const double damping = 0.2 * h.trace() / static_cast<double>(k);
+  h.diagonal().array() += damping;
+  c.diagonal().array() += damping;
+  const DenseLinear& q = model->layers[1].q;
+  using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+  const Eigen::MatrixXd w = Eigen::Map<const Matrix>(q.weights().data, q.rows(), k).cast<double>();
+  const Eigen::MatrixXd want = h.ldlt().solve((w * c).transpose()).transpose();
+  const std::vector<float>& got = corrected.targets.at("model.layers.1.self_attn.q_proj");
+  CHECK((want - w).norm() > 0.01 * w.norm());  // else there is nothing to see
+  double worst = 0.0;
+  for (std::int64_t n = 0; n < q.rows(); ++n) {
+    for (std::int64_t i = 0; i < k; ++i)
+      worst = std::max(worst,
+                       std::abs(static_cast<double>(got[static_cast<std::size_t>(n * k + i)]) - want(n, i)));
+  }
+  CHECK(worst <= 1e-3);
+}
+
+TEST_CASE("weights that cannot be corrected are refused", "[calibrate]") {
+  codegemm::SerialExecutor serial;
+  std::vector<float> m(16, 1.0F);
+  const MatrixView<const float> square(m.data(), 4, 4);
+  const auto refusal = [&](MatrixView<const float> h, MatrixView<const float> c, double damping) {
+    return codegemm::corrected_weights(square, h, c, damping, serial).status().message();
+  };
+  CHECK(refusal({m.data(), 3, 4}, square, 0.1) ==
+        "corrected_weights: H is 3 x 4, C is 4 x 4, the weights have 4 columns");
+  CHECK(refusal(square, square, 0.0) == "corrected_weights: damping is 0, must be positive");
+  const std::vector<float> zero(16, 0.0F);
+  CHECK(refusal({zero.data(), 4, 4}, square, 0.1) ==
+        "corrected_weights: H of 4 x 4 and damping 0.1 is not positive definite");
 }
