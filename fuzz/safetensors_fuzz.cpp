@@ -1,17 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// fuzz/safetensors_fuzz.cpp - any bytes as a safetensors file, as a CodeGEMM checkpoint, and as a
-// config.json. Seeds: small files made with codegemm/io/safetensors_writer.hpp, codegemm/io/checkpoint.hpp
-// and by the Python package safetensors.
+// fuzz/safetensors_fuzz.cpp - any bytes as a safetensors file, as a checkpoint of ours, as a model of the
+// CodeGEMM and AQLM projects (its config.json under "config" in the file's metadata), and as a config.json.
+// Seeds: small files made with codegemm/io/safetensors_writer.hpp, codegemm/io/checkpoint.hpp and by Python.
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <span>
 #include <string_view>
 #include <utility>
+#include <vector>
+
+#include <nlohmann/json.hpp>
 
 #include <codegemm/io/checkpoint.hpp>
+#include <codegemm/io/model_checkpoint_writer.hpp>
 #include <codegemm/io/safetensors.hpp>
 #include <common/config_json.hpp>
 
@@ -48,6 +53,37 @@ void use_checkpoint(SafetensorsFile file) {
   }
 }
 
+/// What the converter of a model in either format does, without the files.
+void use_model(SafetensorsFile file) {
+  const std::string* text = file.find_metadata("config");
+  if (text == nullptr) return;
+  Result<nlohmann::json> config = codegemm::parse_json_object(*text, "config");
+  require(config.ok() || !config.status().message().empty());
+  if (!config.ok()) return;
+  const Result<codegemm::ModelCheckpoint> model =
+      codegemm::ModelCheckpoint::from(codegemm::SafetensorsFolder::of(std::move(file)), *std::move(config));
+  require(model.ok() || !model.status().message().empty());
+  if (!model.ok()) return;
+  for (const codegemm::CheckpointEntry& entry : model->entries()) {
+    require(model->find(entry.name) == &entry);
+    const Result<codegemm::QuantizedMatrix> matrix = model->load(entry.name);
+    require(matrix.ok() ? matrix->validate().ok() && matrix->cols() == entry.cols
+                        : !matrix.status().message().empty());
+    if (!matrix.ok()) continue;
+    const Result<codegemm::QuantizedMatrix> row = codegemm::regroup(matrix->view(), -1);
+    require(row.ok() || !row.status().message().empty());
+    if (!row.ok() || model->kind() == codegemm::CheckpointKind::kCodeGemm) continue;
+    const std::vector<std::byte> codes = codegemm::detail::aqlm_codes(matrix->view());
+    Result<codegemm::QuantizedMatrix> again =
+        codegemm::QuantizedMatrix::create(entry.format, entry.rows, entry.cols);
+    require(again.ok());
+    if (entry.format.b <= 8) codegemm::detail::unpack_aqlm_codes<std::int8_t>(codes, *again);
+    if (entry.format.b > 8) codegemm::detail::unpack_aqlm_codes<std::int16_t>(codes, *again);
+    require(std::equal(again->codes().begin(), again->codes().end(), matrix->codes().begin()));
+  }
+  require(model->plain_tensors().size() + 3 * model->entries().size() == model->files().tensors().size());
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
@@ -71,6 +107,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   require(covered < size && sum < 256);
   for (const codegemm::SafetensorsText& text : file->metadata())
     require(file->find_metadata(text.name) == &text.value);
+  use_model(*SafetensorsFile::parse(std::as_bytes(std::span(data, size)), "fuzz.safetensors"));
   use_checkpoint(*std::move(file));
   return 0;
 }

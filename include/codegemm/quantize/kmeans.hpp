@@ -94,9 +94,10 @@ struct GroupScales {
 }
 
 // Up to `sample` vectors, one drawn out of each of as many equal stretches of the matrix; none of zero
-// groups.
+// groups. importance: what the inputs of each vector of a row weigh, [K / v], or empty.
 [[nodiscard]] inline TrainingSet draw_sample(MatrixView<const float> w, Format f, const GroupScales& groups,
-                                             std::int64_t sample, SplitMix& random) {
+                                             const std::vector<float>& importance, std::int64_t sample,
+                                             SplitMix& random) {
   TrainingSet set;
   set.v = f.v;
   const std::int64_t per_row = w.cols / f.v;
@@ -111,7 +112,8 @@ struct GroupScales {
     const float scale = groups.scales[static_cast<std::size_t>((f.g < 0 ? 0 : k / f.g) * w.rows + n)];
     if (scale <= 0.0F) continue;
     for (std::int64_t d = 0; d < f.v; ++d) set.x.push_back(w.row(n)[k + d] / scale);
-    set.weights.push_back(scale * scale);
+    const float weight = importance.empty() ? 1.0F : importance[static_cast<std::size_t>(index % per_row)];
+    set.weights.push_back(scale * scale * weight);
     ++set.count;
   }
   // Only their ratios matter; without this, squares of small scales might vanish.
@@ -173,6 +175,7 @@ inline void quantize_row(const std::vector<SearchBook>& books, Format f, const K
 
 [[nodiscard]] inline Result<QuantizedMatrix> quantize_kmeans_checked(MatrixView<const float> w, Format f,
                                                                      const KMeansOptions& options,
+                                                                     const std::vector<float>& importance,
                                                                      Executor& executor) {
   Result<QuantizedMatrix> made = QuantizedMatrix::create(f, w.rows, w.cols);
   if (!made.ok()) return made.status();
@@ -183,7 +186,7 @@ inline void quantize_row(const std::vector<SearchBook>& books, Format f, const K
   SplitMix random(options.seed);
   std::vector<SearchBook> books;
   {
-    const TrainingSet set = draw_sample(w, f, groups, options.sample, random);
+    const TrainingSet set = draw_sample(w, f, groups, importance, options.sample, random);
     books = train_additive(set, f, options.iterations, options.rounds, random, executor);
   }
   std::size_t at = 0;
@@ -228,15 +231,11 @@ inline void quantize_row(const std::vector<SearchBook>& books, Format f, const K
 
 }  // namespace detail
 
-/// Quantizes weights[N][K], K a multiple of v, so that the sum of squared errors is small: scale groups by
-/// their root mean square, codebooks by k-means on a sample, codes for all weights, scales refitted to the
-/// codes. The same result for the same seed, whatever the number of workers; results of machines with and
-/// without fused multiply-add may differ in a few codes. A group of zeros gets the scale 0. Errors:
-/// kInvalidArgument for the format, shape or options, for a weight that is not finite (with its place) and
-/// for weights whose scales fp16 cannot hold; kNullPointer; kOutOfMemory.
-[[nodiscard]] inline Result<QuantizedMatrix> quantize_kmeans(MatrixView<const float> weights, Format format,
-                                                             const KMeansOptions& options,
-                                                             Executor& executor) {
+namespace detail {
+
+// The arguments of both quantizers, checked.
+[[nodiscard]] inline Status check_quantize(MatrixView<const float> weights, Format format,
+                                           const KMeansOptions& options) {
   if (const auto sizes = canonical_sizes(format, weights.rows, weights.cols); !sizes.ok())
     return sizes.status();
   if (weights.stride < weights.cols) {
@@ -253,9 +252,23 @@ inline void quantize_row(const std::vector<SearchBook>& books, Format f, const K
                  ", refits = ", options.refits, " must not be negative, sample = ", options.sample,
                  " at least 1");
   }
-  if (Status status = detail::check_finite(weights); !status.ok()) return status;
+  return check_finite(weights);
+}
+
+}  // namespace detail
+
+/// Quantizes weights[N][K], K a multiple of v, so that the sum of squared errors is small: scale groups by
+/// their root mean square, codebooks by k-means on a sample, codes for all weights, scales refitted to the
+/// codes. The same result for the same seed, whatever the number of workers; results of machines with and
+/// without fused multiply-add may differ in a few codes. A group of zeros gets the scale 0. Errors:
+/// kInvalidArgument for the format, shape or options, for a weight that is not finite (with its place) and
+/// for weights whose scales fp16 cannot hold; kNullPointer; kOutOfMemory.
+[[nodiscard]] inline Result<QuantizedMatrix> quantize_kmeans(MatrixView<const float> weights, Format format,
+                                                             const KMeansOptions& options,
+                                                             Executor& executor) {
+  if (Status status = detail::check_quantize(weights, format, options); !status.ok()) return status;
   try {
-    return detail::quantize_kmeans_checked(weights, format, options, executor);
+    return detail::quantize_kmeans_checked(weights, format, options, {}, executor);
   } catch (const std::bad_alloc&) {
     return error(StatusCode::kOutOfMemory, "quantize_kmeans: ", weights.rows, " x ", weights.cols, " as ",
                  format_name(format));

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// common/model_writer.hpp - writes a quantized model folder: quantized layers, the other tensors in fp16, the
+// config and the tokenizer's files.
+// Layer: examples (host only).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <deque>
+#include <filesystem>
+#include <set>
+#include <span>
+#include <string>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include <codegemm/io/model_checkpoint_writer.hpp>
+#include <common/config_json_writer.hpp>
+#include <common/tensor_source.hpp>
+
+namespace prefillshare::examples {
+
+namespace detail {
+
+/// A tensor as fp16, or as fp32 where fp16 cannot hold one of its values.
+[[nodiscard]] inline Result<codegemm::SafetensorsTensor> narrow_tensor(
+    const TensorSource& source, const std::string& name, std::deque<std::vector<std::byte>>& owned) {
+  Result<TensorInfo> info = source.info(name);
+  if (!info.ok()) return info.status();
+  std::vector<float> values(static_cast<std::size_t>(info->rows * info->cols));
+  if (Status s = source.read_rows(name, 0, info->rows, values.data()); !s.ok()) return s;
+  std::vector<codegemm::Half> halves(values.size());
+  bool fits = true;
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    halves[i] = codegemm::Half::from_float(values[i]);
+    fits = fits && std::isfinite(halves[i].to_float());
+  }
+  const auto bytes = fits ? std::as_bytes(std::span(halves)) : std::as_bytes(std::span(values));
+  owned.emplace_back(bytes.begin(), bytes.end());
+  codegemm::SafetensorsTensor out;
+  out.name = name;
+  out.dtype = fits ? codegemm::Dtype::kF16 : codegemm::Dtype::kF32;
+  if (info->rows > 1) out.shape.push_back(info->rows);
+  out.shape.push_back(info->cols);
+  out.data = owned.back();
+  return out;
+}
+
+}  // namespace detail
+
+/// The config.json of a source: its own, or one made for a GGUF file.
+[[nodiscard]] inline Result<nlohmann::json> source_config(const TensorSource& source) {
+  if (source.gguf() != nullptr) return config_json(source.hyperparameters());
+  const Result<codegemm::MappedFile> file = codegemm::open_json_file(source.path() + "/config.json");
+  if (!file.ok()) return file.status();
+  return codegemm::parse_json_object(codegemm::text_of(*file), file->path());
+}
+
+/// Writes `source` with the layers of `matrices` ("NAME" for NAME.weight) quantized into `folder`, which is
+/// made. Tokenizer files of a source folder are copied. Errors of save_model_checkpoint and of the files.
+[[nodiscard]] inline Status write_quantized_model(const TensorSource& source, const std::string& folder,
+                                                  codegemm::CheckpointKind kind,
+                                                  std::span<const codegemm::NamedMatrix> matrices) {
+  std::error_code failed;
+  std::filesystem::create_directories(folder, failed);
+  if (failed)
+    return Status(StatusCode::kIoError, codegemm::concat(folder, ": ", failed.message()), failed.value());
+  Result<nlohmann::json> config = source_config(source);
+  if (!config.ok()) return config.status();
+  std::set<std::string> quantized;
+  for (const codegemm::NamedMatrix& named : matrices) quantized.insert(named.name + ".weight");
+  std::deque<std::vector<std::byte>> owned;
+  std::vector<codegemm::SafetensorsTensor> plain;
+  for (const std::string& name : source.names()) {
+    if (quantized.count(name) > 0) continue;
+    Result<codegemm::SafetensorsTensor> tensor = detail::narrow_tensor(source, name, owned);
+    if (!tensor.ok()) return tensor.status();
+    plain.push_back(*std::move(tensor));
+  }
+  if (Status s = codegemm::save_model_checkpoint(folder, kind, *config, matrices, plain); !s.ok()) return s;
+  if (source.gguf() != nullptr) return {};
+  for (const char* name :
+       {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
+        "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json"}) {
+    const std::filesystem::path from = std::filesystem::path(source.path()) / name;
+    if (!std::filesystem::exists(from, failed)) continue;
+    std::filesystem::copy_file(from, std::filesystem::path(folder) / name,
+                               std::filesystem::copy_options::overwrite_existing, failed);
+    if (failed)
+      return Status(StatusCode::kIoError, codegemm::concat(from.string(), ": ", failed.message()),
+                    failed.value());
+  }
+  return {};
+}
+
+}  // namespace prefillshare::examples
