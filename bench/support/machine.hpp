@@ -97,7 +97,7 @@ struct MemorySpeed {
 [[nodiscard]] inline nlohmann::json machine_json(const Executor& executor) {
   return {
     {"cpu", cpu_name()}, {"cores", std::thread::hardware_concurrency()}, {"threads", executor.workers()},
-        {"isa", detect_isa() == Isa::kAvx2 ? "avx2+fma" : "portable"},
+        {"isa", isa_name(detect_isa())},
 #if defined(__clang__)
     {
       "compiler", "clang " __clang_version__

@@ -45,17 +45,22 @@ inline void dequantize_slab(const CpuKernels& kernels, const PackedView& w, std:
   const std::int64_t depth = (last - first) * w.format.v;
   const std::int64_t m = w.format.m;
   const std::int64_t segment = w.segment_vectors();
+  const std::int64_t block_octets = w.block_rows / kWordRows;
   const std::int64_t end_row = std::min(first_row + CpuTiles::kDenseTaskRows, w.rows);
   for (std::int64_t row = first_row; row < end_row; row += kRows) {
     float* const panel = panels + (row - first_row) * depth;
-    for (std::int64_t half = 0; half < kRows / kPackedRows; ++half) {
-      const std::int64_t block = row / kPackedRows + half;
-      float* const out = panel + half * kPackedRows;
+    for (std::int64_t half = 0; half < kRows / kWordRows; ++half) {
+      const std::int64_t octet = row / kWordRows + half;
+      const std::int64_t block = octet / block_octets;
+      float* const out = panel + half * kWordRows;
       if (block >= w.row_blocks) {
-        for (std::int64_t k = 0; k < depth; ++k) std::fill_n(out + k * kRows, kPackedRows, 0.0F);
+        for (std::int64_t k = 0; k < depth; ++k) std::fill_n(out + k * kRows, kWordRows, 0.0F);
         continue;
       }
       DequantizeArgs a{};
+      a.words = w.entry_words();
+      a.shift = octet % block_octets >= a.words ? 4 : 0;
+      a.mask = w.format.b == 4 ? 0x0F0F0F0F0F0F0F0FU : ~std::uint64_t{0};
       a.codebooks = w.codebooks;
       a.codebook_count = m;
       a.centroids = w.format.centroids();
@@ -63,8 +68,9 @@ inline void dequantize_slab(const CpuKernels& kernels, const PackedView& w, std:
       for (std::int64_t j = first, next = first; j < last; j = next) {  // [j, next) share tile and scale
         const std::int64_t tile = j / w.tile_vectors;
         next = std::min({last, (tile + 1) * w.tile_vectors, (j / segment + 1) * segment});
-        a.codes = w.tile_codes(tile) + (block * w.vectors_in(tile) + j - tile * w.tile_vectors) * m;
-        a.scales = w.scales + j / segment * w.padded_rows() + block * kPackedRows;
+        const std::int64_t entry = (block * w.vectors_in(tile) + j - tile * w.tile_vectors) * m;
+        a.codes = w.tile_codes(tile) + entry * a.words + octet % block_octets % a.words;
+        a.scales = w.scales + j / segment * w.padded_rows() + octet * kWordRows;
         a.vectors = next - j;
         a.out = out + (j - first) * w.format.v * kRows;
         kernels.dequantize(a);
