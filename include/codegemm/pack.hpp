@@ -146,8 +146,8 @@ struct EntryPlace {
 
 }  // namespace detail
 
-/// Repacks for the CPU kernels of this machine. Errors: those of validate(w); kUnsupported for b > 8; kInvalidArgument for a
-/// codebook value or scale that is not finite, with its place; kOutOfMemory.
+/// Repacks for the CPU kernels of this machine. Errors: those of validate(w); kUnsupported for b > 8;
+/// kInvalidArgument for a codebook value or scale that is not finite, with its place; kOutOfMemory.
 [[nodiscard]] inline Result<PackedMatrix> pack(const QuantizedMatrixView& w) {
   return detail::pack_for(w, detect_isa());
 }

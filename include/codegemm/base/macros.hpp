@@ -39,10 +39,11 @@
 #define CODEGEMM_ASSERT(condition) static_cast<void>(0)
 #endif
 
-/// Compiles one function for an instruction set whatever the flags of the program; it may only be called after
-/// detect_isa() (codegemm/cpu/isa.hpp) has found it. Such functions hold intrinsics and plain arithmetic only:
-/// an inline function of the standard library or a lambda inside could leak its code to other callers. The
-/// name of each says the instruction set, so units compiled with different flags agree on every definition.
+/// Compiles one function for an instruction set whatever the flags of the program; it may only be called
+/// after detect_isa() (codegemm/cpu/isa.hpp) has found it. Such functions hold intrinsics and plain
+/// arithmetic only: an inline function of the standard library or a lambda inside could leak its code to
+/// other callers. The name of each says the instruction set, so units compiled with different flags agree on
+/// every definition.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CODEGEMM_HAS_AVX2 1
 #define CODEGEMM_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))

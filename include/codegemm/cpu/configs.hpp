@@ -122,8 +122,8 @@ struct CpuCosts {
   static constexpr double kDenseMultiply = 1 / 13.4;  // one weight x one token
   static constexpr double kDequantize = 0.45;         // one weight of one codebook
 
-  // One entry, 64 rows x 1 token looked up in registers, for 4 to 8 bits a code; 0 where gathering is as fast.
-  // The last three rows are estimates from instruction tables. And encoding one centroid.
+  // One entry, 64 rows x 1 token looked up in registers, for 4 to 8 bits a code; 0 where gathering is as
+  // fast. The last three rows are estimates from instruction tables. And encoding one centroid.
   static constexpr double kLookupAvx2[] = {6, 12, 18, 32, 0};
   static constexpr double kLookupAvx512[] = {6, 6, 9, 16, 30};
   static constexpr double kLookupAvx512Vbmi[] = {4, 4, 5, 6, 8};

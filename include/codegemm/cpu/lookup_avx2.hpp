@@ -3,10 +3,10 @@
 // codegemm/cpu/lookup_avx2.hpp - register lookups with AVX2: vpshufb over parts of 16 centroids.
 // Layer: cpu (host only).
 //
-// A table is cut into *parts* of 16 centroids, a byte each: parts of the high bytes of its entries, then parts
-// of the low ones. A permute looks up 32 rows in one part, whatever the upper bits of their codes, and blends
-// on these bits choose among parts. The lowest of them needs no blend: of two neighbours A and B the table
-// holds A ^ B and B, and A ^ B is looked up with an index that yields 0 where B is meant.
+// A table is cut into *parts* of 16 centroids, a byte each: parts of the high bytes of its entries, then
+// parts of the low ones. A permute looks up 32 rows in one part, whatever the upper bits of their codes, and
+// blends on these bits choose among parts. The lowest of them needs no blend: of two neighbours A and B the
+// table holds A ^ B and B, and A ^ B is looked up with an index that yields 0 where B is meant.
 // For 8 bits a code this takes as long as gathering: 32 permutes and 30 choices for 32 rows.
 #pragma once
 
