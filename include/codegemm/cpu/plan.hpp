@@ -172,29 +172,37 @@ struct PsumbookPlan {
   return plan;
 }
 
-/// Dequantize and multiply: the tokens are laid out once as [slabs][token tiles][depth][6]; a task
-/// dequantizes some rows slab by slab and multiplies them with some tokens.
+/// Multiply dense weights: the tokens are laid out once as [slabs][token tiles][depth][6]; a task brings some
+/// rows into panels of 16, slab by slab, dequantizing or transposing them, and multiplies them with some
+/// tokens.
 struct DensePlan {
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
   std::int64_t tokens = 0;
-  std::int64_t token_tiles = 0;   // of kDenseTokens tokens
-  std::int64_t slab_vectors = 0;  // vectors of v along K in a slab
+  std::int64_t token_tiles = 0;  // of kDenseTokens tokens
+  std::int64_t slab_depth = 0;   // of K
   std::int64_t slabs = 0;
   std::int64_t row_tasks = 0;
   std::int64_t token_tasks = 0;
   std::int64_t worker_floats = 0;
   std::int64_t x_floats = 0;
+
+  [[nodiscard]] std::int64_t floats(int workers) const noexcept { return x_floats + workers * worker_floats; }
 };
 
-[[nodiscard]] inline DensePlan make_dense_plan(const PackedView& w, std::int64_t tokens) noexcept {
+[[nodiscard]] inline DensePlan make_dense_plan(std::int64_t rows, std::int64_t cols,
+                                               std::int64_t tokens) noexcept {
   DensePlan plan;
+  plan.rows = rows;
+  plan.cols = cols;
   plan.tokens = tokens;
   plan.token_tiles = ceil_div(tokens, CpuTiles::kDenseTokens);
-  plan.slab_vectors = CpuTiles::kDenseDepth / w.format.v;
-  plan.slabs = ceil_div(w.vectors(), plan.slab_vectors);
-  plan.row_tasks = ceil_div(w.rows, CpuTiles::kDenseTaskRows);
+  plan.slab_depth = CpuTiles::kDenseDepth;
+  plan.slabs = ceil_div(cols, plan.slab_depth);
+  plan.row_tasks = ceil_div(rows, CpuTiles::kDenseTaskRows);
   plan.token_tasks = ceil_div(tokens, CpuTiles::kDenseTaskTokens);
   plan.worker_floats = line_floats(CpuTiles::kDenseTaskRows * CpuTiles::kDenseDepth);
-  plan.x_floats = line_floats(plan.token_tiles * CpuTiles::kDenseTokens * w.cols);
+  plan.x_floats = line_floats(plan.token_tiles * CpuTiles::kDenseTokens * cols);
   return plan;
 }
 
@@ -203,10 +211,7 @@ struct DensePlan {
                                                          int workers, Isa isa, Regime asked) noexcept {
   if (tokens <= 0 || w.rows == 0 || w.cols == 0) return 0;
   const Regime regime = choose_regime(w, tokens, isa, asked);
-  if (regime == Regime::kDense) {
-    const DensePlan plan = make_dense_plan(w, tokens);
-    return plan.x_floats + workers * plan.worker_floats;
-  }
+  if (regime == Regime::kDense) return make_dense_plan(w.rows, w.cols, tokens).floats(workers);
   const PsumbookPlan plan = make_psumbook_plan(w, tokens, regime == Regime::kLookup);
   return plan.partial_floats() + workers * plan.worker_floats();
 }
