@@ -19,8 +19,8 @@
 
 namespace codegemm::detail {
 
-/// Rows [first_row, first_row + 48), columns [first_k, first_k + depth), of whole vectors, to panels[3][depth][16]; rows beyond the matrix
-/// but inside a panel of 16 are 0.
+/// Rows [first_row, first_row + 48), columns [first_k, first_k + depth), whole vectors, to
+/// panels[3][depth][16]; rows beyond the matrix but inside a panel of 16 are 0.
 inline void dequantize_slab(const CpuKernels& kernels, const PackedView& w, std::int64_t first_row,
                             std::int64_t first_k, std::int64_t depth, float* panels) {
   constexpr std::int64_t kRows = CpuTiles::kDenseRows;
