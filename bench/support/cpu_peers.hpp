@@ -232,8 +232,9 @@ class Ggml {
   mutable std::vector<std::uint8_t> quantized_;
 };
 
-/// Microseconds of AQLM's numba kernel in a process of its own, by bench/aqlm_peer.py under the Python of
-/// CODEGEMM_PEER_PYTHON; negative where that is not installed or its result is wrong.
+/// The best microseconds of AQLM's numba kernel in a process of its own, by bench/aqlm_peer.py under the
+/// Python of CODEGEMM_PEER_PYTHON: the best, since its threads now and then sleep through a tick of the
+/// scheduler. Negative where it is not installed or its result is wrong.
 [[nodiscard]] inline double aqlm_us(Shape shape, Format f, int threads, bool quick) {
   const char* const python = std::getenv("CODEGEMM_PEER_PYTHON");
   const char* const script = std::getenv("CODEGEMM_AQLM_PEER");
