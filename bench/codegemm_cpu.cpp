@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/codegemm_cpu.cpp - gemm() on the CPU against Eigen's fp32 product, both with weights out of memory:
-// so many copies take turns that no cache holds them.
+// bench/codegemm_cpu.cpp - gemm() on the CPU against Eigen's and OpenBLAS's fp32 product, AQLM's kernel and
+// llama.cpp's block formats, all with weights out of memory: so many copies take turns that no cache holds
+// them. Peers that are not installed are left out (scripts/bench --with-peers installs them).
 
 #if !defined(NDEBUG) && !defined(__clang_analyzer__)
 #error "Benchmarks must be built in Release mode: cmake --preset bench"
@@ -33,16 +34,13 @@
 #include <codegemm/reference.hpp>
 #include <support/random.hpp>
 
+#include "support/cpu_peers.hpp"
 #include "support/machine.hpp"
 #include "support/problems.hpp"
 #include "support/report.hpp"
 
 namespace codegemm::bench {
 namespace {
-
-using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-
-constexpr double kColdBytes = 256.0 * 1024 * 1024;
 
 struct Problem {
   Shape shape;
@@ -55,20 +53,16 @@ struct Problem {
   }
 };
 
+// 2 bits a weight three times, then 3 and 4 bits; with 4-bit codes as well as with 8-bit ones.
 std::vector<Problem> all_problems() {
   std::vector<Problem> out;
   for (const Shape shape : model_shapes()) {
-    for (Format f : {Format{4, 1, 8, 128}, Format{8, 2, 8, 128}, Format{4, 2, 8, 64}}) {
+    for (Format f : {Format{4, 1, 8, 128}, Format{8, 2, 8, 128}, Format{4, 2, 4, 128}, Format{4, 3, 4, 128},
+                     Format{2, 1, 6, 128}, Format{2, 2, 4, 128}, Format{2, 1, 8, 128}, Format{4, 2, 8, 64}}) {
       if (shape.cols % f.g != 0) f.g = 64;  // SmolLM2's 576
       for (const std::int64_t tokens : {1, 4, 16, 64}) out.push_back({shape, f, tokens});
     }
   }
-  return out;
-}
-
-Matrix random_matrix(std::int64_t rows, std::int64_t cols, test::Rng& random) {
-  Matrix out(rows, cols);
-  for (std::int64_t i = 0; i < rows * cols; ++i) out.data()[i] = random.uniform(-1.0F, 1.0F);
   return out;
 }
 
@@ -100,37 +94,6 @@ double time_calls(benchmark::State& state, std::size_t copies, Call&& call) {
   return median(times);
 }
 
-// Eigen's product of tokens x K with N x K, cut by rows among the workers.
-class EigenPeer {
- public:
-  EigenPeer(Shape shape, test::Rng& random) {
-    const double bytes = 4.0 * static_cast<double>(shape.rows * shape.cols);
-    const auto copies = static_cast<std::size_t>(std::max(2.0, std::ceil(kColdBytes / bytes)));
-    for (std::size_t i = 0; i < copies; ++i)
-      weights_.push_back(random_matrix(shape.rows, shape.cols, random));
-  }
-
-  [[nodiscard]] std::size_t copies() const { return weights_.size(); }
-
-  void multiply(std::size_t copy, const Matrix& x, Matrix& y, Executor& executor) const {
-    const Matrix& w = weights_[copy];
-    const std::int64_t parts = executor.workers();
-    parallel_for(executor, parts, [&](std::int64_t part, int) {
-      const std::int64_t first = w.rows() * part / parts;
-      const std::int64_t count = w.rows() * (part + 1) / parts - first;
-      if (x.rows() == 1) {
-        y.row(0).segment(first, count).transpose().noalias() =
-            w.middleRows(first, count) * x.row(0).transpose();
-      } else {
-        y.middleCols(first, count).noalias() = x * w.middleRows(first, count).transpose();
-      }
-    });
-  }
-
- private:
-  std::vector<Matrix> weights_;
-};
-
 // The relative error on 64 rows spread over the matrix, against the reference in double.
 double error_of(const QuantizedMatrix& w, const Matrix& x, const Matrix& y) {
   double off2 = 0.0;
@@ -149,10 +112,49 @@ double error_of(const QuantizedMatrix& w, const Matrix& x, const Matrix& y) {
   return std::sqrt(off2 / size2);
 }
 
+// Seconds of building the Psumbook alone, of one token: every table once, tiles cut among the workers.
+double time_psumbook(const PackedMatrix& packed, const Matrix& x, Executor& executor) {
+  const PackedView& w = packed.view();
+  const Format f = w.format;
+  const Isa isa = detect_isa();
+  const bool lookup = detail::choose_regime(w, 1, isa, detail::Regime::kAutomatic) == detail::Regime::kLookup;
+  detail::CpuKernels kernels{};
+  first_match(
+      CpuConfigs{}, [&](auto config) { return config.kVecLen == f.v && config.kCodeBits == f.b; },
+      [&](auto config) { kernels = detail::cpu_kernels_of<decltype(config)>(isa); });
+  const std::int64_t entries = w.tile_vectors * f.m;
+  std::vector<AlignedBuffer<float>> tables(static_cast<std::size_t>(executor.workers()));
+  std::vector<AlignedBuffer<std::uint8_t>> encoded(tables.size());
+  for (std::size_t i = 0; i < tables.size(); ++i) {
+    if (!tables[i].reserve(static_cast<std::size_t>(entries * f.centroids())) ||
+        !encoded[i].reserve(static_cast<std::size_t>(entries * detail::encoded_bytes(f.b)))) {
+      throw std::bad_alloc();
+    }
+  }
+  double best = 1e9;
+  for (int round = 0; round < 20; ++round) {
+    const auto start = std::chrono::steady_clock::now();
+    parallel_for(executor, w.tiles, [&](std::int64_t tile, int worker) {
+      float* const out = tables[static_cast<std::size_t>(worker)].data();
+      const std::int64_t count = w.vectors_in(tile);
+      kernels.build1({w.codebooks, w.codebooks_transposed, x.data() + tile * w.tile_vectors * f.v, count, f.m,
+                      f.centroids(), out});
+      const std::int64_t flush = detail::flush_entries(f.b);
+      for (std::int64_t e = 0; lookup && e < count * f.m; e += flush) {
+        kernels.lookup.encode(
+            {out + e * f.centroids(), std::min(flush, count * f.m - e),
+             encoded[static_cast<std::size_t>(worker)].data() + e * detail::encoded_bytes(f.b)});
+      }
+    });
+    best = std::min(best, seconds_since(start));
+  }
+  return best;
+}
+
 class Bench {
  public:
   Bench(const Options& options, Suite& suite)
-      : options_(options), suite_(suite), pool_(std::max(1, options.threads)) {
+      : options_(options), suite_(suite), pool_(std::max(1, options.threads)), openblas_(options.threads) {
     std::fprintf(stderr, "measuring memory on %d thread(s) ...\n", pool_.workers());
     suite_.name = "codegemm-cpu";
     suite_.machine = machine_json(pool_);
@@ -178,7 +180,7 @@ class Bench {
     call(0);
     Row row;
     row.error = error_of(first_, x, y);
-    if (!(row.error < 1e-5)) throw std::runtime_error(concat(problem.name(), ": error ", row.error));
+    if (!(row.error < 1e-3)) throw std::runtime_error(concat(problem.name(), ": error ", row.error));
 
     row.name = problem.name();
     row.shape = problem.shape_text();
@@ -188,12 +190,15 @@ class Bench {
     row.median_us = seconds * 1e6;
     row.gb_per_s = static_cast<double>(packed_[0].bytes()) / seconds * 1e-9;
     row.share_of_read = row.gb_per_s / suite_.memory.read_gb_per_s;
-    const double peer = eigen_us(problem.shape, x, y);
-    row.peers.push_back({"eigen", peer, peer / row.median_us});
+    if (problem.tokens == 1) row.psumbook_us = time_psumbook(packed_[0], x, pool_) * 1e6;
+    for (const auto& [name, us] : peers(problem, x)) row.peers.push_back({name, us, us / row.median_us});
     state.counters["GB/s"] = row.gb_per_s;
-    state.counters["x_eigen"] = row.peers[0].ratio;
-    std::fprintf(stderr, "  %.1f us, %.2f GB/s, error %.1e; eigen %.1f us, ratio %.2f\n", row.median_us,
-                 row.gb_per_s, row.error, peer, row.peers[0].ratio);
+    std::fprintf(stderr, "  %.1f us, %.2f GB/s, error %.1e", row.median_us, row.gb_per_s, row.error);
+    for (const Peer& peer : row.peers) {
+      state.counters["x_" + peer.name] = peer.ratio;
+      std::fprintf(stderr, "; %s %.1f us, ratio %.2f", peer.name.c_str(), peer.median_us, peer.ratio);
+    }
+    std::fprintf(stderr, "\n");
     suite_.rows.push_back(std::move(row));
   }
 
@@ -221,25 +226,66 @@ class Bench {
     }
   }
 
-  // Measured once for each shape and number of tokens.
-  double eigen_us(Shape shape, const Matrix& x, Matrix& y) {
-    const auto key = std::make_tuple(shape.rows, shape.cols, x.rows());
-    if (const auto found = eigen_.find(key); found != eigen_.end()) return found->second;
-    if (!peer_ || peer_shape_ != std::make_pair(shape.rows, shape.cols)) {
-      peer_ = std::make_unique<EigenPeer>(shape, random_);
-      peer_shape_ = {shape.rows, shape.cols};
-    }
+  using Times = std::map<std::string, double>;  // microseconds by peer
+
+  template <class Call>
+  [[nodiscard]] double peer_us(Call&& call) {
     std::vector<double> times;
     const auto begin = std::chrono::steady_clock::now();
     const double budget = options_.quick ? 0.05 : 0.5;
-    for (std::size_t i = 0; times.size() < (options_.quick ? 3U : 11U) || seconds_since(begin) < budget;
-         ++i) {
+    while (times.size() < (options_.quick ? 3U : 11U) || seconds_since(begin) < budget) {
       const auto start = std::chrono::steady_clock::now();
-      peer_->multiply(i % peer_->copies(), x, y, pool_);
+      call(times.size());
       times.push_back(seconds_since(start));
-      benchmark::DoNotOptimize(y.data());
     }
-    return eigen_[key] = median(times) * 1e6;
+    return median(times) * 1e6;
+  }
+
+  // Each measured once for a shape and number of tokens, AQLM's for a format too.
+  Times peers(const Problem& problem, const Matrix& x) {
+    const Shape shape = problem.shape;
+    const auto key = std::make_tuple(shape.rows, shape.cols, x.rows());
+    if (peers_.count(key) == 0) peers_[key] = measure_peers(shape, x);
+    Times out = peers_[key];
+    if (problem.tokens == 1 && problem.format.b == 8) {
+      const double us = aqlm_us(shape, problem.format, pool_.workers(), options_.quick);
+      if (us > 0.0) out[concat("aqlm-", problem.format.m, "x8-g", problem.format.v)] = us;
+    }
+    return out;
+  }
+
+  Times measure_peers(Shape shape, const Matrix& x) {
+    Times out;
+    Matrix y = Matrix::Constant(x.rows(), shape.rows, std::nanf(""));
+    {
+      const DenseWeights w(shape, random_);
+      const std::size_t copies = w.copies.size();
+      const Matrix want = x * w.copies[0].transpose();
+      const auto check = [&](const char* name) {
+        if (!((y - want).norm() <= 1e-4F * want.norm()))
+          throw std::runtime_error(concat(name, ": wrong result"));
+      };
+      multiply_eigen(w.copies[0], x, y, pool_);
+      check("eigen");
+      out["eigen"] = peer_us([&](std::size_t i) { multiply_eigen(w.copies[i % copies], x, y, pool_); });
+      if (openblas_.loaded()) {
+        openblas_.multiply(w.copies[0], x, y);
+        check("openblas");
+        out["openblas"] = peer_us([&](std::size_t i) { openblas_.multiply(w.copies[i % copies], x, y); });
+      }
+    }
+    if (x.rows() != 1 || !ggml_.loaded()) return out;
+    for (const Ggml::Type& type : Ggml::types()) {
+      const auto w = ggml_.weights(type, shape, random_);
+      if (!w) continue;
+      ggml_.multiply(type, *w, 0, x.data(), y.data(), pool_);
+      const double error = ggml_.error(type, *w, x.data(), y.data());
+      // Its activations have 8 bits.
+      if (!(error < 2e-2)) throw std::runtime_error(concat(type.name, ": error ", error));
+      out[type.name] = peer_us(
+          [&](std::size_t i) { ggml_.multiply(type, *w, i % w->copies.size(), x.data(), y.data(), pool_); });
+    }
+    return out;
   }
 
   Options options_;
@@ -249,17 +295,18 @@ class Bench {
   std::tuple<std::int64_t, std::int64_t, std::string> key_;
   std::vector<PackedMatrix> packed_;
   QuantizedMatrix first_ = QuantizedMatrix::create(Format{}, 0, 0).value();
-  std::map<std::tuple<std::int64_t, std::int64_t, std::int64_t>, double> eigen_;
-  std::unique_ptr<EigenPeer> peer_;
-  std::pair<std::int64_t, std::int64_t> peer_shape_;
+  std::map<std::tuple<std::int64_t, std::int64_t, std::int64_t>, Times> peers_;
+  OpenBlas openblas_;
+  Ggml ggml_;
 };
 
 int run(int argc, char** argv) {
   Options options;
   std::string json;
   std::string filter;
-  CLI::App app("gemm() on the CPU against Eigen, weights out of memory");
-  app.add_option("--threads", options.threads, "Worker threads, also for Eigen")->check(CLI::Range(1, 1024));
+  CLI::App app("gemm() on the CPU against its peers, weights out of memory");
+  app.add_option("--threads", options.threads, "Worker threads, also for the peers")
+      ->check(CLI::Range(1, 1024));
   app.add_option("--filter", filter,
                  "Only names that this regular expression finds, such as m1v4.*/4096x4096/1$");
   app.add_flag("--quick", options.quick, "A tenth of the measuring time");

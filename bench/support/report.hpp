@@ -33,6 +33,7 @@ struct Row {
   double gb_per_s = 0.0;       // bytes of the weights over the time
   double share_of_read = 0.0;  // of what this machine reads from memory
   double error = 0.0;          // relative, against the reference
+  double psumbook_us = 0.0;    // of building the Psumbook alone; 0: not measured
   std::vector<Peer> peers;
 };
 
@@ -59,6 +60,7 @@ struct Suite {
                     {"share_of_read", row.share_of_read},
                     {"error", row.error},
                     {"peers", peers}});
+    if (row.psumbook_us > 0.0) rows.back()["psumbook_us"] = row.psumbook_us;
   }
   return {{"suite", suite.name},
           {"machine", suite.machine},

@@ -70,7 +70,7 @@ template <class Configs = CpuConfigs>
     return {};
   }
   const auto needed =
-      static_cast<std::size_t>(exact_workspace_floats(w.view(), x.rows, executor.workers(), asked)) *
+      static_cast<std::size_t>(exact_workspace_floats(w.view(), x.rows, executor.workers(), isa, asked)) *
       sizeof(float);
   if (workspace.size() < needed) {
     return error(StatusCode::kWorkspaceTooSmall, "gemm: workspace has ", workspace.size(), " bytes, ", x.rows,
@@ -82,8 +82,9 @@ template <class Configs = CpuConfigs>
     return error(StatusCode::kMisaligned, "gemm: workspace is ", off, " bytes beyond a multiple of ",
                  kBufferAlignment);
   }
-  if (isa == Isa::kAvx2 && detect_isa() != Isa::kAvx2) {
-    return error(StatusCode::kUnsupported, "gemm: this processor has no AVX2 with FMA");
+  if (!isa_available(isa)) {
+    return error(StatusCode::kUnsupported, "gemm: this processor runs ", isa_name(detect_isa()), ", not ",
+                 isa_name(isa));
   }
 
   const GemmArgs args{w.view(), x, y, reinterpret_cast<float*>(workspace.data())};
@@ -91,20 +92,16 @@ template <class Configs = CpuConfigs>
   CpuKernels kernels{};
   const bool found = first_match(
       Configs{}, [&](auto config) { return config.kVecLen == f.v && config.kCodeBits == f.b; },
-      [&](auto config) {
-        kernels = cpu_kernels<Isa::kPortable, decltype(config)>();
-#if CODEGEMM_HAS_AVX2
-        if (isa == Isa::kAvx2) kernels = cpu_kernels<Isa::kAvx2, decltype(config)>();
-#endif
-      });
+      [&](auto config) { kernels = cpu_kernels_of<decltype(config)>(isa); });
   if (!found) {
     return error(StatusCode::kUnsupported, "gemm: no kernel for v = ", f.v, ", b = ", f.b, " in the list of ",
                  Configs::kSize, " configurations");
   }
-  if (choose_regime(w.view(), x.rows, asked) == Regime::kDense) {
+  const Regime regime = choose_regime(w.view(), x.rows, isa, asked);
+  if (regime == Regime::kDense) {
     run_dense(kernels, args, executor);
   } else {
-    run_psumbook(kernels, args, executor);
+    run_psumbook(kernels, args, make_psumbook_plan(w.view(), x.rows, regime == Regime::kLookup), executor);
   }
   return {};
 }
@@ -113,16 +110,18 @@ template <class Configs = CpuConfigs>
 
 /// Bytes that gemm() needs for any number of tokens up to `tokens` on an executor of `workers` workers.
 [[nodiscard]] inline std::size_t workspace_bytes(const PackedMatrix& w, std::int64_t tokens, int workers) {
-  return static_cast<std::size_t>(
-             detail::workspace_floats(w.view(), tokens, workers, detail::Regime::kAutomatic)) *
+  return static_cast<std::size_t>(detail::workspace_floats(w.view(), tokens, workers, detect_isa())) *
          sizeof(float);
 }
 
-/// y[T][N] = x[T][K] W^T. y is overwritten and must not overlap x. Sums in fp32; the result is the same, bit
-/// by bit, whatever the number of workers. Allocates nothing: the workspace is the caller's, of
-/// workspace_bytes() bytes, 64-byte aligned (AlignedBuffer), its content of no meaning before and after. T =
-/// 0 and N = 0 are success. Errors: those of validate(), kWorkspaceTooSmall, kNullPointer or kMisaligned
-/// (workspace), kUnsupported if `Configs` has no row for the format; y is then untouched.
+/// y[T][N] = x[T][K] W^T. y is overwritten and must not overlap x. The result is the same, bit by bit,
+/// whatever the number of workers, but not on another instruction set. Sums in fp32; for few tokens the
+/// products of x with centroids may first be rounded to 16 bits of what is added to them, an error of y that
+/// stays below 1e-3 of its norm, typically 5e-4 (codegemm/cpu/lookup_args.hpp). Allocates nothing: the
+/// workspace is the caller's, of workspace_bytes() bytes, 64-byte aligned (AlignedBuffer), its content of no
+/// meaning before and after. T = 0 and N = 0 are success. Errors: those of validate(), kWorkspaceTooSmall,
+/// kNullPointer or kMisaligned (workspace), kUnsupported if `Configs` has no row for the format; y is then
+/// untouched.
 template <class Configs = CpuConfigs>
 [[nodiscard]] Status gemm(const PackedMatrix& w, MatrixView<const float> x, MatrixView<float> y,
                           std::span<std::byte> workspace, Executor& executor) {

@@ -16,38 +16,48 @@
 #include <codegemm/base/numerics.hpp>
 #include <codegemm/base/status.hpp>
 #include <codegemm/cpu/configs.hpp>
+#include <codegemm/cpu/isa.hpp>
 #include <codegemm/format.hpp>
 #include <codegemm/quantized_matrix.hpp>
 
 namespace codegemm {
 
+/// Rows that register lookups take at once.
+inline constexpr int kBlockRows = 64;
 /// Rows whose codes share one 64-bit word.
-inline constexpr int kPackedRows = 8;
+inline constexpr int kWordRows = 8;
 
 /// Raw pointers into a PackedMatrix, for kernels. An *entry* is one (vector j, codebook c) pair: one code for
 /// each row, one table for each activation. Entries are numbered j * m + c and cut into tiles whose
-/// tables stay in the first-level cache together.
+/// tables stay in the first-level cache together. The codes of an entry for the rows of a block are a byte
+/// each, in the order of the rows. With 4 bits a code two share a byte: rows 0..31 of the block have its low
+/// half, rows 32..63 the high one.
 struct PackedView {
   Format format;
   std::int64_t rows = 0;
   std::int64_t cols = 0;
-  std::int64_t row_blocks = 0;    // ceil(rows / kPackedRows); rows beyond `rows` have code 0 and scale 0
+  int block_rows = kBlockRows;    // rows in a block: kBlockRows, or kWordRows where nothing is looked up
+  std::int64_t row_blocks = 0;    // ceil(rows / block_rows); rows beyond `rows` have code 0 and scale 0
   std::int64_t tile_vectors = 0;  // vectors in every tile but the last, which may have fewer
   std::int64_t tiles = 0;
-  // [tiles][row_blocks][entries of the tile]: byte r of a word is the code of row 8 * block + r
+  // [tiles][row_blocks][entries of the tile][words of an entry]
   const std::uint64_t* codes = nullptr;
   const float* codebooks = nullptr;             // [m][2^b][v]
   const float* codebooks_transposed = nullptr;  // [m][v][2^b]
-  const Half* scales = nullptr;                 // [ceil(K / g)][row_blocks * kPackedRows]
+  const Half* scales = nullptr;                 // [ceil(K / g)][row_blocks * block_rows]
 
   [[nodiscard]] std::int64_t vectors() const noexcept { return cols / format.v; }
-  [[nodiscard]] std::int64_t padded_rows() const noexcept { return row_blocks * kPackedRows; }
+  [[nodiscard]] std::int64_t padded_rows() const noexcept { return row_blocks * block_rows; }
+  /// 64-bit words of an entry in one row block.
+  [[nodiscard]] std::int64_t entry_words() const noexcept {
+    return block_rows / kWordRows / (format.b == 4 ? 2 : 1);
+  }
   [[nodiscard]] std::int64_t vectors_in(std::int64_t tile) const noexcept {
     return std::min(tile_vectors, vectors() - tile * tile_vectors);
   }
-  /// The codes of one tile: [row_blocks][vectors_in(tile) * m].
+  /// The codes of one tile: [row_blocks][vectors_in(tile) * m][entry_words()].
   [[nodiscard]] const std::uint64_t* tile_codes(std::int64_t tile) const noexcept {
-    return codes + tile * tile_vectors * format.m * row_blocks;
+    return codes + tile * tile_vectors * format.m * row_blocks * entry_words();
   }
   /// Vectors that share one scale.
   [[nodiscard]] std::int64_t segment_vectors() const noexcept {
@@ -55,11 +65,20 @@ struct PackedView {
   }
 };
 
+class PackedMatrix;
+
+namespace detail {
+
+/// pack() for the kernels of `isa`.
+[[nodiscard]] Result<PackedMatrix> pack_for(const QuantizedMatrixView& w, Isa isa);
+
+}  // namespace detail
+
 /// Weights in the CPU kernels' own layout, which may change from version to version: keep the canonical
 /// form on disk and pack after loading. Made by pack(); movable.
 class PackedMatrix {
  public:
-  static constexpr int kLayoutVersion = 1;
+  static constexpr int kLayoutVersion = 2;
 
   [[nodiscard]] Format format() const noexcept { return view_.format; }
   [[nodiscard]] std::int64_t rows() const noexcept { return view_.rows; }
@@ -75,7 +94,7 @@ class PackedMatrix {
   PackedMatrix() = default;
 
  private:
-  friend Result<PackedMatrix> pack(const QuantizedMatrixView& w);
+  friend Result<PackedMatrix> detail::pack_for(const QuantizedMatrixView& w, Isa isa);
 
   PackedView view_;
   AlignedBuffer<std::uint64_t> codes_;
@@ -85,11 +104,36 @@ class PackedMatrix {
 
 namespace detail {
 
+// Where the codes of entry (j, c) begin, in bytes, and how far on those of the next row block lie.
+struct EntryPlace {
+  std::int64_t first;
+  std::int64_t stride;
+  int block_rows;
+  bool nibbles;
+
+  [[nodiscard]] std::int64_t byte(std::int64_t row) const noexcept {
+    const std::int64_t in_block = row % block_rows;
+    return first + row / block_rows * stride + (nibbles ? in_block % (block_rows / 2) : in_block);
+  }
+  [[nodiscard]] int shift(std::int64_t row) const noexcept {
+    return nibbles && row % block_rows >= block_rows / 2 ? 4 : 0;
+  }
+};
+
+[[nodiscard]] inline EntryPlace entry_place(const PackedView& p, std::int64_t j, std::int64_t c) noexcept {
+  const std::int64_t tile = j / p.tile_vectors;
+  const std::int64_t entry_bytes = p.entry_words() * 8;
+  const std::int64_t entry = (j - tile * p.tile_vectors) * p.format.m + c;
+  return {(tile * p.tile_vectors * p.format.m * p.row_blocks + entry) * entry_bytes,
+          p.vectors_in(tile) * p.format.m * entry_bytes, p.block_rows, p.format.b == 4};
+}
+
 // Vectors in a tile: as many as the tables allow, but so that tiles and scale groups share their borders
 // where that costs less than half of the tile.
-[[nodiscard]] inline std::int64_t choose_tile_vectors(Format f, std::int64_t vectors) {
+[[nodiscard]] inline std::int64_t choose_tile_vectors(Format f, std::int64_t vectors, bool lookup) {
   CODEGEMM_ASSERT(validate(f).ok());
-  const std::int64_t entries = std::min(CpuTiles::kMaxEntries, CpuTiles::kTableFloats / f.centroids());
+  const std::int64_t floats = lookup ? CpuTiles::kLookupTableFloats : CpuTiles::kTableFloats;
+  const std::int64_t entries = std::min(CpuTiles::kMaxEntries, floats / f.centroids());
   const std::int64_t most = std::max<std::int64_t>(1, entries / f.m);
   if (f.g < 0 || vectors <= most) return most;
   const std::int64_t segment = std::max(1, f.g / f.v);
@@ -102,9 +146,13 @@ namespace detail {
 
 }  // namespace detail
 
-/// Repacks for the CPU kernels. Errors: those of validate(w); kUnsupported for b > 8; kInvalidArgument for a
-/// codebook value or scale that is not finite, with its place; kOutOfMemory.
+/// Repacks for the CPU kernels of this machine. Errors: those of validate(w); kUnsupported for b > 8;
+/// kInvalidArgument for a codebook value or scale that is not finite, with its place; kOutOfMemory.
 [[nodiscard]] inline Result<PackedMatrix> pack(const QuantizedMatrixView& w) {
+  return detail::pack_for(w, detect_isa());
+}
+
+inline Result<PackedMatrix> detail::pack_for(const QuantizedMatrixView& w, Isa isa) {
   if (Status status = validate(w); !status.ok()) return status;
   const Format f = w.format;
   if (f.b > kMaxPsumbookCodeBits) {
@@ -131,11 +179,13 @@ namespace detail {
   view.format = f;
   view.rows = w.rows;
   view.cols = w.cols;
-  view.row_blocks = (w.rows + kPackedRows - 1) / kPackedRows;
-  view.tile_vectors = detail::choose_tile_vectors(f, w.vectors());
+  const bool lookup = detail::lookup_cost(isa, f.b) > 0.0;
+  view.block_rows = lookup || f.b == 4 ? kBlockRows : kWordRows;
+  view.row_blocks = (w.rows + view.block_rows - 1) / view.block_rows;
+  view.tile_vectors = detail::choose_tile_vectors(f, w.vectors(), lookup);
   view.tiles = (w.vectors() + view.tile_vectors - 1) / view.tile_vectors;
   const std::int64_t padded = view.padded_rows();
-  const std::int64_t words = view.row_blocks * w.vectors() * f.m;
+  const std::int64_t words = view.row_blocks * w.vectors() * f.m * view.entry_words();
   if (!out.codes_.reserve(static_cast<std::size_t>(words)) ||
       !out.codebooks_.reserve(static_cast<std::size_t>(2 * codebook_values)) ||
       !out.scales_.reserve(static_cast<std::size_t>(segments * padded))) {
@@ -147,13 +197,10 @@ namespace detail {
   auto* const bytes = reinterpret_cast<unsigned char*>(out.codes_.data());
   for (std::int64_t c = 0; c < f.m; ++c) {
     for (std::int64_t j = 0; j < w.vectors(); ++j) {
-      const std::int64_t tile = j / view.tile_vectors;
-      const std::int64_t entries = view.vectors_in(tile) * f.m;
-      const std::int64_t first = tile * view.tile_vectors * f.m * view.row_blocks;
-      const std::int64_t entry = (j - tile * view.tile_vectors) * f.m + c;
+      const detail::EntryPlace place = detail::entry_place(view, j, c);
       for (std::int64_t n = 0; n < w.rows; ++n) {
-        const std::int64_t word = first + n / kPackedRows * entries + entry;
-        bytes[word * kPackedRows + n % kPackedRows] = static_cast<unsigned char>(w.code(c, n, j));
+        unsigned char& byte = bytes[place.byte(n)];
+        byte = static_cast<unsigned char>(byte | (w.code(c, n, j) << place.shift(n)));
       }
     }
   }
@@ -188,15 +235,13 @@ namespace detail {
   if (!created.ok()) return created.status();
   QuantizedMatrix& out = *created;
   const auto* const bytes = reinterpret_cast<const unsigned char*>(p.codes);
+  const unsigned mask = f.b == 4 ? 15U : 255U;
   for (std::int64_t c = 0; c < f.m; ++c) {
     for (std::int64_t j = 0; j < p.vectors(); ++j) {
-      const std::int64_t tile = j / p.tile_vectors;
-      const std::int64_t entries = p.vectors_in(tile) * f.m;
-      const std::int64_t first = tile * p.tile_vectors * f.m * p.row_blocks;
-      const std::int64_t entry = (j - tile * p.tile_vectors) * f.m + c;
+      const detail::EntryPlace place = detail::entry_place(p, j, c);
       for (std::int64_t n = 0; n < p.rows; ++n) {
-        const std::int64_t word = first + n / kPackedRows * entries + entry;
-        out.set_code(c, n, j, bytes[word * kPackedRows + n % kPackedRows]);
+        const unsigned byte = bytes[place.byte(n)];
+        out.set_code(c, n, j, (byte >> place.shift(n)) & mask);
       }
     }
   }

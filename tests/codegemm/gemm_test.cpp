@@ -3,6 +3,7 @@
 // tests/codegemm/gemm_test.cpp - every configuration, shape, token count, instruction set and way against the
 // reference; the same bits for any number of workers; the text of every refusal.
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstddef>
@@ -37,7 +38,7 @@ std::vector<float> multiply(const PackedMatrix& w, const std::vector<float>& x, 
   const std::int64_t stride = w.rows() + 3;
   const float poison = std::numeric_limits<float>::quiet_NaN();
   std::vector<float> y(static_cast<std::size_t>(tokens * stride + 1), poison);
-  const auto floats = detail::exact_workspace_floats(w.view(), tokens, executor.workers(), regime);
+  const auto floats = detail::exact_workspace_floats(w.view(), tokens, executor.workers(), isa, regime);
   const std::size_t bytes = static_cast<std::size_t>(floats) * sizeof(float);
   AlignedBuffer<std::byte> workspace;
   REQUIRE(workspace.reserve(bytes + kGuardBytes));
@@ -91,31 +92,38 @@ void check_close(const std::vector<float>& got, const Expected& want, std::int64
 }
 
 std::vector<Isa> isas() {
-  if (detect_isa() == Isa::kAvx2) return {Isa::kPortable, Isa::kAvx2};
-  return {Isa::kPortable};
+  std::vector<Isa> out;
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi, Isa::kNeon}) {
+    if (isa_available(isa)) out.push_back(isa);
+  }
+  return out;
 }
 
 void sweep(Format f, std::int64_t rows, std::int64_t cols, const std::vector<std::int64_t>& token_counts,
            std::uint64_t written_seed) {
+  constexpr std::int64_t kLookupTokens = 9;
   const std::uint64_t seed = test::seed_or(written_seed);
   Rng rng(seed);
   CAPTURE(seed, format_name(f), rows, cols);
   const QuantizedMatrix w = test::random_quantized(rng, f, rows, cols);
-  const Result<PackedMatrix> packed = pack(w.view());
-  REQUIRE(packed.ok());
   SerialExecutor serial;
   const std::int64_t most = token_counts.back();
   std::vector<float> x = rng.normals(most * cols);
   x[0] = 100.0F;  // an outlier
   const Expected all = test::expect(w.view(), x, most);
-  for (const std::int64_t tokens : token_counts) {
-    Expected want = all;
-    want.y.resize(static_cast<std::size_t>(tokens * rows));
-    want.bound.resize(static_cast<std::size_t>(tokens * rows));
-    const std::vector<float> x_used(x.begin(), x.begin() + tokens * cols);
-    for (const Isa isa : isas()) {
-      for (const Regime regime : {Regime::kPsumbook, Regime::kDense}) {
-        CAPTURE(tokens, static_cast<int>(isa), static_cast<int>(regime));
+  Expected rounded = all;
+  test::add_lookup_rounding(w.view(), x, std::min(most, kLookupTokens), rounded);
+  for (const Isa isa : isas()) {
+    const Result<PackedMatrix> packed = detail::pack_for(w.view(), isa);
+    REQUIRE(packed.ok());
+    for (const std::int64_t tokens : token_counts) {
+      const std::vector<float> x_used(x.begin(), x.begin() + tokens * cols);
+      for (const Regime regime : {Regime::kPsumbook, Regime::kDense, Regime::kLookup}) {
+        if (regime == Regime::kLookup && tokens > kLookupTokens) continue;
+        Expected want = regime == Regime::kLookup ? rounded : all;
+        want.y.resize(static_cast<std::size_t>(tokens * rows));
+        want.bound.resize(static_cast<std::size_t>(tokens * rows));
+        CAPTURE(tokens, isa_name(isa), static_cast<int>(regime));
         check_close(multiply(*packed, x_used, tokens, serial, isa, regime), want, rows);
       }
     }
@@ -162,17 +170,18 @@ TEST_CASE("the result has the same bits for any number of workers", "[codegemm]"
   const std::uint64_t seed = test::seed_or(9);
   CAPTURE(seed);
   Rng rng(seed);
-  for (const Format f : {Format{4, 1, 8, 64}, Format{8, 2, 8, 128}, Format{4, 3, 5, -1}}) {
+  for (const Format f :
+       {Format{4, 1, 8, 64}, Format{8, 2, 8, 128}, Format{4, 3, 5, -1}, Format{4, 2, 4, 128}}) {
     const std::int64_t rows = 531;
     const std::int64_t cols = 640;
     const QuantizedMatrix w = test::random_quantized(rng, f, rows, cols);
-    const Result<PackedMatrix> packed = pack(w.view());
-    REQUIRE(packed.ok());
-    for (const std::int64_t tokens : {1, 4, 21, 300}) {
-      const std::vector<float> x = rng.normals(tokens * cols);
-      for (const Isa isa : isas()) {
-        for (const Regime regime : {Regime::kAutomatic, Regime::kPsumbook, Regime::kDense}) {
-          CAPTURE(format_name(f), tokens, static_cast<int>(isa), static_cast<int>(regime));
+    for (const Isa isa : isas()) {
+      const Result<PackedMatrix> packed = detail::pack_for(w.view(), isa);
+      REQUIRE(packed.ok());
+      for (const std::int64_t tokens : {1, 4, 21, 300}) {
+        const std::vector<float> x = rng.normals(tokens * cols);
+        for (const Regime regime : {Regime::kAutomatic, Regime::kPsumbook, Regime::kDense, Regime::kLookup}) {
+          CAPTURE(format_name(f), tokens, isa_name(isa), static_cast<int>(regime));
           SerialExecutor serial;
           const std::vector<float> want = multiply(*packed, x, tokens, serial, isa, regime);
           for (const int workers : {1, 2, 3}) {
@@ -189,17 +198,87 @@ TEST_CASE("the result has the same bits for any number of workers", "[codegemm]"
 TEST_CASE("the workspace that is asked for serves every smaller number of tokens", "[codegemm]") {
   Rng rng(3);
   for (const std::int64_t rows : {8, 576, 5000}) {
-    for (const Format f : {Format{4, 1, 8, 64}, Format{4, 3, 8, 64}, Format{16, 4, 8, -1}}) {
+    for (const Format f : {Format{4, 1, 8, 64}, Format{4, 3, 8, 64}, Format{16, 4, 8, -1},
+                           Format{2, 1, 4, 16}, Format{4, 2, 6, 64}}) {
       const QuantizedMatrix w = test::random_quantized(rng, f, rows, 64);
-      const Result<PackedMatrix> packed = pack(w.view());
-      REQUIRE(packed.ok());
-      for (const std::int64_t most : {1, 7, 8, 20, 150, 700}) {
-        const std::size_t bytes = workspace_bytes(*packed, most, 3);
-        for (std::int64_t tokens = 0; tokens <= most; ++tokens) {
-          const auto floats = detail::exact_workspace_floats(packed->view(), tokens, 3, Regime::kAutomatic);
-          REQUIRE(static_cast<std::size_t>(floats) * sizeof(float) <= bytes);
+      // The plans are the same everywhere; only what they choose among differs.
+      for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi, Isa::kNeon}) {
+        const Result<PackedMatrix> packed = detail::pack_for(w.view(), isa);
+        REQUIRE(packed.ok());
+        for (const std::int64_t most : {1, 7, 8, 20, 150, 700}) {
+          const std::int64_t asked = detail::workspace_floats(packed->view(), most, 3, isa);
+          for (std::int64_t tokens = 0; tokens <= most; ++tokens) {
+            REQUIRE(detail::exact_workspace_floats(packed->view(), tokens, 3, isa, Regime::kAutomatic) <=
+                    asked);
+          }
         }
+        CHECK(workspace_bytes(*packed, 20, 3) ==
+              sizeof(float) *
+                  static_cast<std::size_t>(detail::workspace_floats(packed->view(), 20, 3, detect_isa())));
       }
+    }
+  }
+}
+
+namespace {
+
+// |y - reference| / |reference| of one token.
+double relative_error(const QuantizedMatrix& w, const std::vector<float>& x, Isa isa, Regime regime) {
+  const Result<PackedMatrix> packed = detail::pack_for(w.view(), isa);
+  REQUIRE(packed.ok());
+  SerialExecutor serial;
+  const std::vector<float> y = multiply(*packed, x, 1, serial, isa, regime);
+  const Expected want = test::expect(w.view(), x, 1);
+  double off2 = 0.0;
+  double size2 = 0.0;
+  for (std::size_t i = 0; i < y.size(); ++i) {
+    const double off = static_cast<double>(y[i]) - want.y[i];
+    off2 += off * off;
+    size2 += want.y[i] * want.y[i];
+  }
+  return std::sqrt(off2 / size2);
+}
+
+}  // namespace
+
+TEST_CASE("16-bit tables are off by at most 1e-3, whatever the activations", "[codegemm]") {
+  const std::uint64_t seed = test::seed_or(21);
+  CAPTURE(seed);
+  Rng rng(seed);
+  const std::int64_t cols = 1024;
+  for (const Format f :
+       {Format{4, 1, 8, 128}, Format{8, 2, 8, 128}, Format{4, 2, 4, 128}, Format{2, 2, 4, -1},
+        Format{2, 1, 6, 128}, Format{4, 2, 5, 32}, Format{4, 2, 7, 128}}) {
+    const QuantizedMatrix w = test::random_quantized(rng, f, 300, cols);
+    for (int kind = 0; kind < 5; ++kind) {
+      std::vector<float> x = rng.normals(cols);
+      if (kind == 1) x[500] = 1e4F;  // one outlier that is nearly all of y
+      if (kind == 2) {
+        for (float& value : x) value *= std::exp(3.0F * rng.normal());
+      }
+      if (kind == 3) {
+        for (std::size_t k = 128; k < x.size(); ++k) x[k] = 0.0F;
+      }
+      if (kind == 4) {
+        for (float& value : x) value *= 1e-18F;  // squares are subnormal
+      }
+      for (const Isa isa : isas()) {
+        CAPTURE(format_name(f), kind, isa_name(isa));
+        const double error = relative_error(w, x, isa, Regime::kLookup);
+        CHECK(error <= 1e-3);
+        // 16 bits are used where they are good enough: fp32 would be a thousand times closer.
+        if (kind == 0 && detail::lookup_cost(isa, f.b) > 0.0) CHECK(error > 1e-5);
+      }
+    }
+    // What is not a number comes through.
+    std::vector<float> x = rng.normals(cols);
+    x[77] = std::numeric_limits<float>::infinity();
+    for (const Isa isa : isas()) {
+      const Result<PackedMatrix> packed = detail::pack_for(w.view(), isa);
+      REQUIRE(packed.ok());
+      SerialExecutor serial;
+      const std::vector<float> y = multiply(*packed, x, 1, serial, isa, Regime::kLookup);
+      CHECK(!std::isfinite(y[200]));
     }
   }
 }
@@ -219,7 +298,9 @@ TEST_CASE("gemm takes the automatic way, empty matrices and a caller's own list"
   REQUIRE(gemm(*packed, MatrixView<const float>(x.data(), 3, 128), MatrixView<float>(y.data(), 3, 24),
                workspace.span(), serial)
               .ok());
-  check_close(y, test::expect(w.view(), x, 3), 24);
+  Expected want = test::expect(w.view(), x, 3);
+  test::add_lookup_rounding(w.view(), x, 3, want);
+  check_close(y, want, 24);
 
   using Short = config_list<CpuV8B8>;
   const Status refused = gemm<Short>(*packed, MatrixView<const float>(x.data(), 3, 128),

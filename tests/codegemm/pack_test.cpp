@@ -88,21 +88,25 @@ TEST_CASE("packing there and back changes nothing", "[codegemm]") {
       for (const int b : {4, 5, 6, 7, 8}) {
         for (const int g : {-1, v, 5 * v}) {
           const Format f{v, m, b, g};
-          const std::int64_t rows = 1 + rng.below(40);
+          const std::int64_t rows = 1 + rng.below(140);
           const std::int64_t cols = v * (1 + rng.below(90));
           CAPTURE(format_name(f), rows, cols);
           const QuantizedMatrix w = test::random_quantized(rng, f, rows, cols);
-          Result<PackedMatrix> packed = pack(w.view());
-          REQUIRE(packed.ok());
-          CHECK(packed->rows() == rows);
-          CHECK(packed->cols() == cols);
-          CHECK(packed->format() == f);
-          const PackedMatrix moved = std::move(*packed);
-          const Result<QuantizedMatrix> back = unpack(moved);
-          REQUIRE(back.ok());
-          REQUIRE(same<std::uint32_t>(back->codes(), w.codes()));
-          REQUIRE(same<Half>(back->codebooks(), w.codebooks()));
-          REQUIRE(same<Half>(back->scales(), w.scales()));
+          // The layouts of two instruction sets: rows in blocks of 64 for all formats, or only with 4 bits.
+          for (const Isa isa : {Isa::kAvx512Vbmi, Isa::kPortable}) {
+            Result<PackedMatrix> packed = detail::pack_for(w.view(), isa);
+            REQUIRE(packed.ok());
+            CHECK(packed->rows() == rows);
+            CHECK(packed->cols() == cols);
+            CHECK(packed->format() == f);
+            CHECK(packed->view().block_rows == (isa == Isa::kAvx512Vbmi || b == 4 ? 64 : 8));
+            const PackedMatrix moved = std::move(*packed);
+            const Result<QuantizedMatrix> back = unpack(moved);
+            REQUIRE(back.ok());
+            REQUIRE(same<std::uint32_t>(back->codes(), w.codes()));
+            REQUIRE(same<Half>(back->codebooks(), w.codebooks()));
+            REQUIRE(same<Half>(back->scales(), w.scales()));
+          }
         }
       }
     }
@@ -110,6 +114,9 @@ TEST_CASE("packing there and back changes nothing", "[codegemm]") {
   // 2 bits a weight, plus scales, plus two fp32 codebooks.
   const QuantizedMatrix w = test::random_quantized(rng, Format{4, 1, 8, 64}, 64, 256);
   CHECK(pack(w.view())->bytes() == 4096U + 512U + 8192U);
+  // 4-bit codes take 4 bits: 1 bit a weight, plus scales, plus two fp32 codebooks.
+  const QuantizedMatrix nibbles = test::random_quantized(rng, Format{4, 1, 4, 64}, 64, 256);
+  CHECK(pack(nibbles.view())->bytes() == 2048U + 512U + 512U);
 }
 
 TEST_CASE("empty matrices are packed and unpacked", "[codegemm]") {

@@ -3,6 +3,7 @@
 // tests/codegemm/samples.hpp - random quantized matrices and the error that fp32 may make on them.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -81,6 +82,36 @@ struct Expected {
     bound = additions * 0x1p-24 * bound + static_cast<double>(std::numeric_limits<float>::denorm_min());
   }
   return out;
+}
+
+/// Widens the bound to what 16-bit tables may do: an entry is off by half a step, which is the sum over a
+/// flush (16 entries, 32 with 16 centroids) of the largest of each, over 32700.
+inline void add_lookup_rounding(const QuantizedMatrixView& w, const std::vector<float>& x,
+                                std::int64_t tokens, Expected& to) {
+  const Format f = w.format;
+  const double share = (f.b == 4 ? 32.0 : 16.0) / 2.0 / 32700.0;
+  for (std::int64_t j = 0; j < w.cols / f.v; ++j) {
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      const float* const vector = x.data() + t * w.cols + j * f.v;
+      double off = 0.0;
+      for (std::int64_t c = 0; c < f.m; ++c) {
+        double largest = 0.0;
+        for (std::int64_t i = 0; i < f.centroids(); ++i) {
+          const Half* const centroid = w.codebooks + (c * f.centroids() + i) * f.v;
+          double product = 0.0;
+          for (int d = 0; d < f.v; ++d) {
+            product += static_cast<double>(centroid[d].to_float()) * static_cast<double>(vector[d]);
+          }
+          largest = std::max(largest, std::fabs(product));
+        }
+        off += largest * share;
+      }
+      for (std::int64_t n = 0; n < w.rows; ++n) {
+        to.bound[static_cast<std::size_t>(t * w.rows + n)] +=
+            std::fabs(static_cast<double>(w.scale(n, j * f.v))) * off;
+      }
+    }
+  }
 }
 
 }  // namespace codegemm::test

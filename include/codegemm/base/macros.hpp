@@ -39,14 +39,44 @@
 #define CODEGEMM_ASSERT(condition) static_cast<void>(0)
 #endif
 
-/// Compiles one function for AVX2 and FMA whatever the flags of the program; it may only be called after
-/// detect_isa() (codegemm/cpu/isa.hpp) has found them. Such functions hold intrinsics and plain arithmetic
-/// only: an inline function of the standard library or a lambda inside could leak AVX2 code to other callers.
+/// Compiles one function for an instruction set whatever the flags of the program; it may only be called
+/// after detect_isa() (codegemm/cpu/isa.hpp) has found it. Such functions hold intrinsics and plain
+/// arithmetic only: an inline function of the standard library or a lambda inside could leak its code to
+/// other callers. The name of each says the instruction set, so units compiled with different flags agree on
+/// every definition.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CODEGEMM_HAS_AVX2 1
-#define CODEGEMM_TARGET_AVX2 __attribute__((target("avx2,fma")))
+#define CODEGEMM_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #else
 #define CODEGEMM_HAS_AVX2 0
+#endif
+
+// CODEGEMM_EMULATE_AVX512: a test brings the intrinsics itself and runs these functions on any x86-64.
+#if defined(CODEGEMM_EMULATE_AVX512)
+#define CODEGEMM_HAS_AVX512 1
+#define CODEGEMM_TARGET_AVX512 CODEGEMM_TARGET_AVX2
+#define CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_TARGET_AVX2
+#elif CODEGEMM_HAS_AVX2
+#define CODEGEMM_HAS_AVX512 1
+#define CODEGEMM_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#define CODEGEMM_TARGET_AVX512_VBMI                                                                          \
+  __attribute__((target("avx512vbmi,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#else
+#define CODEGEMM_HAS_AVX512 0
+#endif
+
+/// 64-bit Arm always has NEON: no attribute, no question at run time.
+#if defined(__aarch64__) && defined(__ARM_NEON)
+#define CODEGEMM_HAS_NEON 1
+#else
+#define CODEGEMM_HAS_NEON 0
+#endif
+
+/// For the small pieces of a kernel: a call in the innermost loop would put its vectors into memory.
+#if defined(__GNUC__)
+#define CODEGEMM_ALWAYS_INLINE inline __attribute__((always_inline))
+#else
+#define CODEGEMM_ALWAYS_INLINE inline
 #endif
 
 /// Before a loop of at most 16 rounds known when compiling: unrolled at -O2 as well, so that an array of

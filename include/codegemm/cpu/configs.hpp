@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include <codegemm/base/config_list.hpp>
+#include <codegemm/cpu/isa.hpp>
 
 namespace codegemm {
 
@@ -79,16 +80,26 @@ using CpuConfigs =
     config_list<CpuV4B8, CpuV8B8, CpuV2B8, CpuV16B8, CpuV4B4, CpuV8B4, CpuV2B4, CpuV16B4, CpuV4B6, CpuV8B6,
                 CpuV2B6, CpuV16B6, CpuV4B5, CpuV8B5, CpuV2B5, CpuV16B5, CpuV4B7, CpuV8B7, CpuV2B7, CpuV16B7>;
 
-/// Tiles. The Psumbook of a tile has to stay in a 32 KiB first-level cache while all rows stream past it.
+/// Tiles. What all rows stream past has to stay in a 32 KiB first-level cache.
 struct CpuTiles {
   // One token: 16 tables of 256 fp32 sums are 16 KiB; codes, scales and partial sums stream through the rest.
   static constexpr std::int64_t kTableFloats = 4096;
-  static constexpr std::int64_t kMaxEntries = 64;
+  // The same where they are only the stage before tables of 16 bits.
+  static constexpr std::int64_t kLookupTableFloats = 8192;
+  static constexpr std::int64_t kMaxEntries = 128;
+  // Entries whose 16-bit sums are added before they go to fp32: the entries are scaled so that they always
+  // fit, that is to 12 bits for 16 entries. A table of 16 centroids has smaller extremes and bears 32.
+  static constexpr std::int64_t kFlushEntries = 16;
+  static constexpr std::int64_t kFlushEntries4 = 32;
+  // How far ahead codes are asked for; a page, which is where the processor's own prefetching ends.
+  static constexpr std::int64_t kPrefetchBytes = 4096;
   // Tokens in the lanes: 32 KiB of tables, that is 4 entries of 256 centroids x 8 tokens. Fewer entries cost
   // more passes over the partial sums; with 8 entries the tables fall out of the cache.
   static constexpr std::int64_t kLaneTableFloats = 8192;
   // Rows that one Psumbook serves before another task builds it again; their sums for 8 tokens are 128 KiB.
   static constexpr std::int64_t kRowChunk = 4096;
+  // The same for one token, where building costs more against the lookups.
+  static constexpr std::int64_t kRowChunk1 = 16384;
   // Tasks to aim at by cutting K, a fixed number so that results do not depend on the number of workers.
   static constexpr std::int64_t kTargetTasks = 16;
 
@@ -101,13 +112,40 @@ struct CpuTiles {
   static constexpr std::int64_t kDenseTaskTokens = 240;
 };
 
-/// Measured on a Zen 3 core in its cycles; only their ratios matter. From them follows at how many tokens
-/// dequantizing pays: there is no fixed crossover, since m, v, b and N all move it.
+/// Measured on a Zen 3 core in its cycles; only their ratios matter. From them follows which way is taken at
+/// how many tokens: there is no fixed crossover, since m, v, b and N all move it.
 struct CpuCosts {
-  static constexpr double kLanesWord = 13.8;          // one entry, 8 rows x 8 tokens, memory included
+  static constexpr double kLanes1 = 50;               // one entry, 64 rows x 1 token in fp32
+  static constexpr double kLanes4 = 80;               // x 4 tokens
+  static constexpr double kLanes8 = 110;              // x 8 tokens, memory included
   static constexpr double kLanesBuild = 0.53;         // one element of a centroid x 8 tokens
   static constexpr double kDenseMultiply = 1 / 13.4;  // one weight x one token
   static constexpr double kDequantize = 0.45;         // one weight of one codebook
+
+  // One entry, 64 rows x 1 token looked up in registers, for 4 to 8 bits a code; 0 where gathering is as
+  // fast. The last three rows are estimates from instruction tables. And encoding one centroid.
+  static constexpr double kLookupAvx2[] = {6, 12, 18, 32, 0};
+  static constexpr double kLookupAvx512[] = {6, 6, 9, 16, 30};
+  static constexpr double kLookupAvx512Vbmi[] = {4, 4, 5, 6, 8};
+  static constexpr double kLookupNeon[] = {12, 14, 18, 34, 66};
+  static constexpr double kEncode = 0.6;
 };
+
+namespace detail {
+
+/// Cycles for one entry, 64 rows and one token looked up in registers; 0 where that is not done.
+[[nodiscard]] constexpr double lookup_cost(Isa isa, int code_bits) noexcept {
+  if (code_bits < 4 || code_bits > 8) return 0.0;
+  switch (isa) {
+    case Isa::kAvx2: return CpuCosts::kLookupAvx2[code_bits - 4];
+    case Isa::kAvx512: return CpuCosts::kLookupAvx512[code_bits - 4];
+    case Isa::kAvx512Vbmi: return CpuCosts::kLookupAvx512Vbmi[code_bits - 4];
+    case Isa::kNeon: return CpuCosts::kLookupNeon[code_bits - 4];
+    case Isa::kPortable: break;
+  }
+  return 0.0;
+}
+
+}  // namespace detail
 
 }  // namespace codegemm

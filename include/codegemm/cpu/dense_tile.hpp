@@ -22,9 +22,12 @@ namespace codegemm::detail {
 /// Eight rows of `vectors` vectors of one scale group and tile, out[vectors * v][ld]:
 ///   out[j * v + d][r] = scale[r] * sum_c codebooks[c][code_c[j][r]][d]
 struct DequantizeArgs {
-  const std::uint64_t* codes;  // [vectors][m]
-  const float* codebooks;      // [m][2^b][v]
-  const Half* scales;          // [8]
+  const std::uint64_t* codes;  // [vectors][m], one every `words` words
+  std::int64_t words;
+  int shift;  // codes are (word >> shift) & mask, a byte each
+  std::uint64_t mask;
+  const float* codebooks;  // [m][2^b][v]
+  const Half* scales;      // [8]
   std::int64_t vectors;
   std::int64_t codebook_count;
   std::int64_t centroids;
@@ -34,12 +37,13 @@ struct DequantizeArgs {
 
 template <int kVecLen>
 void dequantize_portable(const DequantizeArgs& a) {
-  for (int r = 0; r < kPackedRows; ++r) {
+  for (int r = 0; r < kWordRows; ++r) {
     const float scale = a.scales[r].to_float();
     for (std::int64_t j = 0; j < a.vectors; ++j) {
       float sum[std::size_t{kVecLen}] = {};
       for (std::int64_t c = 0; c < a.codebook_count; ++c) {
-        const auto code = static_cast<std::int64_t>((a.codes[j * a.codebook_count + c] >> (8 * r)) & 255U);
+        const auto code = static_cast<std::int64_t>(
+            (a.codes[(j * a.codebook_count + c) * a.words] >> a.shift & a.mask) >> (8 * r) & 255U);
         const float* const centroid = a.codebooks + (c * a.centroids + code) * kVecLen;
         for (int d = 0; d < kVecLen; ++d) sum[d] += centroid[d];
       }
@@ -100,18 +104,20 @@ CODEGEMM_TARGET_AVX2 void dequantize_avx2(const DequantizeArgs& a) {
   const __m256 scale = load_halves_avx2(a.scales);
   float* out = a.out;
   const std::uint64_t* codes = a.codes;
-  for (std::int64_t j = 0; j < a.vectors; ++j, codes += a.codebook_count, out += kVecLen * a.ld) {
+  for (std::int64_t j = 0; j < a.vectors; ++j, codes += a.codebook_count * a.words, out += kVecLen * a.ld) {
+    const std::uint64_t word0 = codes[0] >> a.shift & a.mask;
     for (int d = 0; d < kVecLen; d += 4) {
-      __m256 r0 = load_two_rows_avx2<kVecLen>(a.codebooks, codes[0], 0, d);
-      __m256 r1 = load_two_rows_avx2<kVecLen>(a.codebooks, codes[0], 1, d);
-      __m256 r2 = load_two_rows_avx2<kVecLen>(a.codebooks, codes[0], 2, d);
-      __m256 r3 = load_two_rows_avx2<kVecLen>(a.codebooks, codes[0], 3, d);
+      __m256 r0 = load_two_rows_avx2<kVecLen>(a.codebooks, word0, 0, d);
+      __m256 r1 = load_two_rows_avx2<kVecLen>(a.codebooks, word0, 1, d);
+      __m256 r2 = load_two_rows_avx2<kVecLen>(a.codebooks, word0, 2, d);
+      __m256 r3 = load_two_rows_avx2<kVecLen>(a.codebooks, word0, 3, d);
       for (std::int64_t c = 1; c < a.codebook_count; ++c) {
         const float* const codebook = a.codebooks + c * a.centroids * kVecLen;
-        r0 = _mm256_add_ps(r0, load_two_rows_avx2<kVecLen>(codebook, codes[c], 0, d));
-        r1 = _mm256_add_ps(r1, load_two_rows_avx2<kVecLen>(codebook, codes[c], 1, d));
-        r2 = _mm256_add_ps(r2, load_two_rows_avx2<kVecLen>(codebook, codes[c], 2, d));
-        r3 = _mm256_add_ps(r3, load_two_rows_avx2<kVecLen>(codebook, codes[c], 3, d));
+        const std::uint64_t word = codes[c * a.words] >> a.shift & a.mask;
+        r0 = _mm256_add_ps(r0, load_two_rows_avx2<kVecLen>(codebook, word, 0, d));
+        r1 = _mm256_add_ps(r1, load_two_rows_avx2<kVecLen>(codebook, word, 1, d));
+        r2 = _mm256_add_ps(r2, load_two_rows_avx2<kVecLen>(codebook, word, 2, d));
+        r3 = _mm256_add_ps(r3, load_two_rows_avx2<kVecLen>(codebook, word, 3, d));
       }
       const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(r0, r1));
       const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(r2, r3));
@@ -181,17 +187,17 @@ CODEGEMM_TARGET_AVX2 inline void multiply_avx2(const MicroArgs& m) {
 template <Isa kIsa, int kVecLen>
 void dequantize(const DequantizeArgs& a) {
 #if CODEGEMM_HAS_AVX2
-  if constexpr (kIsa == Isa::kAvx2) return dequantize_avx2<kVecLen>(a);
+  if constexpr (has_avx2(kIsa)) return dequantize_avx2<kVecLen>(a);
 #endif
-  if constexpr (kIsa == Isa::kPortable) dequantize_portable<kVecLen>(a);
+  if constexpr (!has_avx2(kIsa)) dequantize_portable<kVecLen>(a);
 }
 
 template <Isa kIsa>
 void multiply(const MicroArgs& m) {
 #if CODEGEMM_HAS_AVX2
-  if constexpr (kIsa == Isa::kAvx2) return multiply_avx2(m);
+  if constexpr (has_avx2(kIsa)) return multiply_avx2(m);
 #endif
-  if constexpr (kIsa == Isa::kPortable) multiply_portable(m);
+  if constexpr (!has_avx2(kIsa)) multiply_portable(m);
 }
 
 }  // namespace codegemm::detail

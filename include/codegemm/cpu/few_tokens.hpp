@@ -31,8 +31,26 @@ struct PsumbookTask {
   std::int64_t first_tile;
   std::int64_t last_tile;
   std::int64_t first_token;
-  std::int64_t tokens;  // <= lanes
+  std::int64_t tokens;  // <= lanes, of lookups <= 8
   int lanes;
+};
+
+/// A worker's scratch.
+struct PsumbookScratch {
+  float* tables;
+  std::uint8_t* encoded;
+  Flush* flushes;
+  float* x_tile;
+  float* part;
+  float* sums;
+
+  PsumbookScratch(const PsumbookPlan& plan, float* memory)
+      : tables(memory),
+        encoded(reinterpret_cast<std::uint8_t*>(memory + plan.table_floats)),
+        flushes(reinterpret_cast<Flush*>(memory + plan.table_floats + plan.encoded_floats)),
+        x_tile(memory + plan.table_floats + plan.encoded_floats + plan.flush_floats),
+        part(x_tile + plan.x_floats),
+        sums(part + (plan.lookup ? 0 : plan.sum_floats)) {}
 };
 
 /// x[first_token + t][first_k + k] to out[k][lanes]; lanes without a token are 0.
@@ -44,9 +62,9 @@ inline void interleave_tokens(MatrixView<const float> x, const PsumbookTask& tas
   }
 }
 
-/// sums[blocks * 8][lanes] = the task's rows times its tokens over its tiles.
+/// sums[blocks * block rows][lanes] = the task's rows times its tokens over its tiles.
 inline void run_psumbook_task(const CpuKernels& kernels, const GemmArgs& args, const PsumbookPlan& plan,
-                              const PsumbookTask& task, float* scratch, float* part, float* sums) {
+                              const PsumbookTask& task, const PsumbookScratch& scratch, float* sums) {
   const PackedView& w = args.w;
   const std::int64_t m = w.format.m;
   const std::int64_t v = w.format.v;
@@ -54,9 +72,9 @@ inline void run_psumbook_task(const CpuKernels& kernels, const GemmArgs& args, c
   const bool one = task.lanes == 1;
   const CpuKernels::Build build = kernels.build(task.lanes);
   const CpuKernels::Gather gather = kernels.gather(task.lanes);
-  float* const tables = scratch;
-  float* const x_tile = scratch + plan.table_floats;
-  std::fill_n(sums, task.blocks * kPackedRows * task.lanes, 0.0F);
+  float* const tables = scratch.tables;
+  float* const x_tile = scratch.x_tile;
+  std::fill_n(sums, task.blocks * w.block_rows * task.lanes, 0.0F);
 
   for (std::int64_t tile = task.first_tile; tile < task.last_tile; ++tile) {
     const std::int64_t first = tile * w.tile_vectors;
@@ -71,20 +89,21 @@ inline void run_psumbook_task(const CpuKernels& kernels, const GemmArgs& args, c
     if (one) build(psumbook);
 
     GatherArgs sweep{};
-    sweep.stride = count * m;
+    sweep.stride = count * m * w.entry_words();
     sweep.tables = tables;
-    sweep.part = part;
+    sweep.part = scratch.part;
     sweep.y = sums;
-    sweep.blocks = task.blocks;
+    sweep.octets = task.blocks * w.block_rows / kWordRows;
+    sweep.words = w.entry_words();
     const std::uint64_t* const codes = w.tile_codes(tile) + task.first_block * sweep.stride;
     // Vectors [j, next) of the tile share a scale and have their tables in the cache together.
     for (std::int64_t j = 0, next = 0; j < count; j = next) {
       const std::int64_t group = (first + j) / segment;
       const std::int64_t group_end = std::min(count, (group + 1) * segment - first);
       next = one ? group_end : std::min(group_end, j + plan.sweep_vectors);
-      sweep.codes = codes + j * m;
+      sweep.codes = codes + j * m * w.entry_words();
       sweep.entries = (next - j) * m;
-      sweep.scales = w.scales + group * w.padded_rows() + task.first_block * kPackedRows;
+      sweep.scales = w.scales + group * w.padded_rows() + task.first_block * w.block_rows;
       sweep.first = j == 0 || j == group * segment - first;
       sweep.last = next == group_end;
       if (one) {
@@ -99,17 +118,84 @@ inline void run_psumbook_task(const CpuKernels& kernels, const GemmArgs& args, c
   }
 }
 
+/// Encodes the tables of vectors [j, next), which share a scale, flush by flush, and appends the flushes;
+/// false where one of them needs more than 16 bits.
+inline bool encode_segment(const CpuKernels& kernels, const PackedView& w, std::int64_t first_entry,
+                           std::int64_t entries, const Half* scales, const PsumbookScratch& scratch,
+                           std::int64_t& flush_count) {
+  const std::int64_t most = flush_entries(w.format.b);
+  std::int64_t count = flush_count;
+  for (std::int64_t done = 0; done < entries; done += most) {
+    const std::int64_t first = first_entry + done;
+    const std::int64_t some = std::min(most, entries - done);
+    const float step = kernels.lookup.encode({scratch.tables + first * w.format.centroids(), some,
+                                              scratch.encoded + first * encoded_bytes(w.format.b)});
+    if (step < 0.0F) return false;
+    if (step > 0.0F) scratch.flushes[count++] = {first, some, step, scales};
+  }
+  flush_count = count;
+  return true;
+}
+
+/// sums[t][blocks * 64], `sum_stride` apart, = the task's rows times its tokens over its tiles. A scale group
+/// that 16 bits do not serve is gathered from its fp32 tables.
+inline void run_lookup_task(const CpuKernels& kernels, const GemmArgs& args, const PsumbookTask& task,
+                            const PsumbookScratch& scratch, float* sums, std::int64_t sum_stride) {
+  const PackedView& w = args.w;
+  const std::int64_t m = w.format.m;
+  const std::int64_t segment = w.segment_vectors();
+  const std::int64_t words = w.entry_words();
+  for (std::int64_t t = 0; t < task.tokens; ++t) {
+    std::fill_n(sums + t * sum_stride, task.blocks * kBlockRows, 0.0F);
+  }
+  for (std::int64_t tile = task.first_tile; tile < task.last_tile; ++tile) {
+    const std::int64_t first = tile * w.tile_vectors;
+    const std::int64_t count = w.vectors_in(tile);
+    const std::int64_t stride = count * m * words;
+    const std::uint64_t* const codes = w.tile_codes(tile) + task.first_block * stride;
+    for (std::int64_t t = 0; t < task.tokens; ++t) {
+      const float* const x = args.x.row(task.first_token + t) + first * w.format.v;
+      float* const y = sums + t * sum_stride;
+      kernels.build1(
+          {w.codebooks, w.codebooks_transposed, x, count, m, w.format.centroids(), scratch.tables});
+      std::int64_t flush_count = 0;
+      for (std::int64_t j = 0, next = 0; j < count; j = next) {  // [j, next) share a scale
+        const std::int64_t group = (first + j) / segment;
+        next = std::min(count, (group + 1) * segment - first);
+        const std::int64_t entries = (next - j) * m;
+        const Half* const scales = w.scales + group * w.padded_rows() + task.first_block * kBlockRows;
+        if (encode_segment(kernels, w, j * m, entries, scales, scratch, flush_count)) continue;
+        kernels.gather1({codes + j * m * words, stride, words, scratch.tables + j * m * w.format.centroids(),
+                         entries, scales, nullptr, y, task.blocks * kBlockRows / kWordRows, true, true});
+      }
+      kernels.lookup.lookup({reinterpret_cast<const std::uint8_t*>(codes), stride * 8, scratch.encoded,
+                             scratch.flushes, flush_count, y, task.blocks});
+    }
+  }
+}
+
 /// y[first_token + t][n] = the sum over splits of sums[n][t], for `count` rows from first_row on.
 template <int kLanes>
 void store_sums(MatrixView<float> y, std::int64_t first_token, std::int64_t tokens, std::int64_t first_row,
                 std::int64_t count, const float* sums, std::int64_t splits, std::int64_t split_floats) {
-  for (std::int64_t n = 0; n < count; ++n) {
-    float total[std::size_t{kLanes}] = {};
+  // 64 sums at a time: as many adders side by side as any processor has.
+  constexpr std::int64_t kSums = 64;
+  constexpr std::int64_t kRows = kSums / kLanes;
+  for (std::int64_t n = 0; n < count; n += kRows) {
+    const std::int64_t rows = std::min(kRows, count - n);
+    float total[static_cast<std::size_t>(kSums)] = {};
     for (std::int64_t split = 0; split < splits; ++split) {
       const float* const from = sums + split * split_floats + n * kLanes;
-      for (int t = 0; t < kLanes; ++t) total[t] += from[t];
+      if (rows == kRows) {
+        for (std::int64_t i = 0; i < kSums; ++i) total[i] += from[i];
+      } else {
+        for (std::int64_t i = 0; i < rows * kLanes; ++i) total[i] += from[i];
+      }
     }
-    for (std::int64_t t = 0; t < tokens; ++t) y.row(first_token + t)[first_row + n] = total[t];
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      float* const to = y.row(first_token + t) + first_row + n;
+      for (std::int64_t row = 0; row < rows; ++row) to[row] = total[row * kLanes + t];
+    }
   }
 }
 
@@ -122,12 +208,33 @@ using StoreSums = void (*)(MatrixView<float>, std::int64_t, std::int64_t, std::i
   return kByLanes[lanes / 4];
 }
 
-/// y = x W^T through Psumbooks. T, N, K > 0; the workspace is make_psumbook_plan()'s.
-inline void run_psumbook(const CpuKernels& kernels, const GemmArgs& args, Executor& executor) {
+/// Stores a task's tokens, summed over the splits: those of a token block from first_row on.
+inline void store_block(const GemmArgs& args, const PsumbookPlan& plan, std::int64_t token_block,
+                        std::int64_t first_row, std::int64_t rows, const float* sums,
+                        std::int64_t token_stride, std::int64_t splits) {
+  const std::int64_t token = token_block * 8;
+  const std::int64_t tokens = plan.tokens_in(token_block);
+  if (!plan.lookup) {
+    store_sums_for(plan.lanes(token_block))(args.y, token, tokens, first_row, rows, sums, splits,
+                                            plan.split_floats);
+    return;
+  }
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    store_sums<1>(args.y, token + t, 1, first_row, rows, sums + t * token_stride, splits, plan.split_floats);
+  }
+}
+
+/// y = x W^T through Psumbooks, gathered or looked up as the plan says. T, N, K > 0; the workspace is the
+/// plan's.
+inline void run_psumbook(const CpuKernels& kernels, const GemmArgs& args, const PsumbookPlan& plan,
+                         Executor& executor) {
   const PackedView& w = args.w;
-  const PsumbookPlan plan = make_psumbook_plan(w, args.x.rows);
   const std::int64_t worker_floats = plan.worker_floats();
   float* const partial = args.workspace + executor.workers() * worker_floats;
+  // Where the partial sums of a token block begin for a row, and how far apart its tokens are in lookups.
+  const auto partial_sums = [&](std::int64_t token_block, std::int64_t row) {
+    return partial + token_block * w.padded_rows() * 8 + row * plan.lanes(token_block);
+  };
 
   // Tasks next to one another read the same codes for different tokens.
   const std::int64_t tasks = plan.chunks * plan.splits * plan.token_blocks;
@@ -142,19 +249,22 @@ inline void run_psumbook(const CpuKernels& kernels, const GemmArgs& args, Execut
     task.last_tile = std::min(w.tiles, task.first_tile + plan.split_tiles);
     task.first_token = token_block * 8;
     task.lanes = plan.lanes(token_block);
-    task.tokens = std::min<std::int64_t>(task.lanes, plan.tokens - task.first_token);
+    task.tokens = plan.tokens_in(token_block);
     if (task.blocks <= 0) return;
-    const std::int64_t first_row = task.first_block * kPackedRows;
-    float* const scratch = args.workspace + worker * worker_floats;
-    float* const part = scratch + plan.table_floats + plan.x_floats;
-    float* sums = part + plan.sum_floats;
-    if (plan.splits > 1) {
-      sums = partial + split * plan.split_floats + token_block * w.padded_rows() * 8 + first_row * task.lanes;
+    const std::int64_t first_row = task.first_block * w.block_rows;
+    const PsumbookScratch scratch(plan, args.workspace + worker * worker_floats);
+    const bool split_k = plan.splits > 1;
+    float* const sums =
+        split_k ? partial_sums(token_block, first_row) + split * plan.split_floats : scratch.sums;
+    const std::int64_t token_stride = split_k ? w.padded_rows() : plan.chunk_blocks * w.block_rows;
+    if (plan.lookup) {
+      run_lookup_task(kernels, args, task, scratch, sums, token_stride);
+    } else {
+      run_psumbook_task(kernels, args, plan, task, scratch, sums);
     }
-    run_psumbook_task(kernels, args, plan, task, scratch, part, sums);
-    if (plan.splits > 1) return;
-    const std::int64_t rows = std::min(task.blocks * kPackedRows, w.rows - first_row);
-    store_sums_for(task.lanes)(args.y, task.first_token, task.tokens, first_row, rows, sums, 1, 0);
+    if (split_k) return;
+    const std::int64_t rows = std::min(task.blocks * w.block_rows, w.rows - first_row);
+    store_block(args, plan, token_block, first_row, rows, sums, token_stride, 1);
   });
   if (plan.splits == 1) return;
 
@@ -164,11 +274,8 @@ inline void run_psumbook(const CpuKernels& kernels, const GemmArgs& args, Execut
     const std::int64_t token_block = index % plan.token_blocks;
     const std::int64_t first_row = index / plan.token_blocks * kRows;
     const std::int64_t rows = std::min(kRows, w.rows - first_row);
-    const int lanes = plan.lanes(token_block);
-    const std::int64_t tokens = std::min<std::int64_t>(lanes, plan.tokens - token_block * 8);
-    const float* const sums = partial + token_block * w.padded_rows() * 8 + first_row * lanes;
-    store_sums_for(lanes)(args.y, token_block * 8, tokens, first_row, rows, sums, plan.splits,
-                          plan.split_floats);
+    store_block(args, plan, token_block, first_row, rows, partial_sums(token_block, first_row),
+                w.padded_rows(), plan.splits);
   });
 }
 

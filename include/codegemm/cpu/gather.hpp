@@ -24,42 +24,61 @@ namespace codegemm::detail {
 /// A group that needs several sweeps (its tables do not fit into the cache together) keeps its sums in
 /// `part`; with one lane they fit, and `first` and `last` are both true.
 struct GatherArgs {
-  const std::uint64_t* codes;  // the first block's word of the first entry; entries follow one another
+  const std::uint64_t* codes;  // the first block's words of the first entry; entries follow one another
   std::int64_t stride;         // words from one row block to the next
+  std::int64_t words;          // of an entry in a block: 1, or 4 with 4-bit codes and 8 with others
   const float* tables;         // [entries][2^b][lanes]
   std::int64_t entries;
-  const Half* scales;  // [blocks * 8]
-  float* part;         // [blocks * 8][lanes]; not used if `first` and `last`
-  float* y;            // [blocks * 8][lanes]
-  std::int64_t blocks;
-  bool first;  // the group begins here: part starts from 0
-  bool last;   // the group ends here: scale it into y
+  const Half* scales;   // [octets * 8]
+  float* part;          // [octets * 8][lanes]; not used if `first` and `last`
+  float* y;             // [octets * 8][lanes]
+  std::int64_t octets;  // eights of rows, from a block's first on
+  bool first;           // the group begins here: part starts from 0
+  bool last;            // the group ends here: scale it into y
 };
 
-template <int kLanes, int kCodeBits>
+// The codes of eight rows over the entries of a sweep, kWords words from entry to entry.
+template <int kCodeBits, int kWords>
+struct OctetCodes {
+  const std::uint64_t* words;
+  int shift;  // 4-bit codes: of the half of the bytes that is these rows'
+
+  OctetCodes(const GatherArgs& a, std::int64_t octet) {
+    constexpr std::int64_t kOctets = kCodeBits == 4 ? 2 * kWords : kWords;
+    words = a.codes + octet / kOctets * a.stride + octet % kWords;
+    shift = kCodeBits == 4 && octet % kOctets >= kWords ? 4 : 0;
+  }
+  [[nodiscard]] CODEGEMM_ALWAYS_INLINE std::uint64_t operator[](std::int64_t entry) const {
+    const std::uint64_t bytes = words[entry * kWords];
+    return kCodeBits == 4 ? (bytes >> shift) & 0x0F0F0F0F0F0F0F0FU : bytes;
+  }
+};
+
+template <int kLanes, int kCodeBits, int kWords>
 void gather_portable(const GatherArgs& a) {
   constexpr std::int64_t kTable = (std::int64_t{1} << kCodeBits) * kLanes;
-  for (std::int64_t block = 0; block < a.blocks; ++block) {
-    float sum[kPackedRows * std::size_t{kLanes}] = {};
-    float* const part = a.part + block * kPackedRows * kLanes;
+  for (std::int64_t octet = 0; octet < a.octets; ++octet) {
+    const OctetCodes<kCodeBits, kWords> codes(a, octet);
+    float sum[kWordRows * std::size_t{kLanes}] = {};
+    float* const part = a.part + octet * kWordRows * kLanes;
     if (!a.first) {
-      for (int i = 0; i < kPackedRows * kLanes; ++i) sum[i] = part[i];
+      for (int i = 0; i < kWordRows * kLanes; ++i) sum[i] = part[i];
     }
     const float* table = a.tables;
     for (std::int64_t e = 0; e < a.entries; ++e, table += kTable) {
-      std::uint64_t word = a.codes[block * a.stride + e];
-      for (int r = 0; r < kPackedRows; ++r, word >>= 8) {
+      std::uint64_t word = codes[e];
+      for (int r = 0; r < kWordRows; ++r, word >>= 8) {
         const float* const entry = table + (word & 255U) * kLanes;
         for (int t = 0; t < kLanes; ++t) sum[r * kLanes + t] += entry[t];
       }
     }
     if (!a.last) {
-      for (int i = 0; i < kPackedRows * kLanes; ++i) part[i] = sum[i];
+      for (int i = 0; i < kWordRows * kLanes; ++i) part[i] = sum[i];
       continue;
     }
-    float* const y = a.y + block * kPackedRows * kLanes;
-    for (int r = 0; r < kPackedRows; ++r) {
-      const float scale = a.scales[block * kPackedRows + r].to_float();
+    float* const y = a.y + octet * kWordRows * kLanes;
+    for (int r = 0; r < kWordRows; ++r) {
+      const float scale = a.scales[octet * kWordRows + r].to_float();
       for (int t = 0; t < kLanes; ++t) y[r * kLanes + t] += scale * sum[r * kLanes + t];
     }
   }
@@ -67,14 +86,8 @@ void gather_portable(const GatherArgs& a) {
 
 #if CODEGEMM_HAS_AVX2
 
-// Eight fp16 numbers, finite, as fp32. Multiplying by 2^112 moves the exponent and makes subnormals right
-// too.
 CODEGEMM_TARGET_AVX2 inline __m256 load_halves_avx2(const Half* from) {
-  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  const __m256i magnitude = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7FFF)), 13);
-  const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x8000)), 16);
-  const __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(magnitude), _mm256_set1_ps(0x1p112F));
-  return _mm256_or_ps(value, _mm256_castsi256_ps(sign));
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 
 struct Sums1 {
@@ -117,28 +130,36 @@ CODEGEMM_TARGET_AVX2 inline void add_word_avx2(const std::uint64_t* word, const 
       : "cc", "memory");
 }
 
-template <int kCodeBits>
+template <int kCodeBits, int kWords>
 CODEGEMM_TARGET_AVX2 void gather1_avx2(const GatherArgs& a) {
   constexpr std::int64_t kTable = std::int64_t{1} << kCodeBits;
   constexpr int kTableBytes = 4 << kCodeBits;
   const __m128 zero = _mm_setzero_ps();
-  for (std::int64_t block = 0; block < a.blocks; ++block) {
+  for (std::int64_t octet = 0; octet < a.octets; ++octet) {
+    const OctetCodes<kCodeBits, kWords> codes(a, octet);
     Sums1 sums{zero, zero, zero, zero, zero, zero, zero, zero};
-    const std::uint64_t* word = a.codes + block * a.stride;
-    const std::uint64_t* const end = word + a.entries;
     const float* table = a.tables;
-    for (; end - word >= 4; word += 4, table += 4 * kTable) {
-      add_word_avx2<0>(word, table, sums);
-      add_word_avx2<kTableBytes>(word + 1, table, sums);
-      add_word_avx2<2 * kTableBytes>(word + 2, table, sums);
-      add_word_avx2<3 * kTableBytes>(word + 3, table, sums);
+    if constexpr (kWords == 1) {
+      const std::uint64_t* word = codes.words;
+      const std::uint64_t* const end = word + a.entries;
+      for (; end - word >= 4; word += 4, table += 4 * kTable) {
+        add_word_avx2<0>(word, table, sums);
+        add_word_avx2<kTableBytes>(word + 1, table, sums);
+        add_word_avx2<2 * kTableBytes>(word + 2, table, sums);
+        add_word_avx2<3 * kTableBytes>(word + 3, table, sums);
+      }
+      for (; word != end; ++word, table += kTable) add_word_avx2<0>(word, table, sums);
+    } else {
+      for (std::int64_t e = 0; e < a.entries; ++e, table += kTable) {
+        const std::uint64_t word = codes[e];
+        add_word_avx2<0>(&word, table, sums);
+      }
     }
-    for (; word != end; ++word, table += kTable) add_word_avx2<0>(word, table, sums);
     const __m128 low = _mm_movelh_ps(_mm_unpacklo_ps(sums.s0, sums.s1), _mm_unpacklo_ps(sums.s2, sums.s3));
     const __m128 high = _mm_movelh_ps(_mm_unpacklo_ps(sums.s4, sums.s5), _mm_unpacklo_ps(sums.s6, sums.s7));
     const __m256 sum = _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
-    const __m256 scale = load_halves_avx2(a.scales + block * 8);
-    float* const y = a.y + block * 8;
+    const __m256 scale = load_halves_avx2(a.scales + octet * 8);
+    float* const y = a.y + octet * 8;
     _mm256_store_ps(y, _mm256_fmadd_ps(scale, sum, _mm256_load_ps(y)));
   }
 }
@@ -152,12 +173,13 @@ CODEGEMM_TARGET_AVX2 inline void add_scaled4_avx2(float* y, float scale, __m128 
 }
 
 // Eight tokens in the lanes: an entry is one 32-byte load. Named sums, since an array might end up in memory.
-template <int kCodeBits>
+template <int kCodeBits, int kWords>
 CODEGEMM_TARGET_AVX2 void gather8_avx2(const GatherArgs& a) {
   constexpr std::int64_t kTable = std::int64_t{8} << kCodeBits;
   alignas(32) float scales[8];
-  for (std::int64_t block = 0; block < a.blocks; ++block) {
-    float* const part = a.part + block * 64;
+  for (std::int64_t octet = 0; octet < a.octets; ++octet) {
+    const OctetCodes<kCodeBits, kWords> codes(a, octet);
+    float* const part = a.part + octet * 64;
     __m256 s0 = _mm256_setzero_ps();
     __m256 s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
     if (!a.first) {
@@ -170,10 +192,9 @@ CODEGEMM_TARGET_AVX2 void gather8_avx2(const GatherArgs& a) {
       s6 = _mm256_load_ps(part + 48);
       s7 = _mm256_load_ps(part + 56);
     }
-    const std::uint64_t* const words = a.codes + block * a.stride;
     const float* table = a.tables;
     for (std::int64_t e = 0; e < a.entries; ++e, table += kTable) {
-      const std::uint64_t word = words[e];
+      const std::uint64_t word = codes[e];
       s0 = _mm256_add_ps(s0, _mm256_load_ps(table + (word & 255U) * 8));
       s1 = _mm256_add_ps(s1, _mm256_load_ps(table + ((word >> 8) & 255U) * 8));
       s2 = _mm256_add_ps(s2, _mm256_load_ps(table + ((word >> 16) & 255U) * 8));
@@ -194,8 +215,8 @@ CODEGEMM_TARGET_AVX2 void gather8_avx2(const GatherArgs& a) {
       _mm256_store_ps(part + 56, s7);
       continue;
     }
-    _mm256_store_ps(scales, load_halves_avx2(a.scales + block * 8));
-    float* const y = a.y + block * 64;
+    _mm256_store_ps(scales, load_halves_avx2(a.scales + octet * 8));
+    float* const y = a.y + octet * 64;
     add_scaled8_avx2(y, scales[0], s0);
     add_scaled8_avx2(y + 8, scales[1], s1);
     add_scaled8_avx2(y + 16, scales[2], s2);
@@ -208,12 +229,13 @@ CODEGEMM_TARGET_AVX2 void gather8_avx2(const GatherArgs& a) {
 }
 
 // Four tokens in the lanes: an entry is one 16-byte load. Named sums, since an array might end up in memory.
-template <int kCodeBits>
+template <int kCodeBits, int kWords>
 CODEGEMM_TARGET_AVX2 void gather4_avx2(const GatherArgs& a) {
   constexpr std::int64_t kTable = std::int64_t{4} << kCodeBits;
   alignas(32) float scales[8];
-  for (std::int64_t block = 0; block < a.blocks; ++block) {
-    float* const part = a.part + block * 32;
+  for (std::int64_t octet = 0; octet < a.octets; ++octet) {
+    const OctetCodes<kCodeBits, kWords> codes(a, octet);
+    float* const part = a.part + octet * 32;
     __m128 s0 = _mm_setzero_ps();
     __m128 s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
     if (!a.first) {
@@ -226,10 +248,9 @@ CODEGEMM_TARGET_AVX2 void gather4_avx2(const GatherArgs& a) {
       s6 = _mm_load_ps(part + 24);
       s7 = _mm_load_ps(part + 28);
     }
-    const std::uint64_t* const words = a.codes + block * a.stride;
     const float* table = a.tables;
     for (std::int64_t e = 0; e < a.entries; ++e, table += kTable) {
-      const std::uint64_t word = words[e];
+      const std::uint64_t word = codes[e];
       s0 = _mm_add_ps(s0, _mm_load_ps(table + (word & 255U) * 4));
       s1 = _mm_add_ps(s1, _mm_load_ps(table + ((word >> 8) & 255U) * 4));
       s2 = _mm_add_ps(s2, _mm_load_ps(table + ((word >> 16) & 255U) * 4));
@@ -250,8 +271,8 @@ CODEGEMM_TARGET_AVX2 void gather4_avx2(const GatherArgs& a) {
       _mm_store_ps(part + 28, s7);
       continue;
     }
-    _mm256_store_ps(scales, load_halves_avx2(a.scales + block * 8));
-    float* const y = a.y + block * 32;
+    _mm256_store_ps(scales, load_halves_avx2(a.scales + octet * 8));
+    float* const y = a.y + octet * 32;
     add_scaled4_avx2(y, scales[0], s0);
     add_scaled4_avx2(y + 4, scales[1], s1);
     add_scaled4_avx2(y + 8, scales[2], s2);
@@ -265,15 +286,26 @@ CODEGEMM_TARGET_AVX2 void gather4_avx2(const GatherArgs& a) {
 
 #endif
 
+template <Isa kIsa, int kLanes, int kCodeBits, int kWords>
+void gather_words(const GatherArgs& a) {
+#if CODEGEMM_HAS_AVX2
+  if constexpr (has_avx2(kIsa) && kLanes == 1) return gather1_avx2<kCodeBits, kWords>(a);
+  if constexpr (has_avx2(kIsa) && kLanes == 4) return gather4_avx2<kCodeBits, kWords>(a);
+  if constexpr (has_avx2(kIsa) && kLanes == 8) return gather8_avx2<kCodeBits, kWords>(a);
+#endif
+  if constexpr (!has_avx2(kIsa)) gather_portable<kLanes, kCodeBits, kWords>(a);
+}
+
 template <Isa kIsa, int kLanes, int kCodeBits>
 void gather(const GatherArgs& a) {
   static_assert(kLanes == 1 || kLanes == 4 || kLanes == 8, "codegemm: a Psumbook has 1, 4 or 8 lanes");
-#if CODEGEMM_HAS_AVX2
-  if constexpr (kIsa == Isa::kAvx2 && kLanes == 1) return gather1_avx2<kCodeBits>(a);
-  if constexpr (kIsa == Isa::kAvx2 && kLanes == 4) return gather4_avx2<kCodeBits>(a);
-  if constexpr (kIsa == Isa::kAvx2 && kLanes == 8) return gather8_avx2<kCodeBits>(a);
-#endif
-  if constexpr (kIsa == Isa::kPortable) gather_portable<kLanes, kCodeBits>(a);
+  if constexpr (kCodeBits == 4) {
+    gather_words<kIsa, kLanes, kCodeBits, 4>(a);
+  } else if (a.words == 1) {
+    gather_words<kIsa, kLanes, kCodeBits, 1>(a);
+  } else {
+    gather_words<kIsa, kLanes, kCodeBits, 8>(a);
+  }
 }
 
 }  // namespace codegemm::detail

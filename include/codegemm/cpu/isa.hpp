@@ -6,20 +6,72 @@
 
 #include <codegemm/base/macros.hpp>
 
+#if CODEGEMM_HAS_AVX2
+#include <cpuid.h>
+#endif
+
 namespace codegemm {
 
-/// What a kernel is written in. kAvx2 means AVX2 with FMA.
-enum class Isa : int { kPortable = 0, kAvx2 = 1 };
+/// What a kernel is written in. kAvx2: AVX2 with FMA and F16C. kAvx512: the above with AVX-512 F, BW, VL and
+/// DQ; kAvx512Vbmi: and VBMI, whose byte permutes look up 128 entries at once. kNeon: 64-bit Arm.
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vbmi = 3, kNeon = 4 };
 
-/// The best of this machine; asked of the processor once.
-[[nodiscard]] inline Isa detect_isa() noexcept {
+[[nodiscard]] constexpr const char* isa_name(Isa isa) noexcept {
+  switch (isa) {
+    case Isa::kAvx2: return "avx2";
+    case Isa::kAvx512: return "avx512";
+    case Isa::kAvx512Vbmi: return "avx512-vbmi";
+    case Isa::kNeon: return "neon";
+    case Isa::kPortable: break;
+  }
+  return "portable";
+}
+
+/// Whether kernels for AVX2 run where `isa` does.
+[[nodiscard]] constexpr bool has_avx2(Isa isa) noexcept {
+  return isa == Isa::kAvx2 || isa == Isa::kAvx512 || isa == Isa::kAvx512Vbmi;
+}
+
+namespace detail {
+
 #if CODEGEMM_HAS_AVX2
-  static const Isa best =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::kAvx2 : Isa::kPortable;
-  return best;
+// Clang 14's __builtin_cpu_supports() does not know it.
+[[nodiscard]] inline bool has_f16c() noexcept {
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
+[[nodiscard]] inline Isa ask_processor() noexcept {
+#if CODEGEMM_HAS_NEON
+  return Isa::kNeon;
+#elif CODEGEMM_HAS_AVX2
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c()) return Isa::kPortable;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (!avx512) return Isa::kAvx2;
+  return __builtin_cpu_supports("avx512vbmi") ? Isa::kAvx512Vbmi : Isa::kAvx512;
 #else
   return Isa::kPortable;
 #endif
+}
+
+}  // namespace detail
+
+/// The best of this machine; asked of the processor once.
+[[nodiscard]] inline Isa detect_isa() noexcept {
+  static const Isa best = detail::ask_processor();
+  return best;
+}
+
+/// Whether this machine runs kernels written in `isa`.
+[[nodiscard]] inline bool isa_available(Isa isa) noexcept {
+  const Isa best = detect_isa();
+  if (isa == Isa::kNeon || best == Isa::kNeon) return isa == best || isa == Isa::kPortable;
+  return static_cast<int>(isa) <= static_cast<int>(best);
 }
 
 }  // namespace codegemm

@@ -7,6 +7,7 @@
 #include <codegemm/cpu/dense_tile.hpp>
 #include <codegemm/cpu/gather.hpp>
 #include <codegemm/cpu/isa.hpp>
+#include <codegemm/cpu/lookup.hpp>
 #include <codegemm/cpu/psumbook.hpp>
 
 namespace codegemm::detail {
@@ -20,6 +21,7 @@ struct CpuKernels {
   Gather gather1, gather4, gather8;
   void (*dequantize)(const DequantizeArgs&);
   void (*multiply)(const MicroArgs&);
+  LookupKernels lookup;
 
   [[nodiscard]] Build build(int lanes) const noexcept {
     return lanes == 8 ? build8 : lanes == 4 ? build4 : build1;
@@ -38,7 +40,26 @@ template <Isa kIsa, class Config>
   return CpuKernels{&build_psumbook<kIsa, 1, kV>, &build_psumbook<kIsa, 4, kV>,
                     &build_psumbook<kIsa, 8, kV>, &gather<kIsa, 1, kB>,
                     &gather<kIsa, 4, kB>,         &gather<kIsa, 8, kB>,
-                    &dequantize<kIsa, kV>,        &multiply<kIsa>};
+                    &dequantize<kIsa, kV>,        &multiply<kIsa>,
+                    lookup_kernels<kIsa, kB>()};
+}
+
+/// The same for an instruction set known at run time; only those are compiled that the target may have.
+template <class Config>
+[[nodiscard]] CpuKernels cpu_kernels_of(Isa isa) noexcept {
+  switch (isa) {
+#if CODEGEMM_HAS_AVX2
+    case Isa::kAvx2: return cpu_kernels<Isa::kAvx2, Config>();
+#endif
+#if CODEGEMM_HAS_AVX512
+    case Isa::kAvx512: return cpu_kernels<Isa::kAvx512, Config>();
+    case Isa::kAvx512Vbmi: return cpu_kernels<Isa::kAvx512Vbmi, Config>();
+#endif
+#if CODEGEMM_HAS_NEON
+    case Isa::kNeon: return cpu_kernels<Isa::kNeon, Config>();
+#endif
+    default: return cpu_kernels<Isa::kPortable, Config>();
+  }
 }
 
 }  // namespace codegemm::detail

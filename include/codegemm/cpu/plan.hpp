@@ -11,6 +11,8 @@
 
 #include <codegemm/base/aligned_buffer.hpp>
 #include <codegemm/cpu/configs.hpp>
+#include <codegemm/cpu/isa.hpp>
+#include <codegemm/cpu/lookup_args.hpp>
 #include <codegemm/pack.hpp>
 
 namespace codegemm::detail {
@@ -28,24 +30,78 @@ namespace codegemm::detail {
   return round_up(floats, static_cast<std::int64_t>(kBufferAlignment / sizeof(float)));
 }
 
-/// The fewest tokens from which on dequantize-and-multiply is the cheaper way, by CpuCosts.
-[[nodiscard]] inline std::int64_t dense_from_tokens(const PackedView& w) noexcept {
+/// Which of the ways is taken. kAutomatic is the cheapest by CpuCosts; the others are for tests.
+/// kPsumbook gathers from fp32 tables, kLookup looks 16-bit tables up in registers (where the instruction set
+/// has no such kernel: kPsumbook).
+enum class Regime : int { kAutomatic = 0, kPsumbook = 1, kDense = 2, kLookup = 3 };
+
+/// Whether the kernels of `isa` can look the codes up as they lie.
+[[nodiscard]] inline bool can_look_up(const PackedView& w, Isa isa) noexcept {
+  return w.block_rows == kBlockRows && lookup_cost(isa, w.format.b) > 0.0;
+}
+
+/// Cycles of an entry by each way, all rows.
+struct EntryCosts {
+  double lookup1 = 0.0;  // a token; 0: not done
+  double lanes1 = 0.0;
+  double lanes4 = 0.0;
+  double lanes8 = 0.0;
+
+  [[nodiscard]] double lanes(std::int64_t tokens) const noexcept {
+    const std::int64_t left = tokens % 8;
+    const double rest = left == 0 ? 0.0 : left == 1 ? lanes1 : left <= 4 ? lanes4 : lanes8;
+    return static_cast<double>(tokens / 8) * lanes8 + rest;
+  }
+};
+
+[[nodiscard]] inline EntryCosts entry_costs(const PackedView& w, Isa isa) noexcept {
+  const double blocks = static_cast<double>(w.padded_rows()) / kBlockRows;
+  const auto chunks = static_cast<double>(ceil_div(w.padded_rows(), CpuTiles::kRowChunk));
+  const double elements = static_cast<double>(w.format.v) * static_cast<double>(w.format.centroids());
+  const double build = chunks * CpuCosts::kLanesBuild * elements;
+  EntryCosts out;
+  out.lanes1 = blocks * CpuCosts::kLanes1 + build / 8;
+  out.lanes4 = blocks * CpuCosts::kLanes4 + build / 2;
+  out.lanes8 = blocks * CpuCosts::kLanes8 + build;
+  if (can_look_up(w, isa)) {
+    const double cost = lookup_cost(isa, w.format.b);
+    const double encode = chunks * CpuCosts::kEncode * static_cast<double>(w.format.centroids());
+    out.lookup1 = blocks * cost + build / 8 + encode;
+  }
+  return out;
+}
+
+/// The fewest tokens from which on dequantize-and-multiply is the cheapest way, by CpuCosts.
+[[nodiscard]] inline std::int64_t dense_from_tokens(const PackedView& w, Isa isa) noexcept {
   const auto weights = static_cast<double>(w.padded_rows()) * static_cast<double>(w.cols);
   const auto entries = static_cast<double>(w.vectors() * w.format.m);
-  const auto builds = static_cast<double>(ceil_div(w.padded_rows(), CpuTiles::kRowChunk));
-  const double build = CpuCosts::kLanesBuild * w.format.v * static_cast<double>(w.format.centroids());
-  const double gather = CpuCosts::kLanesWord * static_cast<double>(w.row_blocks);
-  const double psumbook = entries * (gather + builds * build) / 8.0;  // a token
-  const double dense = weights * CpuCosts::kDenseMultiply;            // a token
+  const EntryCosts costs = entry_costs(w, isa);
+  double entry = costs.lanes8 / 8;  // a token
+  if (costs.lookup1 > 0.0) entry = std::min(entry, costs.lookup1);
+  const double dense = weights * CpuCosts::kDenseMultiply;  // a token
   const double dequantize = weights * CpuCosts::kDequantize * w.format.m;
-  if (psumbook <= dense) return std::numeric_limits<std::int64_t>::max();
-  const double tokens = dequantize / (psumbook - dense);
+  if (entries * entry <= dense) return std::numeric_limits<std::int64_t>::max();
+  const double tokens = dequantize / (entries * entry - dense);
   return tokens > 1e9 ? std::numeric_limits<std::int64_t>::max() : static_cast<std::int64_t>(tokens) + 1;
 }
 
-/// Psumbook: tokens go in blocks of 8 lanes, and what is left in 8, 4 or 1; rows in chunks that share one
-/// Psumbook; K in splits, where there would be too few tasks else, whose sums are added in a fixed order.
+[[nodiscard]] inline Regime choose_regime(const PackedView& w, std::int64_t tokens, Isa isa,
+                                          Regime asked) noexcept {
+  const bool lookup = can_look_up(w, isa);
+  if (asked == Regime::kLookup && !lookup) return Regime::kPsumbook;
+  if (asked != Regime::kAutomatic) return asked;
+  if (tokens >= dense_from_tokens(w, isa)) return Regime::kDense;
+  if (!lookup) return Regime::kPsumbook;
+  const EntryCosts costs = entry_costs(w, isa);
+  return static_cast<double>(tokens) * costs.lookup1 <= costs.lanes(tokens) ? Regime::kLookup
+                                                                            : Regime::kPsumbook;
+}
+
+/// Psumbook: tokens go in blocks of 8. Gathering has them in the lanes, 8, 4 or 1 in what is left; looking up
+/// takes one after the other while their codes are in the cache. Rows go in chunks that share one Psumbook; K
+/// in splits, where there would be too few tasks else, whose sums are added in a fixed order.
 struct PsumbookPlan {
+  bool lookup = false;
   std::int64_t tokens = 0;
   std::int64_t token_blocks = 0;
   std::int64_t chunk_blocks = 0;  // row blocks in a chunk
@@ -53,29 +109,43 @@ struct PsumbookPlan {
   std::int64_t split_tiles = 0;  // tiles in a split
   std::int64_t splits = 0;
   std::int64_t sweep_vectors = 0;  // vectors whose tables are held at once, more than one lane
-  // Floats of a worker's scratch and of the partial sums of all splits ([splits][token blocks][rows][lanes]).
+  // Floats of a worker's scratch and of the partial sums of all splits: [splits][token blocks][rows][lanes],
+  // of lookups [splits][tokens][rows].
   std::int64_t table_floats = 0;
+  std::int64_t encoded_floats = 0;
+  std::int64_t flush_floats = 0;
   std::int64_t x_floats = 0;
   std::int64_t sum_floats = 0;
   std::int64_t split_floats = 0;
 
+  [[nodiscard]] std::int64_t tokens_in(std::int64_t token_block) const noexcept {
+    return std::min<std::int64_t>(8, tokens - token_block * 8);
+  }
   [[nodiscard]] int lanes(std::int64_t token_block) const noexcept {
-    const std::int64_t left = tokens - token_block * 8;
-    return left > 4 ? 8 : left > 1 ? 4 : 1;
+    const std::int64_t left = tokens_in(token_block);
+    return lookup || left == 1 ? 1 : left > 4 ? 8 : 4;
+  }
+  /// Sums that are kept for each row of a token block.
+  [[nodiscard]] std::int64_t row_sums(std::int64_t token_block) const noexcept {
+    return lookup ? tokens_in(token_block) : lanes(token_block);
   }
   [[nodiscard]] std::int64_t worker_floats() const noexcept {
-    return table_floats + x_floats + (splits > 1 ? sum_floats : 2 * sum_floats);
+    const std::int64_t part = lookup ? 0 : sum_floats;
+    return table_floats + encoded_floats + flush_floats + x_floats + part + (splits > 1 ? 0 : sum_floats);
   }
   [[nodiscard]] std::int64_t partial_floats() const noexcept {
     return splits > 1 ? splits * split_floats : 0;
   }
 };
 
-[[nodiscard]] inline PsumbookPlan make_psumbook_plan(const PackedView& w, std::int64_t tokens) noexcept {
+[[nodiscard]] inline PsumbookPlan make_psumbook_plan(const PackedView& w, std::int64_t tokens,
+                                                     bool lookup) noexcept {
   PsumbookPlan plan;
+  plan.lookup = lookup;
   plan.tokens = tokens;
   plan.token_blocks = ceil_div(tokens, 8);
-  plan.chunks = std::max<std::int64_t>(1, ceil_div(w.padded_rows(), CpuTiles::kRowChunk));
+  const std::int64_t chunk_rows = lookup && tokens == 1 ? CpuTiles::kRowChunk1 : CpuTiles::kRowChunk;
+  plan.chunks = std::max<std::int64_t>(1, ceil_div(w.padded_rows(), chunk_rows));
   plan.chunk_blocks = ceil_div(w.row_blocks, plan.chunks);
   const std::int64_t whole = std::max<std::int64_t>(1, plan.chunks * plan.token_blocks);
   const std::int64_t wanted = std::clamp<std::int64_t>(ceil_div(CpuTiles::kTargetTasks, whole), 1,
@@ -83,75 +153,76 @@ struct PsumbookPlan {
   plan.split_tiles = std::max<std::int64_t>(1, ceil_div(w.tiles, wanted));
   plan.splits = std::max<std::int64_t>(1, ceil_div(w.tiles, plan.split_tiles));
 
-  const std::int64_t lanes = plan.token_blocks > 1 ? 8 : plan.lanes(0);
-  const std::int64_t table = w.format.centroids() * w.format.m * lanes;  // of one vector
+  const std::int64_t held = w.tile_vectors * w.format.m;  // tables of a tile
+  const std::int64_t table1 = w.format.centroids();
+  const std::int64_t last = plan.token_blocks - 1;
+  const std::int64_t lanes = plan.lanes(0);
+  const std::int64_t table = table1 * w.format.m * lanes;  // of one vector
   plan.sweep_vectors = std::clamp<std::int64_t>(CpuTiles::kLaneTableFloats / table, 1, w.tile_vectors);
-  const std::int64_t held = w.tile_vectors * w.format.centroids() * w.format.m;  // one lane
-  plan.table_floats = line_floats(std::max(plan.sweep_vectors * table, held));
-  plan.x_floats = line_floats(w.tile_vectors * w.format.v * lanes);
-  plan.sum_floats = line_floats(plan.chunk_blocks * kPackedRows * lanes);
-  const std::int64_t all_lanes = 8 * (plan.token_blocks - 1) + plan.lanes(plan.token_blocks - 1);
-  plan.split_floats = line_floats(w.padded_rows() * all_lanes);
+  plan.table_floats = line_floats(std::max(lookup ? 0 : plan.sweep_vectors * table, held * table1));
+  if (lookup) {
+    plan.encoded_floats = line_floats(held * encoded_bytes(w.format.b) / 4);
+    // A scale group of any length may end in the tile, and its last flush be short.
+    plan.flush_floats = line_floats(held * static_cast<std::int64_t>(sizeof(Flush) / sizeof(float)));
+  } else {
+    plan.x_floats = line_floats(w.tile_vectors * w.format.v * lanes);
+  }
+  plan.sum_floats = line_floats(plan.chunk_blocks * w.block_rows * plan.row_sums(0));
+  plan.split_floats = line_floats(w.padded_rows() * (8 * last + plan.row_sums(last)));
   return plan;
 }
 
-/// Dequantize and multiply: the tokens are laid out once as [slabs][token tiles][depth][6]; a task
-/// dequantizes some rows slab by slab and multiplies them with some tokens.
+/// Multiply dense weights: the tokens are laid out once as [slabs][token tiles][depth][6]; a task brings some
+/// rows into panels of 16, slab by slab, dequantizing or transposing them, and multiplies them with some
+/// tokens.
 struct DensePlan {
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
   std::int64_t tokens = 0;
-  std::int64_t token_tiles = 0;   // of kDenseTokens tokens
-  std::int64_t slab_vectors = 0;  // vectors of v along K in a slab
+  std::int64_t token_tiles = 0;  // of kDenseTokens tokens
+  std::int64_t slab_depth = 0;   // of K
   std::int64_t slabs = 0;
   std::int64_t row_tasks = 0;
   std::int64_t token_tasks = 0;
   std::int64_t worker_floats = 0;
   std::int64_t x_floats = 0;
+
+  [[nodiscard]] std::int64_t floats(int workers) const noexcept { return x_floats + workers * worker_floats; }
 };
 
-[[nodiscard]] inline DensePlan make_dense_plan(const PackedView& w, std::int64_t tokens) noexcept {
+[[nodiscard]] inline DensePlan make_dense_plan(std::int64_t rows, std::int64_t cols,
+                                               std::int64_t tokens) noexcept {
   DensePlan plan;
+  plan.rows = rows;
+  plan.cols = cols;
   plan.tokens = tokens;
   plan.token_tiles = ceil_div(tokens, CpuTiles::kDenseTokens);
-  plan.slab_vectors = CpuTiles::kDenseDepth / w.format.v;
-  plan.slabs = ceil_div(w.vectors(), plan.slab_vectors);
-  plan.row_tasks = ceil_div(w.rows, CpuTiles::kDenseTaskRows);
+  plan.slab_depth = CpuTiles::kDenseDepth;
+  plan.slabs = ceil_div(cols, plan.slab_depth);
+  plan.row_tasks = ceil_div(rows, CpuTiles::kDenseTaskRows);
   plan.token_tasks = ceil_div(tokens, CpuTiles::kDenseTaskTokens);
   plan.worker_floats = line_floats(CpuTiles::kDenseTaskRows * CpuTiles::kDenseDepth);
-  plan.x_floats = line_floats(plan.token_tiles * CpuTiles::kDenseTokens * w.cols);
+  plan.x_floats = line_floats(plan.token_tiles * CpuTiles::kDenseTokens * cols);
   return plan;
-}
-
-/// Which of the ways is taken. kAutomatic is the cheaper one by CpuCosts; the others are for tests.
-enum class Regime : int { kAutomatic = 0, kPsumbook = 1, kDense = 2 };
-
-[[nodiscard]] inline Regime choose_regime(const PackedView& w, std::int64_t tokens, Regime asked) noexcept {
-  if (asked != Regime::kAutomatic) return asked;
-  return tokens >= dense_from_tokens(w) ? Regime::kDense : Regime::kPsumbook;
 }
 
 /// Floats of workspace for exactly `tokens` tokens.
 [[nodiscard]] inline std::int64_t exact_workspace_floats(const PackedView& w, std::int64_t tokens,
-                                                         int workers, Regime asked) noexcept {
+                                                         int workers, Isa isa, Regime asked) noexcept {
   if (tokens <= 0 || w.rows == 0 || w.cols == 0) return 0;
-  if (choose_regime(w, tokens, asked) == Regime::kDense) {
-    const DensePlan plan = make_dense_plan(w, tokens);
-    return plan.x_floats + workers * plan.worker_floats;
-  }
-  const PsumbookPlan plan = make_psumbook_plan(w, tokens);
+  const Regime regime = choose_regime(w, tokens, isa, asked);
+  if (regime == Regime::kDense) return make_dense_plan(w.rows, w.cols, tokens).floats(workers);
+  const PsumbookPlan plan = make_psumbook_plan(w, tokens, regime == Regime::kLookup);
   return plan.partial_floats() + workers * plan.worker_floats();
 }
 
 /// Floats for any number of tokens up to `tokens`. Fewer tokens may need more, since K is split for them;
-/// that ends at kTargetTasks token blocks, and among equally many blocks the most tokens need most.
+/// that ends at kTargetTasks token blocks. From there on until it gets dense the need stays, then it grows.
 [[nodiscard]] inline std::int64_t workspace_floats(const PackedView& w, std::int64_t tokens, int workers,
-                                                   Regime asked) noexcept {
-  std::int64_t most = exact_workspace_floats(w, tokens, workers, asked);
-  for (std::int64_t t = 8; t < tokens && t <= 8 * CpuTiles::kTargetTasks; t += 8) {
-    most = std::max(most, exact_workspace_floats(w, t, workers, asked));
-  }
-  const std::int64_t dense = dense_from_tokens(w);
-  if (asked == Regime::kAutomatic && dense <= tokens) {  // the last count that is not dense
-    most = std::max(most, exact_workspace_floats(w, dense - 1, workers, asked));
+                                                   Isa isa) noexcept {
+  std::int64_t most = exact_workspace_floats(w, tokens, workers, isa, Regime::kAutomatic);
+  for (std::int64_t t = 1; t < tokens && t <= 8 * (CpuTiles::kTargetTasks + 1); ++t) {
+    most = std::max(most, exact_workspace_floats(w, t, workers, isa, Regime::kAutomatic));
   }
   return most;
 }

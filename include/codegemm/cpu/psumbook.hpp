@@ -177,11 +177,11 @@ template <Isa kIsa, int kLanes, int kVecLen>
 void build_psumbook(const PsumbookArgs& a) {
   static_assert(kLanes == 1 || kLanes == 4 || kLanes == 8, "codegemm: a Psumbook has 1, 4 or 8 lanes");
 #if CODEGEMM_HAS_AVX2
-  if constexpr (kIsa == Isa::kAvx2 && kLanes == 1) return build_psumbook1_avx2<kVecLen>(a);
-  if constexpr (kIsa == Isa::kAvx2 && kLanes == 4) return build_psumbook4_avx2<kVecLen>(a);
-  if constexpr (kIsa == Isa::kAvx2 && kLanes == 8) return build_psumbook8_avx2<kVecLen>(a);
+  if constexpr (has_avx2(kIsa) && kLanes == 1) return build_psumbook1_avx2<kVecLen>(a);
+  if constexpr (has_avx2(kIsa) && kLanes == 4) return build_psumbook4_avx2<kVecLen>(a);
+  if constexpr (has_avx2(kIsa) && kLanes == 8) return build_psumbook8_avx2<kVecLen>(a);
 #endif
-  if constexpr (kIsa == Isa::kPortable) build_psumbook_portable<kLanes, kVecLen>(a);
+  if constexpr (!has_avx2(kIsa)) build_psumbook_portable<kLanes, kVecLen>(a);
 }
 
 }  // namespace codegemm::detail

@@ -135,7 +135,7 @@ CODEGEMM_TARGET_AVX2 void nearest_avx2(const float* transposed, const float* hal
 template <int kVecLen>
 void nearest(const SearchBook& book, const float* x, std::int64_t count, std::uint16_t* codes) {
 #if CODEGEMM_HAS_AVX2
-  if (detect_isa() == Isa::kAvx2) {
+  if (has_avx2(detect_isa())) {
     nearest_avx2<kVecLen>(book.transposed.data(), book.half_norms.data(), book.centroids, x, count, codes);
     return;
   }

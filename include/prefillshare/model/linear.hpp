@@ -15,6 +15,7 @@
 
 #include <Eigen/Core>
 
+#include <codegemm/dense.hpp>
 #include <prefillshare/vocabulary.hpp>
 
 namespace prefillshare {
@@ -53,9 +54,8 @@ inline void add_bias(std::span<const float> bias, MatrixView<float> y) {
 
 }  // namespace detail
 
-/// A linear layer on fp32 weights, multiplied by Eigen, which takes its packing buffers from the heap when
-/// they exceed 128 KiB. The weights may be shared: a tied head is the embedding table, and a decode module
-/// that is the base is the base.
+/// A linear layer on fp32 weights; allocates nothing. The weights may be shared: a tied head is the embedding
+/// table, and a decode module that is the base is the base.
 class DenseLinear {
  public:
   DenseLinear() = default;
@@ -80,45 +80,38 @@ class DenseLinear {
   }
   [[nodiscard]] std::span<const float> bias() const noexcept { return bias_; }
 
-  [[nodiscard]] std::size_t workspace_bytes(std::int64_t /*tokens*/, int /*workers*/) const noexcept {
-    return 0;
+  [[nodiscard]] std::size_t workspace_bytes(std::int64_t tokens, int workers) const {
+    return tokens > 1 ? codegemm::dense_workspace_bytes(rows_, cols_, tokens, workers) : 0;
   }
 
-  Status forward(MatrixView<const float> x, MatrixView<float> y, std::span<std::byte> /*workspace*/,
+  Status forward(MatrixView<const float> x, MatrixView<float> y, std::span<std::byte> workspace,
                  Executor& executor) const {
     if (Status status = detail::check_linear(rows_, cols_, x, y); !status.ok()) return status;
     if (x.rows == 0) return {};
-    const std::int64_t row_tiles = (rows_ + kRowTile - 1) / kRowTile;
-    const std::int64_t token_tiles = (x.rows + kTokenTile - 1) / kTokenTile;
-    codegemm::parallel_for(executor, row_tiles * token_tiles, [&](std::int64_t task, int) {
-      const std::int64_t first_row = task % row_tiles * kRowTile;
-      const std::int64_t first_token = task / row_tiles * kTokenTile;
-      multiply_tile(x.rows_from(first_token, std::min(kTokenTile, x.rows - first_token)), y, first_token,
-                    first_row, std::min(kRowTile, rows_ - first_row));
-    });
+    if (x.rows > 1) {
+      if (Status status = codegemm::dense_gemm(weights(), x, y, workspace, executor); !status.ok()) {
+        return status;
+      }
+    } else {
+      multiply_one(x, y, executor);
+    }
     detail::add_bias(bias_, y);
     return {};
   }
 
  private:
-  using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-  using Stride = Eigen::OuterStride<>;
-
-  // Large enough that Eigen's packing of both operands is a few percent of the products.
-  static constexpr std::int64_t kRowTile = 96;
-  static constexpr std::int64_t kTokenTile = 512;
-
-  void multiply_tile(MatrixView<const float> x, MatrixView<float> y, std::int64_t first_token,
-                     std::int64_t first_row, std::int64_t count) const {
-    const Eigen::Map<const RowMajor> w(weights_->data() + first_row * cols_, count, cols_);
-    float* out = y.row(first_token) + first_row;
-    if (x.rows == 1) {
+  // One token: Eigen's product of a row-major matrix and a vector reads the weights as fast as memory gives
+  // them, and packs nothing.
+  void multiply_one(MatrixView<const float> x, MatrixView<float> y, Executor& executor) const {
+    using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+    constexpr std::int64_t kRowTile = 96;
+    codegemm::parallel_for(executor, (rows_ + kRowTile - 1) / kRowTile, [&](std::int64_t tile, int) {
+      const std::int64_t first = tile * kRowTile;
+      const std::int64_t count = std::min(kRowTile, rows_ - first);
+      const Eigen::Map<const RowMajor> w(weights_->data() + first * cols_, count, cols_);
       const Eigen::Map<const Eigen::VectorXf> xv(x.data, cols_);
-      Eigen::Map<Eigen::VectorXf>(out, count).noalias() = w * xv;
-      return;
-    }
-    const Eigen::Map<const RowMajor, 0, Stride> xm(x.data, x.rows, cols_, Stride(x.stride));
-    Eigen::Map<RowMajor, 0, Stride>(out, x.rows, count, Stride(y.stride)).noalias() = xm * w.transpose();
+      Eigen::Map<Eigen::VectorXf>(y.data + first, count).noalias() = w * xv;
+    });
   }
 
   std::shared_ptr<const std::vector<float>> weights_;  // [rows][cols]

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// bench/support/cpu_peers.hpp - other people's products on the CPU: Eigen's, OpenBLAS's, ggml's, AQLM's. The
+// libraries are loaded when the program runs, and left out where they are not installed.
+#pragma once
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <Eigen/Dense>
+
+#include <codegemm/base/executor.hpp>
+#include <codegemm/base/numerics.hpp>
+#include <codegemm/base/text.hpp>
+#include <support/random.hpp>
+
+#include "machine.hpp"
+#include "problems.hpp"
+
+namespace codegemm::bench {
+
+using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+constexpr double kColdBytes = 256.0 * 1024 * 1024;
+
+[[nodiscard]] inline Matrix random_matrix(std::int64_t rows, std::int64_t cols, test::Rng& random) {
+  Matrix out(rows, cols);
+  for (std::int64_t i = 0; i < rows * cols; ++i) out.data()[i] = random.uniform(-1.0F, 1.0F);
+  return out;
+}
+
+/// Copies of `bytes` bytes that no cache holds together.
+[[nodiscard]] inline std::size_t cold_copies(double bytes) {
+  return static_cast<std::size_t>(std::max(2.0, std::ceil(kColdBytes / bytes)));
+}
+
+/// One loaded library; null where it is not there.
+class Library {
+ public:
+  Library() = default;
+  explicit Library(const std::string& path) : handle_(dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL)) {}
+  [[nodiscard]] bool loaded() const { return handle_ != nullptr; }
+  template <class Fn>
+  [[nodiscard]] Fn* find(const char* name) const {
+    return handle_ == nullptr ? nullptr : reinterpret_cast<Fn*>(dlsym(handle_, name));
+  }
+
+ private:
+  void* handle_ = nullptr;  // stays until the program ends
+};
+
+/// fp32 weights, many times.
+struct DenseWeights {
+  std::vector<Matrix> copies;
+
+  DenseWeights(Shape shape, test::Rng& random) {
+    const std::size_t count = cold_copies(4.0 * static_cast<double>(shape.rows * shape.cols));
+    for (std::size_t i = 0; i < count; ++i) copies.push_back(random_matrix(shape.rows, shape.cols, random));
+  }
+};
+
+/// y = x W^T, cut by rows of W among the workers.
+inline void multiply_eigen(const Matrix& w, const Matrix& x, Matrix& y, Executor& executor) {
+  const std::int64_t parts = executor.workers();
+  parallel_for(executor, parts, [&](std::int64_t part, int) {
+    const std::int64_t first = w.rows() * part / parts;
+    const std::int64_t count = w.rows() * (part + 1) / parts - first;
+    if (x.rows() == 1) {
+      y.row(0).segment(first, count).transpose().noalias() =
+          w.middleRows(first, count) * x.row(0).transpose();
+    } else {
+      y.middleCols(first, count).noalias() = x * w.middleRows(first, count).transpose();
+    }
+  });
+}
+
+/// Debian's libopenblas0, with its own threads.
+class OpenBlas {
+ public:
+  explicit OpenBlas(int threads) : library_("libopenblas.so.0") {
+    if (auto* set = library_.find<void(int)>("openblas_set_num_threads")) set(threads);
+    gemv_ = library_.find<Gemv>("cblas_sgemv");
+    gemm_ = library_.find<Gemm>("cblas_sgemm");
+  }
+  [[nodiscard]] bool loaded() const { return gemv_ != nullptr && gemm_ != nullptr; }
+
+  void multiply(const Matrix& w, const Matrix& x, Matrix& y) const {
+    constexpr int kRowMajor = 101, kNoTrans = 111, kTrans = 112;
+    const auto n = static_cast<int>(w.rows());
+    const auto k = static_cast<int>(w.cols());
+    const auto t = static_cast<int>(x.rows());
+    if (t == 1) {
+      gemv_(kRowMajor, kNoTrans, n, k, 1.0F, w.data(), k, x.data(), 1, 0.0F, y.data(), 1);
+    } else {
+      gemm_(kRowMajor, kNoTrans, kTrans, t, n, k, 1.0F, x.data(), k, w.data(), k, 0.0F, y.data(), n);
+    }
+  }
+
+ private:
+  using Gemv = void(int, int, int, int, float, const float*, int, const float*, int, float, float*, int);
+  using Gemm = void(int, int, int, int, int, int, float, const float*, int, const float*, int, float, float*,
+                    int);
+  Library library_;
+  Gemv* gemv_ = nullptr;
+  Gemm* gemm_ = nullptr;
+};
+
+/// The block formats of llama.cpp, through the ggml libraries of PyPI's ggml-python in folder CODEGEMM_GGML.
+class Ggml {
+ public:
+  struct Type {
+    const char* name;
+    int id;                       // enum ggml_type
+    int block;                    // weights
+    int bytes;                    // of a block
+    std::vector<int> half_bytes;  // where its fp16 numbers are
+  };
+  [[nodiscard]] static const std::vector<Type>& types() {
+    static const std::vector<Type> all = {{"llama.cpp-q2_k", 10, 256, 84, {80, 82}},
+                                          {"llama.cpp-iq2_xs", 17, 256, 74, {0}},
+                                          {"llama.cpp-q4_k", 12, 256, 144, {0, 2}},
+                                          {"llama.cpp-q4_1", 3, 32, 20, {0, 2}}};
+    return all;
+  }
+
+  Ggml() {
+    const char* const folder = std::getenv("CODEGEMM_GGML");
+    if (folder == nullptr) return;
+    base_ = Library(std::string(folder) + "/libggml-base.so");
+    cpu_ = Library(std::string(folder) + "/libggml-cpu.so");
+    traits_ = base_.find<const Traits*(int)>("ggml_get_type_traits");
+    cpu_traits_ = cpu_.find<const CpuTraits*(int)>("ggml_get_type_traits_cpu");
+    if (auto* init = cpu_.find<void()>("ggml_cpu_init"); init != nullptr) init();
+  }
+  [[nodiscard]] bool loaded() const { return traits_ != nullptr && cpu_traits_ != nullptr; }
+
+  /// Weights of one type: random blocks with sane scales, many times.
+  struct Weights {
+    Shape shape;
+    std::int64_t row_bytes;
+    std::vector<std::vector<std::uint8_t>> copies;
+  };
+  /// Nothing where K is not a multiple of the type's block, or the block's size is another than expected.
+  [[nodiscard]] std::unique_ptr<Weights> weights(const Type& type, Shape shape, test::Rng& random) const {
+    const Traits& traits = *traits_(type.id);
+    if (shape.cols % type.block != 0 || traits.block != type.block ||
+        traits.size != static_cast<std::size_t>(type.bytes)) {
+      return nullptr;
+    }
+    auto out = std::make_unique<Weights>();
+    out->shape = shape;
+    out->row_bytes = shape.cols / type.block * type.bytes;
+    const auto bytes = static_cast<std::size_t>(shape.rows * out->row_bytes);
+    out->copies.resize(cold_copies(static_cast<double>(bytes)));
+    for (auto& copy : out->copies) {
+      copy.resize(bytes);
+      for (std::uint8_t& byte : copy) byte = static_cast<std::uint8_t>(random.next());
+      for (std::size_t block = 0; block < bytes; block += static_cast<std::size_t>(type.bytes)) {
+        for (const int at : type.half_bytes) {
+          const Half scale = Half::from_float(random.uniform(0.01F, 0.02F));
+          std::memcpy(copy.data() + block + at, &scale, sizeof(scale));
+        }
+      }
+    }
+    return out;
+  }
+
+  /// One row of x with every row of W: what ggml's own product of a matrix and a vector does.
+  void multiply(const Type& type, const Weights& w, std::size_t copy, const float* x, float* y,
+                Executor& executor) const {
+    const CpuTraits& traits = *cpu_traits_(type.id);
+    const Traits& x_traits = *traits_(traits.vec_dot_type);
+    quantized_.resize(static_cast<std::size_t>(w.shape.cols / x_traits.block) * x_traits.size);
+    cpu_traits_(traits.vec_dot_type)->from_float(x, quantized_.data(), w.shape.cols);
+    constexpr std::int64_t kRows = 64;
+    parallel_for(executor, (w.shape.rows + kRows - 1) / kRows, [&](std::int64_t part, int) {
+      const std::int64_t end = std::min(w.shape.rows, (part + 1) * kRows);
+      for (std::int64_t n = part * kRows; n < end; ++n) {
+        traits.vec_dot(static_cast<int>(w.shape.cols), y + n, 0, w.copies[copy].data() + n * w.row_bytes, 0,
+                       quantized_.data(), 0, 1);
+      }
+    });
+  }
+
+  /// The relative error of y against ggml's own dequantized weights, in double.
+  [[nodiscard]] double error(const Type& type, const Weights& w, const float* x, const float* y) const {
+    std::vector<float> row(static_cast<std::size_t>(w.shape.cols));
+    double off2 = 0.0;
+    double size2 = 0.0;
+    for (std::int64_t n = 0; n < w.shape.rows; n += std::max<std::int64_t>(1, w.shape.rows / 64)) {
+      traits_(type.id)->to_float(w.copies[0].data() + n * w.row_bytes, row.data(), w.shape.cols);
+      double want = 0.0;
+      for (std::size_t k = 0; k < row.size(); ++k)
+        want += static_cast<double>(row[k]) * static_cast<double>(x[k]);
+      const double off = static_cast<double>(y[n]) - want;
+      off2 += off * off;
+      size2 += want * want;
+    }
+    return std::sqrt(off2 / size2);
+  }
+
+ private:
+  struct Traits {
+    const char* name;
+    std::int64_t block;
+    std::int64_t interleave;
+    std::size_t size;
+    bool is_quantized;
+    void (*to_float)(const void*, float*, std::int64_t);
+    void (*from_float)(const float*, void*, std::int64_t);
+  };
+  struct CpuTraits {
+    void (*from_float)(const float*, void*, std::int64_t);
+    void (*vec_dot)(int n, float* out, std::size_t, const void* w, std::size_t, const void* x, std::size_t,
+                    int count);
+    int vec_dot_type;
+    std::int64_t rows;
+  };
+  Library base_, cpu_;
+  const Traits* (*traits_)(int) = nullptr;
+  const CpuTraits* (*cpu_traits_)(int) = nullptr;
+  mutable std::vector<std::uint8_t> quantized_;
+};
+
+/// The best microseconds of AQLM's numba kernel in a process of its own, by bench/aqlm_peer.py under the
+/// Python of CODEGEMM_PEER_PYTHON: the best, since its threads now and then sleep through a tick of the
+/// scheduler. Negative where it is not installed or its result is wrong.
+[[nodiscard]] inline double aqlm_us(Shape shape, Format f, int threads, bool quick) {
+  const char* const python = std::getenv("CODEGEMM_PEER_PYTHON");
+  const char* const script = std::getenv("CODEGEMM_AQLM_PEER");
+  if (python == nullptr || script == nullptr) return -1.0;
+  const std::string command =
+      concat("NUMBA_NUM_THREADS=", threads, " '", python, "' '", script, "' ", shape.rows, ' ', shape.cols,
+             ' ', f.v, ' ', f.m, quick ? " --quick" : "", " 2>/dev/null");
+  FILE* const pipe = popen(command.c_str(), "r");
+  if (pipe == nullptr) return -1.0;
+  double us = -1.0;
+  if (std::fscanf(pipe, "%lf", &us) != 1) us = -1.0;
+  return pclose(pipe) == 0 ? us : -1.0;
+}
+
+}  // namespace codegemm::bench

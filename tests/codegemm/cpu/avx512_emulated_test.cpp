@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// tests/codegemm/cpu/avx512_emulated_test.cpp - the AVX-512 kernels on a processor without AVX-512: SIMDe
+// (Debian package libsimde-dev) computes each intrinsic in AVX2. Skipped where it is not installed.
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include <support/catch.hpp>
+
+#if defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__) && __has_include(<simde/x86/avx512.h>)
+#define CODEGEMM_EMULATE_AVX512 1
+
+#include <immintrin.h>
+
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+
+// What SIMDe 0.7.4 lacks.
+namespace emulated {
+
+template <class To, class From, class Fn>
+To each(From from, Fn fn) {
+  To to;
+  for (std::size_t i = 0; i < sizeof(to) / sizeof(fn(from, i)); ++i) {
+    const auto value = fn(from, i);
+    __builtin_memcpy(reinterpret_cast<char*>(&to) + i * sizeof(value), &value, sizeof(value));
+  }
+  return to;
+}
+
+template <class T, class V>
+T lane(const V& v, std::size_t i) {
+  T value;
+  __builtin_memcpy(&value, reinterpret_cast<const char*>(&v) + i * sizeof(T), sizeof(T));
+  return value;
+}
+
+inline simde__m512i cvtps_epi32(simde__m512 v) {
+  return each<simde__m512i>(v, [](const auto& f, std::size_t i) {
+    return static_cast<std::int32_t>(std::nearbyint(lane<float>(f, i)));
+  });
+}
+inline simde__m512 cvtepi32_ps(simde__m512i v) {
+  return each<simde__m512>(
+      v, [](const auto& f, std::size_t i) { return static_cast<float>(lane<std::int32_t>(f, i)); });
+}
+inline simde__m512i cvtepi16_epi32(__m256i v) {
+  return each<simde__m512i>(
+      v, [](const auto& f, std::size_t i) { return static_cast<std::int32_t>(lane<std::int16_t>(f, i)); });
+}
+inline simde__m512i cvtepu8_epi16(__m256i v) {
+  return each<simde__m512i>(
+      v, [](const auto& f, std::size_t i) { return static_cast<std::uint16_t>(lane<std::uint8_t>(f, i)); });
+}
+inline simde__m512 cvtph_ps(__m256i v) {
+  return each<simde__m512>(v,
+                           [](const auto& f, std::size_t i) { return _cvtsh_ss(lane<std::uint16_t>(f, i)); });
+}
+
+inline __m128i cvtepi16_epi8(__m256i v) {
+  return each<__m128i>(v, [](const auto& f, std::size_t i) {
+    return static_cast<std::uint8_t>(lane<std::uint16_t>(f, i) & 255U);
+  });
+}
+
+}  // namespace emulated
+
+#define _mm512_cvtps_epi32(v) emulated::cvtps_epi32(v)
+#define _mm512_cvtepi32_ps(v) emulated::cvtepi32_ps(v)
+#define _mm512_cvtepi16_epi32(v) emulated::cvtepi16_epi32(v)
+#define _mm512_cvtepu8_epi16(v) emulated::cvtepu8_epi16(v)
+#define _mm256_cvtepi16_epi8(v) emulated::cvtepi16_epi8(v)
+#define _mm512_cvtph_ps(v) emulated::cvtph_ps(v)
+
+#include <codegemm/cpu/few_tokens.hpp>
+#include <codegemm/cpu/kernels.hpp>
+#include <codegemm/cpu/plan.hpp>
+#include <codegemm/pack.hpp>
+
+#include <codegemm/samples.hpp>
+#include <support/random.hpp>
+
+using namespace codegemm;
+
+namespace {
+
+// y[T][N] by the kernels of kIsa, whatever the processor has.
+template <Isa kIsa, class Config>
+std::vector<float> look_up(const QuantizedMatrix& w, const std::vector<float>& x, std::int64_t tokens) {
+  const Result<PackedMatrix> packed = detail::pack_for(w.view(), kIsa);
+  REQUIRE(packed.ok());
+  SerialExecutor serial;
+  const detail::PsumbookPlan plan = detail::make_psumbook_plan(packed->view(), tokens, true);
+  AlignedBuffer<float> workspace;
+  REQUIRE(workspace.reserve(static_cast<std::size_t>(plan.partial_floats() + plan.worker_floats())));
+  for (float& value : workspace.span()) value = std::numeric_limits<float>::quiet_NaN();
+  std::vector<float> y(static_cast<std::size_t>(tokens * w.rows()), std::numeric_limits<float>::quiet_NaN());
+  const detail::GemmArgs args{packed->view(), MatrixView<const float>(x.data(), tokens, w.cols()),
+                              MatrixView<float>(y.data(), tokens, w.rows()), workspace.data()};
+  detail::run_psumbook(detail::cpu_kernels<kIsa, Config>(), args, plan, serial);
+  return y;
+}
+
+template <Isa kIsa, class Config>
+void check(std::int64_t rows, std::int64_t vectors, int m, int g, std::int64_t tokens) {
+  const std::uint64_t seed = test::seed_or(31);
+  const Format f{Config::kVecLen, m, Config::kCodeBits, g};
+  CAPTURE(seed, isa_name(kIsa), format_name(f), rows, vectors, tokens);
+  test::Rng rng(seed);
+  const QuantizedMatrix w = test::random_quantized(rng, f, rows, vectors * f.v);
+  const std::vector<float> x = rng.normals(tokens * w.cols());
+  test::Expected want = test::expect(w.view(), x, tokens);
+  test::add_lookup_rounding(w.view(), x, tokens, want);
+  const std::vector<float> y = look_up<kIsa, Config>(w, x, tokens);
+  double off2 = 0.0;
+  double size2 = 0.0;
+  for (std::size_t i = 0; i < y.size(); ++i) {
+    const double off = static_cast<double>(y[i]) - want.y[i];
+    CAPTURE(i, y[i], want.y[i]);
+    REQUIRE(std::fabs(off) <= want.bound[i]);
+    off2 += off * off;
+    size2 += want.y[i] * want.y[i];
+  }
+  if (rows >= 64) {
+    CHECK(off2 <= 1e-6 * size2);
+    CHECK(off2 > 1e-12 * size2);  // 16 bits it was
+  }
+}
+
+}  // namespace
+
+TEST_CASE("AVX-512 lookups agree with the reference, emulated", "[codegemm]") {
+  for_each_config(CpuConfigs{}, [](auto config) {
+    using Config = decltype(config);
+    check<Isa::kAvx512Vbmi, Config>(65, 37, 1, -1, 1);
+    check<Isa::kAvx512Vbmi, Config>(130, 96, 2, 8 * Config::kVecLen, 2);
+    check<Isa::kAvx512, Config>(65, 37, 1, -1, 1);
+    check<Isa::kAvx512, Config>(130, 96, 2, 8 * Config::kVecLen, 2);
+  });
+}
+
+#elif defined(__AVX512F__)
+
+TEST_CASE("AVX-512 lookups agree with the reference, emulated", "[codegemm]") {
+  TEST_SKIP("this machine may have AVX-512: gemm_test runs the kernels themselves");
+}
+
+#else
+
+TEST_CASE("AVX-512 lookups agree with the reference, emulated", "[codegemm]") {
+  TEST_SKIP("needs a build for AVX2 and SIMDe (Debian package libsimde-dev)");
+}
+
+#endif
