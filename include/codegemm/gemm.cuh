@@ -33,7 +33,7 @@ template <class Configs = DefaultConfigs, class X, class Y>
     return p.tuning.regime == Regime::kAuto || p.tuning.regime == regime;
   };
   const bool gather = may(Regime::kGather) && Gather::serves(w, device);
-  const bool mma = may(Regime::kFusedMma) && FusedMma::serves(w, device);
+  const bool mma = may(Regime::kFusedMma) && FusedMma::serves(w, device, p.tuning);
   const bool wgmma = may(Regime::kFusedWgmma) && FusedWgmma::serves(p, device);
   // With at most a row tile for each multiprocessor, building Psumbooks is most of the work.
   const bool few_rows = w.layout.row_tiles <= device.multiprocessors;

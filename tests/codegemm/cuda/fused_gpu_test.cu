@@ -46,7 +46,7 @@ TEST_CASE("cuda gemm: wgmma with every token tile", "[gpu]") {
   const cuda::Device device = gpu_or_skip();
   std::uint64_t seed = seed_or(9000);
   for (const int token_tile : {32, 64, 128, 256}) {
-    for (const int splits : {1, 3}) {
+    for (const int splits : {1, 2}) {
       cuda::GemmTuning tuning;
       tuning.token_tile = token_tile;
       tuning.splits = splits;

@@ -153,11 +153,6 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
-// The 128 threads of warpgroup `number` (not 0) meet.
-__device__ __forceinline__ void sync_warpgroup(int number) {
-  asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
-}
-
 // Descriptor of tokens x 64 values of 16 bits, 128 bytes a token, in the 128-byte swizzle that the copy engine
 // writes; at a multiple of 1024 bytes. 16 values on: + 2.
 [[nodiscard]] __device__ __forceinline__ std::uint64_t describe_tokens(unsigned shared) {

@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
     }
     for (int i = 0; i < a.code_stages; ++i) {
       detail::init_barrier(full_codes(i), kCodeThreads);
-      detail::init_barrier(empty_codes(i), 2);
+      detail::init_barrier(empty_codes(i), 256);  // the threads that multiply
     }
     detail::publish_barriers();
   }
@@ -385,8 +385,7 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
         scales = of_stage + kRowTiles * Shape::kCodeBytes + tile_of_block * scale_bytes;
       };
       const auto close_codes = [&] {
-        detail::sync_warpgroup(group);  // it has read them
-        if (leader) detail::arrive(empty_codes(code_stage));
+        detail::arrive(empty_codes(code_stage));  // this thread has read them
         if (++code_stage == a.code_stages) {
           code_stage = 0;
           code_phase ^= 1U;

@@ -21,7 +21,8 @@ namespace codegemm::cuda::detail {
 template <class Configs>
 struct FusedMmaRegime {
   template <class Fn>
-  [[nodiscard]] static bool match(const DevicePackedView& w, const Device& device, Fn&& fn) {
+  [[nodiscard]] static bool match(const DevicePackedView& w, const Device& device, const GemmTuning& tuning,
+                                  Fn&& fn) {
     return first_match(
         Configs{},
         [&](auto c) {
@@ -30,7 +31,7 @@ struct FusedMmaRegime {
           return c.kVecLen == w.format.v && c.kCodebooks == w.format.m && c.kSets == w.layout.sets &&
                  c.kCodeBytes == w.layout.code_bytes && (c.kScaleSteps == 0 || c.kScaleSteps == steps) &&
                  w.cols > 0 && w.layout.bytes < (std::size_t{1} << 32) &&
-                 plan<Config, 8>(w, device, GemmTuning{}).splits > 0;
+                 plan<Config, 8>(w, device, tuning).splits > 0;
         },
         fn);
   }
@@ -52,14 +53,15 @@ struct FusedMmaRegime {
     return plan_fused_mma(w.layout, limits, tuning);
   }
 
-  [[nodiscard]] static bool serves(const DevicePackedView& w, const Device& device) {
-    return match(w, device, [](auto) {});
+  [[nodiscard]] static bool serves(const DevicePackedView& w, const Device& device,
+                                   const GemmTuning& tuning) {
+    return match(w, device, tuning, [](auto) {});
   }
 
   template <class X, class Y>
   [[nodiscard]] static Status run(const GemmProblem<X, Y>& p, const Device& device, cudaStream_t stream) {
     Status status;
-    static_cast<void>(match(p.weights, device, [&](auto c) {
+    static_cast<void>(match(p.weights, device, p.tuning, [&](auto c) {
       using Config = decltype(c);
       // Large tables leave no room for the sums of 16 tokens.
       const int most = plan<Config, 16>(p.weights, device, p.tuning).splits > 0 ? 16 : 8;
