@@ -40,6 +40,7 @@ struct Options {
   std::int64_t sequences = 64;
   std::int64_t length = 512;
   int threads = 0;
+  bool no_correction = false;
   bool keep_state = false;
   bool quiet = false;
   codegemm::CalibratedOptions quantizer;
@@ -109,7 +110,7 @@ Layers quantize_on_text(const Options& options, const LoadedModel& loaded, codeg
       codegemm::concat("model ", loaded.fingerprint, ", format ", codegemm::format_name(format), ", tokens ",
                        hash_tokens(sequences), ", seed ", q.kmeans.seed, ", rounds ", q.rounds, ", beam ",
                        q.beam, ", tolerance ", q.tolerance, ", damping ", q.damping, ", codebook steps ",
-                       q.codebook_steps, ", version 1");
+                       q.codebook_steps, ", corrected ", !options.no_correction, ", version 1");
 
   ProgressLine progress("quantizing");
   LayerQuantizer quantizer(*loaded.model, format, q, state, run, executor, [&](const QuantizeProgress& now) {
@@ -119,7 +120,10 @@ Layers quantize_on_text(const Options& options, const LoadedModel& loaded, codeg
     progress.update(static_cast<std::int64_t>(now.share * 1000.0), 1000,
                     codegemm::concat(now.layer, " ", error, time_text(now.seconds_left)));
   });
-  CalibrationRun calibration = unwrap(CalibrationRun::create(loaded.model, sequences, executor.workers()));
+  CalibrationRunOptions run_options;
+  run_options.correct = !options.no_correction;
+  CalibrationRun calibration =
+      unwrap(CalibrationRun::create(loaded.model, sequences, executor.workers(), run_options));
   while (calibration.blocks_done() < loaded.model->config.layers)
     check(calibration.next_block(quantizer, executor));
 
@@ -199,6 +203,8 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--seed", options.quantizer.kmeans.seed, "of the k-means beginning")->capture_default_str();
   app.add_option("--threads", options.threads, "0: one for each processor")->check(CLI::Range(0, 1024));
+  app.add_flag("--no-correction", options.no_correction,
+               "quantize the weights as they are, not corrected for the layers before");
   app.add_flag("--keep-state", options.keep_state, "leave the folder OUT/state of finished layers");
   app.add_flag("--quiet", options.quiet, "no progress of the layers");
   try {

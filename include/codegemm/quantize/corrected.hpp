@@ -21,12 +21,12 @@
 
 namespace codegemm {
 
-/// W' = W (C + d I) (H + d I)^-1, [N][K], with H = X^T X and C = Y^T X ([K][K], GramMatrix and CrossGramMatrix)
-/// and d = damping times H's mean diagonal: the least-squares solution of W' X^T = W Y^T, held near W by the
-/// damping. Quantizing W' in place of W makes up for the errors of the layers before, as far as this layer
-/// can: tr((W' - W^) H (W' - W^)^T) is ||W Y^T - W^ X^T||^2 up to a constant. Where Y = X, W' = W. The same
-/// bits for any number of workers. kShapeMismatch; kInvalidArgument for a damping that is not positive or an
-/// H that even with it cannot be factored; kOutOfMemory.
+/// W' = W (C + d I) (H + d I)^-1, [N][K], with H = X^T X and C = Y^T X ([K][K], GramMatrix and
+/// CrossGramMatrix) and d = damping times H's mean diagonal: the least-squares solution of W' X^T = W Y^T,
+/// held near W by the damping. Quantizing W' in place of W makes up for the errors of the layers before, as
+/// far as this layer can: tr((W' - W^) H (W' - W^)^T) is ||W Y^T - W^ X^T||^2 up to a constant. Where Y = X,
+/// W' = W. The same bits for any number of workers. kShapeMismatch; kInvalidArgument for a damping that is
+/// not positive or an H that even with it cannot be factored; kOutOfMemory.
 [[nodiscard]] inline Result<std::vector<float>> corrected_weights(MatrixView<const float> w,
                                                                   MatrixView<const float> gram,
                                                                   MatrixView<const float> cross,

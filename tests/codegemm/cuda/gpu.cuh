@@ -137,15 +137,27 @@ template <class X>
   out.y.assign(static_cast<std::size_t>(tokens * w.rows()), 0.0);
   out.size = out.y;
   const QuantizedMatrixView view = w.view();
-  for (std::int64_t n = 0; n < w.rows(); ++n) {
+  std::vector<double> values(static_cast<std::size_t>(tokens * w.cols()));
+  for (std::int64_t t = 0; t < tokens; ++t) {
     for (std::int64_t k = 0; k < w.cols(); ++k) {
-      const double weight = reference_weight(view, n, k);
-      for (std::int64_t t = 0; t < tokens; ++t) {
-        const double term =
-            weight * static_cast<double>(as_float(x[static_cast<std::size_t>(t * stride + k)]));
-        out.y[static_cast<std::size_t>(t * w.rows() + n)] += term;
-        out.size[static_cast<std::size_t>(t * w.rows() + n)] += std::abs(term);
+      values[static_cast<std::size_t>(t * w.cols() + k)] =
+          static_cast<double>(as_float(x[static_cast<std::size_t>(t * stride + k)]));
+    }
+  }
+  std::vector<double> row(static_cast<std::size_t>(w.cols()));
+  for (std::int64_t n = 0; n < w.rows(); ++n) {
+    for (std::int64_t k = 0; k < w.cols(); ++k)
+      row[static_cast<std::size_t>(k)] = reference_weight(view, n, k);
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      double sum = 0.0;
+      double size = 0.0;
+      for (std::size_t k = 0; k < row.size(); ++k) {
+        const double term = row[k] * values[static_cast<std::size_t>(t) * row.size() + k];
+        sum += term;
+        size += std::abs(term);
       }
+      out.y[static_cast<std::size_t>(t * w.rows() + n)] = sum;
+      out.size[static_cast<std::size_t>(t * w.rows() + n)] = size;
     }
   }
   return out;
