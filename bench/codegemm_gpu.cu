@@ -176,7 +176,8 @@ struct Shape {
   std::int64_t cols;
 };
 
-// ||y - ref|| / ||ref|| over some of the rows and tokens, against sums in double over the same quantized weights.
+// ||y - ref|| / ||ref|| over some of the rows and tokens, against sums in double over the same quantized
+// weights.
 double error_of(const QuantizedMatrix& w, const std::vector<Half>& x, const std::vector<Half>& y,
                 int tokens) {
   const std::int64_t step = std::max<std::int64_t>(1, w.rows() / 97);

@@ -20,7 +20,7 @@ using Book = codegemm::cuda::Psumbook<4, 1, 2>;
 
 __global__ void largest_kernel(codegemm::cuda::DevicePackedView w, codegemm::cuda::Activations x,
                                float* largest) {
-  extern __shared__ __align__(128) char book[];
+  extern __shared__ __align__(1024) char book[];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const auto* const codebooks = reinterpret_cast<const std::uint16_t*>(w.data + w.layout.codebooks_at);
   float rows[kRows / 16 / kWarps] = {};  // a row of each of the warp's tiles
@@ -42,7 +42,8 @@ __global__ void largest_kernel(codegemm::cuda::DevicePackedView w, codegemm::cud
   }
   float most = 0.0F;
   for (const float row : rows) most = fmaxf(most, fabsf(row));
-  atomicMax(reinterpret_cast<int*>(largest), __float_as_int(most));  // positive floats order as their bits
+  atomicMax(reinterpret_cast<int*>(largest),
+            __float_as_int(most * w.unscale));  // positive floats order as their bits
 }
 
 int fail(const char* why) {

@@ -10,8 +10,8 @@
 
 namespace codegemm::cuda {
 
-/// Puts W[N][K] (fp16, bf16 or fp32, any stride) into the stream: every weight summed in fp32 and rounded once.
-/// w is device memory of the caller's. kNullPointer, kMisaligned, kShapeMismatch, kInvalidArgument,
+/// Puts W[N][K] (fp16, bf16 or fp32, any stride) into the stream: every weight summed in fp32 and rounded
+/// once. w is device memory of the caller's. kNullPointer, kMisaligned, kShapeMismatch, kInvalidArgument,
 /// kIncompatible, kUnsupported or kCudaError.
 template <class T>
 [[nodiscard]] Status dequantize(const DevicePackedView& packed, MatrixView<T> w, const Device& device,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/codegemm/cuda/check_gemm.cuh - one product in every regime of a set of configurations, against the double
-// reference.
+// tests/codegemm/cuda/check_gemm.cuh - one product in every regime of a set of configurations, against the
+// double reference.
 #pragma once
 
 #include <cstring>
@@ -27,8 +27,8 @@ struct Case {
 constexpr cuda::Regime kRegimes[] = {cuda::Regime::kGather, cuda::Regime::kFusedMma,
                                      cuda::Regime::kFusedWgmma};
 
-// Runs a case twice in every regime that serves it: the same bits, the right numbers, every output written and
-// nothing beside them. Returns how many regimes did.
+// Runs a case twice in every regime that serves it: the same bits, the right numbers, every output written
+// and nothing beside them. Returns how many regimes did.
 template <class Configs, class X, class Y>
 int check_in(const Case& c, const cuda::Device& device, std::uint64_t seed) {
   CAPTURE(format_name(c.format), c.rows, c.cols, c.tokens, c.bias, c.pad, c.tuning.cluster, c.sets, seed);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/codegemm/cuda/fused_formats_gpu_test.cu - every vector length and number of codebooks on tensor cores.
+// tests/codegemm/cuda/fused_formats_gpu_test.cu - every vector length and number of codebooks on tensor
+// cores.
 #include "check_gemm.cuh"
 
 namespace codegemm::test {

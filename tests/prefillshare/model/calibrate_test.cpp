@@ -17,6 +17,7 @@
 
 #include <prefillshare/model/calibrate.hpp>
 
+#include <codegemm/base/aligned_buffer.hpp>
 #include <support/catch.hpp>
 #include <support/model_harness.hpp>
 #include <support/tiny_model.hpp>
@@ -107,9 +108,11 @@ TEST_CASE("a calibration run ends where the replaced model's forward pass does",
       std::vector<float> normed(static_cast<std::size_t>(count * config.hidden_size));
       prefillshare::detail::rms_norm(hidden, after->final_norm, config.rms_epsilon, count, normed.data());
       std::vector<float> got(want.size(), NAN);
+      codegemm::AlignedBuffer<std::byte> workspace;
+      REQUIRE(workspace.reserve(after->head.workspace_bytes(count, 1)));
       REQUIRE(after->head
                   .forward(MatrixView<const float>(normed.data(), count, config.hidden_size),
-                           MatrixView<float>(got.data(), count, config.vocab_size), {}, serial)
+                           MatrixView<float>(got.data(), count, config.vocab_size), workspace.span(), serial)
                   .ok());
       for (std::size_t i = 0; i < want.size(); ++i) CHECK(std::abs(got[i] - want[i]) <= 1e-4F);
       hidden += count * config.hidden_size;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cuda/block/centroid_table.cuh - codebooks in shared memory, replicated so that no lookup has a bank
-// conflict, and weights looked up straight into the fragments of a tensor-core product.
+// codegemm/cuda/block/centroid_table.cuh - codebooks in shared memory, replicated so that no lookup has a
+// bank conflict, and weights looked up straight into the fragments of a tensor-core product.
 // Layer: cuda/block (device).
 #pragma once
 
@@ -17,11 +17,11 @@ namespace codegemm::cuda {
 /// What a pair of 16-bit weights is multiplied in.
 enum class PairType : int { kHalf = 0, kBFloat16 = 1 };
 
-/// Codebooks of a block, m = Codebooks of 2^b centroids with V values of 16 bits. A centroid (for V = 16, each
-/// half of it) is a *plane* of 128 bytes that holds as many copies of it as fit; a lane reads its own copy, so
-/// that the lanes of a wavefront hit different banks whatever their codes are. (More than four planes: 64
-/// bytes, and two lanes share a bank.) Entry (code, plane) lies at  plane / kPlanesOfRow * 2^b * 256 + code *
-/// 256 + plane % kPlanesOfRow * kPlaneBytes: a code becomes an address by one byte permute.
+/// Codebooks of a block, m = Codebooks of 2^b centroids with V values of 16 bits. A centroid (for V = 16,
+/// each half of it) is a *plane* of 128 bytes that holds as many copies of it as fit; a lane reads its own
+/// copy, so that the lanes of a wavefront hit different banks whatever their codes are. (More than four
+/// planes: 64 bytes, and two lanes share a bank.) Entry (code, plane) lies at  plane / kPlanesOfRow * 2^b *
+/// 256 + code * 256 + plane % kPlanesOfRow * kPlaneBytes: a code becomes an address by one byte permute.
 template <int V, int Codebooks>
 struct CentroidTable {
   static_assert(V == 2 || V == 4 || V == 8 || V == 16, "codegemm: CentroidTable V must be 2, 4, 8 or 16");

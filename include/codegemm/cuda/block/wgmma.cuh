@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cuda/block/wgmma.cuh - products of a warpgroup of Hopper: 64 weight rows in registers times tokens in
-// shared memory.
+// codegemm/cuda/block/wgmma.cuh - products of a warpgroup of Hopper: 64 weight rows in registers times tokens
+// in shared memory.
 // Layer: cuda/block (device).
 #pragma once
 
@@ -18,8 +18,9 @@
 #if CODEGEMM_HAS_WGMMA
 namespace codegemm::cuda::detail {
 
-// d (+)= a b: a is 64 x 16 in the registers of 128 threads, as the fragments of four mma.sync one below the other;
-// b is 16 x N in shared memory by its descriptor. Asynchronous: neither a nor d is touched before the wait.
+// d (+)= a b: a is 64 x 16 in the registers of 128 threads, as the fragments of four mma.sync one below the
+// other; b is 16 x N in shared memory by its descriptor. Asynchronous: neither a nor d is touched before the
+// wait.
 template <PairType Type>
 __device__ __forceinline__ void wgmma_pairs(float (&d)[16], const unsigned (&a)[4], std::uint64_t b,
                                             bool add) {
@@ -153,8 +154,8 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
-// Descriptor of tokens x 64 values of 16 bits, 128 bytes a token, in the 128-byte swizzle that the copy engine
-// writes; at a multiple of 1024 bytes. 16 values on: + 2.
+// Descriptor of tokens x 64 values of 16 bits, 128 bytes a token, in the 128-byte swizzle that the copy
+// engine writes; at a multiple of 1024 bytes. 16 values on: + 2.
 [[nodiscard]] __device__ __forceinline__ std::uint64_t describe_tokens(unsigned shared) {
   constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
   constexpr std::uint64_t kEightTokens = std::uint64_t{1024 >> 4} << 32;

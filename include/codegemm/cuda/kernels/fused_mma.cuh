@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cuda/kernels/fused_mma.cuh - y = x W^T for up to 16 tokens: weights are looked up straight into the
-// fragments of mma.sync and exist nowhere else.
+// codegemm/cuda/kernels/fused_mma.cuh - y = x W^T for up to 16 tokens: weights are looked up straight into
+// the fragments of mma.sync and exist nowhere else.
 // Layer: cuda/kernels (device).
 #pragma once
 
@@ -141,8 +141,9 @@ struct WeightScales {
   }
 };
 
-// The scales of rows 2 q, 2 q + 1, 2 q + 8 and 2 q + 9, the columns of a fragment of sums. In scale_offset()'s
-// order rows 2 q and 2 q + 1 are neighbours, and rows 2 q + 8 and 2 q + 9 lie in the next lane.
+// The scales of rows 2 q, 2 q + 1, 2 q + 8 and 2 q + 9, the columns of a fragment of sums. In
+// scale_offset()'s order rows 2 q and 2 q + 1 are neighbours, and rows 2 q + 8 and 2 q + 9 lie in the next
+// lane.
 template <int Steps>
 struct SumScales {
   static_assert(Steps >= 2 && Steps <= 4, "codegemm: kScaleSteps of a fused Config must be 0 or 2 to 5");
@@ -173,15 +174,16 @@ struct SumScales {
 
 }  // namespace detail
 
-/// Block (split, i) multiplies the slabs of its split with row tiles i * tiles_per_block .., and the splits of
-/// one i are a cluster that adds its sums. Each warp holds one slab of x in registers, as fragments, and goes
-/// over the block's row tiles; what the warps made of a tile is added in shared memory, in a fixed order. So x
-/// is read once a window of as many slabs as there are warps, and shared memory is left to the lookups.
+/// Block (split, i) multiplies the slabs of its split with row tiles i * tiles_per_block .., and the splits
+/// of one i are a cluster that adds its sums. Each warp holds one slab of x in registers, as fragments, and
+/// goes over the block's row tiles; what the warps made of a tile is added in shared memory, in a fixed
+/// order. So x is read once a window of as many slabs as there are warps, and shared memory is left to the
+/// lookups.
 ///
-/// Tokens are the rows of a product, weights its columns: lane 4 r + q holds rows r and r + 8 of a tile, each a
-/// column. In the step that multiplies the i-th four of every lane's k, the packed lanes q, 4 + q, 8 + q and
-/// 12 + q of the slab come in turn. So one load brings the codes of all steps of a packed lane, and a looked-up
-/// centroid is a fragment as it is.
+/// Tokens are the rows of a product, weights its columns: lane 4 r + q holds rows r and r + 8 of a tile, each
+/// a column. In the step that multiplies the i-th four of every lane's k, the packed lanes q, 4 + q, 8 + q
+/// and 12 + q of the slab come in turn. So one load brings the codes of all steps of a packed lane, and a
+/// looked-up centroid is a fragment as it is.
 template <class Config, PairType Type, int Tokens>
 __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     fused_mma_kernel(const __grid_constant__ FusedMmaArgs a) {
@@ -227,7 +229,8 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   const bool direct = gridDim.x == 1 && slab1 - slab0 <= kWarps;
   const int block_rows = a.tiles_per_block * kTileRows;
 
-  // Where a lane finds what it needs in a tile for chunk 0 of a slab. Other chunks differ in bits that are known.
+  // Where a lane finds what it needs in a tile for chunk 0 of a slab. Other chunks differ in bits that are
+  // known.
   const unsigned first_code =
       static_cast<unsigned>(tile_offset(q, stream_offset(kRowBytes, row_slot(q, r) & 7, 0)));
   [[maybe_unused]] const unsigned first_last =
@@ -417,8 +420,8 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
               }
             }
           }
-          // Eight rows of a token lie together, swapped with the other eight for every other pair of tokens, so
-          // that a store of four tokens hits every bank once.
+          // Eight rows of a token lie together, swapped with the other eight for every other pair of tokens,
+          // so that a store of four tokens hits every bank once.
           float* const to = of_stage + ((tile - group) * kWarps + warp) * kTileSums + r * 16 + q * 2;
 #pragma unroll
           for (int e = 0; e < 2; ++e) {

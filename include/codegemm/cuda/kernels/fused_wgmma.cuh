@@ -54,7 +54,8 @@ struct FusedWgmmaShape {
   static constexpr int kMaxStages = 8;
   static constexpr int kBarrierBytes = 4 * kMaxStages * 8;
   static constexpr int kCodeBytes = 16 * 16 * kRowBytes;  // of a slab of a row tile
-  // A warp's sums on their way out, [16 tokens][16 rows]: a stride at which a fragment's store hits every bank once.
+  // A warp's sums on their way out, [16 tokens][16 rows]: a stride at which a fragment's store hits every
+  // bank once.
   static constexpr int kScratchStride = 20;
   static constexpr int kScratchBytes = 8 * 16 * kScratchStride * 4;
   using Table = CentroidTable<Config::kVecLen, Config::kCodebooks>;
@@ -74,8 +75,8 @@ struct FusedWgmmaShape {
 #if CODEGEMM_HAS_WGMMA
 namespace detail {
 
-// The fragment of 16 rows x 16 k that a warp multiplies in a step: rows r and r + 8, k 2 q, 2 q + 1 and 8 more.
-// lookup() fetches what finish() then makes the weights of.
+// The fragment of 16 rows x 16 k that a warp multiplies in a step: rows r and r + 8, k 2 q, 2 q + 1 and 8
+// more. lookup() fetches what finish() then makes the weights of.
 template <class Config, PairType Type>
 struct WgmmaFragments {
   using Table = CentroidTable<Config::kVecLen, Config::kCodebooks>;
@@ -174,8 +175,8 @@ struct WgmmaFragments {
     rows[1] = swapped ? words[0] : words[1];
   }
 
-  // Without a branch, which would keep the compiler from running products at the same time: a tile without scales
-  // has other data at this place, which is not used.
+  // Without a branch, which would keep the compiler from running products at the same time: a tile without
+  // scales has other data at this place, which is not used.
   __device__ __forceinline__ void load_scales(const char* scales, int owner) {
     const int log2_lanes = kFixedScale ? Config::kScaleSteps : min(steps, 4);
     const int group = owner >> log2_lanes << log2_lanes;
@@ -213,10 +214,10 @@ __device__ __forceinline__ void take_registers() {
 #endif
 
 /// A cluster of two blocks makes 256 rows x TokenTile tokens at a time, over the slabs of one split, and goes
-/// through the products in the order [split][token block][row block]; consecutive ones run at once. In a block
-/// one warpgroup copies: a warp asks the copy engine for x, half of it for both blocks, the others bring codes
-/// and scales. Two warpgroups multiply 64 rows each. Weights of two steps are looked up while the products of
-/// the two before run.
+/// through the products in the order [split][token block][row block]; consecutive ones run at once. In a
+/// block one warpgroup copies: a warp asks the copy engine for x, half of it for both blocks, the others
+/// bring codes and scales. Two warpgroups multiply 64 rows each. Weights of two steps are looked up while the
+/// products of the two before run.
 template <class Config, PairType Type, int TokenTile>
 __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_constant__ FusedWgmmaArgs a) {
 #if CODEGEMM_HAS_WGMMA
@@ -439,8 +440,8 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
       detail::wgmma_wait<0>();
       if (held >= 0) release_x(held);
 
-      // Out by way of shared memory, 16 tokens at a time: half a tile's rows of a token a lane, which is a sector
-      // for two lanes.
+      // Out by way of shared memory, 16 tokens at a time: half a tile's rows of a token a lane, which is a
+      // sector for two lanes.
       const int row = (p.row_tile + tile_of_block) * 16 + lane % 2 * 8;
       detail::EightRows rows;
       if (a.splits == 1) rows.load(a.out, row);

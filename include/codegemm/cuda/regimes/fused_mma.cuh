@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cuda/regimes/fused_mma.cuh - weights looked up into mma.sync: some tokens, or many where there is no
-// wgmma.
+// codegemm/cuda/regimes/fused_mma.cuh - weights looked up into mma.sync: some tokens, or many where there is
+// no wgmma.
 // Layer: cuda/regimes (host, needs nvcc).
 #pragma once
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cuda/regimes/fused_wgmma.cuh - weights looked up into wgmma: many tokens on compute capability 9.0.
+// codegemm/cuda/regimes/fused_wgmma.cuh - weights looked up into wgmma: many tokens on compute capability
+// 9.0.
 // Layer: cuda/regimes (host, needs nvcc).
 #pragma once
 
