@@ -20,13 +20,15 @@ enum class Regime {
 /// left as it is, so that calls of different sizes can share a workspace.
 inline constexpr std::size_t kCounterBytes = 16384;
 
+/// Choices of one call; the defaults fit an H100, and zeros leave a choice to the planner of the regime.
 struct GemmTuning {
-  int cluster = 8;  ///< most blocks that add their sums through each other's shared memory; 1: none
-  int rounds_ahead =
-      1;  ///< gather: how far the second-level cache is ahead, in rounds of a tile a warp; at most 15
+  /// Most blocks that add their sums through each other's shared memory, 1 (none) to 8. Gather and fused mma.
+  int cluster = 8;
+  /// How far the second-level cache is ahead, in tiles of a warp, 0 to 15. Gather and fused mma.
+  int rounds_ahead = 1;
   int shared_bytes = 0;  ///< gather: shared memory of a block at least
   Regime regime = Regime::kAuto;
-  int splits = 0;      ///< fused: parts of K
+  int splits = 0;      ///< fused: parts of K, up to 8
   int token_tile = 0;  ///< fused wgmma: tokens of a block, 32, 64, 128 or 256
 };
 

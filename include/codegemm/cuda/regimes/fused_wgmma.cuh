@@ -93,18 +93,10 @@ struct FusedWgmmaRegime {
       using Config = decltype(c);
       const FusedWgmmaPlan plan = FusedWgmmaRegime::plan<Config>(p.weights, p.x.rows, device, p.tuning);
       switch (plan.token_tile) {
-        case 32:
-          static_cast<void>(status = launch_tile<Config, 32>(p, plan, device, workspace, stream));
-          break;
-        case 64:
-          static_cast<void>(status = launch_tile<Config, 64>(p, plan, device, workspace, stream));
-          break;
-        case 128:
-          static_cast<void>(status = launch_tile<Config, 128>(p, plan, device, workspace, stream));
-          break;
-        default:
-          static_cast<void>(status = launch_tile<Config, 256>(p, plan, device, workspace, stream));
-          break;
+        case 32: static_cast<void>(status = launch_tile<Config, 32>(p, plan, workspace, stream)); break;
+        case 64: static_cast<void>(status = launch_tile<Config, 64>(p, plan, workspace, stream)); break;
+        case 128: static_cast<void>(status = launch_tile<Config, 128>(p, plan, workspace, stream)); break;
+        default: static_cast<void>(status = launch_tile<Config, 256>(p, plan, workspace, stream)); break;
       }
     }));
     return status;
@@ -137,8 +129,7 @@ struct FusedWgmmaRegime {
 
   template <class Config, int TokenTile, class X, class Y>
   [[nodiscard]] static Status launch_tile(const GemmProblem<X, Y>& p, const FusedWgmmaPlan& plan,
-                                          const Device& device, void* workspace, cudaStream_t stream) {
-    static_cast<void>(device);
+                                          void* workspace, cudaStream_t stream) {
     const DevicePackedView& w = p.weights;
     FusedWgmmaArgs args;
     if (Status status = describe(p.x, TokenTile, args.x); !status.ok()) return status;
