@@ -14,6 +14,7 @@
 #include <codegemm/cuda/block/centroid_table.cuh>
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <codegemm/cuda/block/wgmma.cuh>
+#include <codegemm/cuda/block/wgmma_fragments.cuh>
 #include <codegemm/cuda/kernels/output.cuh>
 
 namespace codegemm::cuda {
@@ -74,132 +75,6 @@ struct FusedWgmmaShape {
 
 #if CODEGEMM_HAS_WGMMA
 namespace detail {
-
-// The fragment of 16 rows x 16 k that a warp multiplies in a step: rows r and r + 8, k 2 q, 2 q + 1 and 8
-// more. lookup() fetches what finish() then makes the weights of.
-template <class Config, PairType Type>
-struct WgmmaFragments {
-  using Table = CentroidTable<Config::kVecLen, Config::kCodebooks>;
-  static constexpr int V = Config::kVecLen;
-  static constexpr int kCodebooks = Config::kCodebooks;
-  static constexpr int kLaneSpan = Config::kSets / kCodebooks * V;
-  static constexpr int kRowBytes = Config::kSets * Config::kCodeBytes;
-  static constexpr bool kRowScale = Config::kScaleSteps == 5;
-  static constexpr bool kFixedScale = !kRowScale && Config::kScaleSteps > 0;
-  static_assert(kLaneSpan == 4 || kLaneSpan == 8 || kLaneSpan == 16 || kLaneSpan == 32,
-                "codegemm: a lane of a Config must own 4, 8, 16 or 32 columns");
-
-  struct Pairs {
-    unsigned values[4][kCodebooks];  // [half * 2 + row][codebook]
-    unsigned scales[2][2];           // [half][row], each twice
-  };
-
-  const char* table = nullptr;
-  const std::uint16_t* codebooks = nullptr;
-  int bits = 0;
-  int steps = 0;  // of scales
-  int r = 0;
-  int q = 0;
-  unsigned lane_bytes = 0;
-  unsigned scale_pairs[2] = {};  // of rows r and r + 8, each twice
-
-  // Step `step` of a slab, known when compiling. `codes` and `scales` are the row tile's.
-  __device__ __forceinline__ void lookup(const char* codes, const char* scales, int step, Pairs& out) {
-    unsigned rows[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int k = 16 * step + 8 * half + 2 * q;
-      const int owner = kLaneSpan >= 16  ? 16 * step / kLaneSpan
-                        : kLaneSpan == 8 ? 2 * step + half
-                                         : 4 * step + 2 * half + q / 2;
-      if (kLaneSpan < 16 || half == 0) {
-        load_rows(codes, owner, rows);
-        const int group = 1 << Config::kScaleSteps % 5;
-        const bool goes_on =
-            kFixedScale && kLaneSpan >= 8 && (16 * step + 8 * half) % (kLaneSpan * group) != 0;
-        if (!kRowScale && !goes_on) load_scales(scales, owner);
-      }
-      const int vector = k % kLaneSpan / V;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        out.scales[half][e] = scale_pairs[e];
-#pragma unroll
-        for (int c = 0; c < kCodebooks; ++c) out.values[half * 2 + e][c] = pair(rows[e], vector, c, half);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void finish(const Pairs& pairs, unsigned (&a)[4]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const unsigned scale = pairs.scales[i / 2][i % 2];
-      if constexpr (Type == PairType::kHalf) {
-        unsigned sum = pairs.values[i][0];
-#pragma unroll
-        for (int c = 1; c < kCodebooks; ++c) sum = add_pairs(sum, pairs.values[i][c]);
-        a[i] = kRowScale ? sum : scale_pair(sum, *reinterpret_cast<const __half2*>(&scale));
-      } else {
-        float2 sum = unpack_pair(pairs.values[i][0]);
-#pragma unroll
-        for (int c = 1; c < kCodebooks; ++c) {
-          const float2 more = unpack_pair(pairs.values[i][c]);
-          sum.x += more.x, sum.y += more.y;
-        }
-        a[i] = scale_pair_bf16(sum, kRowScale ? 1.0F : unpack_pair(scale).x);
-      }
-    }
-  }
-
- private:
-  // Bytes of a row's codes in packed lane `owner` of the slab.
-  __device__ __forceinline__ void load_rows(const char* codes, int owner, unsigned (&rows)[2]) const {
-    const char* const stream = codes + owner * (16 * kRowBytes);
-    const int slot = row_slot(owner, r) & 7;
-    unsigned words[2];
-    if constexpr (kRowBytes == 4) {
-      const uint2 two = *reinterpret_cast<const uint2*>(stream + stream_offset(4, slot, 0));
-      words[0] = two.x, words[1] = two.y;
-    } else if constexpr (kRowBytes == 1) {
-      const unsigned both = *reinterpret_cast<const unsigned short*>(stream + stream_offset(1, slot, 0));
-      words[0] = both, words[1] = both >> 8;
-    } else {
-      const unsigned both = *reinterpret_cast<const unsigned*>(stream + stream_offset(kRowBytes, slot, 0));
-      words[0] = both & 0xFFFFU, words[1] = both >> 16;
-      if constexpr (kRowBytes == 3) {
-        const unsigned last = *reinterpret_cast<const unsigned short*>(stream + stream_offset(3, slot, 2));
-        words[0] |= last << 16, words[1] |= (last & 0xFF00U) << 8;
-      }
-    }
-    const bool swapped = owner % 2 == 1;
-    rows[0] = swapped ? words[1] : words[0];
-    rows[1] = swapped ? words[0] : words[1];
-  }
-
-  // Without a branch, which would keep the compiler from running products at the same time: a tile without
-  // scales has other data at this place, which is not used.
-  __device__ __forceinline__ void load_scales(const char* scales, int owner) {
-    const int log2_lanes = kFixedScale ? Config::kScaleSteps : min(steps, 4);
-    const int group = owner >> log2_lanes << log2_lanes;
-    const auto* const of_tile = reinterpret_cast<const unsigned short*>(scales);
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const unsigned both = of_tile[scale_offset(log2_lanes, group, r + 8 * e)] * 0x10001U;
-      scale_pairs[e] = kFixedScale || steps < 5 ? both : 0x3C003C00U;  // 1
-    }
-  }
-
-  [[nodiscard]] __device__ __forceinline__ unsigned pair(unsigned row, int vector, int c, int half) const {
-    const int p = vector * kCodebooks + c;
-    if constexpr (Config::kCodeBytes == 1) {
-      const unsigned at = __byte_perm(row, lane_bytes, 0x7604U | (static_cast<unsigned>(p) << 4));
-      return Table::lookup_pair(table, at, Table::plane(c * Table::kHalves + (V == 16 ? half : 0), bits));
-    } else {
-      const unsigned code = row >> (16 * p) & 0xFFFFU;
-      const std::uint16_t* const centroid = codebooks + ((static_cast<unsigned>(c) << bits) + code) * V;
-      return __ldg(reinterpret_cast<const unsigned*>(centroid) + (8 * half + 2 * q) % V / 2);
-    }
-  }
-};
 
 template <int Registers>
 __device__ __forceinline__ void give_registers() {
