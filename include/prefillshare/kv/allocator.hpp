@@ -8,15 +8,19 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include <codegemm/base/macros.hpp>
 #include <codegemm/base/status.hpp>
+#include <prefillshare/kv/allocator_core.hpp>
 #include <prefillshare/kv/block_cache.hpp>
 #include <prefillshare/kv/block_pool.hpp>
 #include <prefillshare/kv/cache_key.hpp>
+#include <prefillshare/kv/events.hpp>
 #include <prefillshare/kv/eviction.hpp>
 #include <prefillshare/kv/invariants.hpp>
 #include <prefillshare/kv/prefix_tree.hpp>
@@ -24,12 +28,20 @@
 #include <prefillshare/kv/shape.hpp>
 #include <prefillshare/kv/stats.hpp>
 #include <prefillshare/kv/storage.hpp>
+#include <prefillshare/kv/tenant.hpp>
+#include <prefillshare/kv/tier_cache.hpp>
 #include <prefillshare/kv/try_allocate.hpp>
 
 namespace prefillshare {
 
+/// The lock of an allocator that one thread at a time calls.
+struct NoLock {
+  void lock() noexcept {}
+  void unlock() noexcept {}
+};
+
 /// Decides which block holds which tokens. Every block is in exactly one state: free, cached (in the prefix
-/// tree, used by no sequence, may be evicted) or in use; nothing in use is ever evicted. The numbers in the
+/// tree, used by no sequence, may be evicted), in use, or moving (see below); nothing in use is ever evicted. The numbers in the
 /// blocks are the caller's business: it writes them through its storage, the allocator only copies a partly
 /// filled block when two that share it go different ways.
 ///
@@ -48,385 +60,381 @@ namespace prefillshare {
 /// positions by the same producer, equal up to rounding where the engine's rounding depends on the batch.
 ///
 /// Same calls, same blocks: no clock, no address, no random number enters a decision. Failed calls change
-/// nothing but what was evicted in trying. Externally synchronized: no two calls at once, on the allocator
-/// or on its sequences, closing a sequence included. The storage must outlive the allocator, and the
-/// allocator its sequences.
-template <KvStorage Storage, BlockHash Hash = ChainHash, EvictionPolicy Eviction = LruEviction>
+/// nothing but what was evicted in trying. The storage must outlive the allocator, and the allocator its
+/// sequences.
+///
+/// Tiers. With a CopyEngine (KvOptions) a block that is evicted is first copied down, and is free when the
+/// copy is done: reserve() then answers kExhausted, and can be met after poll() has seen the copies end. A
+/// block that has a copy already (offload(), or it was loaded) is free at once. What open() does not find on
+/// the device, start_load() brings back. A copy that fails or finds no slot costs cached content, never more.
+///
+/// Threads. With Lock = NoLock externally synchronized: no two calls at once, on the allocator or on its
+/// sequences, closing a sequence included. With a mutex (ConcurrentKvAllocator) any thread may call at any
+/// time, as long as a sequence is used by one thread at a time; pool(), tree(), eviction() and cache() are
+/// then for when nobody else calls.
+template <KvStorage Storage, BlockHash Hash = ChainHash, EvictionPolicy Eviction = LruEviction,
+          class Lock = NoLock>
 class BasicKvAllocator final : private detail::SequenceOwner {
+  using Core = detail::AllocatorCore<Storage, Hash, Eviction>;
+  using Status = codegemm::Status;
+  using Tokens = std::span<const std::int32_t>;
+  using Guard = std::lock_guard<Lock>;
+
  public:
-  /// For all blocks of the storage. kInvalidArgument for an impossible shape, kOutOfMemory.
-  [[nodiscard]] static codegemm::Result<std::unique_ptr<BasicKvAllocator>> create(Storage& storage,
-                                                                                  Hash hash = {},
-                                                                                  Eviction eviction = {}) {
+  /// For all blocks of the storage. kInvalidArgument for an impossible shape or copy engine, kOutOfMemory.
+  [[nodiscard]] static codegemm::Result<std::unique_ptr<BasicKvAllocator>> create(
+      Storage& storage, Hash hash = {}, Eviction eviction = {}, const KvOptions& options = {}) {
     const KvShape shape = storage.shape();
-    if (codegemm::Status status = validate(shape); !status.ok()) return status;
+    if (Status status = validate(shape); !status.ok()) return status;
     auto cache = BlockCache<Hash, Eviction>::create(storage.blocks(), shape.block_tokens, std::move(hash),
-                                                    std::move(eviction));
+                                                    std::move(eviction), options);
     if (!cache.ok()) return cache.status();
     std::unique_ptr<BasicKvAllocator> allocator;
-    const bool allocated = detail::try_allocate([&] {
-      allocator.reset(new BasicKvAllocator(storage, *std::move(cache)));
-      allocator->key_tokens_.resize(static_cast<std::size_t>(shape.block_tokens));
-    });
-    if (!allocated) return codegemm::error(codegemm::StatusCode::kOutOfMemory, "KvAllocator: no memory");
+    if (!detail::try_allocate(
+            [&] { allocator.reset(new BasicKvAllocator(storage, *std::move(cache), options.events)); })) {
+      return codegemm::error(codegemm::StatusCode::kOutOfMemory, "KvAllocator: no memory");
+    }
     return allocator;
   }
 
   BasicKvAllocator(const BasicKvAllocator&) = delete;
   BasicKvAllocator& operator=(const BasicKvAllocator&) = delete;
-  ~BasicKvAllocator() { CODEGEMM_ASSERT(open_sequences() == 0); }
+  ~BasicKvAllocator() { CODEGEMM_ASSERT(core_.sequences().open() == 0); }
+
+  /// A tenant more, for open(). kInvalidArgument, kOutOfMemory.
+  [[nodiscard]] codegemm::Result<TenantId> add_tenant(std::string name, const TenantQuota& quota = {}) {
+    const Guard guard(lock_);
+    return core_.cache().ledger().add(std::move(name), quota);
+  }
+  /// From now on; what the tenant holds beyond it, it keeps. kInvalidArgument.
+  [[nodiscard]] Status set_quota(TenantId tenant, const TenantQuota& quota) {
+    const Guard guard(lock_);
+    if (Status status = check(tenant, "set_quota"); !status.ok()) return status;
+    core_.cache().ledger().set_quota(tenant, quota);
+    return {};
+  }
 
   /// A base sequence over the longest prefix of `tokens` that is cached, in full blocks; length() tells how
   /// many tokens that is. All of them may be: then there is nothing to reserve and the sequence is ready.
-  /// kInvalidArgument when the key names no model; kOutOfMemory.
-  [[nodiscard]] codegemm::Result<Sequence> open(const CacheKey& key, std::span<const std::int32_t> tokens) {
+  /// Stops short of blocks that the tenant's quota has no room for.
+  /// kInvalidArgument when the key names no model or the tenant is unknown; kOutOfMemory.
+  [[nodiscard]] codegemm::Result<Sequence> open(const CacheKey& key, Tokens tokens,
+                                                TenantId tenant = kDefaultTenant) {
+    Sequence sequence;  // outlives the guard: closing takes the lock
+    const Guard guard(lock_);
     if (key.model_id.empty()) {
-      return codegemm::error(codegemm::StatusCode::kInvalidArgument,
-                             "KvAllocator::open: the cache key has an empty model_id");
+      return Core::refuse(codegemm::StatusCode::kInvalidArgument, "open",
+                          "the cache key has an empty model_id");
     }
-    auto state = new_state();
-    if (!state.ok()) return state.status();
-    auto root = cache_.acquire_root(key);
-    if (!root.ok()) return root.status();
-    detail::SequenceState& base = start(**state, /*is_fork=*/false);
-    base.root = *root;
-    Sequence sequence = detail::SequenceAccess::make(*this, base);
-    if (auto found = extend(sequence, tokens); !found.ok()) return found.status();
+    if (Status status = check(tenant, "open"); !status.ok()) return status;
+    auto base = core_.open(key, tenant);
+    if (!base.ok()) return base.status();
+    sequence = detail::SequenceAccess::make(*this, **base);
+    if (auto found = core_.extend(**base, tokens); !found.ok()) return found.status();
     return sequence;
   }
 
   /// Takes what the tree has of `tokens`, which are to follow a base sequence; the number of them that need
   /// no prefill now. Saves the work when another session has been here. Not while tokens are reserved.
   /// kInvalidArgument, kOutOfMemory.
-  [[nodiscard]] codegemm::Result<std::int64_t> extend(Sequence& sequence,
-                                                      std::span<const std::int32_t> tokens) {
-    if (codegemm::Status status = check(sequence, "extend", Kind::kBase); !status.ok()) return status;
-    detail::SequenceState& state = state_of(sequence);
-    if (state.reserved != 0) {
-      return codegemm::error(codegemm::StatusCode::kInvalidArgument, "KvAllocator::extend: ", state.reserved,
-                             " tokens are reserved and not committed");
-    }
-    const std::size_t block_tokens = key_tokens_.size();
-    const std::size_t full_blocks = (state.tail.size() + tokens.size()) / block_tokens;
-    if (!detail::try_reserve(state.blocks, state.blocks.size() + full_blocks)) return no_memory("extend");
+  [[nodiscard]] codegemm::Result<std::int64_t> extend(Sequence& sequence, Tokens tokens) {
+    const Guard guard(lock_);
+    if (Status status = check(sequence, "extend", Kind::kBase); !status.ok()) return status;
+    if (Status status = check_unreserved(sequence, "extend"); !status.ok()) return status;
+    return core_.extend(state_of(sequence), tokens);
+  }
 
-    const std::int64_t old_length = state.length;
-    std::size_t next = 0;  // of tokens, the first not yet covered
-    for (std::size_t i = 0; i < full_blocks; ++i) {
-      const std::size_t used = state.tail.size();  // 0 but perhaps for the first
-      std::span<const std::int32_t> key_tokens = tokens.subspan(next, block_tokens - used);
-      if (used > 0) {
-        std::copy(state.tail.begin(), state.tail.end(), key_tokens_.begin());
-        std::copy(key_tokens.begin(), key_tokens.end(),
-                  key_tokens_.begin() + static_cast<std::ptrdiff_t>(used));
-        key_tokens = key_tokens_;
-      }
-      const BlockId found = tree().find(tree().query(parent_of_next(state), key_tokens));
-      if (found == kNoBlock) break;
-      cache_.hold(found);
-      if (used > 0) {
-        cache_.drop(state.blocks.back());
-        state.blocks.back() = found;
-        state.tail.clear();
-      } else {
-        state.blocks.push_back(found);
-      }
-      next += block_tokens - used;
-      state.length += static_cast<std::int64_t>(block_tokens - used);
-    }
-    stats_.hit_tokens += state.length - old_length;
-    stats_.miss_tokens += std::ssize(tokens) - (state.length - old_length);
-    return state.length - old_length;
+  /// How many of `tokens`, from the first, lie on the device (tier 0) and after these in each tier below: what
+  /// a router wants to know. Changes nothing. `by_tier` has one number for each tier.
+  void lookup(const CacheKey& key, Tokens tokens, std::span<std::int64_t> by_tier) const {
+    const Guard guard(lock_);
+    std::fill(by_tier.begin(), by_tier.end(), 0);
+    TreeNode node = tree().find_root(key);
+    if (node == TreeNode() || by_tier.empty()) return;
+    by_tier[0] = block_tokens() * tree().walk(node, tokens, [&](BlockId found) {
+      node = TreeNode::of_block(found);
+      return true;
+    });
+    if (core_.cache().tiers() == nullptr) return;
+    core_.cache().tiers()->walk(
+        tree().hash_of(node), tree().serial_of(node), tokens.subspan(static_cast<std::size_t>(by_tier[0])),
+        tree(), [&](std::int32_t entry) {
+          const auto tier = static_cast<std::size_t>(core_.cache().tiers()->place(entry).tier);
+          if (tier < by_tier.size()) by_tier[tier] += block_tokens();
+        });
   }
 
   /// Makes sure that `extra_tokens` can follow length(): takes free blocks, evicts cached ones where these
   /// do not do, and copies a partly filled last block that others share. All or nothing. Asking again for
   /// no more than is reserved does nothing. Works on both kinds: on a fork, before it is admitted, so that
   /// append_private() cannot fail later.
-  /// kExhausted when blocks in use leave too few; kInvalidArgument; kOutOfMemory; the storage's failure.
-  [[nodiscard]] codegemm::Status reserve(Sequence& sequence, std::int64_t extra_tokens) {
-    if (codegemm::Status status = check(sequence, "reserve", Kind::kEither); !status.ok()) return status;
+  /// kExhausted when blocks in use leave too few, the tenant's quota is full, or blocks wait for their copies
+  /// (poll(), and ask again); kInvalidArgument; kOutOfMemory; the storage's failure.
+  [[nodiscard]] Status reserve(Sequence& sequence, std::int64_t extra_tokens) {
+    const Guard guard(lock_);
+    if (Status status = check(sequence, "reserve", Kind::kEither); !status.ok()) return status;
     if (extra_tokens < 0) return negative("reserve", extra_tokens);
-    detail::SequenceState& state = state_of(sequence);
-    if (extra_tokens <= state.reserved) return {};
-    const std::int64_t room = pool().blocks() * block_tokens() - state.length;
-    const std::int64_t needed = blocks_for(state.length + std::min(extra_tokens, room));
-    const std::int64_t used = state.length % block_tokens();  // of the last block
-    const bool copies = state.reserved == 0 && used > 0 && cache_.shared(state.blocks.back());
-    const std::int64_t fresh = needed - std::ssize(state.blocks) + (copies ? 1 : 0);
-    if (extra_tokens > room || fresh > cache_.available()) {
-      return codegemm::error(codegemm::StatusCode::kExhausted, "KvAllocator::reserve: ", extra_tokens,
-                             " tokens after ", state.length, " need more than the ", pool().free_blocks(),
-                             " free and ", eviction().size(), " cached blocks of ", pool().blocks());
-    }
-    if (!detail::try_reserve(state.blocks, static_cast<std::size_t>(needed))) return no_memory("reserve");
-    cache_.make_room(fresh);
-    if (copies) {
-      auto copy = copy_of(state.blocks.back(), static_cast<int>(used));
-      if (!copy.ok()) return copy.status();
-      cache_.drop(state.blocks.back());
-      state.blocks.back() = *copy;
-    }
-    while (std::ssize(state.blocks) < needed) state.blocks.push_back(cache_.take());
-    state.reserved = extra_tokens;
-    return {};
+    return core_.reserve(state_of(sequence), extra_tokens, "reserve");
   }
 
   /// Gives back what is reserved and not used.
-  [[nodiscard]] codegemm::Status release_reserved(Sequence& sequence) {
-    if (codegemm::Status status = check(sequence, "release_reserved", Kind::kEither); !status.ok())
-      return status;
-    shrink(state_of(sequence), state_of(sequence).length);
+  [[nodiscard]] Status release_reserved(Sequence& sequence) {
+    const Guard guard(lock_);
+    if (Status status = check(sequence, "release_reserved", Kind::kEither); !status.ok()) return status;
+    core_.shrink(state_of(sequence), state_of(sequence).length);
     return {};
   }
 
   /// The KV of `tokens` is now written at length() and after: the base sequence grows by them, and each
   /// block that is full enters the prefix tree (or gives way to its equal there).
   /// kInvalidArgument on a fork, and for more tokens than are reserved.
-  [[nodiscard]] codegemm::Status commit(Sequence& sequence, std::span<const std::int32_t> tokens) {
-    if (codegemm::Status status = check(sequence, "commit", Kind::kBase); !status.ok()) return status;
-    detail::SequenceState& state = state_of(sequence);
-    if (std::ssize(tokens) > state.reserved) {
-      return codegemm::error(codegemm::StatusCode::kInvalidArgument, "KvAllocator::commit: ", tokens.size(),
-                             " tokens, but ", state.reserved, " are reserved");
+  [[nodiscard]] Status commit(Sequence& sequence, Tokens tokens) {
+    const Guard guard(lock_);
+    if (Status status = check(sequence, "commit", Kind::kBase); !status.ok()) return status;
+    if (std::ssize(tokens) > state_of(sequence).reserved) {
+      return Core::refuse(codegemm::StatusCode::kInvalidArgument, "commit", tokens.size(), " tokens, but ",
+                          state_of(sequence).reserved, " are reserved");
     }
-    const std::size_t block_tokens = key_tokens_.size();
-    while (!tokens.empty()) {
-      const std::size_t count = std::min(tokens.size(), block_tokens - state.tail.size());
-      state.tail.insert(state.tail.end(), tokens.begin(),
-                        tokens.begin() + static_cast<std::ptrdiff_t>(count));
-      tokens = tokens.subspan(count);
-      if (state.tail.size() == block_tokens) publish(state);
-      state.length += static_cast<std::int64_t>(count);
-      state.reserved -= static_cast<std::int64_t>(count);
-    }
+    core_.commit(state_of(sequence), tokens);
     return {};
   }
 
-  /// A decode-private view of a sequence of either kind, as long as it is now. Shares every block, the
-  /// partly filled last one too: whoever appends first while it is shared gets a copy of its own. (If the
-  /// parent has tokens reserved in that block, which it may write at any time, the fork gets its copy now.)
+  /// A decode-private view of a sequence of either kind, as long as it is now, of the same tenant. Shares
+  /// every block, the partly filled last one too: whoever appends first while it is shared gets a copy of its
+  /// own. (If the parent has tokens reserved in that block, which it may write at any time, the fork gets its
+  /// copy now.)
   /// kInvalidArgument, kOutOfMemory; kExhausted or the storage's failure only in the case in brackets.
   [[nodiscard]] codegemm::Result<Sequence> fork(const Sequence& parent) {
-    if (codegemm::Status status = check(parent, "fork", Kind::kEither); !status.ok()) return status;
-    const detail::SequenceState& from = state_of(parent);
-    auto fresh = new_state();
-    if (!fresh.ok()) return fresh.status();
-    const std::int64_t count = blocks_for(from.length);
-    if (!detail::try_reserve((*fresh)->blocks, static_cast<std::size_t>(count))) return no_memory("fork");
+    const Guard guard(lock_);
+    if (Status status = check(parent, "fork", Kind::kEither); !status.ok()) return status;
+    auto forked = core_.fork(state_of(parent));
+    if (!forked.ok()) return forked.status();
+    return detail::SequenceAccess::make(*this, **forked);
+  }
 
-    const std::int64_t used = from.length % block_tokens();
-    BlockId last = kNoBlock;
-    if (used > 0) {
-      last = from.blocks[static_cast<std::size_t>(count - 1)];
-      if (from.reserved > 0) {
-        if (cache_.available() == 0) {
-          return codegemm::error(codegemm::StatusCode::kExhausted, "KvAllocator::fork: no block of ",
-                                 pool().blocks(), " is left to copy the parent's last ", used, " tokens to");
-        }
-        cache_.make_room(1);
-        auto copy = copy_of(last, static_cast<int>(used));
-        if (!copy.ok()) return copy.status();
-        last = *copy;
-      } else {
-        cache_.hold(last);
-      }
+  /// One fork for each of `forks`, each with `reserved_tokens` reserved: N decode modules admitted together,
+  /// or none. As fork() and reserve(); on failure `forks` are closed and every block is back.
+  [[nodiscard]] Status fork_all(const Sequence& parent, std::span<Sequence> forks,
+                                std::int64_t reserved_tokens) {
+    for (Sequence& one : forks) one.reset();
+    Status status = negative("fork_all", reserved_tokens);
+    if (reserved_tokens >= 0) status = fork_each(parent, forks, reserved_tokens);
+    if (!status.ok()) {
+      for (Sequence& one : forks) one.reset();
     }
-    detail::SequenceState& state = start(**fresh, /*is_fork=*/true);
-    const std::int64_t full = used > 0 ? count - 1 : count;
-    for (std::int64_t i = 0; i < full; ++i) {
-      cache_.hold(from.blocks[static_cast<std::size_t>(i)]);
-      state.blocks.push_back(from.blocks[static_cast<std::size_t>(i)]);
-    }
-    if (used > 0) state.blocks.push_back(last);
-    state.length = from.length;
-    state.base_length = from.is_fork ? from.base_length : from.length;
-    return detail::SequenceAccess::make(*this, state);
+    return status;
   }
 
   /// A fork grows by `tokens`, whose KV the decode module writes next, at length() - tokens and after.
-  /// Fails as reserve() does, and never within what is reserved; kInvalidArgument on a base sequence.
-  [[nodiscard]] codegemm::Status append_private(Sequence& sequence, std::int64_t tokens) {
-    if (codegemm::Status status = check(sequence, "append_private", Kind::kFork); !status.ok()) return status;
+  /// As reserve(); cannot fail within what is reserved. kInvalidArgument on a base sequence.
+  [[nodiscard]] Status append_private(Sequence& sequence, std::int64_t tokens) {
+    const Guard guard(lock_);
+    if (Status status = check(sequence, "append_private", Kind::kFork); !status.ok()) return status;
     if (tokens < 0) return negative("append_private", tokens);
-    if (codegemm::Status status = reserve(sequence, tokens); !status.ok()) return status;
-    state_of(sequence).length += tokens;
-    state_of(sequence).reserved -= tokens;
+    detail::SequenceState& state = state_of(sequence);
+    if (Status status = core_.reserve(state, tokens, "append_private"); !status.ok()) return status;
+    state.length += tokens;
+    state.reserved -= tokens;
     return {};
   }
 
-  /// A fork forgets its tokens from `length` on, as after a rejected speculation, and gives back the blocks
-  /// past the new end, reserved ones included. Not below base_length(): kInvalidArgument.
-  [[nodiscard]] codegemm::Status truncate(Sequence& sequence, std::int64_t length) {
-    if (codegemm::Status status = check(sequence, "truncate", Kind::kFork); !status.ok()) return status;
+  /// Forgets the tokens from `length` on, and gives back the blocks past the new end, reserved ones included:
+  /// a fork after a rejected speculation, not below its base_length(); a base sequence after an edit of its
+  /// context, whose blocks in the tree stay cached. kInvalidArgument.
+  [[nodiscard]] Status truncate(Sequence& sequence, std::int64_t length) {
+    const Guard guard(lock_);
+    if (Status status = check(sequence, "truncate", Kind::kEither); !status.ok()) return status;
     detail::SequenceState& state = state_of(sequence);
-    if (length < state.base_length || length > state.length) {
-      return codegemm::error(codegemm::StatusCode::kInvalidArgument, "KvAllocator::truncate: to ", length,
-                             " tokens, expected ", state.base_length, " to ", state.length);
+    const std::int64_t least = state.is_fork ? state.base_length : 0;
+    if (length < least || length > state.length) {
+      return Core::refuse(codegemm::StatusCode::kInvalidArgument, "truncate", "to ", length,
+                          " tokens, expected ", least, " to ", state.length);
     }
-    shrink(state, length);
+    if (!state.is_fork) core_.truncate_base(state, length);
+    if (state.is_fork) core_.shrink(state, length);
     return {};
+  }
+
+  /// What the caller knows about the future of the full blocks that hold the tokens [first, last) of a base
+  /// sequence; a block partly within counts as within. The last word on a block counts, until it is evicted.
+  /// kInvalidArgument.
+  [[nodiscard]] Status retain(const Sequence& sequence, std::int64_t first, std::int64_t last,
+                              const Retention& retention) requires HintedEviction<Eviction> {
+    const Guard guard(lock_);
+    if (Status status = check(sequence, "retain", Kind::kBase); !status.ok()) return status;
+    if (first < 0 || last < first || last > sequence.length() || retention.priority < 0 ||
+        retention.priority > 100) {
+      return Core::refuse(codegemm::StatusCode::kInvalidArgument, "retain", "tokens ", first, " to ", last,
+                          " of ", sequence.length(), ", priority ", retention.priority);
+    }
+    const std::int64_t end = std::min(core_.blocks_for(last), sequence.length() / block_tokens());
+    for (std::int64_t i = first / block_tokens(); i < end; ++i) {
+      core_.cache().eviction().retain(sequence.blocks()[static_cast<std::size_t>(i)], retention);
+    }
+    return {};
+  }
+  /// Tells the policy the caller's time, which does not go back.
+  void set_time(KvTime now) requires HintedEviction<Eviction> {
+    const Guard guard(lock_);
+    core_.cache().eviction().set_time(now);
+  }
+
+  /// Begins to copy the full blocks of a base sequence to a lower tier, those without a copy, so that they are
+  /// free at once when they are evicted: for a session that will be idle. How many were begun; a full queue
+  /// takes fewer. kInvalidArgument; kUnsupported without tiers.
+  [[nodiscard]] codegemm::Result<std::int64_t> offload(const Sequence& sequence) {
+    const Guard guard(lock_);
+    if (Status status = check(sequence, "offload", Kind::kBase); !status.ok()) return status;
+    if (Status status = check_tiers("offload"); !status.ok()) return status;
+    return core_.offload(state_of(sequence));
+  }
+
+  /// Begins to bring back what lower tiers have of `tokens`, which are to follow a base sequence that ends with
+  /// a full block and has nothing reserved. How many tokens are under way, 0 if the tiers have none. Until
+  /// finish_load() the sequence can only be closed. kExhausted as reserve(); kInvalidArgument;
+  /// kOutOfMemory; the engine's failure.
+  [[nodiscard]] codegemm::Result<std::int64_t> start_load(Sequence& sequence, Tokens tokens) {
+    const Guard guard(lock_);
+    if (Status status = check(sequence, "start_load", Kind::kBase); !status.ok()) return status;
+    if (Status status = check_unreserved(sequence, "start_load"); !status.ok()) return status;
+    return core_.start_load(state_of(sequence), tokens);
+  }
+  /// After poll(): length() grows by what was loaded, less than was under way if a copy failed. How many
+  /// tokens that is. kExhausted while copies are under way; kInvalidArgument.
+  [[nodiscard]] codegemm::Result<std::int64_t> finish_load(Sequence& sequence) {
+    const Guard guard(lock_);
+    if (Status status = check(sequence, "finish_load", Kind::kBase, /*may_load=*/true); !status.ok()) {
+      return status;
+    }
+    return core_.finish_load(state_of(sequence));
+  }
+  /// Takes note of the copies that have ended. Does not wait. Nothing without tiers.
+  void poll() {
+    const Guard guard(lock_);
+    if (core_.cache().tiers() != nullptr) core_.cache().poll();
+  }
+  /// Copies between tiers that poll() has not seen end.
+  [[nodiscard]] std::int64_t copies_under_way() const {
+    const Guard guard(lock_);
+    return core_.cache().tiers() != nullptr ? core_.cache().tiers()->copies_under_way() : 0;
   }
 
   /// Whether the slot of `position` may be written: its block is this sequence's alone.
   [[nodiscard]] bool writable(const Sequence& sequence, std::int64_t position) const {
+    const Guard guard(lock_);
     const std::span<const BlockId> blocks = sequence.blocks();
     if (detail::SequenceAccess::owner(sequence) != this || position < 0) return false;
     const std::int64_t index = position / block_tokens();
-    return index < std::ssize(blocks) && !cache_.shared(blocks[static_cast<std::size_t>(index)]);
+    return index < std::ssize(blocks) && !core_.cache().shared(blocks[static_cast<std::size_t>(index)]);
   }
 
   [[nodiscard]] KvStats stats() const {
-    KvStats stats = stats_;
-    stats.total_blocks = pool().blocks();
-    stats.free_blocks = pool().free_blocks();
-    stats.cached_blocks = eviction().size();
-    stats.in_use_blocks = stats.total_blocks - stats.free_blocks - stats.cached_blocks;
-    stats.shared_blocks = cache_.shared_blocks();
-    stats.private_blocks = stats.in_use_blocks - stats.shared_blocks;
-    stats.tree_blocks = tree().size();
-    stats.evicted_blocks = cache_.evicted_blocks();
-    stats.sequences = open_sequences();
-    stats.bytes_per_block = storage_->bytes_per_block();
-    stats.bytes_in_use = stats.in_use_blocks * stats.bytes_per_block;
-    stats.bytes_shared = stats.shared_blocks * stats.bytes_per_block;
-    stats.bytes_private = stats.private_blocks * stats.bytes_per_block;
-    stats.bytes_cached = stats.cached_blocks * stats.bytes_per_block;
+    const Guard guard(lock_);
+    return core_.stats();
+  }
+  /// kInvalidArgument for a tenant that is not there; kOutOfMemory.
+  [[nodiscard]] codegemm::Result<TenantStats> tenant_stats(TenantId tenant) const {
+    const Guard guard(lock_);
+    if (Status status = check(tenant, "tenant_stats"); !status.ok()) return status;
+    TenantStats stats = core_.cache().ledger().stats(tenant);
+    stats.bytes_shared = stats.shared_blocks * storage().bytes_per_block();
+    stats.bytes_private = stats.private_blocks * storage().bytes_per_block();
     return stats;
   }
+  /// All that is cached now, as events to begin with, and the number of the event to read on from: for a
+  /// router that is new or has lost events. kOutOfMemory.
+  [[nodiscard]] codegemm::Result<std::uint64_t> snapshot(std::vector<KvEvent>& out) const {
+    const Guard guard(lock_);
+    const bool allocated = detail::try_allocate([&] {
+      out.clear();
+      core_.for_each_cached([&](int tier, std::uint64_t parent, std::uint64_t hash) {
+        out.push_back({0, KvEvent::Kind::kStored, tier, parent, hash});
+      });
+    });
+    if (!allocated) return Core::no_memory("snapshot");
+    return events_ != nullptr ? events_->next_number() : 0;
+  }
 
-  [[nodiscard]] Storage& storage() const noexcept { return *storage_; }
-  [[nodiscard]] const BlockPool& pool() const noexcept { return cache_.pool(); }
-  [[nodiscard]] const PrefixTree<Hash>& tree() const noexcept { return cache_.tree(); }
-  [[nodiscard]] const Eviction& eviction() const noexcept { return cache_.eviction(); }
-  [[nodiscard]] int block_tokens() const noexcept { return static_cast<int>(key_tokens_.size()); }
+  [[nodiscard]] Storage& storage() const noexcept { return core_.storage(); }
+  [[nodiscard]] const BlockPool& pool() const noexcept { return core_.cache().pool(); }
+  [[nodiscard]] const PrefixTree<Hash>& tree() const noexcept { return core_.cache().tree(); }
+  [[nodiscard]] const Eviction& eviction() const noexcept { return core_.cache().eviction(); }
+  [[nodiscard]] const BlockCache<Hash, Eviction>& cache() const noexcept { return core_.cache(); }
+  [[nodiscard]] int block_tokens() const noexcept { return core_.block_tokens(); }
 
   /// Recounts everything from the open sequences and the tree, and says what does not agree. For tests and
   /// for an engine's debug mode. O(blocks + sequences), allocates.
-  [[nodiscard]] codegemm::Status check_invariants() const { return detail::check_invariants(*this, states_); }
+  [[nodiscard]] Status check_invariants() const {
+    const Guard guard(lock_);
+    return detail::check_invariants(core_);
+  }
 
  private:
   enum class Kind { kBase, kFork, kEither };
 
-  BasicKvAllocator(Storage& storage, BlockCache<Hash, Eviction> cache)
-      : storage_(&storage), cache_(std::move(cache)) {}
+  BasicKvAllocator(Storage& storage, BlockCache<Hash, Eviction> cache, EventLog* events)
+      : core_(storage, std::move(cache)), events_(events) {}
 
-  [[nodiscard]] codegemm::Status check(const Sequence& sequence, const char* call, Kind kind) const {
+  void close(detail::SequenceState& state) noexcept override {
+    const Guard guard(lock_);
+    core_.close(state);
+  }
+
+  [[nodiscard]] Status check(const Sequence& sequence, const char* call, Kind kind,
+                             bool may_load = false) const {
     if (detail::SequenceAccess::owner(sequence) != this) {
-      return codegemm::error(codegemm::StatusCode::kInvalidArgument, "KvAllocator::", call,
-                             ": the sequence is closed or of another allocator");
+      return Core::refuse(codegemm::StatusCode::kInvalidArgument, call,
+                          "the sequence is closed or of another allocator");
     }
     if (kind != Kind::kEither && sequence.is_fork() != (kind == Kind::kFork)) {
-      return codegemm::error(codegemm::StatusCode::kInvalidArgument, "KvAllocator::", call,
-                             ": the sequence is a ",
-                             sequence.is_fork() ? "fork, whose KV a decode module made"
-                                                : "base sequence; fork it to append decode-private tokens");
+      return Core::refuse(codegemm::StatusCode::kInvalidArgument, call, "the sequence is a ",
+                          sequence.is_fork() ? "fork, whose KV a decode module made"
+                                             : "base sequence; fork it to append decode-private tokens");
+    }
+    if (!may_load && sequence.loading() > 0) {
+      return Core::refuse(codegemm::StatusCode::kInvalidArgument, call, sequence.loading(),
+                          " tokens are being loaded: finish_load() first");
     }
     return {};
   }
-  [[nodiscard]] static codegemm::Status negative(const char* call, std::int64_t tokens) {
-    return codegemm::error(codegemm::StatusCode::kInvalidArgument, "KvAllocator::", call, ": ", tokens,
-                           " tokens");
+  [[nodiscard]] Status check(TenantId tenant, const char* call) const {
+    if (core_.cache().ledger().contains(tenant)) return {};
+    return Core::refuse(codegemm::StatusCode::kInvalidArgument, call, "tenant ", tenant, " of ",
+                        core_.cache().ledger().tenants());
   }
-  [[nodiscard]] static codegemm::Status no_memory(const char* call) {
-    return codegemm::error(codegemm::StatusCode::kOutOfMemory, "KvAllocator::", call, ": no memory");
+  [[nodiscard]] Status check_unreserved(const Sequence& sequence, const char* call) const {
+    if (sequence.reserved() == 0) return {};
+    return Core::refuse(codegemm::StatusCode::kInvalidArgument, call, sequence.reserved(),
+                        " tokens are reserved and not committed");
   }
-
+  [[nodiscard]] Status check_tiers(const char* call) const {
+    if (core_.cache().tiers() != nullptr) return {};
+    return Core::refuse(codegemm::StatusCode::kUnsupported, call, "the allocator has no copy engine");
+  }
+  [[nodiscard]] static Status negative(const char* call, std::int64_t tokens) {
+    return Core::refuse(codegemm::StatusCode::kInvalidArgument, call, tokens, " tokens");
+  }
+  [[nodiscard]] Status fork_each(const Sequence& parent, std::span<Sequence> forks, std::int64_t reserved) {
+    for (Sequence& one : forks) {
+      auto forked = fork(parent);
+      if (!forked.ok()) return forked.status();
+      one = *std::move(forked);
+      if (Status status = reserve(one, reserved); !status.ok()) return status;
+    }
+    return {};
+  }
   [[nodiscard]] static detail::SequenceState& state_of(const Sequence& sequence) {
     return *detail::SequenceAccess::state(sequence);
   }
 
-  /// A closed state with its memory; it counts as taken only after start().
-  [[nodiscard]] codegemm::Result<detail::SequenceState*> new_state() {
-    const bool allocated = detail::try_allocate([&] {
-      if (!idle_states_.empty()) return;
-      if (states_.size() == states_.capacity()) {
-        const std::size_t grown = std::max<std::size_t>(16, 2 * states_.size());
-        idle_states_.reserve(grown);  // room for all, so that closing never allocates
-        states_.reserve(grown);
-      }
-      auto state = std::make_unique<detail::SequenceState>();
-      state->index = static_cast<std::int32_t>(states_.size());
-      state->block_tokens = block_tokens();
-      state->tail.reserve(key_tokens_.size());
-      states_.push_back(std::move(state));
-      idle_states_.push_back(states_.back()->index);
-    });
-    if (!allocated) return no_memory("open");
-    return states_[static_cast<std::size_t>(idle_states_.back())].get();
-  }
-  [[nodiscard]] detail::SequenceState& start(detail::SequenceState& state, bool is_fork) {
-    CODEGEMM_ASSERT(!state.is_open && idle_states_.back() == state.index);
-    idle_states_.pop_back();
-    state.is_open = true;
-    state.is_fork = is_fork;
-    return state;
-  }
-  void close(detail::SequenceState& state) noexcept override {
-    CODEGEMM_ASSERT(state.is_open);
-    shrink(state, 0);
-    if (!state.is_fork) cache_.release_root(state.root);
-    state.tail.clear();
-    state.root = TreeNode();
-    state.base_length = 0;
-    state.is_open = false;
-    idle_states_.push_back(state.index);
-  }
-  [[nodiscard]] std::int64_t open_sequences() const noexcept {
-    return std::ssize(states_) - std::ssize(idle_states_);
-  }
-
-  /// Cuts the sequence to `length` tokens with nothing reserved. The last block goes first, so that the
-  /// eviction policy hears of children before their parents.
-  void shrink(detail::SequenceState& state, std::int64_t length) {
-    const std::int64_t keep = blocks_for(length);
-    while (std::ssize(state.blocks) > keep) {
-      cache_.drop(state.blocks.back());
-      state.blocks.pop_back();
-    }
-    state.length = length;
-    state.reserved = 0;
-  }
-
-  [[nodiscard]] std::int64_t blocks_for(std::int64_t tokens) const noexcept {
-    return tokens / block_tokens() + (tokens % block_tokens() != 0 ? 1 : 0);
-  }
-  /// Of a base sequence: the node that the block at length() comes after.
-  [[nodiscard]] TreeNode parent_of_next(const detail::SequenceState& state) const {
-    const std::int64_t full = state.length / block_tokens();
-    return full == 0 ? state.root : TreeNode::of_block(state.blocks[static_cast<std::size_t>(full - 1)]);
-  }
-
-  /// Puts the block that the tail has just filled into the tree, or the tree's equal in its place.
-  void publish(detail::SequenceState& state) {
-    BlockId& own = state.blocks[static_cast<std::size_t>(state.length / block_tokens())];
-    const BlockId kept = cache_.publish(parent_of_next(state), state.tail, own);
-    stats_.merged_blocks += kept != own ? 1 : 0;
-    own = kept;
-    state.tail.clear();
-  }
-
-  /// After make_room(1): a block of the caller's own with the first `tokens` slots of `block`.
-  [[nodiscard]] codegemm::Result<BlockId> copy_of(BlockId block, int tokens) {
-    const BlockId copy = cache_.take();
-    if (codegemm::Status status = storage_->copy_block(copy, block, tokens); !status.ok()) {
-      cache_.drop(copy);
-      return status;
-    }
-    ++stats_.copied_blocks;
-    return copy;
-  }
-
-  Storage* storage_;
-  BlockCache<Hash, Eviction> cache_;
-  std::vector<std::int32_t>
-      key_tokens_;  // [block_tokens], scratch for a block whose tokens lie in two places
-  std::vector<std::unique_ptr<detail::SequenceState>> states_;  // open and idle; they do not move
-  std::vector<std::int32_t> idle_states_;
-  KvStats stats_;  // the counters of lookups, merges and copies; the rest is filled in by stats()
+  Core core_;
+  EventLog* events_;
+  mutable Lock lock_;
 };
 
-/// The allocator over fp32 pages in host memory.
+/// The allocator over pages in host memory.
 using KvAllocator = BasicKvAllocator<HostKvStorage>;
+/// The same for several threads.
+using ConcurrentKvAllocator = BasicKvAllocator<HostKvStorage, ChainHash, LruEviction, std::mutex>;
 
 }  // namespace prefillshare

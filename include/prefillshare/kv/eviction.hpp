@@ -2,11 +2,13 @@
 //
 // prefillshare/kv/eviction.hpp - which cached block goes first when a sequence needs room.
 // Layer: kv (host only).
+// See: priority_eviction.hpp and agent_eviction.hpp for the policies that take hints.
 #pragma once
 
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include <codegemm/base/macros.hpp>
@@ -21,13 +23,42 @@ namespace prefillshare {
 /// blocks last one first), and a block that is used again takes all its ancestors out with it. The policy
 /// promises: victim() has no descendant among the blocks it keeps, so what is evicted is always a leaf.
 template <class Policy>
-concept EvictionPolicy = requires(Policy policy, const Policy constant, BlockId block, std::int64_t blocks) {
+concept EvictionPolicy = requires(Policy policy, const Policy constant, BlockId block, BlockId parent,
+                                  std::int64_t blocks) {
   { policy.resize(blocks) } -> std::same_as<codegemm::Status>;  // once, before anything else
-  { policy.insert(block) } -> std::same_as<void>;               // no longer used by any sequence
-  { policy.erase(block) } -> std::same_as<void>;                // used again, or evicted
-  { constant.victim() } -> std::same_as<BlockId>;               // kNoBlock when empty
-  { constant.size() } -> std::same_as<std::int64_t>;
+  // No longer used by any sequence. `parent` is the block before it, kNoBlock at the start of a prefix.
+  { policy.insert(block, parent) } -> std::same_as<void>;
+  { policy.erase(block) } -> std::same_as<void>;           // used again, or evicted
+  { constant.victim() } -> std::same_as<BlockId>;          // kNoBlock when none may go
+  { constant.size() } -> std::same_as<std::int64_t>;       // kept
+  { constant.evictable() } -> std::same_as<std::int64_t>;  // victims that can be had, one by one
   { constant.contains(block) } -> std::same_as<bool>;
+};
+
+/// A moment on the caller's clock, in whatever unit it counts: milliseconds, or steps of an agent graph. The
+/// allocator has no clock of its own, so that the same calls make the same decisions.
+using KvTime = std::int64_t;
+inline constexpr KvTime kKvNever = std::numeric_limits<KvTime>::max();
+
+/// What a caller knows about the future of cached blocks. Each policy reads the fields that it is for.
+struct Retention {
+  static constexpr int kDefaultPriority = 35;
+
+  int priority = kDefaultPriority;  // 0 .. 100; the lowest goes first (PriorityEviction)
+  KvTime expires = kKvNever;        // from then on the priority is 0, and a pin is none
+  KvTime next_use = kKvNever;       // when the blocks are wanted again; kKvNever: unknown (AgentEviction)
+  bool pinned = false;              // not to be evicted before `expires` (AgentEviction)
+
+  friend bool operator==(const Retention&, const Retention&) = default;
+};
+
+/// A policy that takes hints: KvAllocator::retain() and set_time() are there with such a policy only.
+template <class Policy>
+concept HintedEviction = EvictionPolicy<Policy> &&
+    requires(Policy policy, BlockId block, const Retention& retention, KvTime now) {
+  { policy.retain(block, retention) } -> std::same_as<void>;  // of a block in the tree, kept or in use
+  { policy.forget(block) } -> std::same_as<void>;             // it left the tree: no hint any more
+  { policy.set_time(now) } -> std::same_as<void>;             // does not go back
 };
 
 /// Least recently used first. By the order of insertion the head of the list is always a leaf, so choosing
@@ -45,7 +76,7 @@ class LruEviction {
     return {};
   }
 
-  void insert(BlockId block) {
+  void insert(BlockId block, BlockId /*parent*/) {
     CODEGEMM_ASSERT(!contains(block));
     const BlockId last = at(sentinel_).previous;
     at(block) = Link{last, sentinel_};
@@ -65,6 +96,7 @@ class LruEviction {
 
   [[nodiscard]] BlockId victim() const { return size_ > 0 ? at(sentinel_).next : kNoBlock; }
   [[nodiscard]] std::int64_t size() const noexcept { return size_; }
+  [[nodiscard]] std::int64_t evictable() const noexcept { return size_; }
   [[nodiscard]] bool contains(BlockId block) const { return at(block).next != kNoBlock; }
 
   /// The block that goes after `block`; kNoBlock at the end.
@@ -86,6 +118,6 @@ class LruEviction {
   BlockId sentinel_ = 0;
   std::int64_t size_ = 0;
 };
-static_assert(EvictionPolicy<LruEviction>);
+static_assert(EvictionPolicy<LruEviction> && !HintedEviction<LruEviction>);
 
 }  // namespace prefillshare

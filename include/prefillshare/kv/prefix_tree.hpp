@@ -100,11 +100,14 @@ class PrefixTree {
                                key.model_id);
       }
       idle_roots_.pop_back();
-      roots_[static_cast<std::size_t>(found->second)] = Root{hash_(key), 0, &found->first};
+      roots_[static_cast<std::size_t>(found->second)] = Root{hash_(key), 0, next_serial_++, &found->first};
     }
     ++roots_[static_cast<std::size_t>(found->second)].holders;
     return TreeNode::of_root(found->second);
   }
+
+  /// Holds a root once more.
+  void retain_root(TreeNode root) { ++root_at(root).holders; }
 
   void release_root(TreeNode root) {
     Root& entry = root_at(root);
@@ -113,6 +116,12 @@ class PrefixTree {
     root_of_key_.erase(root_of_key_.find(*entry.key));
     entry = Root{};
     idle_roots_.push_back(root.root());
+  }
+
+  /// The root of a producer that is held or has blocks; else nowhere. Holds nothing.
+  [[nodiscard]] TreeNode find_root(const CacheKey& key) const {
+    const auto found = root_of_key_.find(key);
+    return found == root_of_key_.end() ? TreeNode() : TreeNode::of_root(found->second);
   }
 
   [[nodiscard]] Query query(TreeNode parent, std::span<const std::int32_t> tokens) const {
@@ -132,13 +141,45 @@ class PrefixTree {
     return kNoBlock;
   }
 
-  /// Puts a block, whose KV is that of the query's tokens after its parent, into the tree.
-  /// Neither the block nor an equal of it may be there yet.
-  void insert(const Query& query, BlockId block) {
+  /// Follows `tokens` down from `parent` by full blocks, as far as the tree has them: visit(block) for each,
+  /// until it returns false. Returns the blocks visited with true. Hashes run some blocks ahead of the
+  /// comparison, so that the memory of the next blocks is on its way while this one is compared.
+  template <class Visit>
+  std::int64_t walk(TreeNode parent, std::span<const std::int32_t> tokens, Visit&& visit) const {
+    constexpr std::size_t kAhead = 16;  // blocks hashed in advance; a power of two
+    constexpr std::size_t kNear = 8;    // of these, blocks whose bucket has come by now
+    const auto size = static_cast<std::size_t>(block_tokens_);
+    const std::size_t count = tokens.size() / size;
+    std::uint64_t hashes[kAhead] = {};
+    std::uint64_t last = hash_of(parent);
+    std::size_t hashed = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+      for (; hashed < count && hashed < i + kAhead; ++hashed) {
+        last = hash_(last, tokens.subspan(hashed * size, size));
+        hashes[hashed % kAhead] = last;
+        fetch(&buckets_[bucket_of(last)]);
+      }
+      if (i + kNear < hashed) {
+        const BlockId next = buckets_[bucket_of(hashes[(i + kNear) % kAhead])];
+        if (next != kNoBlock) {
+          fetch(&at(next));
+          fetch(&tokens_[static_cast<std::size_t>(next) * size]);
+        }
+      }
+      const BlockId found = find({parent, hashes[i % kAhead], tokens.subspan(i * size, size)});
+      if (found == kNoBlock || !visit(found)) return static_cast<std::int64_t>(i);
+      parent = TreeNode::of_block(found);
+    }
+    return static_cast<std::int64_t>(count);
+  }
+
+  /// Puts a block, whose KV is that of the query's tokens after its parent, into the tree, under a new serial
+  /// number or the one it had before. Neither the block nor an equal of it may be there yet.
+  void insert(const Query& query, BlockId block, std::uint64_t serial = 0) {
     CODEGEMM_ASSERT(!contains(block) && find(query) == kNoBlock);
     Node& node = at(block);
     BlockId& bucket = buckets_[bucket_of(query.hash)];
-    node = Node{query.hash, query.parent, bucket, 0};
+    node = Node{query.hash, serial != 0 ? serial : next_serial_++, query.parent, bucket, 0};
     bucket = block;
     std::copy(query.tokens.begin(), query.tokens.end(),
               tokens_.begin() + block * std::ptrdiff_t{block_tokens_});
@@ -172,6 +213,17 @@ class PrefixTree {
   [[nodiscard]] int children(BlockId block) const { return at(block).children; }
   /// The number that stands for the whole prefix up to this block's end, the same in every process.
   [[nodiscard]] std::uint64_t hash(BlockId block) const { return at(block).hash; }
+  [[nodiscard]] std::uint64_t hash_after(std::uint64_t parent, std::span<const std::int32_t> tokens) const {
+    return hash_(parent, tokens);
+  }
+  [[nodiscard]] std::uint64_t hash_of(TreeNode node) const {
+    return node.is_block() ? at(node.block()).hash : root_at(node).hash;
+  }
+  /// Names this prefix, of this producer, exactly: no two prefixes ever have the same number. It outlives the
+  /// block if whoever keeps a copy of it inserts it again under its number.
+  [[nodiscard]] std::uint64_t serial_of(TreeNode node) const {
+    return node.is_block() ? at(node.block()).serial : root_at(node).serial;
+  }
   [[nodiscard]] std::span<const std::int32_t> tokens(BlockId block) const {
     return std::span(tokens_).subspan(
         static_cast<std::size_t>(block) * static_cast<std::size_t>(block_tokens_),
@@ -224,13 +276,15 @@ class PrefixTree {
  private:
   struct Node {
     std::uint64_t hash = 0;
+    std::uint64_t serial = 0;
     TreeNode parent;          // nowhere: this block is not in the tree
     BlockId next = kNoBlock;  // in the same bucket
     std::int32_t children = 0;
   };
   struct Root {
     std::uint64_t hash = 0;
-    std::int64_t holders = 0;       // sequences and child blocks
+    std::int64_t holders = 0;  // sequences, child blocks and copies of these below the device
+    std::uint64_t serial = 0;
     const CacheKey* key = nullptr;  // in root_of_key_, whose nodes do not move
   };
   struct KeyHash {
@@ -250,8 +304,12 @@ class PrefixTree {
   [[nodiscard]] std::size_t bucket_of(std::uint64_t hash) const noexcept {
     return static_cast<std::size_t>(hash) & (buckets_.size() - 1);
   }
-  [[nodiscard]] std::uint64_t hash_of(TreeNode node) const {
-    return node.is_block() ? at(node.block()).hash : root_at(node).hash;
+  static void fetch(const void* address) {
+#if defined(__GNUC__)
+    __builtin_prefetch(address);
+#else
+    static_cast<void>(address);
+#endif
   }
   [[nodiscard]] Node& at(BlockId block) {
     CODEGEMM_ASSERT(block >= 0 && static_cast<std::size_t>(block) < nodes_.size());
@@ -273,6 +331,7 @@ class PrefixTree {
   Hash hash_;
   int block_tokens_ = 0;
   std::int64_t size_ = 0;
+  std::uint64_t next_serial_ = 1;
   std::vector<Node> nodes_;           // [blocks]
   std::vector<std::int32_t> tokens_;  // [blocks][block_tokens]
   std::vector<BlockId> buckets_;      // a power of two, at least one for each block

@@ -24,7 +24,10 @@ struct SequenceState {
   std::int64_t length = 0;         // tokens whose KV is there
   std::int64_t reserved = 0;       // tokens that may be added with no further block
   std::int64_t base_length = 0;    // fork only: the tokens at the start that the prefill module made
-  std::int32_t index = 0;          // this state's place with its owner
+  std::vector<BlockId> arriving;   // base only: blocks that a load fills, to follow length()
+  std::vector<std::int32_t> arriving_tokens;
+  std::int32_t index = 0;   // this state's place with its owner
+  std::int32_t tenant = 0;  // who opened it; a fork has its parent's
   int block_tokens = 1;
   bool is_fork = false;
   bool is_open = false;
@@ -96,7 +99,14 @@ class Sequence {
     if (state_ == nullptr) return 0;
     return state_->is_fork ? state_->base_length : state_->length;
   }
-  [[nodiscard]] int block_tokens() const noexcept { return state_ != nullptr ? state_->block_tokens : 0; }
+  /// Tokens that a load brings from a lower tier; they count in length() only after finish_load().
+  [[nodiscard]] std::int64_t loading() const noexcept {
+    return state_ != nullptr ? std::ssize(state_->arriving_tokens) : 0;
+  }
+  /// The TenantId that opened it.
+  [[nodiscard]] std::int32_t tenant() const noexcept { return state_ != nullptr ? state_->tenant : 0; }
+  /// At least 1.
+  [[nodiscard]] int block_tokens() const noexcept { return state_ != nullptr ? state_->block_tokens : 1; }
 
  private:
   friend struct detail::SequenceAccess;

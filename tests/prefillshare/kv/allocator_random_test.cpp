@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <map>
 #include <memory>
 #include <set>
@@ -66,6 +67,7 @@ struct Live {
   Sequence sequence;
   bool is_fork = false;
   std::size_t key = 0;
+  prefillshare::TenantId tenant = 0;
   Tokens tokens;               // base: committed
   Tokens pending;              // base: written, not yet committed
   std::vector<float> content;  // what must be read at each position
@@ -85,9 +87,14 @@ class Trial {
         blocks_(blocks),
         block_tokens_(block_tokens),
         storage_(*HostKvStorage::create({2, 1, 2, block_tokens}, blocks)),
-        allocator_(*Allocator::create(storage_)) {}
+        allocator_(*Allocator::create(storage_)) {
+    quotas_ = {blocks, blocks / 2, blocks / 4};
+    for (std::size_t t = 1; t < quotas_.size(); ++t) {
+      REQUIRE(*allocator_->add_tenant("tenant", {quotas_[t]}) == static_cast<prefillshare::TenantId>(t));
+    }
+  }
 
-  void run(int steps) {
+  void run(std::int64_t steps) {
     for (step_ = 0; step_ < steps; ++step_) {
       CAPTURE(step_);
       storage_.fail = rng_.below(4) == 0;
@@ -127,6 +134,7 @@ class Trial {
     CHECK(evicted_ > 50);
     CHECK(merged_ > 20);
     CHECK(exhausted_ > 20);
+    CHECK(over_quota_ > 20);
     if (block_tokens_ > 1) {  // a block of one token is never partly filled
       CHECK(copied_ > 20);
       CHECK(failed_copies_ > 0);
@@ -170,6 +178,17 @@ class Trial {
       ++evicted_;
     }
     return true;
+  }
+  [[nodiscard]] std::map<const ModelBlock*, int> holds(prefillshare::TenantId tenant) const {
+    std::map<const ModelBlock*, int> counts;
+    for (const Live& live : live_) {
+      if (live.tenant != tenant) continue;
+      for (const ModelBlockPtr& block : live.blocks) ++counts[block.get()];
+    }
+    return counts;
+  }
+  [[nodiscard]] std::int64_t quota_room(prefillshare::TenantId tenant) const {
+    return quotas_[static_cast<std::size_t>(tenant)] - std::ssize(holds(tenant));
   }
   ModelBlockPtr fresh() { return std::make_shared<ModelBlock>(ModelBlock{1, false, 0}); }
   void drop(const ModelBlockPtr& block) {
@@ -244,6 +263,10 @@ class Trial {
     return tokens;
   }
 
+  [[nodiscard]] bool is_listed(const Live& live) const {
+    return std::any_of(live_.begin(), live_.end(), [&](const Live& other) { return &other == &live; });
+  }
+
   /// The model of open() and extend(): how many of `tokens` are found, taking them.
   std::int64_t take_cached(Live& live, const Tokens& tokens) {
     Tokens all = live.tokens;
@@ -254,6 +277,14 @@ class Trial {
       const Tokens prefix(all.begin(), all.begin() + (index + 1) * block_tokens_);
       const auto found = cached_.find({live.key, prefix});
       if (found == cached_.end()) break;
+      auto held = holds(live.tenant);  // a sequence that is being opened is not yet among the live ones
+      if (!is_listed(live)) {
+        for (const ModelBlockPtr& block : live.blocks) ++held[block.get()];
+      }
+      if (std::ssize(held) >= quotas_[static_cast<std::size_t>(live.tenant)] &&
+          !held.contains(found->second.get())) {
+        break;
+      }
       hold(found->second);
       if (index < std::ssize(live.blocks)) {
         drop(live.blocks.back());
@@ -277,7 +308,8 @@ class Trial {
     Live live;
     live.key = static_cast<std::size_t>(rng_.below(3));
     const Tokens tokens = some_tokens(rng_.below(4 * block_tokens_ + 2));
-    auto opened = allocator_->open(keys_[live.key], tokens);
+    live.tenant = static_cast<prefillshare::TenantId>(rng_.below(3));
+    auto opened = allocator_->open(keys_[live.key], tokens, live.tenant);
     REQUIRE(opened.ok());
     live.sequence = *std::move(opened);
     take_cached(live, tokens);
@@ -304,10 +336,16 @@ class Trial {
     const bool partial = live.length() % block_tokens_ != 0;
     const bool copies =
         live.reserved == 0 && partial && (live.blocks.back()->users > 1 || live.blocks.back()->cached);
-    if (!make_room(needed - std::ssize(live.blocks) + (copies ? 1 : 0))) {
+    const std::int64_t fresh_blocks = needed - std::ssize(live.blocks) + (copies ? 1 : 0);
+    if (fresh_blocks > blocks_ - model_blocks_alive() + evictable()) {
       ++exhausted_;
       return StatusCode::kExhausted;
     }
+    if (fresh_blocks > 0 && fresh_blocks > quota_room(live.tenant)) {
+      ++over_quota_;
+      return StatusCode::kExhausted;
+    }
+    REQUIRE(make_room(fresh_blocks));
     if (copies) {
       if (storage_.fail) {
         ++failed_copies_;
@@ -396,11 +434,13 @@ class Trial {
     const bool copies = parent->reserved > 0 && parent->length() % block_tokens_ != 0;
     auto forked = allocator_->fork(parent->sequence);
     if (copies) {
-      if (!make_room(1)) {
-        ++exhausted_;
+      const bool any_left = blocks_ - model_blocks_alive() + evictable() > 0;
+      if (!any_left || quota_room(parent->tenant) < 1) {
+        ++(any_left ? over_quota_ : exhausted_);
         REQUIRE(forked.status().code() == StatusCode::kExhausted);
         return;
       }
+      REQUIRE(make_room(1));
       if (storage_.fail) {
         ++failed_copies_;
         REQUIRE(forked.status().code() == StatusCode::kIoError);
@@ -412,6 +452,7 @@ class Trial {
     Live live;
     live.sequence = *std::move(forked);
     live.is_fork = true;
+    live.tenant = parent->tenant;
     live.content = parent->content;
     live.base_length = parent->is_fork ? parent->base_length : parent->length();
     for (std::int64_t i = 0; i < blocks_for(parent->length()); ++i) {
@@ -440,11 +481,13 @@ class Trial {
   }
 
   void truncate() {
-    Live* live = pick(true);
+    Live* live = pick();
     if (live == nullptr) return;
-    const std::int64_t length = live->base_length + rng_.below(live->length() - live->base_length + 1);
+    const std::int64_t least = live->is_fork ? live->base_length : 0;
+    const std::int64_t length = std::max(least, live->length() - rng_.below(2 * block_tokens_ + 1));
     REQUIRE(allocator_->truncate(live->sequence, length).ok());
     shrink(*live, length);
+    if (!live->is_fork) live->tokens.resize(static_cast<std::size_t>(length));
   }
 
   void close() {
@@ -469,7 +512,8 @@ class Trial {
       REQUIRE(refused(allocator_->append_private(sequence, -1)));
     } else {
       REQUIRE(refused(allocator_->append_private(sequence, 0)));
-      REQUIRE(refused(allocator_->truncate(sequence, live->length())));
+      REQUIRE(refused(allocator_->truncate(sequence, live->length() + 1)));
+      REQUIRE(refused(allocator_->truncate(sequence, -1)));
       REQUIRE(refused(allocator_->commit(sequence, Tokens(static_cast<std::size_t>(live->reserved + 1)))));
     }
   }
@@ -506,6 +550,14 @@ class Trial {
       }
       REQUIRE(content_holds);
     }
+    for (prefillshare::TenantId tenant = 0; tenant < 3; ++tenant) {
+      const auto counts = holds(tenant);
+      const auto stats = allocator_->tenant_stats(tenant);
+      REQUIRE(stats.ok());
+      REQUIRE(stats->in_use_blocks == std::ssize(counts));
+      REQUIRE(stats->shared_blocks == std::count_if(counts.begin(), counts.end(),
+                                                    [](const auto& entry) { return entry.second > 1; }));
+    }
     const KvStats stats = allocator_->stats();
     REQUIRE(stats.total_blocks == blocks_);
     REQUIRE(stats.free_blocks == blocks_ - model_blocks_alive());
@@ -532,9 +584,16 @@ class Trial {
   std::int64_t clock_ = 0;
   std::int64_t private_values_ = 0;
   std::int64_t hits_ = 0, misses_ = 0, evicted_ = 0, merged_ = 0, copied_ = 0, exhausted_ = 0,
-               failed_copies_ = 0;
-  int step_ = 0;
+               failed_copies_ = 0, over_quota_ = 0;
+  std::vector<std::int64_t> quotas_;  // by tenant
+  std::int64_t step_ = 0;
 };
+
+/// PREFILLSHARE_KV_STEPS: how many steps each test case takes, all its trials together.
+std::int64_t steps_or(std::int64_t written) {
+  const char* text = std::getenv("PREFILLSHARE_KV_STEPS");
+  return text != nullptr ? std::strtoll(text, nullptr, 10) : written;
+}
 
 }  // namespace
 
@@ -549,7 +608,7 @@ TEST_CASE("random calls on KvAllocator agree with a model") {
     const std::uint64_t seed = codegemm::test::seed_or(size.seed);
     CAPTURE(seed, size.blocks, size.block_tokens);
     Trial<ChainHash> trial(seed, size.blocks, size.block_tokens);
-    trial.run(8000);
+    trial.run(steps_or(48000) / 6);
   }
 }
 
@@ -558,7 +617,7 @@ TEST_CASE("random calls on KvAllocator agree with the model when every hash coll
     const std::uint64_t seed = codegemm::test::seed_or(written);
     CAPTURE(seed);
     Trial<OneBucketHash> trial(seed, 24, 3);
-    trial.run(6000);
+    trial.run(steps_or(12000) / 2);
   }
 }
 

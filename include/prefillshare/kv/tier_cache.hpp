@@ -1,0 +1,465 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/kv/tier_cache.hpp - which blocks have a copy below the device, and which copies are under way.
+// Layer: kv (host only).
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include <codegemm/base/macros.hpp>
+#include <codegemm/base/status.hpp>
+#include <prefillshare/kv/block_pool.hpp>
+#include <prefillshare/kv/copy_engine.hpp>
+#include <prefillshare/kv/events.hpp>
+#include <prefillshare/kv/prefix_tree.hpp>
+#include <prefillshare/kv/try_allocate.hpp>
+
+namespace prefillshare {
+
+/// The prefix cache below the device. An entry is one block's content in one slot of one tier, found by the
+/// serial number of the prefix before it and its tokens, compared one by one: as safe as the tree. Entries
+/// outlive the device's block and are linked to it while both are there. Each tier drops what was used
+/// longest ago, and hands it to the next tier ahead of need; the last one forgets it. A slot is given to
+/// somebody else only when no copy reads or writes it. All memory is taken by create(). Externally
+/// synchronized. The lower half of BlockCache, which knows the device's blocks.
+class TierCache {
+ public:
+  static constexpr std::int32_t kNoEntry = -1;
+
+  enum class CopyKind : std::uint8_t { kNone, kOut, kIn, kDown };
+  struct Finished {
+    CopyKind kind = CopyKind::kNone;  // kNone: none has ended
+    BlockId block = kNoBlock;         // the device's, of kOut and kIn
+    bool ok = false;
+  };
+
+  TierCache() = default;
+
+  /// kInvalidArgument for an engine whose numbers cannot be; kOutOfMemory.
+  [[nodiscard]] static codegemm::Result<TierCache> create(CopyEngine& engine, std::int64_t device_blocks,
+                                                          int block_tokens, EventLog* events) {
+    TierCache cache;
+    cache.engine_ = &engine;
+    cache.events_ = events;
+    cache.block_tokens_ = static_cast<std::size_t>(block_tokens);
+    std::int64_t entries = 0;
+    for (int tier = 1; tier <= engine.tiers(); ++tier) {
+      const std::int64_t slots = engine.slots(tier);
+      if (slots < 0 || slots > std::numeric_limits<std::int32_t>::max() - 1 - entries) {
+        return codegemm::error(codegemm::StatusCode::kInvalidArgument, "CopyEngine: tier ", tier, " has ",
+                               slots, " slots");
+      }
+      entries += slots;
+    }
+    const std::int64_t queue = engine.queue_size();
+    if (engine.tiers() < 1 || queue < 1 || queue > (std::int64_t{1} << 24)) {
+      return codegemm::error(codegemm::StatusCode::kInvalidArgument, "CopyEngine: ", engine.tiers(),
+                             " tiers, a queue of ", queue, " copies");
+    }
+    const auto count = static_cast<std::size_t>(entries);
+    const bool allocated = detail::try_allocate([&] {
+      cache.entries_.resize(count);
+      cache.idle_entries_ = countdown(entries);
+      cache.tokens_.resize(count * cache.block_tokens_);
+      cache.buckets_.assign(std::bit_ceil(std::max<std::size_t>(count, 1)), kNoEntry);
+      cache.released_roots_.reserve(count);
+      cache.entry_of_block_.assign(static_cast<std::size_t>(device_blocks), kNoEntry);
+      cache.copies_.resize(static_cast<std::size_t>(queue));
+      cache.idle_copies_ = countdown(queue);
+      cache.tiers_.resize(static_cast<std::size_t>(engine.tiers()) + 1);
+      for (int tier = 1; tier <= engine.tiers(); ++tier) {
+        cache.tier(tier).slots = engine.slots(tier);
+        cache.tier(tier).idle_slots = countdown(engine.slots(tier));
+      }
+    });
+    if (allocated) return cache;
+    return codegemm::error(codegemm::StatusCode::kOutOfMemory, "TierCache: no memory for ", entries,
+                           " entries");
+  }
+
+  /// The entry of these tokens after that prefix, whether it can be read yet or not.
+  [[nodiscard]] std::int32_t find(std::uint64_t hash, std::uint64_t parent_serial,
+                                  std::span<const std::int32_t> tokens) const {
+    for (std::int32_t e = buckets_[bucket_of(hash)]; e != kNoEntry; e = at(e).next_in_bucket) {
+      const Entry& entry = at(e);
+      if (entry.hash == hash && entry.parent_serial == parent_serial &&
+          std::equal(tokens.begin(), tokens.end(), tokens_of(e).begin())) {
+        return e;
+      }
+    }
+    return kNoEntry;
+  }
+  /// Follows `tokens` by full blocks from the prefix of that hash and serial number, as far as entries can be
+  /// read: visit(entry) for each. `hasher` gives hash_after(hash, tokens).
+  template <class Hasher, class Visit>
+  void walk(std::uint64_t hash, std::uint64_t serial, std::span<const std::int32_t> tokens,
+            const Hasher& hasher, Visit&& visit) const {
+    for (; tokens.size() >= block_tokens_; tokens = tokens.subspan(block_tokens_)) {
+      hash = hasher.hash_after(hash, tokens.first(block_tokens_));
+      const std::int32_t e = find(hash, serial, tokens.first(block_tokens_));
+      if (e == kNoEntry || !readable(e)) return;
+      visit(e);
+      serial = at(e).serial;
+    }
+  }
+  /// Whether the entry can be read and still holds what walk() has found there.
+  [[nodiscard]] bool still_holds(std::int32_t e, std::uint64_t serial) const {
+    return readable(e) && at(e).serial == serial;
+  }
+  [[nodiscard]] bool readable(std::int32_t entry) const {
+    return at(entry).state == State::kReady || at(entry).state == State::kMoving;
+  }
+  [[nodiscard]] std::uint64_t serial(std::int32_t entry) const { return at(entry).serial; }
+  [[nodiscard]] BlockPlace place(std::int32_t entry) const { return at(entry).place; }
+
+  /// The copy of a device block's content; kNoEntry if it has none, or none yet.
+  [[nodiscard]] bool has_copy(BlockId block) const {
+    const std::int32_t entry = entry_of_block_[static_cast<std::size_t>(block)];
+    return entry != kNoEntry && readable(entry);
+  }
+  void link(std::int32_t entry, BlockId block) {
+    CODEGEMM_ASSERT(at(entry).block == kNoBlock);
+    at(entry).block = block;
+    entry_of_block_[static_cast<std::size_t>(block)] = entry;
+  }
+  /// The device's block is somebody else's now.
+  void unlink(BlockId block) {
+    const std::int32_t entry = std::exchange(entry_of_block_[static_cast<std::size_t>(block)], kNoEntry);
+    if (entry != kNoEntry) at(entry).block = kNoBlock;
+  }
+
+  /// Begins to copy a block of the device's tree, which has no entry, to the first tier with room. `root` is
+  /// its parent if that is a root, which the caller then holds once more, until it is in released_roots().
+  /// kExhausted when no slot or no place in the queue is to be had now; else the engine's failure.
+  [[nodiscard]] codegemm::Status start_out(BlockId block, std::uint64_t hash, std::uint64_t parent_hash,
+                                           std::uint64_t parent_serial, std::uint64_t serial, TreeNode root,
+                                           std::span<const std::int32_t> tokens) {
+    CODEGEMM_ASSERT(entry_of_block_[static_cast<std::size_t>(block)] == kNoEntry);
+    const BlockPlace to = idle_copies_.empty() ? BlockPlace() : take_slot(1);
+    if (to.tier == 0) {
+      return codegemm::error(codegemm::StatusCode::kExhausted, "TierCache: ", copies_.size(),
+                             " copies and no slot to copy a block to");
+    }
+    const std::int32_t ticket = idle_copies_.back();
+    if (codegemm::Status status = engine_->start({0, block}, to, static_cast<std::uint64_t>(ticket));
+        !status.ok()) {
+      tier(to.tier).idle_slots.push_back(to.slot);
+      return status;
+    }
+    const std::int32_t e = idle_entries_.back();
+    idle_entries_.pop_back();
+    std::int32_t& bucket = buckets_[bucket_of(hash)];
+    at(e) = Entry{hash, parent_hash, serial, parent_serial, root, bucket, kNoBlock, to, {}, State::kFilling};
+    bucket = e;
+    std::copy(tokens.begin(), tokens.end(), tokens_.begin() + offset_of(e));
+    link(e, block);
+    begin(ticket, {CopyKind::kOut, e, block});
+    return {};
+  }
+
+  /// Begins to copy an entry that is readable() to a device block of the caller's. As start_out().
+  [[nodiscard]] codegemm::Status start_in(std::int32_t e, BlockId block) {
+    if (idle_copies_.empty()) {
+      return codegemm::error(codegemm::StatusCode::kExhausted, "TierCache: ", copies_.size(),
+                             " copies are under way");
+    }
+    const std::int32_t ticket = idle_copies_.back();
+    codegemm::Status status = engine_->start(at(e).place, {0, block}, static_cast<std::uint64_t>(ticket));
+    if (!status.ok()) return status;
+    keep(e, false);
+    ++at(e).readers;
+    begin(ticket, {CopyKind::kIn, e, block});
+    return {};
+  }
+
+  /// Takes note of one copy that has ended.
+  [[nodiscard]] Finished finish_one() {
+    CopyResult result;
+    if (!engine_->poll(result)) return {};
+    CODEGEMM_ASSERT(result.ticket < copies_.size());
+    const auto ticket = static_cast<std::int32_t>(result.ticket);
+    const Copy copy = std::exchange(copies_[static_cast<std::size_t>(ticket)], Copy());
+    CODEGEMM_ASSERT(copy.kind != CopyKind::kNone);
+    idle_copies_.push_back(ticket);
+    const bool ok = result.status.ok();
+    if (!ok) ++failed_copies_;
+    Entry& entry = at(copy.entry);
+    switch (copy.kind) {
+      case CopyKind::kOut:
+        if (ok) {
+          entry.state = State::kReady;
+          tell(KvEvent::Kind::kStored, entry);
+          keep(copy.entry, true);
+          ++offloaded_;
+        } else {
+          remove(copy.entry);
+        }
+        break;
+      case CopyKind::kIn:
+        --entry.readers;
+        keep(copy.entry, true);
+        if (ok) ++loaded_;
+        break;
+      case CopyKind::kDown: {
+        entry.state = State::kReady;
+        --tier(entry.place.tier).moving;
+        const bool moves = ok && entry.readers == 0;  // somebody reads the old slot: it stays there
+        const BlockPlace leaves = moves ? entry.place : entry.target;
+        if (moves) {
+          tell(KvEvent::Kind::kRemoved, entry);
+          entry.place = entry.target;
+          tell(KvEvent::Kind::kStored, entry);
+        }
+        tier(leaves.tier).idle_slots.push_back(leaves.slot);
+        keep(copy.entry, true);
+        break;
+      }
+      case CopyKind::kNone: break;
+    }
+    return {copy.kind, copy.block, ok};
+  }
+
+  /// Moves down what each tier would drop next, until one slot of sixteen is free for the blocks that come.
+  void balance() {
+    for (int t = 1; t < engine_->tiers(); ++t) {
+      Tier& from = tier(t);
+      const std::int64_t wanted = std::max<std::int64_t>(1, from.slots / 16);
+      while (std::ssize(from.idle_slots) + from.moving < wanted && from.oldest != kNoEntry &&
+             !idle_copies_.empty()) {
+        const BlockPlace to = take_slot(t + 1);
+        if (to.tier == 0) break;
+        const std::int32_t e = from.oldest;
+        const std::int32_t ticket = idle_copies_.back();
+        if (!engine_->start(at(e).place, to, static_cast<std::uint64_t>(ticket)).ok()) {
+          tier(to.tier).idle_slots.push_back(to.slot);
+          break;
+        }
+        keep(e, false);
+        at(e).state = State::kMoving;
+        at(e).target = to;
+        begin(ticket, {CopyKind::kDown, e, kNoBlock});
+      }
+    }
+  }
+
+  /// Roots whose hold start_out() was given and that entries no longer need; the caller releases and clears.
+  [[nodiscard]] std::vector<TreeNode>& released_roots() noexcept { return released_roots_; }
+
+  [[nodiscard]] int tiers() const noexcept { return engine_->tiers(); }
+  /// Entries in a tier that can be read, or will be when their copy ends.
+  [[nodiscard]] std::int64_t used_slots(int t) const {
+    return tier(t).slots - std::ssize(tier(t).idle_slots);
+  }
+  [[nodiscard]] std::int64_t copies_under_way() const noexcept {
+    return std::ssize(copies_) - std::ssize(idle_copies_);
+  }
+  [[nodiscard]] std::int64_t offloaded_blocks() const noexcept { return offloaded_; }
+  [[nodiscard]] std::int64_t loaded_blocks() const noexcept { return loaded_; }
+  [[nodiscard]] std::int64_t failed_copies() const noexcept { return failed_copies_; }
+  template <class Visit>
+  void for_each_readable(Visit&& visit) const {
+    for (std::int32_t e = 0; e < static_cast<std::int32_t>(entries_.size()); ++e) {
+      if (readable(e)) visit(at(e).place.tier, at(e).parent_hash, at(e).hash);
+    }
+  }
+
+  template <class Visit>
+  void for_each_root(Visit&& visit) const {
+    for (const Entry& entry : entries_) {
+      if (entry.root != TreeNode()) visit(entry.root);
+    }
+  }
+
+  /// Every slot free or in exactly one place, every entry found by its key, every copy accounted for. O(slots).
+  [[nodiscard]] codegemm::Status check_invariants() const {
+    std::vector<std::vector<char>> seen(tiers_.size());
+    std::vector<std::int32_t> readers(entries_.size(), 0);
+    const auto claim = [&](BlockPlace place) {
+      if (place.tier < 1 || place.tier > engine_->tiers() || place.slot < 0 ||
+          place.slot >= tier(place.tier).slots) {
+        return false;
+      }
+      char& taken = seen[static_cast<std::size_t>(place.tier)][static_cast<std::size_t>(place.slot)];
+      return std::exchange(taken, char{1}) == 0;
+    };
+    for (int t = 1; t <= engine_->tiers(); ++t) {
+      seen[static_cast<std::size_t>(t)].assign(static_cast<std::size_t>(tier(t).slots), 0);
+      for (const std::int32_t slot : tier(t).idle_slots) {
+        if (!claim({t, slot})) return broken("a free slot is there twice", t, slot);
+      }
+    }
+    std::int64_t filling = 0;
+    std::int64_t moving = 0;
+    std::int64_t used = 0;
+    for (std::int32_t e = 0; e < static_cast<std::int32_t>(entries_.size()); ++e) {
+      const Entry& entry = at(e);
+      if (entry.state == State::kIdle) continue;
+      ++used;
+      filling += entry.state == State::kFilling ? 1 : 0;
+      moving += entry.state == State::kMoving ? 1 : 0;
+      if (!claim(entry.place) || (entry.state == State::kMoving && !claim(entry.target))) {
+        return broken("slot is in two places", entry.place.tier, entry.place.slot);
+      }
+      if (find(entry.hash, entry.parent_serial, tokens_of(e)) != e) return broken("is not found", 0, e);
+      if (entry.block != kNoBlock && entry_of_block_[static_cast<std::size_t>(entry.block)] != e) {
+        return broken("is linked one way only", 0, e);
+      }
+      if (entry.listed != (entry.state == State::kReady && entry.readers == 0)) {
+        return broken("is kept wrongly for dropping", 0, e);
+      }
+    }
+    for (const Copy& copy : copies_) {
+      if (copy.kind == CopyKind::kIn) ++readers[static_cast<std::size_t>(copy.entry)];
+      if (copy.kind == CopyKind::kOut) --filling;
+      if (copy.kind == CopyKind::kDown) --moving;
+    }
+    for (std::int32_t e = 0; e < static_cast<std::int32_t>(entries_.size()); ++e) {
+      if (at(e).readers != readers[static_cast<std::size_t>(e)])
+        return broken("readers are counted wrongly", 0, e);
+    }
+    if (filling != 0 || moving != 0 || used + std::ssize(idle_entries_) != std::ssize(entries_)) {
+      return broken("entries and copies do not agree", 0, 0);
+    }
+    for (int t = 1; t <= engine_->tiers(); ++t) {
+      const auto& slots = seen[static_cast<std::size_t>(t)];
+      if (std::count(slots.begin(), slots.end(), char{0}) != 0) return broken("slots were lost", t, 0);
+    }
+    return {};
+  }
+
+ private:
+  enum class State : std::uint8_t { kIdle, kFilling, kReady, kMoving };
+  struct Entry {
+    std::uint64_t hash = 0;
+    std::uint64_t parent_hash = 0;
+    std::uint64_t serial = 0;
+    std::uint64_t parent_serial = 0;
+    TreeNode root;  // the parent if that is a root, else nowhere
+    std::int32_t next_in_bucket = kNoEntry;
+    BlockId block = kNoBlock;  // the device's block of the same content
+    BlockPlace place;
+    BlockPlace target;  // kMoving
+    State state = State::kIdle;
+    bool listed = false;       // among those its tier may drop
+    std::int32_t readers = 0;  // copies to the device under way
+    std::int32_t older = kNoEntry;
+    std::int32_t newer = kNoEntry;
+  };
+  struct Copy {
+    CopyKind kind = CopyKind::kNone;
+    std::int32_t entry = kNoEntry;
+    BlockId block = kNoBlock;
+  };
+  struct Tier {
+    std::int64_t slots = 0;
+    std::vector<std::int32_t> idle_slots;
+    std::int64_t moving = 0;  // slots that a kDown copy will free
+    std::int32_t oldest = kNoEntry;
+    std::int32_t newest = kNoEntry;
+  };
+
+  [[nodiscard]] static std::vector<std::int32_t> countdown(std::int64_t count) {
+    std::vector<std::int32_t> numbers(static_cast<std::size_t>(count));
+    for (std::size_t i = 0; i < numbers.size(); ++i) {
+      numbers[i] = static_cast<std::int32_t>(numbers.size() - 1 - i);
+    }
+    return numbers;
+  }
+  [[nodiscard]] static codegemm::Status broken(const char* what, int t, std::int32_t number) {
+    return codegemm::error(codegemm::StatusCode::kCorruptData, "TierCache: tier ", t, ", ", number, ": ",
+                           what);
+  }
+
+  void begin(std::int32_t ticket, const Copy& copy) {
+    idle_copies_.pop_back();
+    copies_[static_cast<std::size_t>(ticket)] = copy;
+    if (copy.kind == CopyKind::kDown) ++tier(at(copy.entry).place.tier).moving;
+  }
+  /// A free slot of the first tier from `first` on that has one; of the last tier also by dropping what was
+  /// used longest ago. Tier 0: there is none.
+  [[nodiscard]] BlockPlace take_slot(int first) {
+    for (int t = first; t <= engine_->tiers(); ++t) {
+      Tier& at_tier = tier(t);
+      if (at_tier.idle_slots.empty() && t == engine_->tiers() && at_tier.oldest != kNoEntry) {
+        remove(at_tier.oldest);
+      }
+      if (at_tier.idle_slots.empty()) continue;
+      const std::int32_t slot = at_tier.idle_slots.back();
+      at_tier.idle_slots.pop_back();
+      return {t, slot};
+    }
+    return {};
+  }
+  void remove(std::int32_t e) {
+    keep(e, false);
+    Entry& entry = at(e);
+    CODEGEMM_ASSERT(entry.readers == 0 && entry.state != State::kMoving);
+    if (entry.state == State::kReady) tell(KvEvent::Kind::kRemoved, entry);
+    if (entry.block != kNoBlock) unlink(entry.block);
+    if (entry.root != TreeNode()) released_roots_.push_back(entry.root);
+    std::int32_t* link = &buckets_[bucket_of(entry.hash)];
+    while (*link != e) link = &at(*link).next_in_bucket;
+    *link = entry.next_in_bucket;
+    tier(entry.place.tier).idle_slots.push_back(entry.place.slot);
+    entry = Entry{};
+    idle_entries_.push_back(e);
+  }
+  /// Into the list of its tier, as the newest, if it can be dropped and `may`; else out of it.
+  void keep(std::int32_t e, bool may) {
+    Entry& entry = at(e);
+    Tier& list = tier(entry.place.tier);
+    if (entry.listed) {
+      (entry.older != kNoEntry ? at(entry.older).newer : list.oldest) = entry.newer;
+      (entry.newer != kNoEntry ? at(entry.newer).older : list.newest) = entry.older;
+      entry.older = entry.newer = kNoEntry;
+      entry.listed = false;
+    }
+    if (!may || entry.state != State::kReady || entry.readers != 0) return;
+    entry.older = list.newest;
+    (list.newest != kNoEntry ? at(list.newest).newer : list.oldest) = e;
+    list.newest = e;
+    entry.listed = true;
+  }
+  void tell(KvEvent::Kind kind, const Entry& entry) {
+    if (events_ != nullptr) events_->push(kind, entry.place.tier, entry.parent_hash, entry.hash);
+  }
+
+  [[nodiscard]] std::size_t bucket_of(std::uint64_t hash) const noexcept {
+    return static_cast<std::size_t>(hash) & (buckets_.size() - 1);
+  }
+  [[nodiscard]] std::ptrdiff_t offset_of(std::int32_t e) const {
+    return static_cast<std::ptrdiff_t>(static_cast<std::size_t>(e) * block_tokens_);
+  }
+  [[nodiscard]] std::span<const std::int32_t> tokens_of(std::int32_t e) const {
+    return std::span(tokens_).subspan(static_cast<std::size_t>(e) * block_tokens_, block_tokens_);
+  }
+  [[nodiscard]] Entry& at(std::int32_t e) { return entries_[static_cast<std::size_t>(e)]; }
+  [[nodiscard]] const Entry& at(std::int32_t e) const { return entries_[static_cast<std::size_t>(e)]; }
+  [[nodiscard]] Tier& tier(int t) { return tiers_[static_cast<std::size_t>(t)]; }
+  [[nodiscard]] const Tier& tier(int t) const { return tiers_[static_cast<std::size_t>(t)]; }
+
+  CopyEngine* engine_ = nullptr;
+  EventLog* events_ = nullptr;
+  std::size_t block_tokens_ = 1;
+  std::vector<Entry> entries_;
+  std::vector<std::int32_t> idle_entries_;
+  std::vector<std::int32_t> tokens_;          // [entries][block_tokens]
+  std::vector<std::int32_t> buckets_;         // a power of two
+  std::vector<std::int32_t> entry_of_block_;  // [device blocks]
+  std::vector<TreeNode> released_roots_;
+  std::vector<Copy> copies_;  // by ticket
+  std::vector<std::int32_t> idle_copies_;
+  std::vector<Tier> tiers_;  // [tiers + 1], the first unused
+  std::int64_t offloaded_ = 0;
+  std::int64_t loaded_ = 0;
+  std::int64_t failed_copies_ = 0;
+};
+
+}  // namespace prefillshare
