@@ -41,9 +41,9 @@ struct NoLock {
 };
 
 /// Decides which block holds which tokens. Every block is in exactly one state: free, cached (in the prefix
-/// tree, used by no sequence, may be evicted), in use, or moving (see below); nothing in use is ever evicted. The numbers in the
-/// blocks are the caller's business: it writes them through its storage, the allocator only copies a partly
-/// filled block when two that share it go different ways.
+/// tree, used by no sequence, may be evicted), in use, or moving (see Tiers); nothing in use is ever evicted.
+/// The numbers in the blocks are the caller's business: it writes them through its storage, the allocator
+/// only copies a partly filled block when two that share it go different ways.
 ///
 /// One turn of a session:
 ///   open(key, tokens)            the longest cached prefix is shared; length() says how much of it
@@ -144,8 +144,8 @@ class BasicKvAllocator final : private detail::SequenceOwner {
     return core_.extend(state_of(sequence), tokens);
   }
 
-  /// How many of `tokens`, from the first, lie on the device (tier 0) and after these in each tier below: what
-  /// a router wants to know. Changes nothing. `by_tier` has one number for each tier.
+  /// How many of `tokens`, from the first, lie on the device (tier 0) and after these in each tier below:
+  /// what a router wants to know. Changes nothing. `by_tier` has one number for each tier.
   void lookup(const CacheKey& key, Tokens tokens, std::span<std::int64_t> by_tier) const {
     const Guard guard(lock_);
     std::fill(by_tier.begin(), by_tier.end(), 0);
@@ -279,9 +279,9 @@ class BasicKvAllocator final : private detail::SequenceOwner {
     core_.cache().eviction().set_time(now);
   }
 
-  /// Begins to copy the full blocks of a base sequence to a lower tier, those without a copy, so that they are
-  /// free at once when they are evicted: for a session that will be idle. How many were begun; a full queue
-  /// takes fewer. kInvalidArgument; kUnsupported without tiers.
+  /// Begins to copy the full blocks of a base sequence to a lower tier, those without a copy, so that they
+  /// are free at once when they are evicted: for a session that will be idle. How many were begun; a full
+  /// queue takes fewer. kInvalidArgument; kUnsupported without tiers.
   [[nodiscard]] codegemm::Result<std::int64_t> offload(const Sequence& sequence) {
     const Guard guard(lock_);
     if (Status status = check(sequence, "offload", Kind::kBase); !status.ok()) return status;
@@ -289,9 +289,9 @@ class BasicKvAllocator final : private detail::SequenceOwner {
     return core_.offload(state_of(sequence));
   }
 
-  /// Begins to bring back what lower tiers have of `tokens`, which are to follow a base sequence that ends with
-  /// a full block and has nothing reserved. How many tokens are under way, 0 if the tiers have none. Until
-  /// finish_load() the sequence can only be closed. kExhausted as reserve(); kInvalidArgument;
+  /// Begins to bring back what lower tiers have of `tokens`, which are to follow a base sequence that ends
+  /// with a full block and has nothing reserved. How many tokens are under way, 0 if the tiers have none.
+  /// Until finish_load() the sequence can only be closed. kExhausted as reserve(); kInvalidArgument;
   /// kOutOfMemory; the engine's failure.
   [[nodiscard]] codegemm::Result<std::int64_t> start_load(Sequence& sequence, Tokens tokens) {
     const Guard guard(lock_);

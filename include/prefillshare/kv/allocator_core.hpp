@@ -264,6 +264,7 @@ class AllocatorCore {
       state.arriving.push_back(target);
       state.arriving_tokens.insert(state.arriving_tokens.end(), block.begin(), block.end());
     }
+    for (std::size_t i = state.arriving.size(); i-- > 0;) cache_.touch(entries[i].entry);
     return std::ssize(state.arriving_tokens);
   }
 

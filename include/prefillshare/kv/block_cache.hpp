@@ -37,8 +37,8 @@ struct KvOptions {
 ///   cached  held by the tree alone; the eviction policy keeps it
 ///   in use  held by one or more sequences, and by the tree too if it is there
 ///   moving  held by a copy that is under way and by no sequence: evicted, but not free before its copy is
-///           done (still in the tree, where it can be found and is then in use again), or the target of a load
-///           that nobody waits for any more
+///           done (still in the tree, where it can be found and is then in use again), or the target of a
+///           load that nobody waits for any more
 /// The lower half of BasicKvAllocator, which knows the sequences. Externally synchronized.
 template <BlockHash Hash, EvictionPolicy Eviction>
 class BlockCache {
@@ -128,7 +128,6 @@ class BlockCache {
   [[nodiscard]] bool make_room(std::int64_t blocks) {
     CODEGEMM_ASSERT(blocks <= available());
     while (pool_.free_blocks() + leaving_ < blocks) evict(eviction_.victim());
-    if (tiers_) release_roots();
     return pool_.free_blocks() >= blocks;
   }
 
@@ -161,14 +160,14 @@ class BlockCache {
         tiers_->start_out(block, tree_.hash(block), tree_.hash_of(parent), tree_.serial_of(parent),
                           tree_.serial_of(TreeNode::of_block(block)), parent.is_root() ? parent : TreeNode(),
                           tree_.tokens(block));
-    if (!status.ok()) {
-      ++refused_;
-      return false;
+    if (status.ok()) {
+      if (parent.is_root()) tree_.retain_root(parent);
+      copy(block).out = true;
+      pool_.retain(block);
     }
-    if (parent.is_root()) tree_.retain_root(parent);
-    copy(block).out = true;
-    pool_.retain(block);
-    return true;
+    release_roots();  // of what made room for it
+    refused_ += status.ok() ? 0 : 1;
+    return status.ok();
   }
 
   /// Begins to copy an entry into a block that its sequence holds. The tiers' failure.
@@ -179,6 +178,7 @@ class BlockCache {
     copy(block).serial = tiers_->serial(entry);
     return status;
   }
+  void touch(std::int32_t entry) { tiers_->touch(entry); }
   [[nodiscard]] Arrival arrival(BlockId block) const { return tiers_ ? copy(block).arrival : Arrival::kNone; }
 
   /// publish() for a block that has arrived.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/kv/leaf_order.hpp - kept blocks by a key, leaves of the tree only: what eviction policies share.
+// prefillshare/kv/leaf_order.hpp - kept blocks by a key, leaves only: what eviction policies share.
 // Layer: kv (host only).
 #pragma once
 

@@ -11,6 +11,8 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <span>
+#include <type_traits>
 #include <utility>
 
 #include <codegemm/base/macros.hpp>
@@ -106,6 +108,24 @@ class HostKvStorage {
     return layer(index).v(block, slot);
   }
 
+  /// All of a block, [layer][2: K, V][block_tokens][kv_heads][head_dim], to or from bytes_per_block() bytes.
+  [[nodiscard]] codegemm::Status read_block(BlockId block, std::span<std::byte> to) const {
+    if (codegemm::Status status = check_bytes(block, to.size()); !status.ok()) return status;
+    const std::size_t bytes = to.size() / static_cast<std::size_t>(shape_.layers);
+    for (int index = 0; index < shape_.layers; ++index) {
+      std::memcpy(to.data() + static_cast<std::size_t>(index) * bytes, layer(index).k(block, 0), bytes);
+    }
+    return {};
+  }
+  [[nodiscard]] codegemm::Status write_block(BlockId block, std::span<const std::byte> from) {
+    if (codegemm::Status status = check_bytes(block, from.size()); !status.ok()) return status;
+    const std::size_t bytes = from.size() / static_cast<std::size_t>(shape_.layers);
+    for (int index = 0; index < shape_.layers; ++index) {
+      std::memcpy(layer(index).k(block, 0), from.data() + static_cast<std::size_t>(index) * bytes, bytes);
+    }
+    return {};
+  }
+
   /// The first `tokens` slots of `source` over those of `destination`, K and V, every layer.
   [[nodiscard]] codegemm::Status copy_block(BlockId destination, BlockId source, int tokens) {
     if (destination < 0 || destination >= blocks_ || source < 0 || source >= blocks_ || tokens < 0 ||
@@ -132,6 +152,12 @@ class HostKvStorage {
 
   HostKvStorage() = default;
 
+  [[nodiscard]] codegemm::Status check_bytes(BlockId block, std::size_t bytes) const {
+    if (block >= 0 && block < blocks_ && bytes == static_cast<std::size_t>(bytes_per_block())) return {};
+    return codegemm::error(codegemm::StatusCode::kInvalidArgument, "HostKvStorage: ", bytes,
+                           " bytes for block ", block, "; there are ", blocks_, " blocks of ",
+                           bytes_per_block());
+  }
   template <class T>
   [[nodiscard]] KvLayerView<T> view(int index) const noexcept {
     CODEGEMM_ASSERT(index >= 0 && index < shape_.layers);

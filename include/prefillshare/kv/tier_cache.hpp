@@ -124,15 +124,23 @@ class TierCache {
     const std::int32_t entry = entry_of_block_[static_cast<std::size_t>(block)];
     return entry != kNoEntry && readable(entry);
   }
+  /// Used now: dropped after all that were used before. Paths are touched last block first, so that what lies
+  /// below a block is dropped before it.
+  void touch(std::int32_t e) {
+    at(e).stamp = ++clock_;
+    if (at(e).listed) keep(e, true);
+  }
   void link(std::int32_t entry, BlockId block) {
     CODEGEMM_ASSERT(at(entry).block == kNoBlock);
     at(entry).block = block;
     entry_of_block_[static_cast<std::size_t>(block)] = entry;
   }
-  /// The device's block is somebody else's now.
+  /// The device's block is somebody else's now; the copy counts as used now.
   void unlink(BlockId block) {
     const std::int32_t entry = std::exchange(entry_of_block_[static_cast<std::size_t>(block)], kNoEntry);
-    if (entry != kNoEntry) at(entry).block = kNoBlock;
+    if (entry == kNoEntry) return;
+    at(entry).block = kNoBlock;
+    touch(entry);
   }
 
   /// Begins to copy a block of the device's tree, which has no entry, to the first tier with room. `root` is
@@ -158,6 +166,7 @@ class TierCache {
     std::int32_t& bucket = buckets_[bucket_of(hash)];
     at(e) = Entry{hash, parent_hash, serial, parent_serial, root, bucket, kNoBlock, to, {}, State::kFilling};
     bucket = e;
+    at(e).stamp = ++clock_;
     std::copy(tokens.begin(), tokens.end(), tokens_.begin() + offset_of(e));
     link(e, block);
     begin(ticket, {CopyKind::kOut, e, block});
@@ -277,7 +286,7 @@ class TierCache {
     }
   }
 
-  /// Every slot free or in exactly one place, every entry found by its key, every copy accounted for. O(slots).
+  /// Every slot free or in one place, every entry found by its key, every copy accounted for. O(slots).
   [[nodiscard]] codegemm::Status check_invariants() const {
     std::vector<std::vector<char>> seen(tiers_.size());
     std::vector<std::int32_t> readers(entries_.size(), 0);
@@ -349,6 +358,7 @@ class TierCache {
     State state = State::kIdle;
     bool listed = false;       // among those its tier may drop
     std::int32_t readers = 0;  // copies to the device under way
+    std::uint64_t stamp = 0;   // when it was used; the list of its tier is in this order
     std::int32_t older = kNoEntry;
     std::int32_t newer = kNoEntry;
   };
@@ -402,7 +412,7 @@ class TierCache {
     Entry& entry = at(e);
     CODEGEMM_ASSERT(entry.readers == 0 && entry.state != State::kMoving);
     if (entry.state == State::kReady) tell(KvEvent::Kind::kRemoved, entry);
-    if (entry.block != kNoBlock) unlink(entry.block);
+    if (entry.block != kNoBlock) entry_of_block_[static_cast<std::size_t>(entry.block)] = kNoEntry;
     if (entry.root != TreeNode()) released_roots_.push_back(entry.root);
     std::int32_t* link = &buckets_[bucket_of(entry.hash)];
     while (*link != e) link = &at(*link).next_in_bucket;
@@ -411,7 +421,7 @@ class TierCache {
     entry = Entry{};
     idle_entries_.push_back(e);
   }
-  /// Into the list of its tier, as the newest, if it can be dropped and `may`; else out of it.
+  /// Into the list of its tier if it can be dropped and `may`; else out of it.
   void keep(std::int32_t e, bool may) {
     Entry& entry = at(e);
     Tier& list = tier(entry.place.tier);
@@ -422,9 +432,14 @@ class TierCache {
       entry.listed = false;
     }
     if (!may || entry.state != State::kReady || entry.readers != 0) return;
-    entry.older = list.newest;
-    (list.newest != kNoEntry ? at(list.newest).newer : list.oldest) = e;
-    list.newest = e;
+    // Mostly the newest; copies that ended out of order, and those that come from a tier above, are not.
+    std::int32_t before = list.newest;
+    while (before != kNoEntry && at(before).stamp > entry.stamp) before = at(before).older;
+    const std::int32_t after = before != kNoEntry ? at(before).newer : list.oldest;
+    entry.older = before;
+    entry.newer = after;
+    (before != kNoEntry ? at(before).newer : list.oldest) = e;
+    (after != kNoEntry ? at(after).older : list.newest) = e;
     entry.listed = true;
   }
   void tell(KvEvent::Kind kind, const Entry& entry) {
@@ -457,6 +472,7 @@ class TierCache {
   std::vector<Copy> copies_;  // by ticket
   std::vector<std::int32_t> idle_copies_;
   std::vector<Tier> tiers_;  // [tiers + 1], the first unused
+  std::uint64_t clock_ = 0;
   std::int64_t offloaded_ = 0;
   std::int64_t loaded_ = 0;
   std::int64_t failed_copies_ = 0;
