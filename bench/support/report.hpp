@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <fstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <nlohmann/json.hpp>
@@ -44,6 +45,17 @@ struct Suite {
   std::vector<Row> rows;
 };
 
+/// The frame of every suite's results around rows of its own.
+[[nodiscard]] inline nlohmann::json frame_json(const Suite& suite, nlohmann::json rows) {
+  return {{"suite", suite.name},
+          {"machine", suite.machine},
+          {"commit", commit()},
+          {"date", today()},
+          {"copy_gb_per_s", suite.memory.copy_gb_per_s},
+          {"read_gb_per_s", suite.memory.read_gb_per_s},
+          {"rows", std::move(rows)}};
+}
+
 [[nodiscard]] inline nlohmann::json suite_json(const Suite& suite) {
   nlohmann::json rows = nlohmann::json::array();
   for (const Row& row : suite.rows) {
@@ -62,21 +74,15 @@ struct Suite {
                     {"peers", peers}});
     if (row.psumbook_us > 0.0) rows.back()["psumbook_us"] = row.psumbook_us;
   }
-  return {{"suite", suite.name},
-          {"machine", suite.machine},
-          {"commit", commit()},
-          {"date", today()},
-          {"copy_gb_per_s", suite.memory.copy_gb_per_s},
-          {"read_gb_per_s", suite.memory.read_gb_per_s},
-          {"rows", rows}};
+  return frame_json(suite, std::move(rows));
 }
 
 /// Writes the file whole or not at all: beside it first, then over it.
-[[nodiscard]] inline Status write_json(const Suite& suite, const std::string& path) {
+[[nodiscard]] inline Status write_text(const std::string& text, const std::string& path) {
   const std::string beside = path + ".part";
   {
     std::ofstream file(beside, std::ios::trunc);
-    file << suite_json(suite).dump(2) << '\n';
+    file << text;
     file.flush();
     if (!file) {
       std::remove(beside.c_str());
@@ -88,6 +94,10 @@ struct Suite {
     return error(StatusCode::kIoError, path, ": cannot be replaced");
   }
   return {};
+}
+
+[[nodiscard]] inline Status write_json(const Suite& suite, const std::string& path) {
+  return write_text(suite_json(suite).dump(2) + '\n', path);
 }
 
 }  // namespace codegemm::bench
