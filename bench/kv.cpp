@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/kv.cpp - the KV allocator: how fast it looks up and hands out, what it saves, what each eviction policy
-// keeps of a production trace. On one core; no numbers lie in the blocks.
+// bench/kv.cpp - the KV allocator: how fast it looks up and hands out, what it saves, what each eviction
+// policy keeps of a production trace. On one core; no numbers lie in the blocks.
 
 #if !defined(NDEBUG) && !defined(__clang_analyzer__)
 #error "Benchmarks must be built in Release mode: cmake --preset bench"
@@ -32,6 +32,10 @@
 #include "support/kv_trace.hpp"
 #include "support/machine.hpp"
 #include "support/report.hpp"
+
+#if !defined(CODEGEMM_BENCH_FOLDER)
+#define CODEGEMM_BENCH_FOLDER "bench"  // from the repository's root
+#endif
 
 namespace codegemm::bench {
 namespace {
@@ -121,8 +125,8 @@ void lookups(json& rows) {
 }
 
 void allocations(json& rows) {
-  constexpr std::int64_t kBlocks = 1 << 16;
-  constexpr int kRounds = 64;
+  constexpr std::int64_t kBlocks = std::int64_t{1} << 16;
+  constexpr std::int64_t kRounds = 64;
   auto pool = prefillshare::BlockPool::create(kBlocks).value();
   std::vector<BlockId> held(kBlocks);
   std::iota(held.begin(), held.end(), 0);
@@ -133,12 +137,14 @@ void allocations(json& rows) {
   const double seconds = time_of(
       9, [] {},
       [&] {
-        for (int round = 0; round < kRounds; ++round) {
+        for (std::int64_t round = 0; round < kRounds; ++round) {
           for (BlockId& block : held) block = pool.allocate().value();
           for (const BlockId block : order) pool.release(block);
         }
       });
-  row(rows, {{"name", "allocate_free"}, {"blocks", kBlocks}, {"per_second", kBlocks * kRounds / seconds}});
+  row(rows, {{"name", "allocate_free"},
+             {"blocks", kBlocks},
+             {"per_second", static_cast<double>(kBlocks * kRounds) / seconds}});
 
   NoKvStorage storage(kLlama8b, kBlocks);
   auto allocator = Allocator::create(storage).value();
@@ -148,7 +154,8 @@ void allocations(json& rows) {
       [&] {
         for (int i = 0; i < 1000; ++i) {
           Sequence fork = allocator->fork(base).value();
-          check(allocator->append_private(fork, 16 * 64));  // 64 blocks, and a copy of the base's last one
+          check(allocator->append_private(
+              fork, std::int64_t{16} * 64));  // 64 blocks, and a copy of the base's last one
         }
       });
   row(rows, {{"name", "fork_append_close"}, {"blocks", 65}, {"per_second", 1000.0 * 65 / forks}});
@@ -169,6 +176,7 @@ void sessions(json& rows) {
     for (; there < count; ++there) fill(*allocator, session(there));
     test::Rng rng(3);
     std::vector<Tokens> wanted;
+    wanted.reserve(20'000);
     for (int i = 0; i < 20'000; ++i) wanted.push_back(session(rng.below(count)));
     std::int64_t found = 0;
     const double seconds = time_of(
@@ -193,7 +201,7 @@ void memory_of_modules(json& rows) {
   NoKvStorage storage(kLlama8b, 4096);
   constexpr std::int64_t kShared = 8000;  // 500 full blocks
   constexpr std::int64_t kUnique = 500;   // 32 blocks, the last one partly filled
-  for (const int modules : {1, 2, 4, 8, 16, 64}) {
+  for (const std::int64_t modules : {1, 2, 4, 8, 16, 64}) {
     auto allocator = Allocator::create(storage).value();
     const Sequence base = fill(*allocator, random_tokens(kShared, 4));
     std::vector<Sequence> forks(static_cast<std::size_t>(modules));
@@ -206,7 +214,7 @@ void memory_of_modules(json& rows) {
                {"modules", modules},
                {"bytes", stats.bytes_in_use},
                {"bytes_ideal", ideal},
-               {"bytes_separate", std::int64_t{modules} * (500 + 32) * storage.bytes_per_block()}});
+               {"bytes_separate", modules * (500 + 32) * storage.bytes_per_block()}});
   }
 }
 

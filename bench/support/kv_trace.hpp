@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/support/kv_trace.hpp - a trace of prompts replayed through the allocator under a policy, and the best that
-// any policy could have done.
+// bench/support/kv_trace.hpp - a trace of prompts replayed through the allocator under a policy, and the best
+// that any policy could have done.
 #pragma once
 
 #include <algorithm>
@@ -84,8 +84,8 @@ struct Replay {
   double seconds = 0.0;
 };
 
-/// Each request opens a sequence, fills what is missing and closes. A trace's block is one token in a block of
-/// one token here: the allocator's decisions are the same, and its numbers are the trace's.
+/// Each request opens a sequence, fills what is missing and closes. A trace's block is one token in a block
+/// of one token here: the allocator's decisions are the same, and its numbers are the trace's.
 template <class Eviction>
 [[nodiscard]] Replay replay(const Trace& trace, std::int64_t capacity, Hints hints) {
   using Storage = prefillshare::NoKvStorage;

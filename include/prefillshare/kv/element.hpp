@@ -20,7 +20,7 @@ enum class KvElement : std::uint8_t { kFp32, kFp16, kBf16, kFp8E4M3 };
 [[nodiscard]] constexpr int bytes_of(KvElement element) noexcept {
   switch (element) {
     case KvElement::kFp32: return 4;
-    case KvElement::kFp16: return 2;
+    case KvElement::kFp16:
     case KvElement::kBf16: return 2;
     case KvElement::kFp8E4M3: return 1;
   }

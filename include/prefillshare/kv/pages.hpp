@@ -249,7 +249,8 @@ inline void store_token(const KvPages& pages, BlockId block, int slot, int part,
   for (int head = 0; head < pages.kv_heads; ++head) {
     const std::int64_t row = pages.strides.at(block, part, slot, head);
     for (int i = 0; i < pages.head_dim; ++i) {
-      const float value = values[static_cast<std::size_t>(head * pages.head_dim + i)];
+      const float value = values[static_cast<std::size_t>(head) * static_cast<std::size_t>(pages.head_dim) +
+                                 static_cast<std::size_t>(i)];
       store_element(pages.format.element, static_cast<std::byte*>(pages.base), row + i, value / scale);
     }
   }
@@ -261,7 +262,8 @@ inline void load_token(const KvPages& pages, BlockId block, int slot, int part, 
   for (int head = 0; head < pages.kv_heads; ++head) {
     const std::int64_t row = pages.strides.at(block, part, slot, head);
     for (int i = 0; i < pages.head_dim; ++i) {
-      values[static_cast<std::size_t>(head * pages.head_dim + i)] =
+      values[static_cast<std::size_t>(head) * static_cast<std::size_t>(pages.head_dim) +
+             static_cast<std::size_t>(i)] =
           scale * load_element(pages.format.element, static_cast<const std::byte*>(pages.base), row + i);
     }
   }

@@ -126,6 +126,7 @@ TEST_CASE("eight threads share an allocator and every number is right") {
     }
   });
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int i = 0; i < kThreads; ++i) {
     threads.emplace_back(
         [&, i] { faults[static_cast<std::size_t>(i)] = Worker(*allocator, storage, i).run(turns()); });

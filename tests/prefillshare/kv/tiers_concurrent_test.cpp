@@ -235,7 +235,7 @@ class TierTrial {
     if (live_.size() >= 4) return close();
     Live live;
     live.key = {"m", "1", std::string(static_cast<std::size_t>(rng_.below(2)), 's')};
-    live.intended = some_tokens(rng_.below(5 * kBlockTokens));
+    live.intended = some_tokens(rng_.below(std::int64_t{5} * kBlockTokens));
     live.sequence = *allocator_->open(live.key, live.intended);
     cover(live);
     live_.push_back(std::move(live));
