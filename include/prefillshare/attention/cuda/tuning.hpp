@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/attention/cuda/tuning.hpp - what a call may tune, and the measured crossover of the two
+// decode paths.
+// Layer: attention (host only, no CUDA headers).
+#pragma once
+
+#include <cstdint>
+
+namespace prefillshare::cuda {
+
+/// Which way decode() takes for sequences that share their first pages.
+enum class SharedPath {
+  kAuto,    ///< by the crossover below, for each group of sequences by itself
+  kAlways,  ///< whatever the sizes
+  kNever,   ///< every sequence reads all of its pages
+};
+
+/// The crossover, measured on an H100 by the suite kv-gpu: sharing pays once the prefix is read this often.
+inline constexpr int kMinSharedSequences = 2;
+inline constexpr int kMinSharedTokens = 512;
+
+/// Choices of one call; the defaults fit an H100.
+struct DecodeTuning {
+  SharedPath shared = SharedPath::kAuto;
+  int min_shared_sequences = kMinSharedSequences;
+  int min_shared_tokens = kMinSharedTokens;
+  int min_tiles = 1;  ///< tiles of 64 keys that a block gets at least, 1 to 1024: fewer parts to merge
+};
+
+}  // namespace prefillshare::cuda
