@@ -34,10 +34,10 @@ struct AppendProblem {
   KvPages<T> kv;
   PageTableView table;
   const std::int32_t* query_indptr = nullptr;  // device, [sequences + 1]; null: one token a sequence
-  MatrixView<T> q;        // [T][heads * head_dim], turned in place; null data: no Q
-  MatrixView<const T> k;  // [T][kv_heads * head_dim], before RoPE
-  MatrixView<const T> v;  // the same
-  int heads = 0;          // of Q
+  MatrixView<T> q;                             // [T][heads * head_dim], turned in place; null data: no Q
+  MatrixView<const T> k;                       // [T][kv_heads * head_dim], before RoPE
+  MatrixView<const T> v;                       // the same
+  int heads = 0;                               // of Q
   DeviceRope rope;
 };
 

@@ -268,7 +268,7 @@ template <class T, class Y>
           args.partials = merge.shared_partials;
           shape.threads = Shared::kThreads;
           shape.shared_bytes = Shared::kSharedBytes;
-          status = codegemm::cuda::launch(decode_kernel<Shared>, shape, args, stream);
+          static_cast<void>(status = codegemm::cuda::launch(decode_kernel<Shared>, shape, args, stream));
           if (!status.ok()) return;
           args.join_previous = true;
         }
@@ -276,7 +276,7 @@ template <class T, class Y>
         args.partials = merge.tail_partials;
         shape.threads = Tail::kThreads;
         shape.shared_bytes = Tail::kSharedBytes;
-        status = codegemm::cuda::launch(decode_kernel<Tail>, shape, args, stream);
+        static_cast<void>(status = codegemm::cuda::launch(decode_kernel<Tail>, shape, args, stream));
         if (!status.ok()) return;
         // Few rows: each has many parts, and the warps to share them.
         const std::int64_t rows = std::int64_t{p.table.sequences} * p.heads;
@@ -285,8 +285,8 @@ template <class T, class Y>
         shape.grid = dim3(static_cast<unsigned>((rows + block_rows - 1) / block_rows));
         shape.threads = kMergeThreads;
         shape.shared_bytes = 0;
-        status = few ? codegemm::cuda::launch(decode_merge_kernel<c.kHeadDim, 4>, shape, merge, stream)
-                     : codegemm::cuda::launch(decode_merge_kernel<c.kHeadDim, 1>, shape, merge, stream);
+        const auto kernel = few ? decode_merge_kernel<c.kHeadDim, 4> : decode_merge_kernel<c.kHeadDim, 1>;
+        static_cast<void>(status = codegemm::cuda::launch(kernel, shape, merge, stream));
       }));
   return status;
 }

@@ -4,6 +4,7 @@
 // Layer: attention (host, needs nvcc).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include <cuda_runtime.h>
@@ -91,9 +92,10 @@ template <class T, class Y>
                                    std::min<std::int64_t>(args.sequences, p.q.rows) - 1;
         constexpr std::int64_t kMaxGrid = 65535;
         if (tiles > kMaxGrid) {
-          status = detail::error(StatusCode::kUnsupported, "cuda prefill: ", p.q.rows, " tokens of ",
-                                 args.group, " heads a K/V head in ", args.sequences,
-                                 " sequences: more than ", kMaxGrid, " tiles in one call");
+          static_cast<void>(status = detail::error(StatusCode::kUnsupported, "cuda prefill: ", p.q.rows,
+                                                   " tokens of ", args.group, " heads a K/V head in ",
+                                                   args.sequences, " sequences: more than ", kMaxGrid,
+                                                   " tiles in one call"));
           return;
         }
         codegemm::cuda::LaunchShape shape;
@@ -101,7 +103,7 @@ template <class T, class Y>
         shape.threads = Shape::kThreads;
         shape.shared_bytes = Shape::kSharedBytes;
         shape.overlap = device.arch >= 90;
-        status = codegemm::cuda::launch(prefill_kernel<Shape>, shape, args, stream);
+        static_cast<void>(status = codegemm::cuda::launch(prefill_kernel<Shape>, shape, args, stream));
       }));
   return status;
 }

@@ -46,8 +46,8 @@ using codegemm::cuda::detail::aligned;
 using codegemm::cuda::detail::ScalarOf;
 
 template <class T>
-inline constexpr bool kIsCacheType = ScalarOf<std::remove_const_t<T>>::kKnown &&
-                                     !std::is_same_v<std::remove_const_t<T>, float>;
+inline constexpr bool kIsCacheType =
+    ScalarOf<std::remove_const_t<T>>::kKnown && !std::is_same_v<std::remove_const_t<T>, float>;
 
 [[nodiscard]] inline Status check_device(const char* call, const Device& device) {
   if (device.arch >= 80) return {};
@@ -63,8 +63,7 @@ template <class T>
                  kMaxPageSize);
   }
   if (kv.kv_heads < 1 || kv.kv_heads > kMaxHeads || kv.pages < 0) {
-    return error(StatusCode::kInvalidArgument, call, ": ", kv.pages, " pages of ", kv.kv_heads,
-                 " K/V heads");
+    return error(StatusCode::kInvalidArgument, call, ": ", kv.pages, " pages of ", kv.kv_heads, " K/V heads");
   }
   const auto check_stride = [&](const char* name, std::int64_t stride) -> Status {
     if (stride > 0 && stride % 8 == 0) return {};

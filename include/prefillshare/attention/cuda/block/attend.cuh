@@ -98,7 +98,8 @@ struct Queries {
         copy_or_zero(base + static_cast<unsigned>(i / kChunks * Shape::kRowBytes + i % kChunks * 16),
                      query_row(rows, there ? row : 0, Shape::kHeadDim) + i % kChunks * 8, there);
       }
-      shared = base + static_cast<unsigned>((warp_row<Shape>() + lane % 16) * Shape::kRowBytes + lane / 16 * 16);
+      shared =
+          base + static_cast<unsigned>((warp_row<Shape>() + lane % 16) * Shape::kRowBytes + lane / 16 * 16);
     } else {
       const int row = rows.first_row + warp_row<Shape>() + lane / 4;
 #pragma unroll
@@ -137,8 +138,9 @@ __device__ __forceinline__ void attend_tile(AttendState<Shape>& state, const Que
   const int key_at = Shape::kWarpsN == 1 ? 0 : static_cast<int>(threadIdx.x) / 32 * Shape::kWarpKeys;
   const unsigned k_at = stage + static_cast<unsigned>((key_at + lane % 8 + lane / 16 * 8) * Shape::kRowBytes +
                                                       lane / 8 % 2 * 16);
-  const unsigned v_at = stage + static_cast<unsigned>(Shape::kTileBytes +
-                                                      (key_at + lane % 16) * Shape::kRowBytes + lane / 16 * 16);
+  const unsigned v_at =
+      stage +
+      static_cast<unsigned>(Shape::kTileBytes + (key_at + lane % 16) * Shape::kRowBytes + lane / 16 * 16);
 
   float score[Shape::kRowTiles][kTiles][4] = {};
 #pragma unroll

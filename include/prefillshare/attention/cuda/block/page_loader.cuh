@@ -77,7 +77,8 @@ struct PageLoader {
   int page = -1;  // and in memory; -1: past the end
 
   // Of the tile at tile_key. pages: of the sequence, key 0 lies in the first. Keys from `end` on become zeros.
-  __device__ __forceinline__ void look_up(const KvSource& kv, const std::int32_t* pages, int tile_key, int end) {
+  __device__ __forceinline__ void look_up(const KvSource& kv, const std::int32_t* pages, int tile_key,
+                                          int end) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int warp = static_cast<int>(threadIdx.x) / 32;
     key = tile_key + warp * Shape::kSlice + lane % Shape::kSlice;
@@ -91,10 +92,10 @@ struct PageLoader {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int warp = static_cast<int>(threadIdx.x) / 32;
     CODEGEMM_ASSERT(page < kv.pages);
-    const std::int64_t mine = page < 0 ? -1
-                                       : page * kv.page_stride +
-                                             (key - slot * kv.page_size) * kv.token_stride +
-                                             head * kv.head_stride;
+    const std::int64_t mine =
+        page < 0
+            ? -1
+            : page * kv.page_stride + (key - slot * kv.page_size) * kv.token_stride + head * kv.head_stride;
 #pragma unroll
     for (int i = 0; i < Shape::kSlice * kChunks / 32; ++i) {
       const int row = (i * 32 + lane) / kChunks;

@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_con
   } else {
     const int page = a.indices[page_begin + position / a.page_size];
     CODEGEMM_ASSERT(page >= 0 && page < a.pages);
-    to = (is_k ? a.k_pages : a.v_pages) + page * a.page_stride +
-         position % a.page_size * a.token_stride + kv_head * a.head_stride;
+    to = (is_k ? a.k_pages : a.v_pages) + page * a.page_stride + position % a.page_size * a.token_stride +
+         kv_head * a.head_stride;
   }
   *reinterpret_cast<uint4*>(to + low_at) = make_uint4(low[0], low[1], low[2], low[3]);
   *reinterpret_cast<uint4*>(to + high_at) = make_uint4(high[0], high[1], high[2], high[3]);

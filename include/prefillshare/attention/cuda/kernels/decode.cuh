@@ -80,7 +80,7 @@ __device__ __forceinline__ void store_keys_split(const AttendState<Shape>& state
   constexpr int kPitch = Shape::kHeadDim + 8;  // floats; the padding spreads rows over the banks
   static_assert(Shape::kWarps * 16 * (kPitch + 2) * 4 <= Shape::kSharedBytes,
                 "prefillshare: AttendShape has too few stages for its warps' sums");
-  float* const sums = reinterpret_cast<float*>(shared);  // [warps][16][kPitch]
+  float* const sums = reinterpret_cast<float*>(shared);                                // [warps][16][kPitch]
   float2* const tops = reinterpret_cast<float2*>(sums + Shape::kWarps * 16 * kPitch);  // [warps][16]
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -147,8 +147,7 @@ __device__ __forceinline__ void store_rows_split(const AttendState<Shape>& state
       const int row = warp_row<Shape>() + r * 16 + lane / 4 + 8 * h;
       if (rows.first_row + row >= rows.rows) continue;
       const std::int64_t at = static_cast<std::int64_t>(part) * a.partials.rows + row;
-      if (lane % 4 == 0)
-        a.partials.top[at] = make_float2(state.top[r][h] * a.scale_log2, state.sum[r][h]);
+      if (lane % 4 == 0) a.partials.top[at] = make_float2(state.top[r][h] * a.scale_log2, state.sum[r][h]);
 #pragma unroll
       for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
         *reinterpret_cast<float2*>(a.partials.out + at * Shape::kHeadDim + n * 8 + lane % 4 * 2) =
@@ -163,8 +162,7 @@ __device__ __forceinline__ void store_rows_split(const AttendState<Shape>& state
 /// Block b takes its numbers of the work, which may end one item and begin another; items that one block has
 /// wholly, of sequences that share nothing, go to the output at once, the rest through decode_merge_kernel.
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 2)
-    decode_kernel(const __grid_constant__ DecodeArgs a) {
+__global__ void __launch_bounds__(Shape::kThreads, 2) decode_kernel(const __grid_constant__ DecodeArgs a) {
   extern __shared__ __align__(128) char shared_memory[];
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory));
   if (!a.join_previous) codegemm::cuda::detail::wait_for_previous_kernel();

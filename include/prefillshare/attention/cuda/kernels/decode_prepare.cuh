@@ -24,8 +24,8 @@ struct DecodePrepareArgs {
   int groups = 0;
   int page_size = 0;
   int kv_heads = 0;
-  int group = 0;        // query heads of a K/V head
-  int tail_rows = 0;    // query rows of an item
+  int group = 0;      // query heads of a K/V head
+  int tail_rows = 0;  // query rows of an item
   int shared_rows = 0;
   int blocks = 0;  // of either kernel
   int min_tiles = 0;

@@ -17,8 +17,8 @@ struct PrefillArgs {
   KvSource kv;
   const std::uint16_t* q = nullptr;  // [tokens][q_stride]
   std::int64_t q_stride = 0;
-  const std::int32_t* query_indptr = nullptr;   // [sequences + 1]
-  const std::int32_t* indptr = nullptr;         // [sequences + 1]
+  const std::int32_t* query_indptr = nullptr;  // [sequences + 1]
+  const std::int32_t* indptr = nullptr;        // [sequences + 1]
   const std::int32_t* indices = nullptr;
   const std::int32_t* last_page_len = nullptr;  // [sequences]
   void* out = nullptr;                          // [tokens][out_stride]
