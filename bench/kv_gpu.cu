@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/kv_gpu.cu - suite kv-gpu: attention over pages at the head shapes of Llama-3 8B and 70B: decode, decode
-// with a shared prefix beside the plain path, and prefill.
+// bench/kv_gpu.cu - suite kv-gpu: attention over pages at the head shapes of Llama-3 8B and 70B: decode,
+// decode with a shared prefix beside the plain path, and prefill.
 //
 // Each time is the median of replays of a CUDA graph that holds many calls over different caches, 600 MB in
 // all where one is smaller, so that no cache of the GPU holds them; divided by the number of calls. prepare()
 // is once a step, not once a layer: it has a row of its own.
 //
-// usage: kv-gpu [--json FILE] [--quick] [--torch FILE] [--only decode|shared|prefill]
+// usage: kv-gpu [--json FILE] [--quick] [--torch FILE] [--only decode|decode-hnd|shared|prefill]
+//               [--lanes N] [--min-tiles N] [--shared-cost PERCENT]
 //   --torch FILE  the times that bench/attention_peer.py wrote on this machine, as peers
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
+#include <cstdlib>
 #include <fstream>
 #include <numeric>
 #include <stdexcept>
@@ -157,7 +158,10 @@ struct Bench {
   Buffer<std::int32_t> indices_device;
   Buffer<std::int32_t> last_device;
 
-  Bench(Model model_, int sequences_, int tokens_, int shared_, double least_bytes)
+  KvLayout layout;
+
+  Bench(Model model_, int sequences_, int tokens_, int shared_, double least_bytes,
+        KvLayout layout_ = KvLayout::kNhd)
       : model(model_),
         sequences(sequences_),
         tokens(tokens_),
@@ -170,7 +174,8 @@ struct Bench {
         indptr_device(indptr()),
         indices_device(indices),
         last_device(
-            std::vector<std::int32_t>(static_cast<std::size_t>(sequences), (tokens - 1) % kPageSize + 1)) {
+            std::vector<std::int32_t>(static_cast<std::size_t>(sequences), (tokens - 1) % kPageSize + 1)),
+        layout(layout_) {
     fill_kernel<<<1024, 256>>>(cache.data, static_cast<std::uint64_t>(copies * pages * page_elements()), 1);
     check(cudaDeviceSynchronize(), "fill");
   }
@@ -205,8 +210,8 @@ struct Bench {
     return out;
   }
   [[nodiscard]] KvPages<const __half> pages_view() const {
-    return kv_pages<const __half>(cache.data, KvLayout::kNhd, static_cast<std::int32_t>(copies * pages),
-                                  kPageSize, model.kv_heads, model.head_dim);
+    return kv_pages<const __half>(cache.data, layout, static_cast<std::int32_t>(copies * pages), kPageSize,
+                                  model.kv_heads, model.head_dim);
   }
   [[nodiscard]] PageTableView table(int copy) const {
     return {indptr_device.data, indices_device.data + copy * sequences * per_sequence(), last_device.data,
@@ -225,8 +230,12 @@ struct Bench {
         const auto element = [&](int token, int d, bool v) {
           const std::int64_t page =
               indices[static_cast<std::size_t>(sequence_of[r] * per_sequence() + token / kPageSize)];
-          const std::int64_t at = page * page_elements() + (v ? page_elements() / 2 : 0) +
-                                  (std::int64_t{token % kPageSize} * model.kv_heads + kv_head) * dim + d;
+          const std::int64_t at =
+              page * page_elements() + (v ? page_elements() / 2 : 0) +
+              (layout == KvLayout::kNhd ? std::int64_t{token % kPageSize} * model.kv_heads + kv_head
+                                        : std::int64_t{kv_head} * kPageSize + token % kPageSize) *
+                  dim +
+              d;
           return rounded(static_cast<std::uint64_t>(at), 1);
         };
         std::vector<double> weight(static_cast<std::size_t>(keys[r]));
@@ -263,6 +272,7 @@ struct Program {
   bench::Suite suite;
   nlohmann::json torch;
   bool quick = false;
+  DecodeTuning tuning;
 
   void add(Row row) {
     if (const auto it = torch.find(row.name + " " + row.shape + " " + row.config); it != torch.end()) {
@@ -278,7 +288,7 @@ struct Program {
   }
 
   // us of a call and the error of the first.
-  std::pair<double, double> time_decode(const Bench& b, SharedPath path, int min_tiles = 1) {
+  std::pair<double, double> time_decode(const Bench& b, SharedPath path) {
     const std::int64_t cols = std::int64_t{b.model.heads} * b.model.head_dim;
     const auto elements = static_cast<std::size_t>(b.sequences * cols);
     Buffer<__half> q(elements);
@@ -294,8 +304,8 @@ struct Program {
     p.q = MatrixView<const __half>(q.data, b.sequences, cols);
     p.out = MatrixView<__half>(out.data, b.sequences, cols);
     p.heads = b.model.heads;
+    p.tuning = tuning;
     p.tuning.shared = path;
-    p.tuning.min_tiles = min_tiles;
     const std::size_t size = workspace_bytes(p, device);
     Buffer<std::byte> workspace(size);
     check(prepare(p, device, workspace.data, size, stream));
@@ -313,15 +323,15 @@ struct Program {
     return {us, error};
   }
 
-  void decode() {
+  void decode(KvLayout layout) {
     for (const Model& model : kModels) {
       for (const int tokens : {2048, 8192, 32768}) {
         for (const int sequences : {1, 4, 16, 64}) {
-          if (quick && (tokens == 8192 || sequences == 16)) continue;
-          const Bench b(model, sequences, tokens, 0, 600e6);
+          if ((quick || layout == KvLayout::kHnd) && (tokens == 8192 || sequences == 16)) continue;
+          const Bench b(model, sequences, tokens, 0, 600e6, layout);
           const auto [us, error] = time_decode(b, SharedPath::kNever);
           Row row;
-          row.name = "decode";
+          row.name = layout == KvLayout::kNhd ? "decode" : "decode-hnd";
           row.shape = std::to_string(model.heads) + "/" + std::to_string(model.kv_heads) + "/" +
                       std::to_string(model.head_dim);
           row.config = concat("batch", sequences, "x", tokens);
@@ -451,6 +461,12 @@ int program(int argc, char** argv) {
       json = value;
     } else if (name == "--only") {
       only = value;
+    } else if (name == "--lanes") {
+      program.tuning.lanes = std::atoi(value);
+    } else if (name == "--min-tiles") {
+      program.tuning.min_tiles = std::atoi(value);
+    } else if (name == "--shared-cost") {
+      program.tuning.shared_tile_cost = std::atoi(value);
     } else if (name == "--torch") {
       std::ifstream file(value);
       program.torch = nlohmann::json::parse(file);
@@ -476,7 +492,8 @@ int program(int argc, char** argv) {
   std::printf("%s\ncopy %.0f GB/s, read %.0f GB/s\n", program.suite.machine.get<std::string>().c_str(),
               program.suite.memory.copy_gb_per_s, program.suite.memory.read_gb_per_s);
   const auto wanted = [&](const char* part) { return only.empty() || only == part; };
-  if (wanted("decode")) program.decode();
+  if (wanted("decode")) program.decode(KvLayout::kNhd);
+  if (wanted("decode-hnd")) program.decode(KvLayout::kHnd);
   if (wanted("decode")) program.time_prepare();
   if (wanted("shared")) program.shared();
   if (wanted("prefill")) program.prefill();

@@ -28,8 +28,8 @@ struct SharedPrefixes {
   int groups = 0;
 };
 
-/// out[i][h] = softmax(scale * q[i][h] . K) V over all keys of sequence i, zeros if there are none. Scores and
-/// sums are fp32. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y: these or float.
+/// out[i][h] = softmax(scale * q[i][h] . K) V over all keys of sequence i, zeros if there are none. Scores
+/// and sums are fp32. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y: these or float.
 template <class T, class Y = T>
 struct DecodeProblem {
   static_assert(detail::kIsCacheType<T>,
@@ -58,13 +58,13 @@ inline constexpr int kSharedRows = 64;
 
 // Where things lie in the workspace, in bytes from its start.
 struct DecodeLayout {
-  int tail_blocks = 0;
+  int lanes = 1;
+  int superblocks = 0;
   std::int64_t tail_parts = 0;
   std::int64_t shared_parts = 0;
   int tail_part_rows = 0;
-  std::size_t headers = 0;
-  std::size_t tail_starts = 0;
-  std::size_t shared_starts = 0;
+  std::size_t quotas = 0;
+  std::size_t starts = 0;
   std::size_t tail_families = 0;
   std::size_t shared_families = 0;
   std::size_t tail_top = 0;
@@ -87,20 +87,32 @@ template <class T>
   return device.multiprocessors * std::clamp((device.shared_bytes + 1024) / bytes, 1, 2);
 }
 
+// As many K/V heads side by side as leave no more than one block in 32 without work.
+[[nodiscard]] inline int decode_lanes(int kv_heads, int blocks) {
+  int best = 1;
+  for (int lanes = 2; lanes <= std::min(kv_heads, 16); ++lanes) {
+    if (kv_heads % lanes == 0 && blocks % lanes * 32 <= blocks) best = lanes;
+  }
+  return best;
+}
+
 template <class T, class Y>
 [[nodiscard]] DecodeLayout decode_layout(const DecodeProblem<T, Y>& p, const Device& device) {
   DecodeLayout out;
   const int group = p.heads / p.kv.kv_heads;
   const std::int64_t sequences = p.table.sequences;
-  out.tail_blocks = decode_blocks<T>(p.kv.head_dim, device);
+  const int blocks = decode_blocks<T>(p.kv.head_dim, device);
+  out.lanes = p.tuning.lanes > 0 ? p.tuning.lanes : decode_lanes(p.kv.kv_heads, blocks);
+  out.superblocks = std::max(blocks / out.lanes, 2);  // one of each kind
   out.tail_part_rows = std::min(group, kTailRows);
   const std::int64_t row_tiles = (group + kTailRows - 1) / kTailRows;
-  out.tail_parts = out.tail_blocks + sequences * p.kv.kv_heads * row_tiles;
+  const std::int64_t all_blocks = std::int64_t{out.superblocks} * out.lanes;
+  out.tail_parts = all_blocks + sequences * p.kv.kv_heads * row_tiles;
   if (shares(p)) {
     // Every group may have a row tile that is partly filled.
     const std::int64_t tiles =
         sequences * group / kSharedRows + std::min<std::int64_t>(p.prefixes.groups, sequences);
-    out.shared_parts = out.tail_blocks + tiles * p.kv.kv_heads;
+    out.shared_parts = all_blocks + tiles * p.kv.kv_heads;
   }
   std::size_t at = 0;
   const auto place = [&](std::size_t& where, std::int64_t count, std::size_t size) {
@@ -110,9 +122,8 @@ template <class T, class Y>
   };
   const std::int64_t groups = shares(p) ? p.prefixes.groups : 0;
   const auto row = static_cast<std::size_t>(p.kv.head_dim) * sizeof(float);
-  place(out.headers, 8, sizeof(int));
-  place(out.tail_starts, out.tail_blocks, sizeof(int));
-  place(out.shared_starts, out.tail_blocks, sizeof(int));
+  place(out.quotas, 2, sizeof(int));
+  place(out.starts, out.superblocks, sizeof(BlockStart));
   place(out.tail_families, sequences, sizeof(KeyFamily));
   place(out.shared_families, groups, sizeof(KeyFamily));
   place(out.tail_top, out.tail_parts * out.tail_part_rows, sizeof(float2));
@@ -123,16 +134,12 @@ template <class T, class Y>
   return out;
 }
 
-[[nodiscard]] inline DecodeWork work_at(std::byte* base, std::size_t header, std::size_t starts,
-                                        std::size_t families) {
-  return {reinterpret_cast<int*>(base + header), reinterpret_cast<int*>(base + starts),
-          reinterpret_cast<KeyFamily*>(base + families)};
-}
 [[nodiscard]] inline DecodeWork tail_work(std::byte* base, const DecodeLayout& at) {
-  return work_at(base, at.headers, at.tail_starts, at.tail_families);
+  return {reinterpret_cast<int*>(base + at.quotas), reinterpret_cast<KeyFamily*>(base + at.tail_families)};
 }
 [[nodiscard]] inline DecodeWork shared_work(std::byte* base, const DecodeLayout& at) {
-  return work_at(base, at.headers + 4 * sizeof(int), at.shared_starts, at.shared_families);
+  return {reinterpret_cast<int*>(base + at.quotas) + 1,
+          reinterpret_cast<KeyFamily*>(base + at.shared_families)};
 }
 
 }  // namespace detail
@@ -161,16 +168,21 @@ template <class T, class Y>
                  p.prefixes.group_indptr == nullptr ? "group_indptr" : "shared_pages", " is null");
   }
   const DecodeTuning& t = p.tuning;
-  if (t.min_tiles < 1 || t.min_tiles > 1024 || t.min_shared_sequences < 1 || t.min_shared_tokens < 1) {
+  if (t.min_tiles < 1 || t.min_tiles > 1024 || t.min_shared_sequences < 1 || t.min_shared_tokens < 1 ||
+      t.shared_tile_cost < 1 || t.shared_tile_cost > 1000) {
     return error(StatusCode::kInvalidArgument, kCall, ": tuning with ", t.min_tiles,
                  " tiles a block, sharing from ", t.min_shared_sequences, " sequences and ",
-                 t.min_shared_tokens, " tokens on");
+                 t.min_shared_tokens, " tokens on, tiles at ", t.shared_tile_cost, " percent");
+  }
+  if (t.lanes < 0 || (t.lanes > 0 && p.kv.kv_heads % t.lanes != 0)) {
+    return error(StatusCode::kInvalidArgument, kCall, ": tuning with ", t.lanes, " lanes for ", p.kv.kv_heads,
+                 " K/V heads");
   }
   return {};
 }
 
-/// Bytes of workspace for a problem that validate() takes, aligned to 256. Depends on the numbers of sequences
-/// and groups, heads and head_dim, not on lengths; need not be cleared. Two streams need two.
+/// Bytes of workspace for a problem that validate() takes, aligned to 256. Depends on the numbers of
+/// sequences and groups, heads and head_dim, not on lengths; need not be cleared. Two streams need two.
 template <class T, class Y>
 [[nodiscard]] std::size_t workspace_bytes(const DecodeProblem<T, Y>& p, const Device& device) {
   return p.table.sequences == 0 ? 0 : detail::decode_layout(p, device).bytes;
@@ -191,12 +203,13 @@ template <class T, class Y>
   DecodePrepareArgs args;
   args.indptr = p.table.indptr;
   args.last_page_len = p.table.last_page_len;
+  args.starts = reinterpret_cast<BlockStart*>(base + at.starts);
   args.tails = detail::tail_work(base, at);
+  args.shared = detail::shared_work(base, at);
   args.sequences = p.table.sequences;
   if (detail::shares(p)) {
     args.group_indptr = p.prefixes.group_indptr;
     args.shared_pages = p.prefixes.shared_pages;
-    args.shared = detail::shared_work(base, at);
     args.groups = p.prefixes.groups;
   }
   args.page_size = p.kv.page_size;
@@ -204,8 +217,10 @@ template <class T, class Y>
   args.group = p.heads / p.kv.kv_heads;
   args.tail_rows = detail::kTailRows;
   args.shared_rows = detail::kSharedRows;
-  args.blocks = at.tail_blocks;
+  args.lanes = at.lanes;
+  args.superblocks = at.superblocks;
   args.min_tiles = p.tuning.min_tiles;
+  args.shared_tile_cost = p.tuning.shared_tile_cost;
   const bool always = p.tuning.shared == SharedPath::kAlways;
   args.min_shared_sequences = always ? 1 : p.tuning.min_shared_sequences;
   args.min_shared_tokens = always ? 1 : p.tuning.min_shared_tokens;
@@ -217,7 +232,8 @@ template <class T, class Y>
 }
 
 /// Puts the attention of one layer into the stream, after prepare() with the same table, prefixes, tuning and
-/// sizes. Same bits on every run on the same card. Errors as prepare(); kCudaError: perhaps part was launched.
+/// sizes. Same bits on every run on the same card. Errors as prepare(); kCudaError: perhaps part was
+/// launched.
 template <class T, class Y>
 [[nodiscard]] Status run(const DecodeProblem<T, Y>& p, const Device& device, void* workspace,
                          std::size_t size, cudaStream_t stream) {
@@ -237,6 +253,8 @@ template <class T, class Y>
   args.kv_heads = p.kv.kv_heads;
   args.group = p.heads / p.kv.kv_heads;
   args.scale_log2 = detail::scale_log2_of(p.scale, p.kv.head_dim);
+  args.lanes = at.lanes;
+  args.starts = reinterpret_cast<const BlockStart*>(base + at.starts);
   DecodeMergeArgs merge;
   merge.tails = detail::tail_work(base, at);
   merge.shared = detail::shared_work(base, at);
@@ -250,33 +268,29 @@ template <class T, class Y>
   merge.sequences = p.table.sequences;
   merge.kv_heads = args.kv_heads;
   merge.group = args.group;
+  merge.lanes = at.lanes;
   merge.tail_rows = detail::kTailRows;
   merge.shared_rows = detail::kSharedRows;
+  args.families[0] = merge.tails.families;
+  args.families[1] = merge.shared.families;
+  args.partials[0] = merge.tail_partials;
+  args.partials[1] = merge.shared_partials;
 
   Status status;
   codegemm::cuda::LaunchShape shape;
   shape.overlap = device.arch >= 90;
-  shape.grid = dim3(static_cast<unsigned>(at.tail_blocks));
+  shape.grid = dim3(static_cast<unsigned>(at.superblocks * at.lanes));
   static_cast<void>(codegemm::first_match(
       HeadSizes{}, [&](auto c) { return c.kHeadDim == p.kv.head_dim; },
       [&](auto c) {
         using Tail = detail::TailShape<T, c.kHeadDim>;
         using Shared = detail::SharedShape<T, c.kHeadDim>;
         static_assert(Tail::kRows == detail::kTailRows && Shared::kRows == detail::kSharedRows);
-        if (detail::shares(p)) {
-          args.work = merge.shared;
-          args.partials = merge.shared_partials;
-          shape.threads = Shared::kThreads;
-          shape.shared_bytes = Shared::kSharedBytes;
-          static_cast<void>(status = codegemm::cuda::launch(decode_kernel<Shared>, shape, args, stream));
-          if (!status.ok()) return;
-          args.join_previous = true;
-        }
-        args.work = merge.tails;
-        args.partials = merge.tail_partials;
         shape.threads = Tail::kThreads;
         shape.shared_bytes = Tail::kSharedBytes;
-        static_cast<void>(status = codegemm::cuda::launch(decode_kernel<Tail>, shape, args, stream));
+        const auto attend =
+            detail::shares(p) ? decode_kernel<Tail, Shared, true> : decode_kernel<Tail, Shared, false>;
+        static_cast<void>(status = codegemm::cuda::launch(attend, shape, args, stream));
         if (!status.ok()) return;
         // Few rows: each has many parts, and the warps to share them.
         const std::int64_t rows = std::int64_t{p.table.sequences} * p.heads;

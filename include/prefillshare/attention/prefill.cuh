@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/attention/prefill.cuh - causal attention of new tokens over their sequences' pages, on the GPU.
+// prefillshare/attention/prefill.cuh - causal attention of new tokens over their sequences' pages, on the
+// GPU.
 // Layer: attention (host, needs nvcc).
 #pragma once
 

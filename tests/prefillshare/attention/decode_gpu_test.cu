@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/prefillshare/attention/decode_gpu_test.cu - decode over pages, plain and with shared prefixes, against
-// sums in double.
+// tests/prefillshare/attention/decode_gpu_test.cu - decode over pages, plain and with shared prefixes,
+// against sums in double.
 #include <prefillshare/attention/decode.cuh>
 
 #include "gpu_pages.cuh"

@@ -200,7 +200,8 @@ template <class Y>
   return out;
 }
 
-/// Weights rounded to fp16 are within 1e-3, to bf16 within 4e-3; decoding multiplies by what bf16 leaves, too.
+/// Weights rounded to fp16 are within 1e-3, to bf16 within 4e-3; decoding multiplies by what bf16
+/// leaves, too.
 inline constexpr double kTolerance = 1e-3;
 inline constexpr double kTolerancePrefillBFloat16 = 4e-3;
 

@@ -76,7 +76,8 @@ struct PageLoader {
   int slot = 0;   // the key's page in the sequence
   int page = -1;  // and in memory; -1: past the end
 
-  // Of the tile at tile_key. pages: of the sequence, key 0 lies in the first. Keys from `end` on become zeros.
+  // Of the tile at tile_key. pages: of the sequence, key 0 lies in the first. Keys from `end` on become
+  // zeros.
   __device__ __forceinline__ void look_up(const KvSource& kv, const std::int32_t* pages, int tile_key,
                                           int end) {
     const int lane = static_cast<int>(threadIdx.x) % 32;

@@ -13,8 +13,11 @@
 
 namespace prefillshare::cuda {
 
+/// K/V heads are dealt to blocks in step: block s * lanes + i has head lanes * j + i of what superblock s has
+/// of heads lanes * j .. lanes * j + lanes - 1, so that neighbours in memory are read at about the same time.
+///
 /// A range of keys and the queries that see all of it: the private tail of a sequence, or pages that a group
-/// of sequences shares. Its work is numbered [K/V head][row tile][tile of keys] from work_begin on.
+/// of sequences shares. Its work is numbered [heads / lanes][row tile][tile of keys] from work_begin on.
 struct alignas(16) KeyFamily {
   int work_begin = 0;
   int tiles = 0;      // of keys; 0: no work
@@ -24,21 +27,30 @@ struct alignas(16) KeyFamily {
   int first_token = 0;
   int rows = 0;  // query rows a K/V head
   int row_tiles = 0;
-  int item_begin = 0;  // items (family, K/V head, row tile) before its own
+  int item_begin = 0;  // items (family, heads / lanes, row tile) before its own
   int shared = -1;     // of a tail: the family of its sequence's shared pages, or -1
   int padding[2] = {};
 };
 static_assert(sizeof(KeyFamily) == 48, "KeyFamily is read as three vectors of 16 bytes");
 
-/// What prepare() leaves for the kernels: families of one kind, and how their work is dealt out. Block b has
-/// the numbers from b * quota on.
+/// The numbers of the work that a superblock has: [at, end) of one kind, from family `number` on.
+struct alignas(16) BlockStart {
+  int at = 0;
+  int end = 0;
+  int number = 0;
+  int first = 0;  // superblock's number among those of its kind, times 2; plus 1: shared pages, else tails
+  KeyFamily family;
+};
+static_assert(sizeof(BlockStart) == 64, "BlockStart is read as four vectors of 16 bytes");
+
+/// What prepare() leaves for the kernels of one kind, tails or shared pages.
 struct DecodeWork {
-  int* header = nullptr;          // [4]: all the work, quota
-  int* starts = nullptr;          // [blocks]: the family that block b starts in
+  int* quota = nullptr;           // [1]: numbers of the work for each superblock of this kind
   KeyFamily* families = nullptr;  // [count]
 };
 
-/// Sums of each part of an item: part (block, item) is number block + item, which two neighbours never share.
+/// Sums of each part of an item: part (superblock, item, lane) is number (superblock + item) * lanes + lane,
+/// which no two have in common, since the next part is of the next superblock, the next item or both.
 struct DecodePartials {
   float* out = nullptr;   // [parts][rows of an item][head_dim]
   float2* top = nullptr;  // [parts][rows of an item]: largest scaled score, base 2, and the sum of weights
@@ -51,23 +63,27 @@ struct DecodeArgs {
   const std::uint16_t* q = nullptr;  // [sequences][q_stride]
   std::int64_t q_stride = 0;
   const std::int32_t* indices = nullptr;
-  DecodeWork work;
-  DecodePartials partials;
-  void* out = nullptr;  // [sequences][out_stride]
+  const BlockStart* starts = nullptr;  // [superblocks]
+  const KeyFamily* families[2] = {};   // of tails, of shared pages
+  DecodePartials partials[2];          // the same
+  void* out = nullptr;                 // [sequences][out_stride]
   std::int64_t out_stride = 0;
   ScalarType out_type = ScalarType::kHalf;
   int kv_heads = 0;
   int group = 0;  // query heads of a K/V head
+  int lanes = 1;  // a divisor of kv_heads
   float scale_log2 = 0.0F;
-  bool join_previous = false;  // ends after the kernel before it, which nothing else here waits for
 };
 
 namespace detail {
 
-[[nodiscard]] __device__ __forceinline__ KeyFamily load_family(const KeyFamily* from) {
-  KeyFamily out;
+template <class T>
+[[nodiscard]] __device__ __forceinline__ T load_record(const T* from) {
+  T out;
 #pragma unroll
-  for (int i = 0; i < 3; ++i) reinterpret_cast<int4*>(&out)[i] = reinterpret_cast<const int4*>(from)[i];
+  for (unsigned i = 0; i < sizeof(T) / 16; ++i) {
+    reinterpret_cast<int4*>(&out)[i] = reinterpret_cast<const int4*>(from)[i];
+  }
   return out;
 }
 
@@ -77,6 +93,7 @@ template <class Shape>
 __device__ __forceinline__ void store_keys_split(const AttendState<Shape>& state, char* shared,
                                                  const DecodeArgs& a, const QueryRows& rows, bool whole,
                                                  int part) {
+  constexpr int kKind = 0;
   constexpr int kPitch = Shape::kHeadDim + 8;  // floats; the padding spreads rows over the banks
   static_assert(Shape::kWarps * 16 * (kPitch + 2) * 4 <= Shape::kSharedBytes,
                 "prefillshare: AttendShape has too few stages for its warps' sums");
@@ -128,9 +145,9 @@ __device__ __forceinline__ void store_keys_split(const AttendState<Shape>& state
       store_pair(a.out, at, a.out_type, out.x * inverse, out.y * inverse);
       store_pair(a.out, at + 2, a.out_type, out.z * inverse, out.w * inverse);
     } else {
-      const std::int64_t at = static_cast<std::int64_t>(part) * a.partials.rows + row;
-      *reinterpret_cast<float4*>(a.partials.out + at * Shape::kHeadDim + column) = out;
-      if (column == 0) a.partials.top[at] = make_float2(top, sum);
+      const std::int64_t at = static_cast<std::int64_t>(part) * a.partials[kKind].rows + row;
+      *reinterpret_cast<float4*>(a.partials[kKind].out + at * Shape::kHeadDim + column) = out;
+      if (column == 0) a.partials[kKind].top[at] = make_float2(top, sum);
     }
   }
 }
@@ -139,6 +156,7 @@ __device__ __forceinline__ void store_keys_split(const AttendState<Shape>& state
 template <class Shape>
 __device__ __forceinline__ void store_rows_split(const AttendState<Shape>& state, const DecodeArgs& a,
                                                  const QueryRows& rows, int part) {
+  constexpr int kKind = 1;
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
   for (int r = 0; r < Shape::kRowTiles; ++r) {
@@ -146,52 +164,42 @@ __device__ __forceinline__ void store_rows_split(const AttendState<Shape>& state
     for (int h = 0; h < 2; ++h) {
       const int row = warp_row<Shape>() + r * 16 + lane / 4 + 8 * h;
       if (rows.first_row + row >= rows.rows) continue;
-      const std::int64_t at = static_cast<std::int64_t>(part) * a.partials.rows + row;
-      if (lane % 4 == 0) a.partials.top[at] = make_float2(state.top[r][h] * a.scale_log2, state.sum[r][h]);
+      const std::int64_t at = static_cast<std::int64_t>(part) * a.partials[kKind].rows + row;
+      if (lane % 4 == 0)
+        a.partials[kKind].top[at] = make_float2(state.top[r][h] * a.scale_log2, state.sum[r][h]);
 #pragma unroll
       for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
-        *reinterpret_cast<float2*>(a.partials.out + at * Shape::kHeadDim + n * 8 + lane % 4 * 2) =
+        *reinterpret_cast<float2*>(a.partials[kKind].out + at * Shape::kHeadDim + n * 8 + lane % 4 * 2) =
             make_float2(state.out[r][n][2 * h], state.out[r][n][2 * h + 1]);
       }
     }
   }
 }
 
-}  // namespace detail
-
-/// Block b takes its numbers of the work, which may end one item and begin another; items that one block has
-/// wholly, of sequences that share nothing, go to the output at once, the rest through decode_merge_kernel.
+// A superblock's work, of tails (warps along keys) or of shared pages (warps along rows).
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 2) decode_kernel(const __grid_constant__ DecodeArgs a) {
-  extern __shared__ __align__(128) char shared_memory[];
+__device__ __forceinline__ void decode_work(const DecodeArgs& a, const BlockStart& start, int lane,
+                                            char* shared_memory) {
+  constexpr int kKind = Shape::kWarpsN > 1 ? 0 : 1;
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory));
-  if (!a.join_previous) codegemm::cuda::detail::wait_for_previous_kernel();
-  codegemm::cuda::detail::allow_next_kernel();
-  const int block = static_cast<int>(blockIdx.x);
-  const int all = a.work.header[0];
-  const int quota = a.work.header[1];
-  int at = block * quota;  // at most `all` plus a quota a block: checked by prepare()'s bounds
-  const int end = min(at + quota, all);
-  int number = at < end ? a.work.starts[block] : 0;
-  while (at < end) {
-    const KeyFamily family = detail::load_family(a.work.families + number);
-    if (family.tiles == 0) {
-      ++number;
-      continue;
-    }
+  KeyFamily family = start.family;
+  int number = start.number;
+  int at = start.at;
+  const int groups = a.kv_heads / a.lanes;
+  while (true) {
     const int offset = at - family.work_begin;
     const int item = offset / family.tiles;
     const int tile = offset - item * family.tiles;
-    const int count = min(family.tiles - tile, end - at);
-    const int kv_head = item / family.row_tiles;
-    const int row_tile = item - kv_head * family.row_tiles;
+    const int count = min(family.tiles - tile, start.end - at);
+    const int head_group = item / family.row_tiles;
+    const int kv_head = head_group * a.lanes + lane;
     QueryRows rows;
     rows.q = a.q;
     rows.stride = a.q_stride;
     rows.first_token = family.first_token;
     rows.first_head = kv_head * a.group;
     rows.group = a.group;
-    rows.first_row = row_tile * Shape::kRows;
+    rows.first_row = (item - head_group * family.row_tiles) * Shape::kRows;
     rows.rows = family.rows;
     KeyRange keys;
     keys.begin = family.key_begin + tile * kTileKeys;
@@ -202,19 +210,46 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) decode_kernel(const __grid
     for (int r = 0; r < Shape::kRowTiles; ++r) limit[r][0] = limit[r][1] = keys.end;
     AttendState<Shape> state;
     attend(state, shared, a.kv, a.indices + family.page_begin, kv_head, rows, keys, limit, a.scale_log2);
-    const int part = block + family.item_begin + item;
-    if constexpr (Shape::kWarpsN > 1) {
+    const int part = (start.first / 2 + family.item_begin + item) * a.lanes + lane;
+    if constexpr (kKind == 0) {
       __syncthreads();
-      detail::store_keys_split(state, shared_memory, a, rows, family.shared < 0 && count == family.tiles,
-                               part);
+      store_keys_split(state, shared_memory, a, rows, family.shared < 0 && count == family.tiles, part);
     } else {
-      detail::store_rows_split(state, a, rows, part);
+      store_rows_split(state, a, rows, part);
     }
     at += count;
-    if (at == family.work_begin + family.tiles * a.kv_heads * family.row_tiles) ++number;
-    if (at < end) __syncthreads();  // before shared memory is written again
+    if (at >= start.end) return;
+    if (at == family.work_begin + family.tiles * groups * family.row_tiles) {
+      do {
+        family = load_record(a.families[kKind] + ++number);
+      } while (family.tiles == 0);
+    }
+    __syncthreads();  // before shared memory is written again
   }
-  if (a.join_previous) codegemm::cuda::detail::wait_for_previous_kernel();
+}
+
+}  // namespace detail
+
+/// Each block takes its numbers of the work, which may end one item and begin another; items that one block
+/// has wholly, of sequences that share nothing, go to the output at once, the rest to decode_merge_kernel.
+template <class Tail, class Shared, bool Shares>
+__global__ void __launch_bounds__(Tail::kThreads, 2) decode_kernel(const __grid_constant__ DecodeArgs a) {
+  static_assert(Tail::kThreads == Shared::kThreads && Tail::kSharedBytes == Shared::kSharedBytes,
+                "prefillshare: decode_kernel's two shapes share one launch");
+  extern __shared__ __align__(128) char shared_memory[];
+  codegemm::cuda::detail::wait_for_previous_kernel();
+  codegemm::cuda::detail::allow_next_kernel();
+  const int superblock = static_cast<int>(blockIdx.x) / a.lanes;
+  const int lane = static_cast<int>(blockIdx.x) - superblock * a.lanes;
+  const BlockStart start = detail::load_record(a.starts + superblock);
+  if (start.at >= start.end) return;
+  if constexpr (Shares) {
+    if (start.first % 2 != 0) {
+      detail::decode_work<Shared>(a, start, lane, shared_memory);
+      return;
+    }
+  }
+  detail::decode_work<Tail>(a, start, lane, shared_memory);
 }
 
 }  // namespace prefillshare::cuda

@@ -24,6 +24,7 @@ struct DecodeMergeArgs {
   int sequences = 0;
   int kv_heads = 0;
   int group = 0;  // query heads of a K/V head
+  int lanes = 1;
   int tail_rows = 0;
   int shared_rows = 0;
 };
@@ -39,15 +40,17 @@ struct RowParts {
   int count = 0;
 
   __device__ __forceinline__ void find(const DecodeWork& work, const KeyFamily& family, int kv_head, int row,
-                                       int item_rows, int part_rows) {
+                                       int lanes, int item_rows, int part_rows) {
     if (family.tiles == 0) return;
-    const int quota = work.header[1];
-    const int item = kv_head * family.row_tiles + row / item_rows;
+    const int quota = *work.quota;
+    const int head_group = kv_head / lanes;
+    const int item = head_group * family.row_tiles + row / item_rows;
     const int begin = family.work_begin + item * family.tiles;
-    const int first_block = begin / quota;
-    count = (begin + family.tiles - 1) / quota - first_block + 1;
-    first = static_cast<std::int64_t>(first_block + family.item_begin + item) * part_rows + row % item_rows;
-    step = part_rows;
+    const int block = begin / quota;
+    count = (begin + family.tiles - 1) / quota - block + 1;
+    const int part = (block + family.item_begin + item) * lanes + kv_head - head_group * lanes;
+    first = static_cast<std::int64_t>(part) * part_rows + row % item_rows;
+    step = lanes * part_rows;
   }
 };
 
@@ -61,29 +64,30 @@ __global__ void __launch_bounds__(kMergeThreads)
   constexpr int kColumns = HeadDim / 32;  // of a lane
   __shared__ float warp_out[RowWarps > 1 ? RowWarps : 1][HeadDim];
   __shared__ float warp_sum[RowWarps > 1 ? RowWarps : 1];
-  codegemm::cuda::detail::wait_for_previous_kernel();
-  codegemm::cuda::detail::allow_next_kernel();
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int rank = warp % RowWarps;
   const int heads = a.kv_heads * a.group;
   const int number = static_cast<int>(blockIdx.x) * kRows + warp / RowWarps;
-  if (number >= a.sequences * heads) return;
+  if (number >= a.sequences * heads) return;  // the grid has ended when its waiting blocks have
   const int sequence = number / heads;
   const int head = number - sequence * heads;
   const int kv_head = head / a.group;
   const int row = head - kv_head * a.group;
 
-  const KeyFamily tail = detail::load_family(a.tails.families + sequence);
+  // prepare() had ended when the kernel before this one began, so that what it left may be read at once.
+  const KeyFamily tail = detail::load_record(a.tails.families + sequence);
   detail::RowParts tails;
-  tails.find(a.tails, tail, kv_head, row, a.tail_rows, a.tail_partials.rows);
-  if (tail.shared < 0 && tails.count == 1) return;  // the block that had it wrote the output
+  tails.find(a.tails, tail, kv_head, row, a.lanes, a.tail_rows, a.tail_partials.rows);
   detail::RowParts shared;
   if (tail.shared >= 0) {
-    const KeyFamily family = detail::load_family(a.shared.families + tail.shared);
-    shared.find(a.shared, family, kv_head, (sequence - family.first_token) * a.group + row, a.shared_rows,
-                a.shared_partials.rows);
+    const KeyFamily family = detail::load_record(a.shared.families + tail.shared);
+    shared.find(a.shared, family, kv_head, (sequence - family.first_token) * a.group + row, a.lanes,
+                a.shared_rows, a.shared_partials.rows);
   }
+  codegemm::cuda::detail::wait_for_previous_kernel();
+  codegemm::cuda::detail::allow_next_kernel();
+  if (tail.shared < 0 && tails.count == 1) return;  // the block that had it wrote the output
   const int count = shared.count + tails.count;
   const auto row_of = [&](int i) {
     return i < shared.count ? shared.first + static_cast<std::int64_t>(i) * shared.step

@@ -5,6 +5,7 @@
 // Layer: attention/cuda/kernels (device).
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 #include <codegemm/cuda/block/intrinsics.cuh>
@@ -18,6 +19,7 @@ struct DecodePrepareArgs {
   const std::int32_t* last_page_len = nullptr;  // [sequences]
   const std::int32_t* group_indptr = nullptr;   // [groups + 1]
   const std::int32_t* shared_pages = nullptr;   // [groups]
+  BlockStart* starts = nullptr;                 // [superblocks]
   DecodeWork tails;                             // a family a sequence
   DecodeWork shared;                            // a family a group
   int sequences = 0;
@@ -27,8 +29,10 @@ struct DecodePrepareArgs {
   int group = 0;      // query heads of a K/V head
   int tail_rows = 0;  // query rows of an item
   int shared_rows = 0;
-  int blocks = 0;  // of either kernel
+  int lanes = 0;
+  int superblocks = 0;
   int min_tiles = 0;
+  int shared_tile_cost = 0;  // percent of what a tail's tile costs
   int min_shared_sequences = 0;
   int min_shared_tokens = 0;
 };
@@ -65,14 +69,14 @@ __device__ __forceinline__ int sum_before(int value, int& total, int (&warp_sums
   return pages > 0 ? (pages - 1) * a.page_size + a.last_page_len[sequence] : 0;
 }
 
-// Numbers the families' work, and says in which family each block starts.
-__device__ inline void deal_out(const DecodeWork& work, int count, const DecodePrepareArgs& a,
-                                int (&warp_sums)[kPrepareThreads / 32]) {
+// Numbers the families' work and returns how much it is.
+__device__ inline int number_work(const DecodeWork& work, int count, int head_groups,
+                                  int (&warp_sums)[kPrepareThreads / 32]) {
   int all = 0;
   int items = 0;
   for (int first = 0; first < count; first += kPrepareThreads) {
     const int i = first + static_cast<int>(threadIdx.x);
-    const int row_tiles = i < count ? work.families[i].row_tiles * a.kv_heads : 0;
+    const int row_tiles = i < count ? work.families[i].row_tiles * head_groups : 0;
     const int mine = i < count ? work.families[i].tiles * row_tiles : 0;
     int total = 0;
     const int before = sum_before(mine, total, warp_sums);
@@ -85,18 +89,26 @@ __device__ inline void deal_out(const DecodeWork& work, int count, const DecodeP
     all += total;
     items += total_items;
   }
-  const int quota = max(a.min_tiles, (all + a.blocks - 1) / a.blocks);
-  if (threadIdx.x == 0) {
-    work.header[0] = all;
-    work.header[1] = max(quota, 1);
-  }
-  __syncthreads();
-  if (all == 0) return;
+  return all;
+}
+
+[[nodiscard]] __device__ __forceinline__ int quota_of(int all, int superblocks, int least) {
+  return superblocks > 0 ? max(least, (all + superblocks - 1) / superblocks) : least;
+}
+
+// Says where each of `superblocks` superblocks starts, the first of them being number `first` of the grid.
+__device__ inline void deal_out(const DecodePrepareArgs& a, const DecodeWork& work, int count, int all,
+                                int first, int superblocks, int kind) {
+  const int quota = quota_of(all, superblocks, a.min_tiles);
+  if (threadIdx.x == 0) *work.quota = quota;
+  const int head_groups = a.kv_heads / a.lanes;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int i = static_cast<int>(threadIdx.x) / 32; i < count; i += kPrepareThreads / 32) {
-    const KeyFamily family = load_family(work.families + i);
-    const int end = family.work_begin + family.tiles * family.row_tiles * a.kv_heads;
-    for (int b = (family.work_begin + quota - 1) / quota + lane; b * quota < end; b += 32) work.starts[b] = i;
+    const KeyFamily family = load_record(work.families + i);
+    const int end = family.work_begin + family.tiles * family.row_tiles * head_groups;
+    for (int b = (family.work_begin + quota - 1) / quota + lane; b * quota < end; b += 32) {
+      a.starts[first + b] = BlockStart{b * quota, min(all, (b + 1) * quota), i, 2 * b + kind, family};
+    }
   }
 }
 
@@ -107,6 +119,7 @@ template <int>
 __global__ void __launch_bounds__(kPrepareThreads)
     decode_prepare_kernel(const __grid_constant__ DecodePrepareArgs a) {
   __shared__ int warp_sums[kPrepareThreads / 32];
+  __shared__ int best;
   codegemm::cuda::detail::wait_for_previous_kernel();
   codegemm::cuda::detail::allow_next_kernel();
   const int thread = static_cast<int>(threadIdx.x);
@@ -145,8 +158,26 @@ __global__ void __launch_bounds__(kPrepareThreads)
     a.tails.families[i] = family;
   }
   __syncthreads();
-  detail::deal_out(a.tails, a.sequences, a, warp_sums);
-  if (a.groups > 0) detail::deal_out(a.shared, a.groups, a, warp_sums);
+  if (thread == 0) best = INT_MAX;
+  const int head_groups = a.kv_heads / a.lanes;
+  const int tail_all = detail::number_work(a.tails, a.sequences, head_groups, warp_sums);
+  const int shared_all = a.groups > 0 ? detail::number_work(a.shared, a.groups, head_groups, warp_sums) : 0;
+  for (int i = thread; i < a.superblocks; i += kPrepareThreads) a.starts[i] = BlockStart{};
+  __syncthreads();
+  // The two kinds run side by side: so many superblocks for each that both end at about the same time.
+  const int least = shared_all == 0 ? 0 : 1;
+  const int most = shared_all == 0 ? 0 : max(1, a.superblocks - (tail_all == 0 ? 0 : 1));
+  for (int n = least + thread; n <= most; n += kPrepareThreads) {
+    const int for_shared =
+        n == 0 ? 0 : detail::quota_of(shared_all, n, a.min_tiles) * a.shared_tile_cost / 100;
+    const int for_tails = detail::quota_of(tail_all, a.superblocks - n, a.min_tiles);
+    atomicMin(&best, max(for_shared, for_tails) * 1024 + n);
+  }
+  __syncthreads();
+  const int superblocks_shared = best % 1024;
+  detail::deal_out(a, a.shared, a.groups, shared_all, 0, superblocks_shared, 1);
+  detail::deal_out(a, a.tails, a.sequences, tail_all, superblocks_shared, a.superblocks - superblocks_shared,
+                   0);
 }
 
 }  // namespace prefillshare::cuda

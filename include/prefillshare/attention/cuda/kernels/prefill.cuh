@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/attention/cuda/kernels/prefill.cuh - many query tokens of each sequence over its pages, causal.
+// prefillshare/attention/cuda/kernels/prefill.cuh - many query tokens of each sequence over its
+// pages, causal.
 // Layer: attention/cuda/kernels (device).
 #pragma once
 
