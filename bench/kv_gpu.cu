@@ -8,7 +8,7 @@
 // is once a step, not once a layer: it has a row of its own.
 //
 // usage: kv-gpu [--json FILE] [--quick] [--torch FILE] [--only decode|decode-hnd|shared|prefill]
-//               [--lanes N] [--min-tiles N] [--shared-cost PERCENT]
+//               [--lanes N] [--min-tiles N] [--no-overlap] [--many-rows-cost PERCENT]
 //   --torch FILE  the times that bench/attention_peer.py wrote on this machine, as peers
 #include <algorithm>
 #include <cmath>
@@ -273,6 +273,7 @@ struct Program {
   nlohmann::json torch;
   bool quick = false;
   DecodeTuning tuning;
+  bool overlap = true;
 
   void add(Row row) {
     if (const auto it = torch.find(row.name + " " + row.shape + " " + row.config); it != torch.end()) {
@@ -316,6 +317,7 @@ struct Program {
     const int last = b.sequences - 1;
     const double error = b.error_of(host, {0, last}, {0, last}, {b.tokens, b.tokens});
     const int launches = std::max(b.copies, b.bytes > 1e9 ? 1 : 8);
+    p.overlap = overlap;
     const double us = time_us(stream, launches, quick ? 3 : 11, [&](int i) {
       p.table = b.table(i % b.copies);
       check(run(p, device, workspace.data, size, stream));
@@ -455,6 +457,10 @@ int program(int argc, char** argv) {
       program.quick = true;
       continue;
     }
+    if (name == "--no-overlap") {
+      program.overlap = false;
+      continue;
+    }
     if (i + 1 >= argc) throw std::runtime_error("unknown or unfinished argument " + name);
     const char* const value = argv[++i];
     if (name == "--json") {
@@ -465,8 +471,8 @@ int program(int argc, char** argv) {
       program.tuning.lanes = std::atoi(value);
     } else if (name == "--min-tiles") {
       program.tuning.min_tiles = std::atoi(value);
-    } else if (name == "--shared-cost") {
-      program.tuning.shared_tile_cost = std::atoi(value);
+    } else if (name == "--many-rows-cost") {
+      program.tuning.many_rows_cost = std::atoi(value);
     } else if (name == "--torch") {
       std::ifstream file(value);
       program.torch = nlohmann::json::parse(file);

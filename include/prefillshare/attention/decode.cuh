@@ -29,7 +29,8 @@ struct SharedPrefixes {
 };
 
 /// out[i][h] = softmax(scale * q[i][h] . K) V over all keys of sequence i, zeros if there are none. Scores
-/// and sums are fp32. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y: these or float.
+/// and sums are fp32; weights are rounded to bf16 only where more than 64 query rows share keys, to fp16 with
+/// fp16 caches. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y: these or float.
 template <class T, class Y = T>
 struct DecodeProblem {
   static_assert(detail::kIsCacheType<T>,
@@ -44,6 +45,9 @@ struct DecodeProblem {
   MatrixView<Y> out;      // the same shape; must not overlap q or the pages
   int heads = 0;          // a multiple of kv.kv_heads
   float scale = 0.0F;     // of the scores; 0 means 1 / sqrt(head_dim)
+  /// Set where a kernel lies between prepare(), or whatever wrote the table, and run(): the first keys' way
+  /// through the caches then begins while that kernel still runs. It may be the one that writes K and V.
+  bool overlap = false;
   DecodeTuning tuning = {};
 };
 
@@ -52,9 +56,9 @@ namespace detail {
 template <class T, int HeadDim>
 using TailShape = AttendShape<ScalarOf<T>::kType, HeadDim, 1, 4, 1, 3>;
 template <class T, int HeadDim>
-using SharedShape = AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 1, 3>;
-inline constexpr int kTailRows = 16;
-inline constexpr int kSharedRows = 64;
+using FewRowsShape = AttendShape<ScalarOf<T>::kType, HeadDim, 2, 2, 1, 3>;
+template <class T, int HeadDim>
+using ManyRowsShape = AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 2, 2>;
 
 // Where things lie in the workspace, in bytes from its start.
 struct DecodeLayout {
@@ -109,9 +113,9 @@ template <class T, class Y>
   const std::int64_t all_blocks = std::int64_t{out.superblocks} * out.lanes;
   out.tail_parts = all_blocks + sequences * p.kv.kv_heads * row_tiles;
   if (shares(p)) {
-    // Every group may have a row tile that is partly filled.
+    // Two tiles of few rows, or those of many and one that is partly filled.
     const std::int64_t tiles =
-        sequences * group / kSharedRows + std::min<std::int64_t>(p.prefixes.groups, sequences);
+        sequences * group / kManyRows + 2 * std::min<std::int64_t>(p.prefixes.groups, sequences);
     out.shared_parts = all_blocks + tiles * p.kv.kv_heads;
   }
   std::size_t at = 0;
@@ -128,8 +132,8 @@ template <class T, class Y>
   place(out.shared_families, groups, sizeof(KeyFamily));
   place(out.tail_top, out.tail_parts * out.tail_part_rows, sizeof(float2));
   place(out.tail_out, out.tail_parts * out.tail_part_rows, row);
-  place(out.shared_top, out.shared_parts * kSharedRows, sizeof(float2));
-  place(out.shared_out, out.shared_parts * kSharedRows, row);
+  place(out.shared_top, out.shared_parts * kManyRows, sizeof(float2));
+  place(out.shared_out, out.shared_parts * kManyRows, row);
   out.bytes = at;
   return out;
 }
@@ -169,10 +173,10 @@ template <class T, class Y>
   }
   const DecodeTuning& t = p.tuning;
   if (t.min_tiles < 1 || t.min_tiles > 1024 || t.min_shared_sequences < 1 || t.min_shared_tokens < 1 ||
-      t.shared_tile_cost < 1 || t.shared_tile_cost > 1000) {
+      t.many_rows_cost < 100 || t.many_rows_cost > 1000) {
     return error(StatusCode::kInvalidArgument, kCall, ": tuning with ", t.min_tiles,
                  " tiles a block, sharing from ", t.min_shared_sequences, " sequences and ",
-                 t.min_shared_tokens, " tokens on, tiles at ", t.shared_tile_cost, " percent");
+                 t.min_shared_tokens, " tokens on, tiles at ", t.many_rows_cost, " percent");
   }
   if (t.lanes < 0 || (t.lanes > 0 && p.kv.kv_heads % t.lanes != 0)) {
     return error(StatusCode::kInvalidArgument, kCall, ": tuning with ", t.lanes, " lanes for ", p.kv.kv_heads,
@@ -215,12 +219,10 @@ template <class T, class Y>
   args.page_size = p.kv.page_size;
   args.kv_heads = p.kv.kv_heads;
   args.group = p.heads / p.kv.kv_heads;
-  args.tail_rows = detail::kTailRows;
-  args.shared_rows = detail::kSharedRows;
   args.lanes = at.lanes;
   args.superblocks = at.superblocks;
   args.min_tiles = p.tuning.min_tiles;
-  args.shared_tile_cost = p.tuning.shared_tile_cost;
+  args.many_rows_cost = p.tuning.many_rows_cost;
   const bool always = p.tuning.shared == SharedPath::kAlways;
   args.min_shared_sequences = always ? 1 : p.tuning.min_shared_sequences;
   args.min_shared_tokens = always ? 1 : p.tuning.min_shared_tokens;
@@ -254,6 +256,7 @@ template <class T, class Y>
   args.group = p.heads / p.kv.kv_heads;
   args.scale_log2 = detail::scale_log2_of(p.scale, p.kv.head_dim);
   args.lanes = at.lanes;
+  args.overlap = p.overlap && device.arch >= 90;
   args.starts = reinterpret_cast<const BlockStart*>(base + at.starts);
   DecodeMergeArgs merge;
   merge.tails = detail::tail_work(base, at);
@@ -261,7 +264,7 @@ template <class T, class Y>
   merge.tail_partials = {reinterpret_cast<float*>(base + at.tail_out),
                          reinterpret_cast<float2*>(base + at.tail_top), at.tail_part_rows};
   merge.shared_partials = {reinterpret_cast<float*>(base + at.shared_out),
-                           reinterpret_cast<float2*>(base + at.shared_top), detail::kSharedRows};
+                           reinterpret_cast<float2*>(base + at.shared_top), kManyRows};
   merge.out = args.out;
   merge.out_stride = args.out_stride;
   merge.out_type = args.out_type;
@@ -269,8 +272,6 @@ template <class T, class Y>
   merge.kv_heads = args.kv_heads;
   merge.group = args.group;
   merge.lanes = at.lanes;
-  merge.tail_rows = detail::kTailRows;
-  merge.shared_rows = detail::kSharedRows;
   args.families[0] = merge.tails.families;
   args.families[1] = merge.shared.families;
   args.partials[0] = merge.tail_partials;
@@ -284,12 +285,12 @@ template <class T, class Y>
       HeadSizes{}, [&](auto c) { return c.kHeadDim == p.kv.head_dim; },
       [&](auto c) {
         using Tail = detail::TailShape<T, c.kHeadDim>;
-        using Shared = detail::SharedShape<T, c.kHeadDim>;
-        static_assert(Tail::kRows == detail::kTailRows && Shared::kRows == detail::kSharedRows);
+        using Few = detail::FewRowsShape<T, c.kHeadDim>;
+        using Many = detail::ManyRowsShape<T, c.kHeadDim>;
         shape.threads = Tail::kThreads;
         shape.shared_bytes = Tail::kSharedBytes;
         const auto attend =
-            detail::shares(p) ? decode_kernel<Tail, Shared, true> : decode_kernel<Tail, Shared, false>;
+            detail::shares(p) ? decode_kernel<Tail, Few, Many, true> : decode_kernel<Tail, Few, Many, false>;
         static_cast<void>(status = codegemm::cuda::launch(attend, shape, args, stream));
         if (!status.ok()) return;
         // Few rows: each has many parts, and the warps to share them.

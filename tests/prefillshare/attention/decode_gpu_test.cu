@@ -86,8 +86,11 @@ struct Fixture {
     REQUIRE(status.ok());
   }
   std::vector<Y> run() {
-    out.poison();
     enqueue(nullptr);
+    problem.overlap = true;  // a second layer, with kernels between prepare() and itself
+    out.poison();
+    REQUIRE(cuda::run(problem, device, workspace.data(), workspace.size(), nullptr).ok());
+    problem.overlap = false;
     REQUIRE_CUDA(cudaDeviceSynchronize());
     REQUIRE(out.guards_intact());
     REQUIRE(workspace.guards_intact());
@@ -108,7 +111,10 @@ void check(const Case& c, std::uint64_t seed) {
   Rng rng(seed);
   Fixture<T, Y> f(c, device, rng);
   const std::vector<Y> got = f.run();
-  CHECK(furthest(f.reference(), got, f.cols, f.stride, kTolerance) <= 1.0);
+  // Weights are rounded to bf16 where many query rows share keys.
+  const bool rounded = std::is_same_v<T, BFloat16> && !c.groups.empty();
+  CHECK(furthest(f.reference(), got, f.cols, f.stride, rounded ? kTolerancePrefillBFloat16 : kTolerance) <=
+        1.0);
   const std::vector<Y> again = f.run();
   CHECK(std::memcmp(got.data(), again.data(), got.size() * sizeof(Y)) == 0);
   // Columns behind the last head belong to somebody else.

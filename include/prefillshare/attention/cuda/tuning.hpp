@@ -26,8 +26,9 @@ struct DecodeTuning {
   int min_shared_sequences = kMinSharedSequences;
   int min_shared_tokens = kMinSharedTokens;
   int min_tiles = 1;  ///< tiles of 64 keys that a block gets at least, 1 to 1024: fewer parts to merge
-  int shared_tile_cost = 130;  ///< time of a shared tile in percent of a private one's, 1 to 1000
-  int lanes = 0;               ///< K/V heads read side by side, a divisor of all of them; 0: chosen
+  /// Time of a shared tile with more than 64 query rows, in percent of other tiles', 100 to 1000.
+  int many_rows_cost = 130;
+  int lanes = 0;  ///< K/V heads read side by side, a divisor of all of them; 0: chosen
 };
 
 }  // namespace prefillshare::cuda

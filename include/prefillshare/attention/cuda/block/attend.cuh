@@ -69,7 +69,7 @@ namespace detail {
 // The first row of this warp, in the block.
 template <class Shape>
 [[nodiscard]] __device__ __forceinline__ int warp_row() {
-  return Shape::kWarpsM == 1 ? 0 : static_cast<int>(threadIdx.x) / 32 * Shape::kWarpRows;
+  return static_cast<int>(threadIdx.x) / 32 / Shape::kWarpsN * Shape::kWarpRows;
 }
 
 [[nodiscard]] __device__ __forceinline__ const std::uint16_t* query_row(const QueryRows& rows, int row,
@@ -135,7 +135,7 @@ __device__ __forceinline__ void attend_tile(AttendState<Shape>& state, const Que
                                             const int (&limit)[Shape::kRowTiles][2], float scale_log2) {
   constexpr int kTiles = Shape::kWarpKeys / 8;  // column tiles of the scores
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int key_at = Shape::kWarpsN == 1 ? 0 : static_cast<int>(threadIdx.x) / 32 * Shape::kWarpKeys;
+  const int key_at = static_cast<int>(threadIdx.x) / 32 % Shape::kWarpsN * Shape::kWarpKeys;
   const unsigned k_at = stage + static_cast<unsigned>((key_at + lane % 8 + lane / 16 * 8) * Shape::kRowBytes +
                                                       lane / 8 % 2 * 16);
   const unsigned v_at =

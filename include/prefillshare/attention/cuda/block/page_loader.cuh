@@ -40,7 +40,6 @@ struct AttendShape {
   static constexpr int kQueriesAt = kStages * 2 * kTileBytes;
   static constexpr int kSharedBytes = kQueriesAt + (kQueriesInShared ? kRows * kRowBytes : 0);
   static_assert(kSlice % 8 == 0 && kSlice <= 32, "prefillshare: AttendShape needs 2, 4 or 8 warps");
-  static_assert(WarpsN == 1 || WarpsM == 1, "prefillshare: AttendShape warps go along rows or along keys");
 };
 
 /// Where one K/V head's rows lie. Strides in elements of 2 bytes.

@@ -38,12 +38,28 @@ struct alignas(16) BlockStart {
   int at = 0;
   int end = 0;
   int number = 0;
-  int first = 0;  // superblock's number among those of its kind, times 2; plus 1: shared pages, else tails
+  int first = 0;  // superblock's number among those for tails, or for shared pages, times 2; plus 1 for these
   KeyFamily family;
 };
 static_assert(sizeof(BlockStart) == 64, "BlockStart is read as four vectors of 16 bytes");
 
-/// What prepare() leaves for the kernels of one kind, tails or shared pages.
+/// Kinds of work. Shared pages with many query rows are for larger tiles of rows than those with few.
+inline constexpr int kTailWork = 0;
+inline constexpr int kFewRowsWork = 1;
+inline constexpr int kManyRowsWork = 2;
+
+/// Query rows of an item of each kind.
+inline constexpr int kTailRows = 16;
+inline constexpr int kFewRows = 32;
+inline constexpr int kManyRows = 128;
+[[nodiscard]] CODEGEMM_HOST_DEVICE constexpr int shared_kind(int rows) {
+  return rows <= 2 * kFewRows ? kFewRowsWork : kManyRowsWork;
+}
+[[nodiscard]] CODEGEMM_HOST_DEVICE constexpr int rows_of(int kind) {
+  return kind == kTailWork ? kTailRows : kind == kFewRowsWork ? kFewRows : kManyRows;
+}
+
+/// What prepare() leaves for the kernels of one sort, tails or shared pages.
 struct DecodeWork {
   int* quota = nullptr;           // [1]: numbers of the work for each superblock of this kind
   KeyFamily* families = nullptr;  // [count]
@@ -73,6 +89,7 @@ struct DecodeArgs {
   int group = 0;  // query heads of a K/V head
   int lanes = 1;  // a divisor of kv_heads
   float scale_log2 = 0.0F;
+  bool overlap = false;  // what prepare() left and the table are older than the kernel before
 };
 
 namespace detail {
@@ -91,9 +108,8 @@ template <class T>
 // item is whole, else to part `part`. All threads, after a barrier.
 template <class Shape>
 __device__ __forceinline__ void store_keys_split(const AttendState<Shape>& state, char* shared,
-                                                 const DecodeArgs& a, const QueryRows& rows, bool whole,
-                                                 int part) {
-  constexpr int kKind = 0;
+                                                 const DecodeArgs& a, const DecodePartials& partials,
+                                                 const QueryRows& rows, bool whole, int part) {
   constexpr int kPitch = Shape::kHeadDim + 8;  // floats; the padding spreads rows over the banks
   static_assert(Shape::kWarps * 16 * (kPitch + 2) * 4 <= Shape::kSharedBytes,
                 "prefillshare: AttendShape has too few stages for its warps' sums");
@@ -101,11 +117,11 @@ __device__ __forceinline__ void store_keys_split(const AttendState<Shape>& state
   float2* const tops = reinterpret_cast<float2*>(sums + Shape::kWarps * 16 * kPitch);  // [warps][16]
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int count = min(16, rows.rows - rows.first_row);
+  const int count = min(Shape::kRows, rows.rows - rows.first_row);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = lane / 4 + 8 * h;
-    if (row >= count) continue;
+    if (warp_row<Shape>() + row >= count) continue;
     if (lane % 4 == 0) tops[warp * 16 + row] = make_float2(state.top[0][h] * a.scale_log2, state.sum[0][h]);
 #pragma unroll
     for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
@@ -118,16 +134,17 @@ __device__ __forceinline__ void store_keys_split(const AttendState<Shape>& state
   for (int i = static_cast<int>(threadIdx.x); i < count * kQuads; i += Shape::kThreads) {
     const int row = i / kQuads;
     const int column = i % kQuads * 4;
+    const int first = row / 16 * Shape::kWarpsN * 16 + row % 16;  // of the first warp that had the row
     float top = -INFINITY;
 #pragma unroll
-    for (int w = 0; w < Shape::kWarps; ++w) top = fmaxf(top, tops[w * 16 + row].x);
+    for (int w = 0; w < Shape::kWarpsN; ++w) top = fmaxf(top, tops[first + w * 16].x);
     float4 out = {};
     float sum = 0.0F;
 #pragma unroll
-    for (int w = 0; w < Shape::kWarps; ++w) {
-      const float2 t = tops[w * 16 + row];
+    for (int w = 0; w < Shape::kWarpsN; ++w) {
+      const float2 t = tops[first + w * 16];
       const float factor = t.x == -INFINITY ? 0.0F : exp2_fast(t.x - top);
-      const float4 s = *reinterpret_cast<const float4*>(sums + (w * 16 + row) * kPitch + column);
+      const float4 s = *reinterpret_cast<const float4*>(sums + (first + w * 16) * kPitch + column);
       sum += factor * t.y;
       out.x += factor * s.x;
       out.y += factor * s.y;
@@ -145,9 +162,9 @@ __device__ __forceinline__ void store_keys_split(const AttendState<Shape>& state
       store_pair(a.out, at, a.out_type, out.x * inverse, out.y * inverse);
       store_pair(a.out, at + 2, a.out_type, out.z * inverse, out.w * inverse);
     } else {
-      const std::int64_t at = static_cast<std::int64_t>(part) * a.partials[kKind].rows + row;
-      *reinterpret_cast<float4*>(a.partials[kKind].out + at * Shape::kHeadDim + column) = out;
-      if (column == 0) a.partials[kKind].top[at] = make_float2(top, sum);
+      const std::int64_t at = static_cast<std::int64_t>(part) * partials.rows + row;
+      *reinterpret_cast<float4*>(partials.out + at * Shape::kHeadDim + column) = out;
+      if (column == 0) partials.top[at] = make_float2(top, sum);
     }
   }
 }
@@ -155,8 +172,8 @@ __device__ __forceinline__ void store_keys_split(const AttendState<Shape>& state
 // Rows of different warps, always to part `part`.
 template <class Shape>
 __device__ __forceinline__ void store_rows_split(const AttendState<Shape>& state, const DecodeArgs& a,
-                                                 const QueryRows& rows, int part) {
-  constexpr int kKind = 1;
+                                                 const DecodePartials& partials, const QueryRows& rows,
+                                                 int part) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
   for (int r = 0; r < Shape::kRowTiles; ++r) {
@@ -164,67 +181,83 @@ __device__ __forceinline__ void store_rows_split(const AttendState<Shape>& state
     for (int h = 0; h < 2; ++h) {
       const int row = warp_row<Shape>() + r * 16 + lane / 4 + 8 * h;
       if (rows.first_row + row >= rows.rows) continue;
-      const std::int64_t at = static_cast<std::int64_t>(part) * a.partials[kKind].rows + row;
-      if (lane % 4 == 0)
-        a.partials[kKind].top[at] = make_float2(state.top[r][h] * a.scale_log2, state.sum[r][h]);
+      const std::int64_t at = static_cast<std::int64_t>(part) * partials.rows + row;
+      if (lane % 4 == 0) partials.top[at] = make_float2(state.top[r][h] * a.scale_log2, state.sum[r][h]);
 #pragma unroll
       for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
-        *reinterpret_cast<float2*>(a.partials[kKind].out + at * Shape::kHeadDim + n * 8 + lane % 4 * 2) =
+        *reinterpret_cast<float2*>(partials.out + at * Shape::kHeadDim + n * 8 + lane % 4 * 2) =
             make_float2(state.out[r][n][2 * h], state.out[r][n][2 * h + 1]);
       }
     }
   }
 }
 
-// A superblock's work, of tails (warps along keys) or of shared pages (warps along rows).
-template <class Shape>
-__device__ __forceinline__ void decode_work(const DecodeArgs& a, const BlockStart& start, int lane,
-                                            char* shared_memory) {
-  constexpr int kKind = Shape::kWarpsN > 1 ? 0 : 1;
-  const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory));
-  KeyFamily family = start.family;
-  int number = start.number;
-  int at = start.at;
-  const int groups = a.kv_heads / a.lanes;
-  while (true) {
+// Where in the work a block is.
+struct DecodeItem {
+  int item = 0;  // in the family
+  int tile = 0;  // of keys, the first
+  int count = 0;
+  int kv_head = 0;
+  int row_tile = 0;
+  int part = 0;
+
+  __device__ __forceinline__ void find(const KeyFamily& family, const BlockStart& start, int at, int lanes,
+                                       int lane) {
     const int offset = at - family.work_begin;
-    const int item = offset / family.tiles;
-    const int tile = offset - item * family.tiles;
-    const int count = min(family.tiles - tile, start.end - at);
+    item = offset / family.tiles;
+    tile = offset - item * family.tiles;
+    count = min(family.tiles - tile, start.end - at);
     const int head_group = item / family.row_tiles;
-    const int kv_head = head_group * a.lanes + lane;
-    QueryRows rows;
-    rows.q = a.q;
-    rows.stride = a.q_stride;
-    rows.first_token = family.first_token;
-    rows.first_head = kv_head * a.group;
-    rows.group = a.group;
-    rows.first_row = (item - head_group * family.row_tiles) * Shape::kRows;
-    rows.rows = family.rows;
-    KeyRange keys;
-    keys.begin = family.key_begin + tile * kTileKeys;
-    keys.end = min(family.key_end, keys.begin + count * kTileKeys);
-    keys.whole = keys.end;
-    int limit[Shape::kRowTiles][2];
+    kv_head = head_group * lanes + lane;
+    row_tile = item - head_group * family.row_tiles;
+    part = (start.first / 2 + family.item_begin + item) * lanes + lane;
+  }
+};
+
+// Brings the first keys of a block's work into the second-level cache.
+template <int HeadDim>
+__device__ __forceinline__ void prefetch_keys(const DecodeArgs& a, const BlockStart& start, int lane) {
+  const KeyFamily& family = start.family;
+  DecodeItem item;
+  item.find(family, start, start.at, a.lanes, lane);
+  const int key = family.key_begin + item.tile * kTileKeys + static_cast<int>(threadIdx.x);
+  if (static_cast<int>(threadIdx.x) >= item.count * kTileKeys || key >= family.key_end) return;
+  const int slot = page_of(a.kv, key);
+  const std::int64_t at = a.indices[family.page_begin + slot] * a.kv.page_stride +
+                          (key - slot * a.kv.page_size) * a.kv.token_stride + item.kv_head * a.kv.head_stride;
+  codegemm::cuda::detail::prefetch_l2(a.kv.k + at, HeadDim * 2);
+  codegemm::cuda::detail::prefetch_l2(a.kv.v + at, HeadDim * 2);
+}
+
+// Tiles of keys of one item, in the shape that its kind asks for.
+template <class Shape, int Kind>
+__device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily& family,
+                                            const DecodeItem& item, char* shared_memory) {
+  const DecodePartials& partials = a.partials[Kind == kTailWork ? 0 : 1];
+  QueryRows rows;
+  rows.q = a.q;
+  rows.stride = a.q_stride;
+  rows.first_token = family.first_token;
+  rows.first_head = item.kv_head * a.group;
+  rows.group = a.group;
+  rows.first_row = item.row_tile * Shape::kRows;
+  rows.rows = family.rows;
+  KeyRange keys;
+  keys.begin = family.key_begin + item.tile * kTileKeys;
+  keys.end = min(family.key_end, keys.begin + item.count * kTileKeys);
+  keys.whole = keys.end;
+  int limit[Shape::kRowTiles][2];
 #pragma unroll
-    for (int r = 0; r < Shape::kRowTiles; ++r) limit[r][0] = limit[r][1] = keys.end;
-    AttendState<Shape> state;
-    attend(state, shared, a.kv, a.indices + family.page_begin, kv_head, rows, keys, limit, a.scale_log2);
-    const int part = (start.first / 2 + family.item_begin + item) * a.lanes + lane;
-    if constexpr (kKind == 0) {
-      __syncthreads();
-      store_keys_split(state, shared_memory, a, rows, family.shared < 0 && count == family.tiles, part);
-    } else {
-      store_rows_split(state, a, rows, part);
-    }
-    at += count;
-    if (at >= start.end) return;
-    if (at == family.work_begin + family.tiles * groups * family.row_tiles) {
-      do {
-        family = load_record(a.families[kKind] + ++number);
-      } while (family.tiles == 0);
-    }
-    __syncthreads();  // before shared memory is written again
+  for (int r = 0; r < Shape::kRowTiles; ++r) limit[r][0] = limit[r][1] = keys.end;
+  AttendState<Shape> state;
+  attend(state, static_cast<unsigned>(__cvta_generic_to_shared(shared_memory)), a.kv,
+         a.indices + family.page_begin, item.kv_head, rows, keys, limit, a.scale_log2);
+  if constexpr (Shape::kWarpsN > 1) {
+    __syncthreads();
+    const bool whole = Kind == kTailWork && family.shared < 0 && item.count == family.tiles;
+    store_keys_split(state, shared_memory, a, partials, rows, whole, item.part);
+  } else {
+    store_rows_split(state, a, partials, rows, item.part);
   }
 }
 
@@ -232,24 +265,50 @@ __device__ __forceinline__ void decode_work(const DecodeArgs& a, const BlockStar
 
 /// Each block takes its numbers of the work, which may end one item and begin another; items that one block
 /// has wholly, of sequences that share nothing, go to the output at once, the rest to decode_merge_kernel.
-template <class Tail, class Shared, bool Shares>
+template <class Tail, class Few, class Many, bool Shares>
 __global__ void __launch_bounds__(Tail::kThreads, 2) decode_kernel(const __grid_constant__ DecodeArgs a) {
-  static_assert(Tail::kThreads == Shared::kThreads && Tail::kSharedBytes == Shared::kSharedBytes,
-                "prefillshare: decode_kernel's two shapes share one launch");
+  static_assert(Tail::kThreads == Few::kThreads && Tail::kThreads == Many::kThreads &&
+                    Tail::kSharedBytes == Few::kSharedBytes && Tail::kSharedBytes == Many::kSharedBytes,
+                "prefillshare: decode_kernel's shapes share one launch");
+  static_assert(Tail::kRows == kTailRows && Few::kRows == kFewRows && Many::kRows == kManyRows,
+                "prefillshare: decode_kernel's shapes have the rows that prepare() counts on");
   extern __shared__ __align__(128) char shared_memory[];
-  codegemm::cuda::detail::wait_for_previous_kernel();
-  codegemm::cuda::detail::allow_next_kernel();
   const int superblock = static_cast<int>(blockIdx.x) / a.lanes;
   const int lane = static_cast<int>(blockIdx.x) - superblock * a.lanes;
-  const BlockStart start = detail::load_record(a.starts + superblock);
-  if (start.at >= start.end) return;
-  if constexpr (Shares) {
-    if (start.first % 2 != 0) {
-      detail::decode_work<Shared>(a, start, lane, shared_memory);
-      return;
-    }
+  BlockStart start;
+  if (a.overlap) {
+    start = detail::load_record(a.starts + superblock);
+    if (start.at < start.end) detail::prefetch_keys<Tail::kHeadDim>(a, start, lane);
   }
-  detail::decode_work<Tail>(a, start, lane, shared_memory);
+  codegemm::cuda::detail::wait_for_previous_kernel();
+  codegemm::cuda::detail::allow_next_kernel();
+  if (!a.overlap) start = detail::load_record(a.starts + superblock);
+  if (start.at >= start.end) return;
+  const bool is_shared = Shares && start.first % 2 != 0;
+  KeyFamily family = start.family;
+  int number = start.number;
+  int at = start.at;
+  while (true) {
+    detail::DecodeItem item;
+    item.find(family, start, at, a.lanes, lane);
+    if (!is_shared) {
+      detail::decode_item<Tail, kTailWork>(a, family, item, shared_memory);
+    } else if constexpr (Shares) {
+      if (shared_kind(family.rows) == kFewRowsWork) {
+        detail::decode_item<Few, kFewRowsWork>(a, family, item, shared_memory);
+      } else {
+        detail::decode_item<Many, kManyRowsWork>(a, family, item, shared_memory);
+      }
+    }
+    at += item.count;
+    if (at >= start.end) return;
+    if (at == family.work_begin + family.tiles * family.row_tiles * (a.kv_heads / a.lanes)) {
+      do {
+        family = detail::load_record(a.families[is_shared ? 1 : 0] + ++number);
+      } while (family.tiles == 0);
+    }
+    __syncthreads();  // before shared memory is written again
+  }
 }
 
 }  // namespace prefillshare::cuda

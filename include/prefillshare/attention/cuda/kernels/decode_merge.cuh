@@ -25,8 +25,6 @@ struct DecodeMergeArgs {
   int kv_heads = 0;
   int group = 0;  // query heads of a K/V head
   int lanes = 1;
-  int tail_rows = 0;
-  int shared_rows = 0;
 };
 
 inline constexpr int kMergeThreads = 128;
@@ -64,6 +62,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   constexpr int kColumns = HeadDim / 32;  // of a lane
   __shared__ float warp_out[RowWarps > 1 ? RowWarps : 1][HeadDim];
   __shared__ float warp_sum[RowWarps > 1 ? RowWarps : 1];
+  codegemm::cuda::detail::allow_next_kernel();  // it waits for this one's end before it writes
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int rank = warp % RowWarps;
@@ -78,15 +77,14 @@ __global__ void __launch_bounds__(kMergeThreads)
   // prepare() had ended when the kernel before this one began, so that what it left may be read at once.
   const KeyFamily tail = detail::load_record(a.tails.families + sequence);
   detail::RowParts tails;
-  tails.find(a.tails, tail, kv_head, row, a.lanes, a.tail_rows, a.tail_partials.rows);
+  tails.find(a.tails, tail, kv_head, row, a.lanes, kTailRows, a.tail_partials.rows);
   detail::RowParts shared;
   if (tail.shared >= 0) {
     const KeyFamily family = detail::load_record(a.shared.families + tail.shared);
     shared.find(a.shared, family, kv_head, (sequence - family.first_token) * a.group + row, a.lanes,
-                a.shared_rows, a.shared_partials.rows);
+                rows_of(shared_kind(family.rows)), a.shared_partials.rows);
   }
   codegemm::cuda::detail::wait_for_previous_kernel();
-  codegemm::cuda::detail::allow_next_kernel();
   if (tail.shared < 0 && tails.count == 1) return;  // the block that had it wrote the output
   const int count = shared.count + tails.count;
   const auto row_of = [&](int i) {

@@ -26,13 +26,11 @@ struct DecodePrepareArgs {
   int groups = 0;
   int page_size = 0;
   int kv_heads = 0;
-  int group = 0;      // query heads of a K/V head
-  int tail_rows = 0;  // query rows of an item
-  int shared_rows = 0;
+  int group = 0;  // query heads of a K/V head
   int lanes = 0;
   int superblocks = 0;
   int min_tiles = 0;
-  int shared_tile_cost = 0;  // percent of what a tail's tile costs
+  int many_rows_cost = 0;  // of a tile of many rows, in percent of one of few
   int min_shared_sequences = 0;
   int min_shared_tokens = 0;
 };
@@ -69,11 +67,13 @@ __device__ __forceinline__ int sum_before(int value, int& total, int (&warp_sums
   return pages > 0 ? (pages - 1) * a.page_size + a.last_page_len[sequence] : 0;
 }
 
-// Numbers the families' work and returns how much it is.
-__device__ inline int number_work(const DecodeWork& work, int count, int head_groups,
+// Numbers the families' work and returns how much it is; `cost` gets that of a tile on average, in percent.
+__device__ inline int number_work(const DecodeWork& work, int count, const DecodePrepareArgs& a, int& cost,
                                   int (&warp_sums)[kPrepareThreads / 32]) {
+  const int head_groups = a.kv_heads / a.lanes;
   int all = 0;
   int items = 0;
+  int many = 0;
   for (int first = 0; first < count; first += kPrepareThreads) {
     const int i = first + static_cast<int>(threadIdx.x);
     const int row_tiles = i < count ? work.families[i].row_tiles * head_groups : 0;
@@ -86,9 +86,14 @@ __device__ inline int number_work(const DecodeWork& work, int count, int head_gr
       work.families[i].work_begin = all + before;
       work.families[i].item_begin = items + items_before;
     }
+    const bool is_many = mine > 0 && shared_kind(work.families[i].rows) == kManyRowsWork;
+    int total_many = 0;
+    sum_before(is_many ? mine : 0, total_many, warp_sums);
     all += total;
     items += total_items;
+    many += total_many;
   }
+  cost = 100 + (all == 0 ? 0 : static_cast<int>(std::int64_t{a.many_rows_cost - 100} * many / all));
   return all;
 }
 
@@ -98,7 +103,7 @@ __device__ inline int number_work(const DecodeWork& work, int count, int head_gr
 
 // Says where each of `superblocks` superblocks starts, the first of them being number `first` of the grid.
 __device__ inline void deal_out(const DecodePrepareArgs& a, const DecodeWork& work, int count, int all,
-                                int first, int superblocks, int kind) {
+                                int first, int superblocks, int shared) {
   const int quota = quota_of(all, superblocks, a.min_tiles);
   if (threadIdx.x == 0) *work.quota = quota;
   const int head_groups = a.kv_heads / a.lanes;
@@ -107,7 +112,7 @@ __device__ inline void deal_out(const DecodePrepareArgs& a, const DecodeWork& wo
     const KeyFamily family = load_record(work.families + i);
     const int end = family.work_begin + family.tiles * family.row_tiles * head_groups;
     for (int b = (family.work_begin + quota - 1) / quota + lane; b * quota < end; b += 32) {
-      a.starts[first + b] = BlockStart{b * quota, min(all, (b + 1) * quota), i, 2 * b + kind, family};
+      a.starts[first + b] = BlockStart{b * quota, min(all, (b + 1) * quota), i, 2 * b + shared, family};
     }
   }
 }
@@ -136,7 +141,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
         family.key_end = tokens;
         family.tiles = (tokens + kTileKeys - 1) / kTileKeys;
         family.rows = count * a.group;
-        family.row_tiles = (family.rows + a.shared_rows - 1) / a.shared_rows;
+        const int rows = rows_of(shared_kind(family.rows));
+        family.row_tiles = (family.rows + rows - 1) / rows;
         for (int i = first; i < first + count; ++i) a.tails.families[i].shared = g;
       }
       family.page_begin = a.indptr[first];
@@ -154,22 +160,21 @@ __global__ void __launch_bounds__(kPrepareThreads)
     family.page_begin = a.indptr[i];
     family.first_token = i;
     family.rows = a.group;
-    family.row_tiles = (a.group + a.tail_rows - 1) / a.tail_rows;
+    family.row_tiles = (a.group + kTailRows - 1) / kTailRows;
     a.tails.families[i] = family;
   }
   __syncthreads();
   if (thread == 0) best = INT_MAX;
-  const int head_groups = a.kv_heads / a.lanes;
-  const int tail_all = detail::number_work(a.tails, a.sequences, head_groups, warp_sums);
-  const int shared_all = a.groups > 0 ? detail::number_work(a.shared, a.groups, head_groups, warp_sums) : 0;
+  int cost = 100;
+  const int tail_all = detail::number_work(a.tails, a.sequences, a, cost, warp_sums);
+  const int shared_all = detail::number_work(a.shared, a.groups, a, cost, warp_sums);
   for (int i = thread; i < a.superblocks; i += kPrepareThreads) a.starts[i] = BlockStart{};
   __syncthreads();
   // The two kinds run side by side: so many superblocks for each that both end at about the same time.
   const int least = shared_all == 0 ? 0 : 1;
   const int most = shared_all == 0 ? 0 : max(1, a.superblocks - (tail_all == 0 ? 0 : 1));
   for (int n = least + thread; n <= most; n += kPrepareThreads) {
-    const int for_shared =
-        n == 0 ? 0 : detail::quota_of(shared_all, n, a.min_tiles) * a.shared_tile_cost / 100;
+    const int for_shared = n == 0 ? 0 : detail::quota_of(shared_all, n, a.min_tiles) * cost / 100;
     const int for_tails = detail::quota_of(tail_all, a.superblocks - n, a.min_tiles);
     atomicMin(&best, max(for_shared, for_tails) * 1024 + n);
   }
