@@ -58,6 +58,8 @@ using TailShape = AttendShape<ScalarOf<T>::kType, HeadDim, 1, 4, 1, 3>;
 template <class T, int HeadDim>
 using FewRowsShape = AttendShape<ScalarOf<T>::kType, HeadDim, 2, 2, 1, 3>;
 template <class T, int HeadDim>
+using SomeRowsShape = AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 1, 3>;
+template <class T, int HeadDim>
 using ManyRowsShape = AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 2, 2>;
 
 // Where things lie in the workspace, in bytes from its start.
@@ -113,9 +115,9 @@ template <class T, class Y>
   const std::int64_t all_blocks = std::int64_t{out.superblocks} * out.lanes;
   out.tail_parts = all_blocks + sequences * p.kv.kv_heads * row_tiles;
   if (shares(p)) {
-    // Two tiles of few rows, or those of many and one that is partly filled.
+    // Each group may have a tile that is partly filled.
     const std::int64_t tiles =
-        sequences * group / kManyRows + 2 * std::min<std::int64_t>(p.prefixes.groups, sequences);
+        sequences * group / kManyRows + std::min<std::int64_t>(p.prefixes.groups, sequences);
     out.shared_parts = all_blocks + tiles * p.kv.kv_heads;
   }
   std::size_t at = 0;
@@ -286,11 +288,12 @@ template <class T, class Y>
       [&](auto c) {
         using Tail = detail::TailShape<T, c.kHeadDim>;
         using Few = detail::FewRowsShape<T, c.kHeadDim>;
+        using Some = detail::SomeRowsShape<T, c.kHeadDim>;
         using Many = detail::ManyRowsShape<T, c.kHeadDim>;
         shape.threads = Tail::kThreads;
         shape.shared_bytes = Tail::kSharedBytes;
-        const auto attend =
-            detail::shares(p) ? decode_kernel<Tail, Few, Many, true> : decode_kernel<Tail, Few, Many, false>;
+        const auto attend = detail::shares(p) ? decode_kernel<Tail, Few, Some, Many, true>
+                                              : decode_kernel<Tail, Few, Some, Many, false>;
         static_cast<void>(status = codegemm::cuda::launch(attend, shape, args, stream));
         if (!status.ok()) return;
         // Few rows: each has many parts, and the warps to share them.

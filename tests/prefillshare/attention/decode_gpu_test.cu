@@ -181,6 +181,11 @@ TEST_CASE("cuda decode: shared prefixes") {
     lengths[7] = 520;
     check<Half, float>({{64, cuda::KvLayout::kHnd, 1, 5, 96}, lengths, {{0, 20, 8}}, path}, seed);
     check<Half, Half>({{1, cuda::KvLayout::kNhd, 3, 3, 64}, lengths, {{0, 20, 515}}, path}, seed);
+    // Groups of few, some and many query rows, the first two sharing more than the crossover.
+    std::vector<int> mixed(50, 1100);
+    std::fill(mixed.begin() + 11, mixed.end(), 333);
+    check<Half, Half>(
+        {{16, cuda::KvLayout::kNhd, 2, 6, 128}, mixed, {{0, 3, 66}, {3, 8, 68}, {11, 39, 20}}, path}, seed);
   }
 }
 

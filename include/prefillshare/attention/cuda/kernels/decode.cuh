@@ -43,21 +43,21 @@ struct alignas(16) BlockStart {
 };
 static_assert(sizeof(BlockStart) == 64, "BlockStart is read as four vectors of 16 bytes");
 
-/// Kinds of work. Shared pages with many query rows are for larger tiles of rows than those with few.
-inline constexpr int kTailWork = 0;
-inline constexpr int kFewRowsWork = 1;
-inline constexpr int kManyRowsWork = 2;
+/// Kinds of work: a sequence's own keys, and shared ones for few, some or many query rows.
+enum class WorkKind { kTail, kFewRows, kSomeRows, kManyRows };
 
+[[nodiscard]] CODEGEMM_HOST_DEVICE constexpr WorkKind shared_kind(int rows) {
+  return rows <= 32 ? WorkKind::kFewRows : rows <= 64 ? WorkKind::kSomeRows : WorkKind::kManyRows;
+}
 /// Query rows of an item of each kind.
-inline constexpr int kTailRows = 16;
-inline constexpr int kFewRows = 32;
-inline constexpr int kManyRows = 128;
-[[nodiscard]] CODEGEMM_HOST_DEVICE constexpr int shared_kind(int rows) {
-  return rows <= 2 * kFewRows ? kFewRowsWork : kManyRowsWork;
+[[nodiscard]] CODEGEMM_HOST_DEVICE constexpr int rows_of(WorkKind kind) {
+  return kind == WorkKind::kTail       ? 16
+         : kind == WorkKind::kFewRows  ? 32
+         : kind == WorkKind::kSomeRows ? 64
+                                       : 128;
 }
-[[nodiscard]] CODEGEMM_HOST_DEVICE constexpr int rows_of(int kind) {
-  return kind == kTailWork ? kTailRows : kind == kFewRowsWork ? kFewRows : kManyRows;
-}
+inline constexpr int kTailRows = rows_of(WorkKind::kTail);
+inline constexpr int kManyRows = rows_of(WorkKind::kManyRows);
 
 /// What prepare() leaves for the kernels of one sort, tails or shared pages.
 struct DecodeWork {
@@ -230,10 +230,10 @@ __device__ __forceinline__ void prefetch_keys(const DecodeArgs& a, const BlockSt
 }
 
 // Tiles of keys of one item, in the shape that its kind asks for.
-template <class Shape, int Kind>
+template <class Shape, WorkKind Kind>
 __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily& family,
                                             const DecodeItem& item, char* shared_memory) {
-  const DecodePartials& partials = a.partials[Kind == kTailWork ? 0 : 1];
+  const DecodePartials& partials = a.partials[Kind == WorkKind::kTail ? 0 : 1];
   QueryRows rows;
   rows.q = a.q;
   rows.stride = a.q_stride;
@@ -254,7 +254,7 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
          a.indices + family.page_begin, item.kv_head, rows, keys, limit, a.scale_log2);
   if constexpr (Shape::kWarpsN > 1) {
     __syncthreads();
-    const bool whole = Kind == kTailWork && family.shared < 0 && item.count == family.tiles;
+    const bool whole = Kind == WorkKind::kTail && family.shared < 0 && item.count == family.tiles;
     store_keys_split(state, shared_memory, a, partials, rows, whole, item.part);
   } else {
     store_rows_split(state, a, partials, rows, item.part);
@@ -265,12 +265,14 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
 
 /// Each block takes its numbers of the work, which may end one item and begin another; items that one block
 /// has wholly, of sequences that share nothing, go to the output at once, the rest to decode_merge_kernel.
-template <class Tail, class Few, class Many, bool Shares>
+template <class Tail, class Few, class Some, class Many, bool Shares>
 __global__ void __launch_bounds__(Tail::kThreads, 2) decode_kernel(const __grid_constant__ DecodeArgs a) {
-  static_assert(Tail::kThreads == Few::kThreads && Tail::kThreads == Many::kThreads &&
-                    Tail::kSharedBytes == Few::kSharedBytes && Tail::kSharedBytes == Many::kSharedBytes,
+  static_assert(Tail::kThreads == Few::kThreads && Tail::kThreads == Some::kThreads &&
+                    Tail::kThreads == Many::kThreads && Tail::kSharedBytes == Few::kSharedBytes &&
+                    Tail::kSharedBytes == Some::kSharedBytes && Tail::kSharedBytes == Many::kSharedBytes,
                 "prefillshare: decode_kernel's shapes share one launch");
-  static_assert(Tail::kRows == kTailRows && Few::kRows == kFewRows && Many::kRows == kManyRows,
+  static_assert(Tail::kRows == kTailRows && Few::kRows == rows_of(WorkKind::kFewRows) &&
+                    Some::kRows == rows_of(WorkKind::kSomeRows) && Many::kRows == kManyRows,
                 "prefillshare: decode_kernel's shapes have the rows that prepare() counts on");
   extern __shared__ __align__(128) char shared_memory[];
   const int superblock = static_cast<int>(blockIdx.x) / a.lanes;
@@ -291,13 +293,16 @@ __global__ void __launch_bounds__(Tail::kThreads, 2) decode_kernel(const __grid_
   while (true) {
     detail::DecodeItem item;
     item.find(family, start, at, a.lanes, lane);
-    if (!is_shared) {
-      detail::decode_item<Tail, kTailWork>(a, family, item, shared_memory);
+    const WorkKind kind = is_shared ? shared_kind(family.rows) : WorkKind::kTail;
+    if (kind == WorkKind::kTail) {
+      detail::decode_item<Tail, WorkKind::kTail>(a, family, item, shared_memory);
     } else if constexpr (Shares) {
-      if (shared_kind(family.rows) == kFewRowsWork) {
-        detail::decode_item<Few, kFewRowsWork>(a, family, item, shared_memory);
+      if (kind == WorkKind::kFewRows) {
+        detail::decode_item<Few, WorkKind::kFewRows>(a, family, item, shared_memory);
+      } else if (kind == WorkKind::kSomeRows) {
+        detail::decode_item<Some, WorkKind::kSomeRows>(a, family, item, shared_memory);
       } else {
-        detail::decode_item<Many, kManyRowsWork>(a, family, item, shared_memory);
+        detail::decode_item<Many, WorkKind::kManyRows>(a, family, item, shared_memory);
       }
     }
     at += item.count;

@@ -56,13 +56,13 @@ struct RowParts {
 
 /// RowWarps warps for each query row; the parts are added in the same order every time.
 template <int HeadDim, int RowWarps>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 8)
     decode_merge_kernel(const __grid_constant__ DecodeMergeArgs a) {
   constexpr int kRows = kMergeThreads / 32 / RowWarps;
   constexpr int kColumns = HeadDim / 32;  // of a lane
   __shared__ float warp_out[RowWarps > 1 ? RowWarps : 1][HeadDim];
-  __shared__ float warp_sum[RowWarps > 1 ? RowWarps : 1];
-  codegemm::cuda::detail::allow_next_kernel();  // it waits for this one's end before it writes
+  __shared__ float2 warp_sums[RowWarps > 1 ? RowWarps : 1];  // largest score, and the sum of weights
+  codegemm::cuda::detail::allow_next_kernel();               // it waits for this one's end before it writes
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int rank = warp % RowWarps;
@@ -87,40 +87,66 @@ __global__ void __launch_bounds__(kMergeThreads)
   codegemm::cuda::detail::wait_for_previous_kernel();
   if (tail.shared < 0 && tails.count == 1) return;  // the block that had it wrote the output
   const int count = shared.count + tails.count;
-  const auto row_of = [&](int i) {
-    return i < shared.count ? shared.first + static_cast<std::int64_t>(i) * shared.step
-                            : tails.first + static_cast<std::int64_t>(i - shared.count) * tails.step;
-  };
-  const auto top_of = [&](int i) {
-    return i < shared.count ? a.shared_partials.top[row_of(i)] : a.tail_partials.top[row_of(i)];
-  };
+  // So many parts are asked for before the first is there. More would need registers that the blocks of
+  // decode_kernel leave to this one, so that it waits beside them.
+  constexpr int kAtOnce = RowWarps > 1 ? 3 : 4;
   float top = -INFINITY;
-  for (int i = lane; i < count; i += 32) top = fmaxf(top, top_of(i).x);
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFU, top, step));
-  float out[kColumns] = {};
   float sum = 0.0F;
-#pragma unroll 4
-  for (int i = rank; i < count; i += RowWarps) {
-    const float2 t = top_of(i);
-    const float factor = t.x == -INFINITY ? 0.0F : detail::exp2_fast(t.x - top);
-    const float* const from =
-        (i < shared.count ? a.shared_partials.out : a.tail_partials.out) + row_of(i) * HeadDim + lane;
-    sum += factor * t.y;
+  float out[kColumns] = {};
+  for (int i = rank; i < count; i += RowWarps * kAtOnce) {
+    float2 tops[kAtOnce];
+    float values[kAtOnce][kColumns];
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) out[c] += factor * from[c * 32];
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int part = i + u * RowWarps;
+      const bool is_there = part < count;
+      const bool is_shared = part < shared.count;
+      const DecodePartials& partials = is_shared ? a.shared_partials : a.tail_partials;
+      const std::int64_t at = is_shared
+                                  ? shared.first + static_cast<std::int64_t>(part) * shared.step
+                                  : tails.first + static_cast<std::int64_t>(part - shared.count) * tails.step;
+      tops[u] = is_there ? partials.top[at] : make_float2(-INFINITY, 0.0F);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        values[u][c] = is_there ? partials.out[at * HeadDim + c * 32 + lane] : 0.0F;
+      }
+    }
+    float next = top;
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) next = fmaxf(next, tops[u].x);
+    const float base = next == -INFINITY ? 0.0F : next;
+    const float kept = detail::exp2_fast(top - base);
+    sum *= kept;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) out[c] *= kept;
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const float factor = detail::exp2_fast(tops[u].x - base);
+      sum += factor * tops[u].y;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) out[c] += factor * values[u][c];
+    }
+    top = next;
   }
   if constexpr (RowWarps > 1) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) warp_out[rank][c * 32 + lane] = out[c];
-    if (lane == 0) warp_sum[rank] = sum;
+    if (lane == 0) warp_sums[rank] = make_float2(top, sum);
     __syncthreads();
     if (rank > 0) return;
+    float base = -INFINITY;
 #pragma unroll
-    for (int w = 1; w < RowWarps; ++w) {
-      sum += warp_sum[w];
+    for (int w = 0; w < RowWarps; ++w) base = fmaxf(base, warp_sums[w].x);
+    if (base == -INFINITY) base = 0.0F;
+    sum = 0.0F;
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) out[c] += warp_out[w][c * 32 + lane];
+    for (int c = 0; c < kColumns; ++c) out[c] = 0.0F;
+#pragma unroll
+    for (int w = 0; w < RowWarps; ++w) {
+      const float factor = detail::exp2_fast(warp_sums[w].x - base);
+      sum += factor * warp_sums[w].y;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) out[c] += factor * warp_out[w][c * 32 + lane];
     }
   }
   const float inverse = sum > 0.0F ? 1.0F / sum : (sum == 0.0F ? 0.0F : sum);  // no keys: zeros; NaN stays

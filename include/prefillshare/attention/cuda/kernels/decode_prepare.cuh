@@ -86,7 +86,7 @@ __device__ inline int number_work(const DecodeWork& work, int count, const Decod
       work.families[i].work_begin = all + before;
       work.families[i].item_begin = items + items_before;
     }
-    const bool is_many = mine > 0 && shared_kind(work.families[i].rows) == kManyRowsWork;
+    const bool is_many = mine > 0 && shared_kind(work.families[i].rows) == WorkKind::kManyRows;
     int total_many = 0;
     sum_before(is_many ? mine : 0, total_many, warp_sums);
     all += total;
