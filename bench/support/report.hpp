@@ -35,6 +35,7 @@ struct Row {
   double share_of_read = 0.0;  // of what this machine reads from memory
   double error = 0.0;          // relative, against the reference
   double psumbook_us = 0.0;    // of building the Psumbook alone; 0: not measured
+  double tflop_per_s = 0.0;    // 0: not counted
   std::vector<Peer> peers;
 };
 
@@ -73,6 +74,7 @@ struct Suite {
                     {"error", row.error},
                     {"peers", peers}});
     if (row.psumbook_us > 0.0) rows.back()["psumbook_us"] = row.psumbook_us;
+    if (row.tflop_per_s > 0.0) rows.back()["tflop_per_s"] = row.tflop_per_s;
   }
   return frame_json(suite, std::move(rows));
 }

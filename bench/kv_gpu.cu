@@ -1,0 +1,520 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// bench/kv_gpu.cu - suite kv-gpu: attention over pages at the head shapes of Llama-3 8B and 70B: decode,
+// decode with a shared prefix beside the plain path, and prefill.
+//
+// Each time is the median of replays of a CUDA graph that holds many calls over different caches, 600 MB in
+// all where one is smaller, so that no cache of the GPU holds them; divided by the number of calls. prepare()
+// is once a step, not once a layer: it has a row of its own.
+//
+// usage: kv-gpu [--json FILE] [--quick] [--torch FILE] [--only decode|decode-hnd|shared|prefill]
+//               [--lanes N] [--min-tiles N] [--no-overlap] [--many-rows-cost PERCENT]
+//   --torch FILE  the times that bench/attention_peer.py wrote on this machine, as peers
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <prefillshare/attention/decode.cuh>
+#include <prefillshare/attention/prefill.cuh>
+
+#include "support/report.hpp"
+
+namespace {
+
+using namespace codegemm;
+using namespace prefillshare::cuda;
+using bench::Peer;
+using bench::Row;
+
+void check(cudaError_t code, const char* what) {
+  if (code != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(code));
+}
+void check(const Status& status) {
+  if (!status.ok()) throw std::runtime_error(status.message());
+}
+
+template <class T>
+struct Buffer {
+  T* data = nullptr;
+  explicit Buffer(std::size_t count) {
+    check(cudaMalloc(&data, std::max<std::size_t>(count * sizeof(T), 256)), "cudaMalloc");
+  }
+  explicit Buffer(const std::vector<T>& values) : Buffer(values.size()) {
+    check(cudaMemcpy(data, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { cudaFree(data); }
+};
+
+// Element i of every random buffer: the host knows it without a copy. Uniform, variance 1.
+__host__ __device__ inline float value_at(std::uint64_t i, std::uint64_t seed) {
+  std::uint64_t z = (i + 1) * 0x9E3779B97F4A7C15ULL + seed * 0xD1B54A32D192ED03ULL;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
+  return (static_cast<float>((z ^ (z >> 31)) >> 40) * 0x1p-24F - 0.5F) * 3.4641016F;
+}
+__global__ void fill_kernel(__half* data, std::uint64_t count, std::uint64_t seed) {
+  const std::uint64_t step = static_cast<std::uint64_t>(gridDim.x) * blockDim.x;
+  for (std::uint64_t i = static_cast<std::uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += step) {
+    data[i] = __float2half_rn(value_at(i, seed));
+  }
+}
+double rounded(std::uint64_t i, std::uint64_t seed) {
+  return static_cast<double>(Half::from_float(value_at(i, seed)).to_float());
+}
+
+template <class Enqueue>
+double time_us(cudaStream_t stream, int launches, int replays, Enqueue&& enqueue) {
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+  for (int i = 0; i < launches; ++i) enqueue(i);
+  check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
+  check(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
+  cudaEvent_t start, stop;
+  check(cudaEventCreate(&start), "cudaEventCreate");
+  check(cudaEventCreate(&stop), "cudaEventCreate");
+  std::vector<double> times;
+  for (int i = 0; i < replays + 2; ++i) {
+    check(cudaEventRecord(start, stream), "cudaEventRecord");
+    check(cudaGraphLaunch(exec, stream), "cudaGraphLaunch");
+    check(cudaEventRecord(stop, stream), "cudaEventRecord");
+    check(cudaEventSynchronize(stop), "cudaEventSynchronize");
+    float ms = 0.0F;
+    check(cudaEventElapsedTime(&ms, start, stop), "cudaEventElapsedTime");
+    if (i >= 2) times.push_back(static_cast<double>(ms) * 1e3 / launches);
+  }
+  check(cudaEventDestroy(start), "cudaEventDestroy");
+  check(cudaEventDestroy(stop), "cudaEventDestroy");
+  check(cudaGraphExecDestroy(exec), "cudaGraphExecDestroy");
+  check(cudaGraphDestroy(graph), "cudaGraphDestroy");
+  return bench::median(times);
+}
+
+__global__ void read_kernel(const uint4* data, std::size_t count, unsigned* sink) {
+  unsigned sum = 0;
+  const std::size_t step = static_cast<std::size_t>(gridDim.x) * blockDim.x;
+  std::size_t i = static_cast<std::size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (; i + 3 * step < count; i += 4 * step) {
+    const uint4 a = __ldcs(data + i), b = __ldcs(data + i + step), c = __ldcs(data + i + 2 * step),
+                d = __ldcs(data + i + 3 * step);
+    sum += a.x ^ a.y ^ a.z ^ a.w ^ b.x ^ b.y ^ b.z ^ b.w ^ c.x ^ c.y ^ c.z ^ c.w ^ d.x ^ d.y ^ d.z ^ d.w;
+  }
+  for (; i < count; i += step) sum += data[i].x;
+  if (sum == 0x12345678U) *sink = sum;
+}
+
+bench::MemorySpeed measure_bandwidth(cudaStream_t stream, int multiprocessors) {
+  constexpr std::size_t kBytes = std::size_t{4} << 30;
+  Buffer<unsigned char> a(kBytes);
+  Buffer<unsigned> sink(1);
+  check(cudaMemset(a.data, 0x5A, kBytes), "cudaMemset");
+  const double copy = time_us(stream, 1, 9, [&](int) {
+    check(cudaMemcpyAsync(a.data + kBytes / 2, a.data, kBytes / 2, cudaMemcpyDeviceToDevice, stream),
+          "cudaMemcpyAsync");
+  });
+  double read = 1e30;
+  for (const int blocks : {2, 4, 8, 16}) {
+    read = std::min(read, time_us(stream, 1, 9, [&](int) {
+                      read_kernel<<<static_cast<unsigned>(multiprocessors * blocks), 512, 0, stream>>>(
+                          reinterpret_cast<const uint4*>(a.data), kBytes / 16, sink.data);
+                    }));
+  }
+  bench::MemorySpeed out;
+  out.copy_gb_per_s = static_cast<double>(kBytes) / copy * 1e-3;
+  out.read_gb_per_s = static_cast<double>(kBytes) / read * 1e-3;
+  return out;
+}
+
+struct Model {
+  const char* name;
+  int heads;
+  int kv_heads;
+  int head_dim;
+};
+constexpr Model kModels[] = {{"8b", 32, 8, 128}, {"70b", 64, 8, 128}};
+constexpr int kPageSize = 16;
+
+// A batch of sequences of one length, the first `shared` tokens of all in the same pages; `copies` caches.
+struct Bench {
+  Model model;
+  int sequences;
+  int tokens;
+  int shared;
+  int copies;
+  std::int64_t pages;                 // of a cache
+  double bytes;                       // K and V of a cache, each page once
+  std::vector<std::int32_t> indices;  // [copies][sequences][pages of a sequence]
+  Buffer<__half> cache;
+  Buffer<std::int32_t> indptr_device;
+  Buffer<std::int32_t> indices_device;
+  Buffer<std::int32_t> last_device;
+
+  KvLayout layout;
+
+  Bench(Model model_, int sequences_, int tokens_, int shared_, double least_bytes,
+        KvLayout layout_ = KvLayout::kNhd)
+      : model(model_),
+        sequences(sequences_),
+        tokens(tokens_),
+        shared(shared_),
+        copies(1),
+        pages(shared / kPageSize + std::int64_t{sequences} * (per_sequence() - shared / kPageSize)),
+        bytes(static_cast<double>(pages) * static_cast<double>(page_elements()) * 2.0),
+        indices(scatter(least_bytes)),
+        cache(static_cast<std::size_t>(copies * pages * page_elements())),
+        indptr_device(indptr()),
+        indices_device(indices),
+        last_device(
+            std::vector<std::int32_t>(static_cast<std::size_t>(sequences), (tokens - 1) % kPageSize + 1)),
+        layout(layout_) {
+    fill_kernel<<<1024, 256>>>(cache.data, static_cast<std::uint64_t>(copies * pages * page_elements()), 1);
+    check(cudaDeviceSynchronize(), "fill");
+  }
+  [[nodiscard]] std::int64_t per_sequence() const { return (tokens + kPageSize - 1) / kPageSize; }
+  [[nodiscard]] std::int64_t page_elements() const {
+    return std::int64_t{2} * kPageSize * model.kv_heads * model.head_dim;
+  }
+  [[nodiscard]] std::vector<std::int32_t> indptr() const {
+    std::vector<std::int32_t> out;
+    for (int i = 0; i <= sequences; ++i) out.push_back(static_cast<std::int32_t>(i * per_sequence()));
+    return out;
+  }
+  // Pages in random order, as an allocator's would be after a while.
+  std::vector<std::int32_t> scatter(double least_bytes) {
+    copies = static_cast<int>(std::clamp(least_bytes / bytes + 1.0, 1.0, 64.0));
+    std::uint64_t state = 7;
+    std::vector<std::int32_t> out;
+    for (int c = 0; c < copies; ++c) {
+      std::vector<std::int32_t> order(static_cast<std::size_t>(pages));
+      std::iota(order.begin(), order.end(), static_cast<std::int32_t>(c * pages));
+      for (std::size_t i = order.size() - 1; i > 0; --i) {
+        state = state * 6364136223846793005ULL + 1442695040888963407ULL;
+        std::swap(order[i], order[(state >> 33) % (i + 1)]);
+      }
+      auto next = static_cast<std::size_t>(shared / kPageSize);
+      for (int s = 0; s < sequences; ++s) {
+        for (std::int64_t j = 0; j < per_sequence(); ++j) {
+          out.push_back(j < shared / kPageSize ? order[static_cast<std::size_t>(j)] : order[next++]);
+        }
+      }
+    }
+    return out;
+  }
+  [[nodiscard]] KvPages<const __half> pages_view() const {
+    return kv_pages<const __half>(cache.data, layout, static_cast<std::int32_t>(copies * pages), kPageSize,
+                                  model.kv_heads, model.head_dim);
+  }
+  [[nodiscard]] PageTableView table(int copy) const {
+    return {indptr_device.data, indices_device.data + copy * sequences * per_sequence(), last_device.data,
+            sequences};
+  }
+  // Relative error of some heads of some rows; row r is of sequence `sequence[r]` and sees keys[r] keys.
+  [[nodiscard]] double error_of(const std::vector<Half>& out, const std::vector<int>& rows,
+                                const std::vector<int>& sequence_of, const std::vector<int>& keys) const {
+    const int dim = model.head_dim;
+    double off = 0.0;
+    double size = 0.0;
+    for (std::size_t r = 0; r < rows.size(); ++r) {
+      for (const int head : {0, model.heads / 2 + 1, model.heads - 1}) {
+        const int kv_head = head / (model.heads / model.kv_heads);
+        const std::int64_t q_at = (std::int64_t{rows[r]} * model.heads + head) * dim;
+        const auto element = [&](int token, int d, bool v) {
+          const std::int64_t page =
+              indices[static_cast<std::size_t>(sequence_of[r] * per_sequence() + token / kPageSize)];
+          const std::int64_t at =
+              page * page_elements() + (v ? page_elements() / 2 : 0) +
+              (layout == KvLayout::kNhd ? std::int64_t{token % kPageSize} * model.kv_heads + kv_head
+                                        : std::int64_t{kv_head} * kPageSize + token % kPageSize) *
+                  dim +
+              d;
+          return rounded(static_cast<std::uint64_t>(at), 1);
+        };
+        std::vector<double> weight(static_cast<std::size_t>(keys[r]));
+        double top = -HUGE_VAL;
+        for (int t = 0; t < keys[r]; ++t) {
+          double sum = 0.0;
+          for (int d = 0; d < dim; ++d) {
+            sum += rounded(static_cast<std::uint64_t>(q_at + d), 2) * element(t, d, false);
+          }
+          weight[static_cast<std::size_t>(t)] = sum / std::sqrt(static_cast<double>(dim));
+          top = std::max(top, weight[static_cast<std::size_t>(t)]);
+        }
+        double all = 0.0;
+        for (double& w : weight) all += w = std::exp(w - top);
+        for (int d = 0; d < dim; ++d) {
+          double want = 0.0;
+          for (int t = 0; t < keys[r]; ++t) want += weight[static_cast<std::size_t>(t)] * element(t, d, true);
+          want /= all;
+          const double got = static_cast<double>(out[static_cast<std::size_t>(q_at + d)].to_float());
+          off += (got - want) * (got - want);
+          size += want * want;
+        }
+      }
+    }
+    const double error = std::sqrt(off / size);
+    if (!(error < 5e-3)) throw std::runtime_error("wrong result: relative error " + std::to_string(error));
+    return error;
+  }
+};
+
+struct Program {
+  cuda::Device device;
+  cudaStream_t stream = nullptr;
+  bench::Suite suite;
+  nlohmann::json torch;
+  bool quick = false;
+  DecodeTuning tuning;
+  bool overlap = true;
+
+  void add(Row row) {
+    if (const auto it = torch.find(row.name + " " + row.shape + " " + row.config); it != torch.end()) {
+      row.peers.push_back({"torch-sdpa", it->get<double>(), it->get<double>() / row.median_us});
+    }
+    std::printf("%-8s %-11s %-18s %9.2f us %6.0f GB/s %5.2f of read %6.1f TFLOP/s error %.1e",
+                row.name.c_str(), row.shape.c_str(), row.config.c_str(), row.median_us, row.gb_per_s,
+                row.share_of_read, row.tflop_per_s, row.error);
+    for (const Peer& p : row.peers) std::printf("  %s %.1f us (x%.2f)", p.name.c_str(), p.median_us, p.ratio);
+    std::printf("\n");
+    std::fflush(stdout);
+    suite.rows.push_back(std::move(row));
+  }
+
+  // us of a call and the error of the first.
+  std::pair<double, double> time_decode(const Bench& b, SharedPath path) {
+    const std::int64_t cols = std::int64_t{b.model.heads} * b.model.head_dim;
+    const auto elements = static_cast<std::size_t>(b.sequences * cols);
+    Buffer<__half> q(elements);
+    Buffer<__half> out(elements);
+    fill_kernel<<<64, 256>>>(q.data, elements, 2);
+    check(cudaMemset(out.data, 0xFF, elements * 2), "cudaMemset");
+    Buffer<std::int32_t> group_indptr(std::vector<std::int32_t>{0, b.sequences});
+    Buffer<std::int32_t> shared_pages(std::vector<std::int32_t>{b.shared / kPageSize});
+    DecodeProblem<__half> p;
+    p.kv = b.pages_view();
+    p.table = b.table(0);
+    p.prefixes = {group_indptr.data, shared_pages.data, b.shared > 0 ? 1 : 0};
+    p.q = MatrixView<const __half>(q.data, b.sequences, cols);
+    p.out = MatrixView<__half>(out.data, b.sequences, cols);
+    p.heads = b.model.heads;
+    p.tuning = tuning;
+    p.tuning.shared = path;
+    const std::size_t size = workspace_bytes(p, device);
+    Buffer<std::byte> workspace(size);
+    check(prepare(p, device, workspace.data, size, stream));
+    check(run(p, device, workspace.data, size, stream));
+    check(cudaStreamSynchronize(stream), "decode");
+    std::vector<Half> host(elements);
+    check(cudaMemcpy(host.data(), out.data, elements * 2, cudaMemcpyDeviceToHost), "cudaMemcpy");
+    const int last = b.sequences - 1;
+    const double error = b.error_of(host, {0, last}, {0, last}, {b.tokens, b.tokens});
+    const int launches = std::max(b.copies, b.bytes > 1e9 ? 1 : 8);
+    p.overlap = overlap;
+    const double us = time_us(stream, launches, quick ? 3 : 11, [&](int i) {
+      p.table = b.table(i % b.copies);
+      check(run(p, device, workspace.data, size, stream));
+    });
+    return {us, error};
+  }
+
+  void decode(KvLayout layout) {
+    for (const Model& model : kModels) {
+      for (const int tokens : {2048, 8192, 32768}) {
+        for (const int sequences : {1, 4, 16, 64}) {
+          if ((quick || layout == KvLayout::kHnd) && (tokens == 8192 || sequences == 16)) continue;
+          const Bench b(model, sequences, tokens, 0, 600e6, layout);
+          const auto [us, error] = time_decode(b, SharedPath::kNever);
+          Row row;
+          row.name = layout == KvLayout::kNhd ? "decode" : "decode-hnd";
+          row.shape = std::to_string(model.heads) + "/" + std::to_string(model.kv_heads) + "/" +
+                      std::to_string(model.head_dim);
+          row.config = concat("batch", sequences, "x", tokens);
+          row.tokens = sequences;
+          row.median_us = us;
+          row.error = error;
+          row.gb_per_s = b.bytes / us * 1e-3;
+          row.share_of_read = row.gb_per_s / suite.memory.read_gb_per_s;
+          add(row);
+        }
+      }
+    }
+  }
+
+  void shared() {
+    struct Point {
+      int prefix;
+      int sequences;
+    };
+    std::vector<Point> points;
+    for (const int sequences : {2, 4, 8, 16, 32, 64}) points.push_back({4096, sequences});
+    for (const int prefix : {256, 512, 1024, 2048, 16384}) {
+      for (const int sequences : {2, 4, 16}) {
+        if (!quick) points.push_back({prefix, sequences});
+      }
+    }
+    for (const Model& model : kModels) {
+      for (const Point point : points) {
+        const Bench b(model, point.sequences, point.prefix + 128, point.prefix, 600e6);
+        const auto [us, error] = time_decode(b, SharedPath::kAlways);
+        const double plain = time_decode(b, SharedPath::kNever).first;
+        Row row;
+        row.name = "shared";
+        row.shape = std::to_string(model.heads) + "/" + std::to_string(model.kv_heads) + "/" +
+                    std::to_string(model.head_dim);
+        row.config = concat("batch", point.sequences, "x", point.prefix, "+128");
+        row.tokens = point.sequences;
+        row.median_us = us;
+        row.error = error;
+        row.gb_per_s = b.bytes / us * 1e-3;
+        row.share_of_read = row.gb_per_s / suite.memory.read_gb_per_s;
+        row.peers.push_back({"plain", plain, plain / us});
+        add(row);
+      }
+    }
+  }
+
+  void prefill() {
+    struct Point {
+      int tokens;
+      int context;
+    };
+    for (const Model& model : kModels) {
+      for (const Point point : {Point{2048, 2048}, Point{4096, 4096}, Point{8192, 8192}, Point{512, 8192}}) {
+        const Bench b(model, 1, point.context, 0, 0.0);
+        const std::int64_t cols = std::int64_t{model.heads} * model.head_dim;
+        const auto elements = static_cast<std::size_t>(point.tokens * cols);
+        Buffer<__half> q(elements);
+        Buffer<__half> out(elements);
+        fill_kernel<<<1024, 256>>>(q.data, elements, 2);
+        check(cudaMemset(out.data, 0xFF, elements * 2), "cudaMemset");
+        Buffer<std::int32_t> query_indptr(std::vector<std::int32_t>{0, point.tokens});
+        PrefillProblem<__half> p;
+        p.kv = b.pages_view();
+        p.table = b.table(0);
+        p.query_indptr = query_indptr.data;
+        p.q = MatrixView<const __half>(q.data, point.tokens, cols);
+        p.out = MatrixView<__half>(out.data, point.tokens, cols);
+        p.heads = model.heads;
+        check(run(p, device, stream));
+        check(cudaStreamSynchronize(stream), "prefill");
+        std::vector<Half> host(elements);
+        check(cudaMemcpy(host.data(), out.data, elements * 2, cudaMemcpyDeviceToHost), "cudaMemcpy");
+        const int past = point.context - point.tokens;
+        std::vector<int> rows{0, point.tokens / 3, point.tokens - 1};
+        std::vector<int> keys;
+        for (const int r : rows) keys.push_back(past + r + 1);
+        Row row;
+        row.name = "prefill";
+        row.error = b.error_of(host, rows, {0, 0, 0}, keys);
+        row.shape = std::to_string(model.heads) + "/" + std::to_string(model.kv_heads) + "/" +
+                    std::to_string(model.head_dim);
+        row.config = concat(point.tokens, "of", point.context);
+        row.tokens = point.tokens;
+        row.median_us = time_us(stream, 4, quick ? 3 : 11, [&](int) { check(run(p, device, stream)); });
+        const double pairs = static_cast<double>(point.tokens) * (past + 0.5 * (point.tokens + 1.0));
+        row.tflop_per_s = pairs * model.heads * model.head_dim * 4.0 / row.median_us * 1e-6;
+        add(row);
+      }
+    }
+  }
+
+  void time_prepare() {
+    const Bench b(kModels[0], 64, 2048, 0, 0.0);
+    Buffer<__half> q(64 * 4096);
+    DecodeProblem<__half> p;
+    p.kv = b.pages_view();
+    p.table = b.table(0);
+    p.q = MatrixView<const __half>(q.data, 64, 4096);
+    p.out = MatrixView<__half>(q.data, 64, 4096);
+    p.heads = 32;
+    const std::size_t size = workspace_bytes(p, device);
+    Buffer<std::byte> workspace(size);
+    Row row;
+    row.name = "prepare";
+    row.shape = "32/8/128";
+    row.config = "batch64";
+    row.median_us =
+        time_us(stream, 16, 11, [&](int) { check(prepare(p, device, workspace.data, size, stream)); });
+    add(row);
+  }
+};
+
+int program(int argc, char** argv) {
+  Program program;
+  std::string json;
+  std::string only;
+  for (int i = 1; i < argc; ++i) {
+    const std::string name = argv[i];
+    if (name == "--quick") {
+      program.quick = true;
+      continue;
+    }
+    if (name == "--no-overlap") {
+      program.overlap = false;
+      continue;
+    }
+    if (i + 1 >= argc) throw std::runtime_error("unknown or unfinished argument " + name);
+    const char* const value = argv[++i];
+    if (name == "--json") {
+      json = value;
+    } else if (name == "--only") {
+      only = value;
+    } else if (name == "--lanes") {
+      program.tuning.lanes = std::atoi(value);
+    } else if (name == "--min-tiles") {
+      program.tuning.min_tiles = std::atoi(value);
+    } else if (name == "--many-rows-cost") {
+      program.tuning.many_rows_cost = std::atoi(value);
+    } else if (name == "--torch") {
+      std::ifstream file(value);
+      program.torch = nlohmann::json::parse(file);
+    } else {
+      throw std::runtime_error("unknown argument " + name);
+    }
+  }
+  const auto device = cuda::query_device(0);
+  check(device.status());
+  program.device = *device;
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+  int driver = 0;
+  int runtime = 0;
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+  check(cudaStreamCreate(&program.stream), "cudaStreamCreate");
+  program.suite.name = "kv-gpu";
+  program.suite.machine =
+      concat(properties.name, ", ", device->multiprocessors, " multiprocessors, CUDA ", runtime / 1000, '.',
+             runtime % 1000 / 10, ", driver for ", driver / 1000, '.', driver % 1000 / 10);
+  program.suite.memory = measure_bandwidth(program.stream, device->multiprocessors);
+  std::printf("%s\ncopy %.0f GB/s, read %.0f GB/s\n", program.suite.machine.get<std::string>().c_str(),
+              program.suite.memory.copy_gb_per_s, program.suite.memory.read_gb_per_s);
+  const auto wanted = [&](const char* part) { return only.empty() || only == part; };
+  if (wanted("decode")) program.decode(KvLayout::kNhd);
+  if (wanted("decode-hnd")) program.decode(KvLayout::kHnd);
+  if (wanted("decode")) program.time_prepare();
+  if (wanted("shared")) program.shared();
+  if (wanted("prefill")) program.prefill();
+  if (!json.empty()) check(bench::write_json(program.suite, json));
+  check(cudaStreamDestroy(program.stream), "cudaStreamDestroy");
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return program(argc, argv);
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "kv-gpu: %s\n", e.what());
+    return 1;
+  }
+}

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/attention/cuda/block/page_loader.cuh - K and V from pages into shared memory, asynchronously.
+// Layer: attention/cuda/block (device).
+#pragma once
+
+#include <cstdint>
+
+#include <codegemm/base/macros.hpp>
+#include <prefillshare/attention/cuda/block/tensor_core.cuh>
+
+namespace prefillshare::cuda {
+
+/// Keys are taken in tiles of this many, from the first key of a range on.
+inline constexpr int kTileKeys = 64;
+
+/// How a block of threads shares out a tile: kWarpsM warps along the query rows, kWarpsN along the keys, and
+/// kRowTiles times 16 query rows a warp. Shared memory holds kStages tiles of K and V, each row padded by 16
+/// bytes, so that the eight rows of a matrix that ldmatrix reads lie in different banks.
+template <ScalarType Type, int HeadDim, int WarpsM, int WarpsN, int RowTiles, int Stages>
+struct AttendShape {
+  static_assert(HeadDim % 16 == 0, "prefillshare: AttendShape HeadDim must be a multiple of 16");
+  static constexpr ScalarType kType = Type;
+  static constexpr int kHeadDim = HeadDim;
+  static constexpr int kWarpsM = WarpsM;
+  static constexpr int kWarpsN = WarpsN;
+  static constexpr int kRowTiles = RowTiles;
+  static constexpr int kStages = Stages;
+  static constexpr int kWarps = WarpsM * WarpsN;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kWarpRows = 16 * RowTiles;
+  static constexpr int kRows = kWarpRows * WarpsM;      // query rows of a block
+  static constexpr int kWarpKeys = kTileKeys / WarpsN;  // keys of a tile that one warp multiplies
+  static constexpr int kSlice = kTileKeys / kWarps;     // keys of a tile that one warp loads
+  static constexpr bool kQueriesInShared = RowTiles > 1;
+  // Decoding waits for memory, so that there is time to multiply by what bf16 leaves of a weight, too.
+  static constexpr bool kExactWeights = Type == ScalarType::kBFloat16 && RowTiles == 1;
+  static constexpr int kRowBytes = HeadDim * 2 + 16;
+  static constexpr int kTileBytes = kTileKeys * kRowBytes;  // of K or of V
+  static constexpr int kQueriesAt = kStages * 2 * kTileBytes;
+  static constexpr int kSharedBytes = kQueriesAt + (kQueriesInShared ? kRows * kRowBytes : 0);
+  static_assert(kSlice % 8 == 0 && kSlice <= 32, "prefillshare: AttendShape needs 2, 4 or 8 warps");
+};
+
+/// Where one K/V head's rows lie. Strides in elements of 2 bytes.
+struct KvSource {
+  const std::uint16_t* k = nullptr;
+  const std::uint16_t* v = nullptr;
+  std::int64_t page_stride = 0;
+  std::int64_t token_stride = 0;
+  std::int64_t head_stride = 0;
+  unsigned page_magic = 0;  // see page_of()
+  int page_size = 0;
+  int pages = 0;
+};
+
+/// ceil(2^32 / size): key * magic / 2^32 is key / size for every key below 2^26 and size from 2 to 64.
+[[nodiscard]] CODEGEMM_HOST_DEVICE inline unsigned magic_of(int page_size) {
+  return page_size == 1 ? 0U
+                        : static_cast<unsigned>((0x100000000ULL + static_cast<unsigned>(page_size) - 1U) /
+                                                static_cast<unsigned>(page_size));
+}
+
+namespace detail {
+
+[[nodiscard]] __device__ __forceinline__ int page_of(const KvSource& kv, int key) {
+  return kv.page_size == 1 ? key : static_cast<int>(__umulhi(static_cast<unsigned>(key), kv.page_magic));
+}
+
+// One warp's copies. Lane l looks up the page of key l of the warp's slice a tile ahead of the copy, since
+// the copy's address waits for it.
+template <class Shape>
+struct PageLoader {
+  int key = 0;    // this lane's
+  int slot = 0;   // the key's page in the sequence
+  int page = -1;  // and in memory; -1: past the end
+
+  // Of the tile at tile_key. pages: of the sequence, key 0 lies in the first. Keys from `end` on become
+  // zeros.
+  __device__ __forceinline__ void look_up(const KvSource& kv, const std::int32_t* pages, int tile_key,
+                                          int end) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    key = tile_key + warp * Shape::kSlice + lane % Shape::kSlice;
+    slot = page_of(kv, key);
+    page = key < end ? __ldg(pages + slot) : -1;
+  }
+
+  // Of the tile looked up last, into the stage at byte address `stage` of shared memory.
+  __device__ __forceinline__ void copy(const KvSource& kv, int head, unsigned stage) const {
+    constexpr int kChunks = Shape::kHeadDim / 8;  // of 16 bytes in a row
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    CODEGEMM_ASSERT(page < kv.pages);
+    const std::int64_t mine =
+        page < 0
+            ? -1
+            : page * kv.page_stride + (key - slot * kv.page_size) * kv.token_stride + head * kv.head_stride;
+#pragma unroll
+    for (int i = 0; i < Shape::kSlice * kChunks / 32; ++i) {
+      const int row = (i * 32 + lane) / kChunks;
+      const int column = (i * 32 + lane) % kChunks;
+      const std::int64_t from = __shfl_sync(0xFFFFFFFFU, mine, row);
+      const bool there = from >= 0;
+      const std::int64_t at = (there ? from : 0) + column * 8;
+      const unsigned to =
+          stage + static_cast<unsigned>((warp * Shape::kSlice + row) * Shape::kRowBytes + column * 16);
+      copy_or_zero(to, kv.k + at, there);
+      copy_or_zero(to + static_cast<unsigned>(Shape::kTileBytes), kv.v + at, there);
+    }
+  }
+};
+
+}  // namespace detail
+}  // namespace prefillshare::cuda

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/attention/cuda/kernels/decode_prepare.cuh - deals out the work of a decode step, from the
+// lengths as they are on the device now.
+// Layer: attention/cuda/kernels (device).
+#pragma once
+
+#include <climits>
+#include <cstdint>
+
+#include <codegemm/cuda/block/intrinsics.cuh>
+#include <prefillshare/attention/cuda/kernels/decode.cuh>
+
+namespace prefillshare::cuda {
+
+/// Everything that the kernel reads, by value. Pointers are to device memory.
+struct DecodePrepareArgs {
+  const std::int32_t* indptr = nullptr;         // [sequences + 1]
+  const std::int32_t* last_page_len = nullptr;  // [sequences]
+  const std::int32_t* group_indptr = nullptr;   // [groups + 1]
+  const std::int32_t* shared_pages = nullptr;   // [groups]
+  BlockStart* starts = nullptr;                 // [superblocks]
+  DecodeWork tails;                             // a family a sequence
+  DecodeWork shared;                            // a family a group
+  int sequences = 0;
+  int groups = 0;
+  int page_size = 0;
+  int kv_heads = 0;
+  int group = 0;  // query heads of a K/V head
+  int lanes = 0;
+  int superblocks = 0;
+  int min_tiles = 0;
+  int many_rows_cost = 0;  // of a tile of many rows, in percent of one of few
+  int min_shared_sequences = 0;
+  int min_shared_tokens = 0;
+};
+
+inline constexpr int kPrepareThreads = 256;
+
+namespace detail {
+
+// The sum of `value` over the threads before this one; `total` of all of them.
+__device__ __forceinline__ int sum_before(int value, int& total, int (&warp_sums)[kPrepareThreads / 32]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  int sum = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(0xFFFFFFFFU, sum, static_cast<unsigned>(step));
+    if (lane >= step) sum += other;
+  }
+  __syncthreads();
+  if (lane == 31) warp_sums[warp] = sum;
+  __syncthreads();
+  int before = 0;
+  total = 0;
+#pragma unroll
+  for (int w = 0; w < kPrepareThreads / 32; ++w) {
+    if (w < warp) before += warp_sums[w];
+    total += warp_sums[w];
+  }
+  return before + sum - value;
+}
+
+[[nodiscard]] __device__ __forceinline__ int tokens_of(const DecodePrepareArgs& a, int sequence) {
+  const int pages = a.indptr[sequence + 1] - a.indptr[sequence];
+  return pages > 0 ? (pages - 1) * a.page_size + a.last_page_len[sequence] : 0;
+}
+
+// Numbers the families' work and returns how much it is; `cost` gets that of a tile on average, in percent.
+__device__ inline int number_work(const DecodeWork& work, int count, const DecodePrepareArgs& a, int& cost,
+                                  int (&warp_sums)[kPrepareThreads / 32]) {
+  const int head_groups = a.kv_heads / a.lanes;
+  int all = 0;
+  int items = 0;
+  int many = 0;
+  for (int first = 0; first < count; first += kPrepareThreads) {
+    const int i = first + static_cast<int>(threadIdx.x);
+    const int row_tiles = i < count ? work.families[i].row_tiles * head_groups : 0;
+    const int mine = i < count ? work.families[i].tiles * row_tiles : 0;
+    int total = 0;
+    const int before = sum_before(mine, total, warp_sums);
+    int total_items = 0;
+    const int items_before = sum_before(row_tiles, total_items, warp_sums);
+    if (i < count) {
+      work.families[i].work_begin = all + before;
+      work.families[i].item_begin = items + items_before;
+    }
+    const bool is_many = mine > 0 && shared_kind(work.families[i].rows) == WorkKind::kManyRows;
+    int total_many = 0;
+    sum_before(is_many ? mine : 0, total_many, warp_sums);
+    all += total;
+    items += total_items;
+    many += total_many;
+  }
+  cost = 100 + (all == 0 ? 0 : static_cast<int>(std::int64_t{a.many_rows_cost - 100} * many / all));
+  return all;
+}
+
+[[nodiscard]] __device__ __forceinline__ int quota_of(int all, int superblocks, int least) {
+  return superblocks > 0 ? max(least, (all + superblocks - 1) / superblocks) : least;
+}
+
+// Says where each of `superblocks` superblocks starts, the first of them being number `first` of the grid.
+__device__ inline void deal_out(const DecodePrepareArgs& a, const DecodeWork& work, int count, int all,
+                                int first, int superblocks, int shared) {
+  const int quota = quota_of(all, superblocks, a.min_tiles);
+  if (threadIdx.x == 0) *work.quota = quota;
+  const int head_groups = a.kv_heads / a.lanes;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int i = static_cast<int>(threadIdx.x) / 32; i < count; i += kPrepareThreads / 32) {
+    const KeyFamily family = load_record(work.families + i);
+    const int end = family.work_begin + family.tiles * family.row_tiles * head_groups;
+    for (int b = (family.work_begin + quota - 1) / quota + lane; b * quota < end; b += 32) {
+      a.starts[first + b] = BlockStart{b * quota, min(all, (b + 1) * quota), i, 2 * b + shared, family};
+    }
+  }
+}
+
+}  // namespace detail
+
+/// One block. Of a template's kind so that any number of files may include it.
+template <int>
+__global__ void __launch_bounds__(kPrepareThreads)
+    decode_prepare_kernel(const __grid_constant__ DecodePrepareArgs a) {
+  __shared__ int warp_sums[kPrepareThreads / 32];
+  __shared__ int best;
+  codegemm::cuda::detail::wait_for_previous_kernel();
+  codegemm::cuda::detail::allow_next_kernel();
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int i = thread; i < a.sequences; i += kPrepareThreads) a.tails.families[i].shared = -1;
+  __syncthreads();
+  for (int g = thread; g < a.groups; g += kPrepareThreads) {
+    const int first = max(0, min(a.group_indptr[g], a.sequences));
+    const int count = max(0, min(a.group_indptr[g + 1], a.sequences) - first);
+    KeyFamily family;
+    if (count > 0) {
+      const int pages = min(a.shared_pages[g], a.indptr[first + 1] - a.indptr[first]);
+      const int tokens = max(0, min(pages * a.page_size, detail::tokens_of(a, first)));
+      if (tokens > 0 && tokens >= a.min_shared_tokens && count >= a.min_shared_sequences) {
+        family.key_end = tokens;
+        family.tiles = (tokens + kTileKeys - 1) / kTileKeys;
+        family.rows = count * a.group;
+        const int rows = rows_of(shared_kind(family.rows));
+        family.row_tiles = (family.rows + rows - 1) / rows;
+        for (int i = first; i < first + count; ++i) a.tails.families[i].shared = g;
+      }
+      family.page_begin = a.indptr[first];
+    }
+    family.first_token = first;
+    a.shared.families[g] = family;
+  }
+  __syncthreads();
+  for (int i = thread; i < a.sequences; i += kPrepareThreads) {
+    KeyFamily family;
+    family.shared = a.tails.families[i].shared;
+    family.key_begin = family.shared < 0 ? 0 : a.shared.families[family.shared].key_end;
+    family.key_end = detail::tokens_of(a, i);
+    family.tiles = max(0, (family.key_end - family.key_begin + kTileKeys - 1) / kTileKeys);
+    family.page_begin = a.indptr[i];
+    family.first_token = i;
+    family.rows = a.group;
+    family.row_tiles = (a.group + kTailRows - 1) / kTailRows;
+    a.tails.families[i] = family;
+  }
+  __syncthreads();
+  if (thread == 0) best = INT_MAX;
+  int cost = 100;
+  const int tail_all = detail::number_work(a.tails, a.sequences, a, cost, warp_sums);
+  const int shared_all = detail::number_work(a.shared, a.groups, a, cost, warp_sums);
+  for (int i = thread; i < a.superblocks; i += kPrepareThreads) a.starts[i] = BlockStart{};
+  __syncthreads();
+  // The two kinds run side by side: so many superblocks for each that both end at about the same time.
+  const int least = shared_all == 0 ? 0 : 1;
+  const int most = shared_all == 0 ? 0 : max(1, a.superblocks - (tail_all == 0 ? 0 : 1));
+  for (int n = least + thread; n <= most; n += kPrepareThreads) {
+    const int for_shared = n == 0 ? 0 : detail::quota_of(shared_all, n, a.min_tiles) * cost / 100;
+    const int for_tails = detail::quota_of(tail_all, a.superblocks - n, a.min_tiles);
+    atomicMin(&best, max(for_shared, for_tails) * 1024 + n);
+  }
+  __syncthreads();
+  const int superblocks_shared = best % 1024;
+  detail::deal_out(a, a.shared, a.groups, shared_all, 0, superblocks_shared, 1);
+  detail::deal_out(a, a.tails, a.sequences, tail_all, superblocks_shared, a.superblocks - superblocks_shared,
+                   0);
+}
+
+}  // namespace prefillshare::cuda

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/attention/cuda/problem.cuh - the checks that the calls on pages have in common. None looks at
+// device memory.
+// Layer: attention (host, needs nvcc).
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <numbers>
+#include <type_traits>
+
+#include <codegemm/base/config_list.hpp>
+#include <codegemm/base/matrix_view.hpp>
+#include <codegemm/base/status.hpp>
+#include <codegemm/cuda/device.cuh>
+#include <codegemm/cuda/launch.cuh>
+#include <codegemm/cuda/problem.cuh>
+#include <prefillshare/attention/cuda/block/page_loader.cuh>
+#include <prefillshare/attention/cuda/kv_pages.hpp>
+
+namespace prefillshare::cuda {
+
+using codegemm::MatrixView;
+using codegemm::Status;
+using codegemm::StatusCode;
+using codegemm::cuda::Device;
+
+inline constexpr std::size_t kWorkspaceAlignment = 256;
+inline constexpr int kMaxSequences = 1 << 16;
+inline constexpr int kMaxHeads = 1024;
+inline constexpr std::int64_t kMaxQueryTokens = std::int64_t{1} << 20;
+
+/// A head size that the attention kernels are made for.
+template <int HeadDim>
+struct HeadSize {
+  static constexpr int kHeadDim = HeadDim;
+};
+using HeadSizes = codegemm::config_list<HeadSize<128>, HeadSize<64>, HeadSize<96>>;
+
+namespace detail {
+
+using codegemm::error;
+using codegemm::cuda::detail::aligned;
+using codegemm::cuda::detail::ScalarOf;
+
+template <class T>
+inline constexpr bool kIsCacheType =
+    ScalarOf<std::remove_const_t<T>>::kKnown && !std::is_same_v<std::remove_const_t<T>, float>;
+
+[[nodiscard]] inline Status check_device(const char* call, const Device& device) {
+  if (device.arch >= 80) return {};
+  return error(StatusCode::kUnsupported, call, ": compute capability ", device.arch / 10, ".",
+               device.arch % 10, ", but the kernels need 8.0");
+}
+
+// Shape, strides and pointers of a cache; `used`: something will be read or written.
+template <class T>
+[[nodiscard]] Status check_pages(const char* call, const KvPages<T>& kv, bool used) {
+  if (kv.page_size < 1 || kv.page_size > kMaxPageSize) {
+    return error(StatusCode::kUnsupported, call, ": pages of ", kv.page_size, " tokens, expected 1 to ",
+                 kMaxPageSize);
+  }
+  if (kv.kv_heads < 1 || kv.kv_heads > kMaxHeads || kv.pages < 0) {
+    return error(StatusCode::kInvalidArgument, call, ": ", kv.pages, " pages of ", kv.kv_heads, " K/V heads");
+  }
+  const auto check_stride = [&](const char* name, std::int64_t stride) -> Status {
+    if (stride > 0 && stride % 8 == 0) return {};
+    return error(StatusCode::kMisaligned, call, ": ", name, " = ", stride,
+                 ", expected a positive multiple of 8 elements");
+  };
+  if (Status s = check_stride("page_stride", kv.page_stride); !s.ok()) return s;
+  if (Status s = check_stride("token_stride", kv.token_stride); !s.ok()) return s;
+  if (Status s = check_stride("head_stride", kv.head_stride); !s.ok()) return s;
+  if (kv.token_stride < kv.head_dim || kv.head_stride < kv.head_dim) {
+    return error(StatusCode::kInvalidArgument, call, ": token_stride ", kv.token_stride, " or head_stride ",
+                 kv.head_stride, " is less than head_dim ", kv.head_dim);
+  }
+  if (!used) return {};
+  if (kv.k == nullptr || kv.v == nullptr) {
+    return error(StatusCode::kNullPointer, call, ": ", kv.k == nullptr ? "k" : "v", " is null");
+  }
+  if (!aligned(kv.k, 16) || !aligned(kv.v, 16)) {
+    return error(StatusCode::kMisaligned, call, ": ", aligned(kv.k, 16) ? "v" : "k",
+                 " is not aligned to 16 bytes");
+  }
+  return {};
+}
+
+[[nodiscard]] inline Status check_table(const char* call, const PageTableView& table, bool used) {
+  if (table.sequences < 0 || table.sequences > kMaxSequences) {
+    return error(StatusCode::kInvalidArgument, call, ": ", table.sequences, " sequences, expected 0 to ",
+                 kMaxSequences);
+  }
+  if (!used) return {};
+  const char* const null = table.indptr == nullptr          ? "indptr"
+                           : table.indices == nullptr       ? "indices"
+                           : table.last_page_len == nullptr ? "last_page_len"
+                                                            : nullptr;
+  if (null != nullptr) return error(StatusCode::kNullPointer, call, ": ", null, " is null");
+  return {};
+}
+
+// Rows of heads that are read or written as 16 bytes.
+template <class T>
+[[nodiscard]] Status check_rows(const char* call, const char* name, const MatrixView<T>& x, std::int64_t rows,
+                                std::int64_t cols, bool used) {
+  if (x.rows != rows || x.cols != cols) {
+    return error(StatusCode::kShapeMismatch, call, ": ", name, " is ", x.rows, " x ", x.cols, ", expected ",
+                 rows, " x ", cols);
+  }
+  if (x.stride < x.cols || x.stride % 8 != 0) {
+    return error(x.stride < x.cols ? StatusCode::kInvalidArgument : StatusCode::kMisaligned, call, ": ", name,
+                 " has ", x.cols, " columns and stride ", x.stride, ", expected a multiple of 8 elements");
+  }
+  if (!used) return {};
+  if (x.data == nullptr) return error(StatusCode::kNullPointer, call, ": ", name, " is null");
+  if (!aligned(x.data, 16)) {
+    return error(StatusCode::kMisaligned, call, ": ", name, " is not aligned to 16 bytes");
+  }
+  return {};
+}
+
+[[nodiscard]] inline Status check_heads(const char* call, int heads, int kv_heads) {
+  if (heads >= 1 && heads <= kMaxHeads && heads % kv_heads == 0) return {};
+  return error(StatusCode::kInvalidArgument, call, ": ", heads, " heads over ", kv_heads,
+               " K/V heads, expected a multiple of them, at most ", kMaxHeads);
+}
+
+[[nodiscard]] inline Status check_head_dim(const char* call, int head_dim) {
+  const bool known = codegemm::first_match(
+      HeadSizes{}, [&](auto c) { return c.kHeadDim == head_dim; }, [](auto) {});
+  if (known) return {};
+  return error(StatusCode::kUnsupported, call, ": head_dim = ", head_dim, ", expected 64, 96 or 128");
+}
+
+[[nodiscard]] inline Status check_scale(const char* call, float scale) {
+  if (std::isfinite(scale) && scale >= 0.0F) return {};
+  return error(StatusCode::kInvalidArgument, call, ": scale = ", scale,
+               ", expected a positive number, or 0 for 1 / sqrt(head_dim)");
+}
+
+// What exponents of base 2 are multiplied by.
+[[nodiscard]] inline float scale_log2_of(float scale, int head_dim) {
+  const double plain = scale != 0.0F ? static_cast<double>(scale) : 1.0 / std::sqrt(head_dim);
+  return static_cast<float>(plain * std::numbers::log2e);
+}
+
+[[nodiscard]] inline Status check_workspace(const char* call, const void* workspace, std::size_t size,
+                                            std::size_t needed) {
+  if (size < needed) {
+    return error(StatusCode::kWorkspaceTooSmall, call, ": workspace of ", size, " bytes, needs ", needed);
+  }
+  if (needed == 0) return {};
+  if (workspace == nullptr) return error(StatusCode::kNullPointer, call, ": workspace is null");
+  if (!aligned(workspace, kWorkspaceAlignment)) {
+    return error(StatusCode::kMisaligned, call, ": workspace is not aligned to ", kWorkspaceAlignment,
+                 " bytes");
+  }
+  return {};
+}
+
+template <class T>
+[[nodiscard]] KvSource source_of(const KvPages<T>& kv) {
+  KvSource out;
+  out.k = reinterpret_cast<const std::uint16_t*>(kv.k);
+  out.v = reinterpret_cast<const std::uint16_t*>(kv.v);
+  out.page_stride = kv.page_stride;
+  out.token_stride = kv.token_stride;
+  out.head_stride = kv.head_stride;
+  out.page_magic = magic_of(kv.page_size);
+  out.page_size = kv.page_size;
+  out.pages = kv.pages;
+  return out;
+}
+
+}  // namespace detail
+}  // namespace prefillshare::cuda

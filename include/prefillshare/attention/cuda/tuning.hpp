@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/attention/cuda/tuning.hpp - what a call may tune, and the measured crossover of the two
+// decode paths.
+// Layer: attention (host only, no CUDA headers).
+#pragma once
+
+#include <cstdint>
+
+namespace prefillshare::cuda {
+
+/// Which way decode() takes for sequences that share their first pages.
+enum class SharedPath {
+  kAuto,    ///< by the crossover below, for each group of sequences by itself
+  kAlways,  ///< whatever the sizes
+  kNever,   ///< every sequence reads all of its pages
+};
+
+/// The crossover, measured on an H100 by the suite kv-gpu with 2 to 64 sequences of 4 and 8 query heads a K/V
+/// head: below, sharing costs up to a fifth or gains up to a fifth; from here on it gains.
+inline constexpr int kMinSharedSequences = 2;
+inline constexpr int kMinSharedTokens = 1024;
+
+/// Choices of one call; the defaults fit an H100.
+struct DecodeTuning {
+  SharedPath shared = SharedPath::kAuto;
+  int min_shared_sequences = kMinSharedSequences;
+  int min_shared_tokens = kMinSharedTokens;
+  int min_tiles = 1;  ///< tiles of 64 keys that a block gets at least, 1 to 1024: fewer parts to merge
+  /// Time of a shared tile with more than 64 query rows, in percent of other tiles', 100 to 1000.
+  int many_rows_cost = 130;
+  int lanes = 0;  ///< K/V heads read side by side, a divisor of all of them; 0: chosen
+};
+
+}  // namespace prefillshare::cuda

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/attention/prefill.cuh - causal attention of new tokens over their sequences' pages, on the
+// GPU.
+// Layer: attention (host, needs nvcc).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
+#include <prefillshare/attention/cuda/kernels/prefill.cuh>
+#include <prefillshare/attention/cuda/problem.cuh>
+
+namespace prefillshare::cuda {
+
+/// out[t][h] = softmax(scale * q[t][h] . K[0 .. p]) V[0 .. p], p being the position of token t. Sequence i's
+/// tokens are rows query_indptr[i] .. query_indptr[i + 1] - 1; the last of them is at position length - 1, so
+/// its K/V and those of all before it are in the pages. Scores and sums are fp32; the weights are rounded to
+/// T. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y: these or float.
+template <class T, class Y = T>
+struct PrefillProblem {
+  static_assert(detail::kIsCacheType<T>,
+                "prefillshare: PrefillProblem T must be __half, __nv_bfloat16, codegemm::Half or BFloat16");
+  static_assert(
+      detail::ScalarOf<Y>::kKnown,
+      "prefillshare: PrefillProblem Y must be float, __half, __nv_bfloat16, codegemm::Half or BFloat16");
+  KvPages<const T> kv;
+  PageTableView table;
+  const std::int32_t* query_indptr = nullptr;  // device, [sequences + 1]
+  MatrixView<const T> q;                       // [T][heads * head_dim], after RoPE
+  MatrixView<Y> out;                           // the same shape; must not overlap q or the pages
+  int heads = 0;                               // a multiple of kv.kv_heads
+  float scale = 0.0F;                          // of the scores; 0 means 1 / sqrt(head_dim)
+};
+
+/// Everything that run() refuses, with the numbers; looks at no device memory. No tokens is success.
+template <class T, class Y>
+[[nodiscard]] Status validate(const PrefillProblem<T, Y>& p, const Device& device) {
+  using detail::error;
+  constexpr const char* kCall = "cuda prefill";
+  if (Status s = detail::check_device(kCall, device); !s.ok()) return s;
+  if (p.q.rows < 0 || p.q.rows > kMaxQueryTokens) {
+    return error(StatusCode::kInvalidArgument, kCall, ": ", p.q.rows, " tokens, expected 0 to ",
+                 kMaxQueryTokens);
+  }
+  const bool used = p.q.rows > 0;
+  if (Status s = detail::check_head_dim(kCall, p.kv.head_dim); !s.ok()) return s;
+  if (Status s = detail::check_pages(kCall, p.kv, used); !s.ok()) return s;
+  if (Status s = detail::check_table(kCall, p.table, used); !s.ok()) return s;
+  if (Status s = detail::check_heads(kCall, p.heads, p.kv.kv_heads); !s.ok()) return s;
+  if (Status s = detail::check_scale(kCall, p.scale); !s.ok()) return s;
+  const std::int64_t width = std::int64_t{p.heads} * p.kv.head_dim;
+  if (Status s = detail::check_rows(kCall, "q", p.q, p.q.rows, width, used); !s.ok()) return s;
+  if (Status s = detail::check_rows(kCall, "out", p.out, p.q.rows, width, used); !s.ok()) return s;
+  if (!used) return {};
+  if (p.table.sequences == 0) {
+    return error(StatusCode::kShapeMismatch, kCall, ": ", p.q.rows, " tokens for no sequence");
+  }
+  if (p.query_indptr == nullptr) return error(StatusCode::kNullPointer, kCall, ": query_indptr is null");
+  return {};
+}
+
+/// Puts the work into the stream; needs no workspace. May be captured: a replay reads table, query_indptr and
+/// lengths anew, for up to as many tokens (q.rows) in all. Same bits on every run. Errors as validate(), and
+/// kCudaError; then nothing was launched.
+template <class T, class Y>
+[[nodiscard]] Status run(const PrefillProblem<T, Y>& p, const Device& device, cudaStream_t stream) {
+  if (Status status = validate(p, device); !status.ok()) return status;
+  if (p.q.rows == 0) return {};
+  PrefillArgs args;
+  args.kv = detail::source_of(p.kv);
+  args.q = reinterpret_cast<const std::uint16_t*>(p.q.data);
+  args.q_stride = p.q.stride;
+  args.query_indptr = p.query_indptr;
+  args.indptr = p.table.indptr;
+  args.indices = p.table.indices;
+  args.last_page_len = p.table.last_page_len;
+  args.out = p.out.data;
+  args.out_stride = p.out.stride;
+  args.out_type = detail::ScalarOf<Y>::kType;
+  args.sequences = p.table.sequences;
+  args.group = p.heads / p.kv.kv_heads;
+  args.scale_log2 = detail::scale_log2_of(p.scale, p.kv.head_dim);
+  Status status;
+  static_cast<void>(codegemm::first_match(
+      HeadSizes{}, [&](auto c) { return c.kHeadDim == p.kv.head_dim; },
+      [&](auto c) {
+        using Shape = AttendShape<detail::ScalarOf<T>::kType, c.kHeadDim, 4, 1, 2, 2>;
+        // A sequence's last tile may be partly filled.
+        const std::int64_t tiles = (p.q.rows * args.group + Shape::kRows - 1) / Shape::kRows +
+                                   std::min<std::int64_t>(args.sequences, p.q.rows) - 1;
+        constexpr std::int64_t kMaxGrid = 65535;
+        if (tiles > kMaxGrid) {
+          static_cast<void>(status = detail::error(StatusCode::kUnsupported, "cuda prefill: ", p.q.rows,
+                                                   " tokens of ", args.group, " heads a K/V head in ",
+                                                   args.sequences, " sequences: more than ", kMaxGrid,
+                                                   " tiles in one call"));
+          return;
+        }
+        codegemm::cuda::LaunchShape shape;
+        shape.grid = dim3(static_cast<unsigned>(p.kv.kv_heads), static_cast<unsigned>(tiles));
+        shape.threads = Shape::kThreads;
+        shape.shared_bytes = Shape::kSharedBytes;
+        shape.overlap = device.arch >= 90;
+        static_cast<void>(status = codegemm::cuda::launch(prefill_kernel<Shape>, shape, args, stream));
+      }));
+  return status;
+}
+
+}  // namespace prefillshare::cuda

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// tests/prefillshare/attention/prefill_gpu_test.cu - causal attention of chunks over pages, against sums in
+// double.
+#include <prefillshare/attention/prefill.cuh>
+
+#include "gpu_pages.cuh"
+
+namespace prefillshare::test {
+namespace {
+
+using codegemm::test::gpu_or_skip;
+using codegemm::test::random_vector;
+using codegemm::test::seed_or;
+
+// chunks[i]: new tokens of sequence i, the last of its lengths[i].
+template <class T, class Y>
+void check(const BatchShape& shape, const std::vector<int>& lengths, const std::vector<int>& chunks,
+           std::uint64_t seed) {
+  const auto device = gpu_or_skip();
+  CAPTURE(seed, shape.page_size, shape.kv_heads, shape.group, shape.head_dim, lengths, chunks, sizeof(Y));
+  Rng rng(seed);
+  PagedBatch<T> batch(shape, lengths, {}, rng);
+  std::vector<std::int32_t> query_indptr{0};
+  std::vector<QueryAt> rows;
+  for (std::size_t i = 0; i < chunks.size(); ++i) {
+    for (int t = 0; t < chunks[i]; ++t) rows.push_back({i, lengths[i] - chunks[i] + t + 1});
+    query_indptr.push_back(static_cast<std::int32_t>(rows.size()));
+  }
+  const std::int64_t cols = std::int64_t{shape.heads()} * shape.head_dim;
+  const std::int64_t stride = cols + 16;
+  const std::vector<T> queries = random_vector<T>(rows.size() * static_cast<std::size_t>(stride), rng);
+  DeviceBuffer<T> cache(batch.values);
+  DeviceTable table(batch);
+  DeviceBuffer<std::int32_t> query_indptr_device(query_indptr);
+  DeviceBuffer<T> q(queries);
+  DeviceBuffer<Y> out(queries.size());
+  out.poison();
+  cuda::PrefillProblem<T, Y> p;
+  p.kv = batch.view(cache.data());
+  p.table = table.view();
+  p.query_indptr = query_indptr_device.data();
+  p.q = MatrixView<const T>(q.data(), static_cast<std::int64_t>(rows.size()), cols, stride);
+  p.out = MatrixView<Y>(out.data(), static_cast<std::int64_t>(rows.size()), cols, stride);
+  p.heads = shape.heads();
+  const Status status = cuda::run(p, device, nullptr);
+  INFO(status.message());
+  REQUIRE(status.ok());
+  REQUIRE_CUDA(cudaDeviceSynchronize());
+  REQUIRE(out.guards_intact());
+  const AttentionReference want = reference_attention(batch, queries, stride, rows);
+  const double tolerance = std::is_same_v<T, Half> ? kTolerance : kTolerancePrefillBFloat16;
+  CHECK(furthest(want, out.download(), cols, stride, tolerance) <= 1.0);
+}
+
+TEST_CASE("cuda prefill: a small one of each kind") {
+  check<Half, Half>({16, cuda::KvLayout::kNhd, 1, 4, 128}, {50, 70}, {50, 3}, seed_or(1));
+  check<BFloat16, float>({5, cuda::KvLayout::kHnd, 2, 3, 64}, {70}, {70}, seed_or(1));
+}
+
+TEST_CASE("cuda prefill: groups, page sizes, head sizes, layouts") {
+  for (const int page_size : {1, 16, 64, 11}) {
+    for (const int group : {1, 3, 4, 8}) {
+      for (const int head_dim : {64, 96, 128}) {
+        const auto layout = (page_size + group) % 2 == 0 ? cuda::KvLayout::kNhd : cuda::KvLayout::kHnd;
+        const BatchShape shape{page_size, layout, 2, group, head_dim};
+        const std::vector<int> lengths{1, page_size, page_size + 1, 129, 0, 300, 65, 7};
+        const std::vector<int> chunks{1, page_size, 2, 129, 0, 33, 0, 7};
+        check<Half, float>(shape, lengths, chunks, seed_or(2));
+        check<BFloat16, BFloat16>(shape, lengths, chunks, seed_or(2));
+      }
+    }
+  }
+}
+
+TEST_CASE("cuda prefill: many sequences, and a long one") {
+  std::vector<int> lengths;
+  std::vector<int> chunks;
+  Rng rng(seed_or(3));
+  for (int i = 0; i < 70; ++i) {
+    lengths.push_back(static_cast<int>(rng.below(60)));
+    chunks.push_back(static_cast<int>(rng.below(lengths.back() + 1)));
+  }
+  check<Half, Half>({16, cuda::KvLayout::kNhd, 1, 4, 64}, lengths, chunks, seed_or(3));
+  check<Half, Half>({16, cuda::KvLayout::kNhd, 1, 2, 128}, {1500}, {700}, seed_or(3));
+}
+
+}  // namespace
+}  // namespace prefillshare::test
