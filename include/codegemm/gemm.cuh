@@ -32,8 +32,8 @@ template <class Configs = DefaultConfigs, class X, class Y>
   const auto may = [&](Regime regime) {
     return p.tuning.regime == Regime::kAuto || p.tuning.regime == regime;
   };
-  const bool gather = may(Regime::kGather) && Gather::serves(w, device);
-  const bool mma = may(Regime::kFusedMma) && FusedMma::serves(w, device, p.tuning);
+  const bool gather = may(Regime::kGather) && Gather::serves(p, device);
+  const bool mma = may(Regime::kFusedMma) && FusedMma::serves(p, device);
   const bool wgmma = may(Regime::kFusedWgmma) && FusedWgmma::serves(p, device);
   // With at most a row tile for each multiprocessor, building Psumbooks is most of the work.
   const bool few_rows = w.layout.row_tiles <= device.multiprocessors;

@@ -46,6 +46,7 @@ template <class T>
   args.rows = static_cast<int>(packed.rows);
   args.cols = static_cast<int>(packed.cols);
   args.row_tiles = static_cast<int>(packed.layout.row_tiles);
+  args.part_rows = cut_rows(packed.layout.first_tile, packed.layout.parts, 1, false);
   args.tile_bytes = packed.layout.tile_bytes;
   args.codebook_count = packed.format.m;
   args.sets = packed.layout.sets;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -18,6 +19,7 @@
 #include <codegemm/base/aligned_buffer.hpp>
 #include <codegemm/base/numerics.hpp>
 #include <codegemm/base/status.hpp>
+#include <codegemm/cuda/block/row_parts.hpp>
 #include <codegemm/cuda/block/tile_layout.hpp>
 #include <codegemm/format.hpp>
 #include <codegemm/quantized_matrix.hpp>
@@ -25,7 +27,7 @@
 namespace codegemm::cuda {
 
 /// Goes up with every change of the layout below; a view of another version is refused.
-inline constexpr int kPackedVersion = 2;
+inline constexpr int kPackedVersion = 3;
 
 /// Where everything lies in the buffer of a packed matrix. Kernels of every regime read the same one.
 ///
@@ -34,6 +36,9 @@ inline constexpr int kPackedVersion = 2;
 /// % m). A *tile* is 16 rows of a granule: the lanes' codes (block/tile_layout.hpp; a code takes one byte, or
 /// two where b > 8), then the scales [32 lanes][16 >> scale_steps] in fp16, since groups of 2^scale_steps
 /// lanes share a scale. Tiles lie in the order [granule][row tile]. What is beyond N or K is 0.
+///
+/// Matrices merged along N are parts of one packed matrix: each starts with a row tile and has codebooks of
+/// its own.
 ///
 /// Codebooks and scales are multiplied by powers of two, so that the largest of each is about 2^6 and a
 /// product of the two is a normal fp16 number; DevicePackedView::unscale undoes it.
@@ -44,7 +49,9 @@ struct PackedLayout {
   std::int64_t granules = 0;
   std::int64_t row_tiles = 0;
   int tile_bytes = 0;
-  std::size_t codebooks_at = 0;   // fp16 [m][2^b][v]
+  int parts = 1;
+  PartTiles first_tile = {};      // of each part, then row_tiles
+  std::size_t codebooks_at = 0;   // fp16 [parts][m][2^b][v]
   std::size_t row_scales_at = 0;  // fp16 [N], if scale_steps is 5
   std::size_t tiles_at = 0;
   std::size_t bytes = 0;
@@ -62,10 +69,25 @@ struct PackOptions {
   int sets = 0;  ///< columns that a lane owns in a granule: a multiple of m up to 4; 0: by format
 };
 
-/// The layout for an N x K matrix. Errors as canonical_sizes(), and kUnsupported for a side over 2^30.
-[[nodiscard]] inline Result<PackedLayout> packed_layout(Format f, std::int64_t rows, std::int64_t cols,
-                                                        PackOptions options = {}) {
-  if (const auto sizes = canonical_sizes(f, rows, cols); !sizes.ok()) return sizes.status();
+/// The layout for matrices of part_rows[i] x K merged along N. Errors as canonical_sizes(); kUnsupported for
+/// a side over 2^30, more than kMaxParts parts, or one before the last whose rows are not a multiple of 16.
+[[nodiscard]] inline Result<PackedLayout> packed_layout(Format f, std::span<const std::int64_t> part_rows,
+                                                        std::int64_t cols, PackOptions options = {}) {
+  if (part_rows.empty() || part_rows.size() > static_cast<std::size_t>(kMaxParts)) {
+    return error(StatusCode::kUnsupported, "cuda pack: ", part_rows.size(), " parts, but 1 to ", kMaxParts,
+                 " can be merged");
+  }
+  std::int64_t rows = 0;
+  for (std::size_t i = 0; i < part_rows.size(); ++i) {
+    if (const auto sizes = canonical_sizes(f, part_rows[i], cols); !sizes.ok()) return sizes.status();
+    if (i + 1 < part_rows.size() && part_rows[i] % kTileRows != 0) {
+      return error(StatusCode::kUnsupported, "cuda pack: part ", i, " has ", part_rows[i],
+                   " rows, but all parts before the last must have a multiple of ", kTileRows);
+    }
+    if (part_rows[i] > std::numeric_limits<std::int64_t>::max() - rows) rows = -1;
+    if (rows >= 0) rows += part_rows[i];
+  }
+  if (rows < 0) return error(StatusCode::kUnsupported, "cuda pack: the parts have too many rows");
   // Kernels count rows, columns and tiles in 32 bits.
   constexpr std::int64_t kMaxSide = std::int64_t{1} << 30;
   if (rows > kMaxSide || cols > kMaxSide) {
@@ -100,12 +122,24 @@ struct PackOptions {
   const int granule_span = 32 * lane_span;
   out.granules = (cols + granule_span - 1) / granule_span;
   out.row_tiles = (rows + kTileRows - 1) / kTileRows;
+  out.parts = static_cast<int>(part_rows.size());
+  std::int64_t before = 0;
+  for (std::size_t i = 0; i < out.first_tile.size(); ++i) {
+    out.first_tile[i] = static_cast<std::int32_t>(i < part_rows.size() ? before / kTileRows : out.row_tiles);
+    if (i < part_rows.size()) before += part_rows[i];
+  }
   out.tile_bytes = out.scales_at() + (one_scale ? 0 : 1024 >> out.scale_steps);
   const auto aligned = [](std::size_t n) { return (n + 255) / 256 * 256; };
-  out.row_scales_at = aligned(static_cast<std::size_t>(f.m * f.centroids() * f.v) * sizeof(Half));
+  out.row_scales_at = aligned(static_cast<std::size_t>(out.parts * f.m * f.centroids() * f.v) * sizeof(Half));
   out.tiles_at = aligned(out.row_scales_at + (one_scale ? static_cast<std::size_t>(rows) * sizeof(Half) : 0));
   out.bytes = out.tiles_at + static_cast<std::size_t>(out.granules * out.row_tiles * out.tile_bytes);
   return out;
+}
+
+/// The layout for one N x K matrix.
+[[nodiscard]] inline Result<PackedLayout> packed_layout(Format f, std::int64_t rows, std::int64_t cols,
+                                                        PackOptions options = {}) {
+  return packed_layout(f, std::span<const std::int64_t>(&rows, 1), cols, options);
 }
 
 /// Packed weights in device memory, passed to calls by value. Owns nothing; `data` is 256-byte aligned.
@@ -137,7 +171,7 @@ class PackedMatrix {
   }
 
  private:
-  friend Result<PackedMatrix> pack(const QuantizedMatrixView& w, PackOptions options);
+  friend Result<PackedMatrix> pack(std::span<const QuantizedMatrixView> parts, PackOptions options);
   PackedMatrix() = default;
 
   Format format_;
@@ -150,14 +184,18 @@ class PackedMatrix {
 
 namespace detail {
 
-// The e for which the largest finite |value| * 2^e is in [2^5, 2^6); 0 where there is none.
-[[nodiscard]] inline int exponent_to_fill(std::span<const Half> values) {
-  float most = 0.0F;
+// The largest finite |value| so far.
+[[nodiscard]] inline float largest(std::span<const Half> values, float most) {
   for (const Half value : values) {
     const float size = std::fabs(value.to_float());
     if (std::isfinite(size)) most = std::max(most, size);
   }
-  return most == 0.0F ? 0 : 5 - std::ilogb(most);
+  return most;
+}
+
+// The e for which largest * 2^e is in [2^5, 2^6); 0 where there is none.
+[[nodiscard]] inline int exponent_to_fill(float largest) {
+  return largest == 0.0F ? 0 : 5 - std::ilogb(largest);
 }
 
 inline void store_scaled(std::byte* to, Half value, float factor) {
@@ -185,59 +223,106 @@ inline void store_codes(const QuantizedMatrixView& w, const PackedLayout& l, std
   }
 }
 
+// Scales that lie in tiles.
+inline void store_scales(const QuantizedMatrixView& w, const PackedLayout& l, std::byte* tiles,
+                         std::int64_t granule, float factor) {
+  const std::int64_t lane_span = l.sets / w.format.m * w.format.v;
+  for (int lane = 0; lane < 32; lane += 1 << l.scale_steps) {
+    const std::int64_t k = (granule * 32 + lane) * lane_span;
+    if (k >= w.cols) break;
+    const Half* const scales = w.scales + k / w.format.g * w.rows;
+    for (std::int64_t n = 0; n < w.rows; ++n) {
+      const std::int64_t at =
+          n / kTileRows * l.tile_bytes + l.scales_at() +
+          scale_offset(l.scale_steps, lane, static_cast<int>(n % kTileRows)) * std::int64_t{2};
+      store_scaled(tiles + at, scales[n], factor);
+    }
+  }
+}
+
 }  // namespace detail
 
-/// Packs a canonical matrix. Errors as packed_layout() and validate() of the view (every code is checked),
-/// and kOutOfMemory.
-[[nodiscard]] inline Result<PackedMatrix> pack(const QuantizedMatrixView& w, PackOptions options = {}) {
-  if (Status status = validate(w); !status.ok()) return status;
-  const auto layout = packed_layout(w.format, w.rows, w.cols, options);
+/// Packs canonical matrices, merged along N in their order: Q, K and V, or gate and up. All have the same K
+/// and format. Errors as packed_layout() and validate() of a view (every code is checked), kInvalidArgument
+/// for different formats, kShapeMismatch for different K, and kOutOfMemory.
+[[nodiscard]] inline Result<PackedMatrix> pack(std::span<const QuantizedMatrixView> parts,
+                                               PackOptions options = {}) {
+  std::array<std::int64_t, kMaxParts> part_rows = {};
+  for (std::size_t i = 0; i < parts.size() && i < part_rows.size(); ++i) {
+    const QuantizedMatrixView& w = parts[i];
+    if (Status status = validate(w); !status.ok()) return status;
+    if (w.format != parts[0].format) {
+      return error(StatusCode::kInvalidArgument, "cuda pack: part ", i, " is ", format_name(w.format),
+                   ", part 0 is ", format_name(parts[0].format));
+    }
+    if (w.cols != parts[0].cols) {
+      return error(StatusCode::kShapeMismatch, "cuda pack: part ", i, " has K = ", w.cols,
+                   ", part 0 has K = ", parts[0].cols);
+    }
+    part_rows[i] = w.rows;
+  }
+  if (parts.empty() || parts.size() > part_rows.size()) {
+    return error(StatusCode::kUnsupported, "cuda pack: ", parts.size(), " parts, but 1 to ", kMaxParts,
+                 " can be merged");
+  }
+  const Format format = parts[0].format;
+  const std::int64_t cols = parts[0].cols;
+  const auto layout = packed_layout(format, {part_rows.data(), parts.size()}, cols, options);
   if (!layout.ok()) return layout.status();
   PackedMatrix out;
-  out.format_ = w.format;
-  out.rows_ = w.rows;
-  out.cols_ = w.cols;
+  out.format_ = format;
+  for (const QuantizedMatrixView& w : parts) out.rows_ += w.rows;
+  out.cols_ = cols;
   out.layout_ = *layout;
   const PackedLayout& l = out.layout_;
   if (!out.buffer_.reserve(l.bytes)) {
-    return error(StatusCode::kOutOfMemory, "cuda pack: ", w.rows, " x ", w.cols, " as ",
-                 format_name(w.format), " needs ", l.bytes, " bytes");
+    return error(StatusCode::kOutOfMemory, "cuda pack: ", out.rows_, " x ", cols, " as ", format_name(format),
+                 " needs ", l.bytes, " bytes");
   }
   std::byte* const base = out.buffer_.data();
   std::memset(base, 0, l.bytes);
-  const auto values = static_cast<std::size_t>(w.format.m * w.format.centroids() * w.format.v);
-  const auto scale_values = static_cast<std::size_t>(w.format.scale_groups(w.cols) * w.rows);
-  const int codebook_exponent = detail::exponent_to_fill({w.codebooks, values});
-  const int scale_exponent = detail::exponent_to_fill({w.scales, scale_values});
+  const auto values = static_cast<std::size_t>(format.m * format.centroids() * format.v);
+  const auto scales_of = [&](const QuantizedMatrixView& w) {
+    return std::span<const Half>(w.scales, static_cast<std::size_t>(format.scale_groups(cols) * w.rows));
+  };
+  float largest_centroid = 0.0F;
+  float largest_scale = 0.0F;
+  for (const QuantizedMatrixView& w : parts) {
+    largest_centroid = detail::largest({w.codebooks, values}, largest_centroid);
+    largest_scale = detail::largest(scales_of(w), largest_scale);
+  }
+  const int codebook_exponent = detail::exponent_to_fill(largest_centroid);
+  const int scale_exponent = detail::exponent_to_fill(largest_scale);
   const float codebook_factor = std::ldexp(1.0F, codebook_exponent);
   const float scale_factor = std::ldexp(1.0F, scale_exponent);
   out.unscale_ = std::ldexp(1.0F, -codebook_exponent - scale_exponent);
-  for (std::size_t i = 0; i < values; ++i) {
-    detail::store_scaled(base + l.codebooks_at + i * sizeof(Half), w.codebooks[i], codebook_factor);
-  }
-  const std::int64_t lane_span = l.sets / w.format.m * w.format.v;
-  for (std::int64_t granule = 0; granule < l.granules; ++granule) {
-    std::byte* const tiles = base + l.tiles_at + granule * l.row_tiles * l.tile_bytes;
-    for (int lane = 0; lane < 32; ++lane) {
-      detail::store_codes(w, l, tiles, granule, lane);
-      const bool leads = l.scale_steps < 5 && lane % (1 << l.scale_steps) == 0;
-      const std::int64_t k = (granule * 32 + lane) * lane_span;
-      if (!leads || k >= w.cols) continue;
-      const Half* const scales = w.scales + k / w.format.g * w.rows;
-      for (std::int64_t n = 0; n < w.rows; ++n) {
-        const std::int64_t at =
-            n / kTileRows * l.tile_bytes + l.scales_at() +
-            scale_offset(l.scale_steps, lane, static_cast<int>(n % kTileRows)) * std::int64_t{2};
-        detail::store_scaled(tiles + at, scales[n], scale_factor);
-      }
+  for (std::size_t part = 0; part < parts.size(); ++part) {
+    const QuantizedMatrixView& w = parts[part];
+    const std::int64_t first_tile = l.first_tile[part];
+    for (std::size_t i = 0; i < values; ++i) {
+      detail::store_scaled(base + l.codebooks_at + (part * values + i) * sizeof(Half), w.codebooks[i],
+                           codebook_factor);
     }
-  }
-  if (l.scale_steps == 5) {
-    for (std::size_t n = 0; n < scale_values; ++n) {
-      detail::store_scaled(base + l.row_scales_at + n * sizeof(Half), w.scales[n], scale_factor);
+    for (std::int64_t granule = 0; granule < l.granules; ++granule) {
+      std::byte* const tiles =
+          base + l.tiles_at + (granule * l.row_tiles + first_tile) * std::int64_t{l.tile_bytes};
+      for (int lane = 0; lane < 32; ++lane) detail::store_codes(w, l, tiles, granule, lane);
+      if (l.scale_steps < 5) detail::store_scales(w, l, tiles, granule, scale_factor);
+    }
+    if (l.scale_steps == 5) {
+      const auto scales = scales_of(w);
+      std::byte* const to =
+          base + l.row_scales_at + static_cast<std::size_t>(first_tile * kTileRows) * sizeof(Half);
+      for (std::size_t n = 0; n < scales.size(); ++n)
+        detail::store_scaled(to + n * sizeof(Half), scales[n], scale_factor);
     }
   }
   return Result<PackedMatrix>(std::move(out));  // spelled out for nvcc, which would copy
+}
+
+/// Packs one canonical matrix.
+[[nodiscard]] inline Result<PackedMatrix> pack(const QuantizedMatrixView& w, PackOptions options = {}) {
+  return pack(std::span<const QuantizedMatrixView>(&w, 1), options);
 }
 
 }  // namespace codegemm::cuda

@@ -4,6 +4,7 @@
 // Layer: cuda (host, needs nvcc).
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -51,7 +52,14 @@ struct ScalarOf<float> : KnownScalar<ScalarType::kFloat> {};
 
 }  // namespace detail
 
-/// y[T][N] = x[T][K] W^T (+ bias) (+ residual). Every pointer is to device memory of the caller's.
+/// What a product ends with.
+enum class Activation {
+  kNone,
+  kSwiGlu,  ///< y = silu(gate) * up: gate is the first half of the rows of W, up the second
+};
+
+/// y[T][N] = x[T][K] W^T (+ bias) (+ residual), or with kSwiGlu y[T][N / 2] = silu(gate + bias) * (up + bias)
+/// (+ residual). Every pointer is to device memory of the caller's.
 /// X: __half or __nv_bfloat16 (or codegemm::Half, BFloat16); Y: these or float. Sums are fp32 for all of
 /// them. On tensor cores weights are multiplied in X's type: with bf16 each is rounded to 8 bits once.
 template <class X, class Y>
@@ -64,9 +72,10 @@ struct GemmProblem {
       "codegemm: GemmProblem Y must be float, __half, __nv_bfloat16, codegemm::Half or codegemm::BFloat16");
   DevicePackedView weights;
   MatrixView<const X> x;         // [T][K], any stride
-  MatrixView<Y> y;               // [T][N], any stride; must not overlap x
+  MatrixView<Y> y;               // [T][N] (kSwiGlu: [T][N / 2]), any stride; must not overlap x
   const Y* bias = nullptr;       // [N], or null
-  MatrixView<const Y> residual;  // [T][N] to be added, or null data; may be y itself
+  MatrixView<const Y> residual;  // as y, to be added, or null data; may be y itself
+  Activation activation = Activation::kNone;
   /// The kernel may start while the one before it in the stream still runs, and then reads weights only. Set
   /// to false where that kernel writes the weights.
   bool overlap = true;
@@ -85,18 +94,33 @@ namespace detail {
     return error(StatusCode::kUnsupported, "cuda gemm: compute capability ", device.arch / 10, ".",
                  device.arch % 10, ", but the kernels need 8.0");
   }
-  const auto layout = packed_layout(w.format, w.rows, w.cols, PackOptions{w.layout.sets});
-  if (!layout.ok()) return layout.status();
-  if (*layout != w.layout) {
+  const auto wrong_layout = [&] {
     return error(StatusCode::kInvalidArgument, "cuda gemm: the view's layout is not that of a packed ",
-                 w.rows, " x ", w.cols, " matrix as ", format_name(w.format));
+                 w.rows, " x ", w.cols, " matrix as ", format_name(w.format), " of ", w.layout.parts,
+                 " parts");
+  };
+  if (w.layout.parts < 1 || w.layout.parts > kMaxParts) return wrong_layout();
+  std::array<std::int64_t, kMaxParts> part_rows = {};
+  for (std::size_t i = 0; i < static_cast<std::size_t>(w.layout.parts); ++i) {
+    const std::int64_t first = std::int64_t{w.layout.first_tile[i]} * kTileRows;
+    const std::int64_t end = std::int64_t{w.layout.first_tile[i + 1]} * kTileRows;
+    part_rows[i] = (i + 1 < static_cast<std::size_t>(w.layout.parts) ? end : w.rows) - first;
   }
+  const auto layout = packed_layout(w.format, {part_rows.data(), static_cast<std::size_t>(w.layout.parts)},
+                                    w.cols, PackOptions{w.layout.sets});
+  if (!layout.ok()) return layout.status();
+  if (*layout != w.layout) return wrong_layout();
   if (w.rows == 0) return {};
   if (w.data == nullptr) return error(StatusCode::kNullPointer, "cuda gemm: weights is null");
   if (!aligned(w.data, 256)) {
     return error(StatusCode::kMisaligned, "cuda gemm: weights is not aligned to 256 bytes");
   }
   return {};
+}
+
+template <class X, class Y>
+[[nodiscard]] bool gated(const GemmProblem<X, Y>& p) {
+  return p.activation == Activation::kSwiGlu;
 }
 
 // What does not depend on the regime.
@@ -111,9 +135,21 @@ template <class X, class Y>
     return error(StatusCode::kShapeMismatch, "cuda gemm: x has ", p.x.cols,
                  " columns, the weights have K = ", w.cols);
   }
-  if (p.y.cols != w.rows) {
+  if (gated(p)) {
+    const PackedLayout& l = w.layout;
+    if (w.rows % (2 * kTileRows) != 0) {
+      return error(StatusCode::kShapeMismatch, "cuda gemm: SwiGLU over N = ", w.rows,
+                   ", which is not a multiple of ", 2 * kTileRows);
+    }
+    if (l.parts > 2 || (l.parts == 2 && std::int64_t{l.first_tile[1]} * 2 != l.row_tiles)) {
+      return error(StatusCode::kShapeMismatch, "cuda gemm: SwiGLU wants one part or two of equal size, not ",
+                   l.parts, " of which the first has ", std::int64_t{l.first_tile[1]} * kTileRows, " of ",
+                   w.rows, " rows");
+    }
+  }
+  if (p.y.cols != (gated(p) ? w.rows / 2 : w.rows)) {
     return error(StatusCode::kShapeMismatch, "cuda gemm: y has ", p.y.cols,
-                 " columns, the weights have N = ", w.rows);
+                 " columns, the weights have N = ", w.rows, gated(p) ? ", of which SwiGLU makes half" : "");
   }
   if (p.x.rows != p.y.rows) {
     return error(StatusCode::kShapeMismatch, "cuda gemm: x has ", p.x.rows, " rows (tokens), y has ",
@@ -171,6 +207,7 @@ template <class X, class Y>
   out.y_stride = p.y.stride;
   out.residual_stride = p.residual.stride;
   out.rows = static_cast<int>(w.rows);
+  out.half_rows = p.activation == Activation::kSwiGlu ? static_cast<int>(w.rows / 2) : 0;
   out.unscale = w.unscale;
   out.type = ScalarOf<Y>::kType;
   return out;

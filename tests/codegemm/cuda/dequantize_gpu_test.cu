@@ -23,7 +23,7 @@ void check(Format format, std::int64_t rows, std::int64_t cols, std::int64_t pad
   REQUIRE_CUDA(cudaDeviceSynchronize());
   REQUIRE(out.guards_intact());
   const std::vector<T> got = out.download();
-  const QuantizedMatrixView view = w.matrix.view();
+  const QuantizedMatrixView view = w.parts[0].view();
   for (std::int64_t n = 0; n < rows; ++n) {
     for (std::int64_t k = 0; k < cols; ++k) {
       const double want = reference_weight(view, n, k);

@@ -113,9 +113,9 @@ TEST_CASE("cuda gemm: on tensor cores, captured in a graph and replayed with oth
       REQUIRE_CUDA(cudaGraphLaunch(exec, stream));
       REQUIRE_CUDA(cudaStreamSynchronize(stream));
       const auto middle = between.download();
-      const Reference want_middle = reference_of(first.matrix, values, tokens, 1024);
+      const Reference want_middle = reference_of(first.parts[0], values, tokens, 1024);
       CHECK(relative_error(want_middle, middle, tokens, 1024, 1024) <= 1e-3);
-      CHECK(relative_error(reference_of(second.matrix, middle, tokens, 1024), y.download(), tokens, 776,
+      CHECK(relative_error(reference_of(second.parts[0], middle, tokens, 1024), y.download(), tokens, 776,
                            776) <= 1e-3);
     }
     REQUIRE_CUDA(cudaGraphExecDestroy(exec));

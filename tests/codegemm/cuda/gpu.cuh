@@ -7,7 +7,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <cuda_runtime.h>
@@ -102,22 +104,32 @@ template <class T>
   return std::is_same_v<T, float> ? 0x1p-24 : std::is_same_v<T, Half> ? 0x1p-11 : 0x1p-8;
 }
 
-/// Packed weights on the device, with the host's copy of the canonical ones.
+/// Packed weights on the device, one matrix or several merged, with the host's copies of the canonical ones.
 struct DeviceWeights {
-  QuantizedMatrix matrix;
+  std::vector<QuantizedMatrix> parts;
   cuda::PackedMatrix packed;
   DeviceBuffer<std::byte> buffer;
 
-  explicit DeviceWeights(QuantizedMatrix m, cuda::PackOptions options = {})
-      : matrix(std::move(m)), packed(pack_or_fail(matrix, options)), buffer(packed.bytes().size()) {
+  explicit DeviceWeights(std::vector<QuantizedMatrix> matrices, cuda::PackOptions options = {})
+      : parts(std::move(matrices)), packed(pack_or_fail(parts, options)), buffer(packed.bytes().size()) {
     REQUIRE_CUDA(
         cudaMemcpy(buffer.data(), packed.bytes().data(), packed.bytes().size(), cudaMemcpyHostToDevice));
   }
+  explicit DeviceWeights(QuantizedMatrix m, cuda::PackOptions options = {})
+      : DeviceWeights(one(std::move(m)), options) {}
   [[nodiscard]] cuda::DevicePackedView view() { return packed.view(buffer.data()); }
 
  private:
-  [[nodiscard]] static cuda::PackedMatrix pack_or_fail(const QuantizedMatrix& m, cuda::PackOptions options) {
-    auto packed = cuda::pack(m.view(), options);
+  [[nodiscard]] static std::vector<QuantizedMatrix> one(QuantizedMatrix m) {
+    std::vector<QuantizedMatrix> out;
+    out.push_back(std::move(m));
+    return out;
+  }
+  [[nodiscard]] static cuda::PackedMatrix pack_or_fail(const std::vector<QuantizedMatrix>& parts,
+                                                       cuda::PackOptions options) {
+    std::vector<QuantizedMatrixView> views;
+    for (const QuantizedMatrix& part : parts) views.push_back(part.view());
+    auto packed = cuda::pack(std::span<const QuantizedMatrixView>(views), options);
     INFO(packed.status().message());
     REQUIRE(packed.ok());
     return std::move(packed).value();
@@ -158,6 +170,52 @@ template <class X>
       }
       out.y[static_cast<std::size_t>(t * w.rows() + n)] = sum;
       out.size[static_cast<std::size_t>(t * w.rows() + n)] = size;
+    }
+  }
+  return out;
+}
+
+/// The same for matrices merged along N.
+template <class X>
+[[nodiscard]] Reference reference_of(const std::vector<QuantizedMatrix>& parts, const std::vector<X>& x,
+                                     std::int64_t tokens, std::int64_t stride) {
+  std::int64_t rows = 0;
+  for (const QuantizedMatrix& part : parts) rows += part.rows();
+  Reference out;
+  out.y.resize(static_cast<std::size_t>(tokens * rows));
+  out.size = out.y;
+  std::int64_t first = 0;
+  for (const QuantizedMatrix& part : parts) {
+    const Reference of_part = reference_of(part, x, tokens, stride);
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      for (std::int64_t n = 0; n < part.rows(); ++n) {
+        const auto from = static_cast<std::size_t>(t * part.rows() + n);
+        const auto to = static_cast<std::size_t>(t * rows + first + n);
+        out.y[to] = of_part.y[from];
+        out.size[to] = of_part.size[from];
+      }
+    }
+    first += part.rows();
+  }
+  return out;
+}
+
+/// silu(first half of the rows) * second half; the sizes are those of the errors that come through.
+[[nodiscard]] inline Reference swiglu_of(const Reference& both, std::int64_t tokens, std::int64_t rows) {
+  Reference out;
+  const std::int64_t half = rows / 2;
+  out.y.resize(static_cast<std::size_t>(tokens * half));
+  out.size = out.y;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (std::int64_t n = 0; n < half; ++n) {
+      const auto g = static_cast<std::size_t>(t * rows + n);
+      const auto u = static_cast<std::size_t>(t * rows + half + n);
+      const double silu = both.y[g] / (1.0 + std::exp(-both.y[g]));
+      const auto to = static_cast<std::size_t>(t * half + n);
+      out.y[to] = silu * both.y[u];
+      // silu is nowhere steeper than 1.1; its own exponential function rounds a few times.
+      out.size[to] = 1.1 * std::abs(both.y[u]) * both.size[g] + std::abs(silu) * both.size[u] +
+                     std::abs(both.y[u]) * std::abs(both.y[g]);
     }
   }
   return out;

@@ -43,15 +43,15 @@ struct CentroidTable {
     return p / kPlanesOfRow * (256 << bits) + p % kPlanesOfRow * kPlaneBytes;
   }
 
-  /// All threads of the block copy the codebooks, fp16 [Codebooks][2^bits][V], into the table; a barrier has
+  /// Threads 0 .. threads - 1 copy the codebooks, fp16 [Codebooks][2^bits][V], into the table; a barrier has
   /// to follow. kBFloat16: converted, rounding to nearest.
   static __device__ __forceinline__ void fill(char* table, const std::uint16_t* codebooks, int bits,
-                                              PairType type) {
+                                              PairType type, int thread, int threads) {
     constexpr int kWords = kEntryBytes / 4;
     constexpr int kPieces = kPlaneBytes / 16;  // a thread writes 16 bytes: 16 / kEntryBytes copies
     const int pieces = (kPlanes << bits) * kPieces;
 #pragma unroll 4
-    for (int i = static_cast<int>(threadIdx.x); i < pieces; i += static_cast<int>(blockDim.x)) {
+    for (int i = thread; i < pieces; i += threads) {
       const int piece = i % kPieces;
       const int code = i / kPieces / kPlanes;
       const int p = i / kPieces % kPlanes;

@@ -108,6 +108,18 @@ __device__ __forceinline__ void push(unsigned address, float value, unsigned bar
       "r"(__float_as_uint(value)), "r"(barrier)
       : "memory");
 }
+// The same with eight values, at a multiple of 16 bytes.
+__device__ __forceinline__ void push8(unsigned address, const float (&values)[8], unsigned barrier) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::
+            "r"(address + static_cast<unsigned>(i) * 4U),
+        "r"(__float_as_uint(values[i])), "r"(__float_as_uint(values[i + 1])),
+        "r"(__float_as_uint(values[i + 2])), "r"(__float_as_uint(values[i + 3])), "r"(barrier)
+        : "memory");
+  }
+}
 __device__ __forceinline__ void wait_for_pushes(unsigned barrier) {
   asm volatile(
       "{\n\t.reg .pred done;\n\t"

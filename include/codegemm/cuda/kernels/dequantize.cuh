@@ -8,6 +8,7 @@
 
 #include <cuda_fp16.h>
 
+#include <codegemm/cuda/block/row_parts.hpp>
 #include <codegemm/cuda/block/tile_layout.hpp>
 #include <codegemm/cuda/kernels/output.cuh>
 
@@ -16,13 +17,14 @@ namespace codegemm::cuda {
 /// Everything that the kernel reads, by value. Pointers are to device memory.
 struct DequantizeArgs {
   const unsigned char* tiles = nullptr;       // [granules][row_tiles][tile_bytes], see packed_matrix.hpp
-  const std::uint16_t* codebooks = nullptr;   // fp16 [m][2^b][v]
+  const std::uint16_t* codebooks = nullptr;   // fp16 [parts][m][2^b][v]
   const std::uint16_t* row_scales = nullptr;  // fp16 [rows], or null where the tiles hold the scales
   void* w = nullptr;                          // [rows][w_stride]
   std::int64_t w_stride = 0;
   int rows = 0;
   int cols = 0;
   int row_tiles = 0;
+  RowBlocks part_rows;  // of a tile each
   int tile_bytes = 0;
   int codebook_count = 0;
   int sets = 0;
@@ -43,6 +45,8 @@ __global__ void dequantize_kernel(const __grid_constant__ DequantizeArgs a) {
   const int per_lane = a.sets / a.codebook_count;
   const int vectors = 32 * per_lane;
   const int row_bytes = a.sets * a.code_bytes;
+  const std::uint16_t* const codebooks =
+      a.codebooks + ((a.part_rows.block(row_tile).part * a.codebook_count) << a.code_bits) * V;
   for (int i = static_cast<int>(threadIdx.x); i < kTileRows * vectors; i += static_cast<int>(blockDim.x)) {
     const int lane = i % vectors / per_lane;
     const int vector = i % vectors % per_lane;
@@ -59,7 +63,7 @@ __global__ void dequantize_kernel(const __grid_constant__ DequantizeArgs a) {
                 << (8 * byte);
       }
       const std::uint16_t* const centroid =
-          a.codebooks + ((static_cast<unsigned>(c) << a.code_bits) + code) * V;
+          codebooks + ((static_cast<unsigned>(c) << a.code_bits) + code) * V;
 #pragma unroll
       for (int e = 0; e < V; ++e) sum[e] += __half2float(__ushort_as_half(__ldg(centroid + e)));
     }

@@ -11,6 +11,7 @@
 
 #include <codegemm/cuda/block/centroid_table.cuh>
 #include <codegemm/cuda/block/intrinsics.cuh>
+#include <codegemm/cuda/block/row_parts.hpp>
 #include <codegemm/cuda/block/tile_pairs.cuh>
 #include <codegemm/cuda/kernels/output.cuh>
 
@@ -19,7 +20,7 @@ namespace codegemm::cuda {
 /// Everything that the kernel reads, by value. Pointers are to device memory.
 struct FusedMmaArgs {
   const unsigned char* tiles = nullptr;      // [granules][row_tiles][tile_bytes], see packed_matrix.hpp
-  const std::uint16_t* codebooks = nullptr;  // fp16 [m][2^b][v]
+  const std::uint16_t* codebooks = nullptr;  // fp16 [parts][m][2^b][v]
   const std::uint16_t* x = nullptr;          // [tokens][x_stride]
   std::int64_t x_stride = 0;
   int tokens = 0;
@@ -29,7 +30,7 @@ struct FusedMmaArgs {
   int tile_bytes = 0;
   int scale_steps = 0;  // as PackedLayout
   int code_bits = 0;
-  int tiles_per_block = 0;
+  RowBlocks rows;  // its halves are those of SwiGLU
   int slabs_per_split = 0;
   int tiles_ahead = 0;     // how far the second-level cache is ahead
   bool x_aligned = false;  // every row of x starts at a multiple of 16 bytes
@@ -55,11 +56,11 @@ struct FusedMmaShape {
   static constexpr int kSumBytes = 2 * kGroup * kWarps * kTileSums * 4;
 };
 
-/// Block (split, i) multiplies the slabs of its split with row tiles i * tiles_per_block .., and the splits
-/// of one i are a cluster that adds its sums. Each warp holds one slab of x in registers, as fragments, and
-/// goes over the block's row tiles; what the warps made of a tile is added in shared memory, in a fixed
-/// order. So x is read once a window of as many slabs as there are warps, and shared memory is left to the
-/// lookups.
+/// Block (split, i) multiplies the slabs of its split with the i-th block of row tiles, and the splits of one
+/// i are a cluster that adds its sums. With SwiGLU it does so in both halves, one after the other. Each warp
+/// holds one slab of x in registers, as fragments, and goes over the block's row tiles; what the warps made
+/// of a tile is added in shared memory, in a fixed order. So x is read once a window of as many slabs as
+/// there are warps, and shared memory is left to the lookups.
 ///
 /// Tokens are the rows of a product, weights its columns: lane 4 r + q holds rows r and r + 8 of a tile, each
 /// a column. In the step that multiplies the i-th four of every lane's k, the packed lanes q, 4 + q, 8 + q
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   constexpr int kHalves = Tokens == 8 ? 1 : 2;  // tokens r, and r + 8
 
   // The table; what warps made of a group of tiles, [2][tile][warp][token][16 rows]; where blocks or windows
-  // are added: the block's sums [token][row].
+  // are added: the block's sums [half][token][row].
   extern __shared__ __align__(1024) char table[];
   float* const warp_sums = reinterpret_cast<float*>(table + Shape::table_bytes(a.code_bits));
   float* const block_sums = warp_sums + Shape::kSumBytes / 4;
@@ -103,12 +104,17 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int r = lane / 4;
   const int q = lane % 4;
-  const int tile0 = static_cast<int>(blockIdx.y) * a.tiles_per_block;
-  const int tiles = min(a.tiles_per_block, a.row_tiles - tile0);
+  const bool gated = a.rows.half_tiles > 0;
+  const int tile0 = a.rows.block(static_cast<int>(blockIdx.y)).tile;  // of the first half
+  const int tiles = a.rows.block(static_cast<int>(blockIdx.y)).tiles;
+  const auto codebooks_of = [&](int half) {
+    const int part = a.rows.block(static_cast<int>(blockIdx.y), half).part;
+    return a.codebooks + ((part * kCodebooks) << a.code_bits) * V;
+  };
   const int slab0 = static_cast<int>(blockIdx.x) * a.slabs_per_split;
   const int slab1 = min(slab0 + a.slabs_per_split, a.slabs);
-  const bool direct = gridDim.x == 1 && slab1 - slab0 <= kWarps;
-  const int block_rows = a.tiles_per_block * kTileRows;
+  const bool direct = gridDim.x == 1 && slab1 - slab0 <= kWarps && !gated;
+  const int block_rows = a.rows.tiles_per_block * kTileRows;
 
   // Where a lane finds what it needs in a tile for chunk 0 of a slab. Other chunks differ in bits that are
   // known.
@@ -138,8 +144,8 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   const unsigned select1 = detail::PairCodes<kRowBytes>::selector((q & 1) == 0);
   const unsigned lane_bytes = Table::lane_bytes(lane);
 
-  // A warp's tiles in the order [window][tile]: the codes of the next one come into the registers of the one
-  // that is multiplied, and a later one into the second-level cache.
+  // A warp's tiles in the order [half][window][tile]: the codes of the next one come into the registers of
+  // the one that is multiplied, and a later one into the second-level cache.
   detail::PairCodes<kRowBytes> codes[4];
   [[maybe_unused]] SumScales sum_scales[4 / kChunksPerScale];
   [[maybe_unused]] detail::WeightScales weight_scales[4];
@@ -167,15 +173,15 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     }
   };
   const auto aim = [&](int slab, int tile) {
-    const auto half = static_cast<unsigned>(slab % 2);
+    const auto odd = static_cast<unsigned>(slab % 2);
     const unsigned of_tile = static_cast<unsigned>(slab / 2) * granule_bytes +
                              static_cast<unsigned>(tile0 + tile) * static_cast<unsigned>(a.tile_bytes);
-    at = of_tile + half * 256U;
-    scales_at = of_tile + half * scale_half;
+    at = of_tile + odd * 256U;
+    scales_at = of_tile + odd * scale_half;
   };
   // One of the two warps of a granule asks for the tile.
   const auto prefetch = [&](int slab, int tile) {
-    if (tile < tiles && lane == 0 && (slab % 2 == 0 || slab == slab0)) {
+    if (lane == 0 && (slab % 2 == 0 || slab == slab0)) {
       detail::prefetch_l2(a.tiles + static_cast<unsigned>(slab / 2) * granule_bytes +
                               static_cast<unsigned>(tile0 + tile) * static_cast<unsigned>(a.tile_bytes),
                           static_cast<unsigned>(a.tile_bytes));
@@ -185,20 +191,26 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     aim(slab0 + warp, 0);
 #pragma unroll
     for (int j = 0; j < 4; ++j) load_chunk(j);
-    for (int i = 1; i <= a.tiles_ahead; ++i) prefetch(slab0 + warp, i);
+    for (int i = 1; i <= min(a.tiles_ahead, tiles - 1); ++i) prefetch(slab0 + warp, i);
   }
-  if constexpr (Config::kCodeBytes == 1) {
-    Table::fill(table, a.codebooks, a.code_bits, kTableBf16 ? PairType::kBFloat16 : PairType::kHalf);
-  }
+  const auto fill_table = [&](int half) {
+    if constexpr (Config::kCodeBytes == 1) {
+      Table::fill(table, codebooks_of(half), a.code_bits, kTableBf16 ? PairType::kBFloat16 : PairType::kHalf,
+                  static_cast<int>(threadIdx.x), kFusedMmaThreads);
+    }
+  };
+  fill_table(0);
+  [[maybe_unused]] const std::uint16_t* codebooks = Config::kCodeBytes == 1 ? nullptr : codebooks_of(0);
   detail::wait_for_previous_kernel();
 
   int stage = 0;
-  for (int window = slab0; window < slab1; window += kWarps) {
+  int half = 0;
+  unsigned x[4 * kChunkSteps][4];  // fragments of x: the lane's four k of tokens r and r + 8
+  for (int window = slab0; window < slab1;) {
     const int slab = window + warp;
     const int warps = min(kWarps, slab1 - window);  // that have a slab
-    // Fragments of x: the lane's four k of tokens r and r + 8.
-    unsigned x[4 * kChunkSteps][4];
-    if (slab < slab1) {
+    const bool last_window = window + kWarps >= slab1;
+    if (slab < slab1 && (half == 0 || window > slab0 || !last_window)) {
       constexpr int kOf = kLaneSpan >= 8 ? 2 : 1;  // steps loaded at once
 #pragma unroll
       for (int step = 0; step < 4 * kChunkSteps; step += kOf) {
@@ -218,6 +230,8 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     }
     if (window == slab0) __syncthreads();  // the table
 
+    const int half_tile = half * a.rows.half_tiles;
+    float* const half_sums = block_sums + half * (Tokens * block_rows);
     for (int group = 0; group < tiles; group += Shape::kGroup) {
       float* const of_stage = warp_sums + stage * (Shape::kSumBytes / 8);
       const int end = min(group + Shape::kGroup, tiles);
@@ -225,11 +239,13 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
 #pragma unroll 1
         for (int tile = group; tile < end; ++tile) {
           // After the last tile of a window comes the first of the next; after all, the last one again.
-          prefetch(slab, tile + 1 + a.tiles_ahead);
+          if (tile + 1 + a.tiles_ahead < tiles) prefetch(slab, half_tile + tile + 1 + a.tiles_ahead);
           if (tile + 1 < tiles) {
-            aim(slab, tile + 1);
+            aim(slab, half_tile + tile + 1);
           } else if (slab + kWarps < slab1) {
-            aim(slab + kWarps, 0);
+            aim(slab + kWarps, half_tile);
+          } else if (gated && half == 0) {
+            aim(slab0 + warp, a.rows.half_tiles);
           }
           float sums[2][4] = {};
           [[maybe_unused]] float part[2][4];
@@ -261,7 +277,7 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
                     } else {
                       const unsigned code = p == 0 ? rows[e] & 0xFFFFU : rows[e] >> 16;
                       detail::load_centroid<V>(
-                          a.codebooks + ((static_cast<unsigned>(c) << a.code_bits) + code) * V, vector);
+                          codebooks + ((static_cast<unsigned>(c) << a.code_bits) + code) * V, vector);
                     }
 #pragma unroll
                     for (int w = 0; w < V / 2; ++w) {
@@ -332,45 +348,61 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
         if (direct) {
           if (token < a.tokens) detail::store_output4(a.out, token, tile0 * kTileRows + row, sum);
         } else {
-          float4& total = *reinterpret_cast<float4*>(block_sums + token * block_rows + row);
+          float4& total = *reinterpret_cast<float4*>(half_sums + token * block_rows + row);
           if (window > slab0) sum.x += total.x, sum.y += total.y, sum.z += total.z, sum.w += total.w;
           total = sum;
         }
       }
       stage ^= 1;  // the other half of the sums: nobody still reads it
     }
+    window += kWarps;
+    if (last_window && gated && half == 0) {
+      half = 1;
+      window = slab0;
+      if (a.rows.half_part != 0) {
+        fill_table(1);  // all lookups are behind the barrier of the last group
+        if constexpr (Config::kCodeBytes == 2) codebooks = codebooks_of(1);
+      }
+    }
   }
   if (direct) return;
   __syncthreads();
 
   // Each block of the cluster ends with a share of the rows.
-  const int rows = min(tiles * kTileRows, a.out.rows - tile0 * kTileRows);
+  const int all_rows = min(tiles * kTileRows, a.out.rows - tile0 * kTileRows);
   int from = 0;
-  int to = rows;
+  int to = all_rows;
 #if __CUDA_ARCH__ >= 900
   const int splits = static_cast<int>(gridDim.x);
   if (splits > 1) {
     detail::cluster_barrier();
-    const int share = (rows + splits - 1) / splits;
-    from = min(static_cast<int>(detail::cluster_rank()) * share, rows);
-    to = min(from + share, rows);
+    const int share = (all_rows + splits - 1) / splits;
+    from = min(static_cast<int>(detail::cluster_rank()) * share, all_rows);
+    to = min(from + share, all_rows);
   }
 #endif
+  const auto sum_splits = [&](float* own) {
+    float sum = 0.0F;
+#if __CUDA_ARCH__ >= 900
+    if (splits > 1) {
+      const auto place = static_cast<unsigned>(__cvta_generic_to_shared(own));
+      for (int s = 0; s < splits; ++s)
+        sum += detail::load_from(detail::address_in(place, static_cast<unsigned>(s)));
+      return sum;
+    }
+#endif
+    return sum + *own;
+  };
   for (int token = warp; token < a.tokens; token += kWarps) {
     for (int row = from + lane; row < to; row += 32) {
-      float sum = 0.0F;
       float* const own = block_sums + token * block_rows + row;
-#if __CUDA_ARCH__ >= 900
-      if (splits > 1) {
-        const auto place = static_cast<unsigned>(__cvta_generic_to_shared(own));
-        for (int s = 0; s < splits; ++s)
-          sum += detail::load_from(detail::address_in(place, static_cast<unsigned>(s)));
-      } else
-#endif
-      {
-        sum = *own;
+      const float sum = sum_splits(own);
+      if (gated) {
+        detail::store_gated(a.out, token, tile0 * kTileRows + row, sum,
+                            sum_splits(own + Tokens * block_rows));
+      } else {
+        detail::store_output(a.out, token, tile0 * kTileRows + row, sum);
       }
-      detail::store_output(a.out, token, tile0 * kTileRows + row, sum);
     }
   }
 #if __CUDA_ARCH__ >= 900

@@ -13,6 +13,7 @@
 
 #include <codegemm/cuda/block/centroid_table.cuh>
 #include <codegemm/cuda/block/intrinsics.cuh>
+#include <codegemm/cuda/block/row_parts.hpp>
 #include <codegemm/cuda/block/wgmma.cuh>
 #include <codegemm/cuda/block/wgmma_fragments.cuh>
 #include <codegemm/cuda/kernels/output.cuh>
@@ -23,7 +24,7 @@ namespace codegemm::cuda {
 struct FusedWgmmaArgs {
   CUtensorMap x;                             // [tokens][cols] in boxes of half a token tile x 64
   const unsigned char* tiles = nullptr;      // [granules][row_tiles][tile_bytes], see packed_matrix.hpp
-  const std::uint16_t* codebooks = nullptr;  // fp16 [m][2^b][v]
+  const std::uint16_t* codebooks = nullptr;  // fp16 [parts][m][2^b][v]
   float* partials = nullptr;  // [splits][tokens][row_tiles * 16] where there are several splits
   int tokens = 0;
   int row_tiles = 0;
@@ -33,7 +34,7 @@ struct FusedWgmmaArgs {
   int slabs = 0;  // half granules that have columns
   int slabs_per_split = 0;
   int splits = 0;
-  int row_blocks = 0;    // pairs of blocks of kRowTiles row tiles
+  RowBlocks rows;        // of a cluster: 2 * kRowTiles row tiles; with SwiGLU kRowTiles in each half
   int token_blocks = 0;  // token tiles
   int x_stages = 0;
   int code_stages = 0;
@@ -53,12 +54,14 @@ struct FusedWgmmaShape {
   static constexpr int kSlabSpan = 16 * kLaneSpan;
   static constexpr int kStageBytes = TokenTile * 128;  // 64 k of x
   static constexpr int kMaxStages = 8;
-  static constexpr int kBarrierBytes = 4 * kMaxStages * 8;
+  static constexpr int kBarrierBytes = (4 * kMaxStages + kRowTiles) * 8;
   static constexpr int kCodeBytes = 16 * 16 * kRowBytes;  // of a slab of a row tile
   // A warp's sums on their way out, [16 tokens][16 rows]: a stride at which a fragment's store hits every
   // bank once.
   static constexpr int kScratchStride = 20;
-  static constexpr int kScratchBytes = 8 * 16 * kScratchStride * 4;
+  static constexpr int kScratchFloats = 16 * kScratchStride;
+  static constexpr int kScratchBytes = kRowTiles * kScratchFloats * 4;
+  static constexpr int kGatedScratchBytes = 2 * kScratchBytes;  // with SwiGLU: and those of the other block
   using Table = CentroidTable<Config::kVecLen, Config::kCodebooks>;
 
   [[nodiscard]] static __host__ __device__ constexpr int table_bytes(int bits) {
@@ -84,15 +87,18 @@ template <int Registers>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
+// The two warpgroups that multiply meet.
+__device__ __forceinline__ void wait_for_multipliers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
 }  // namespace detail
 #endif
 
 /// A cluster of two blocks makes 256 rows x TokenTile tokens at a time, over the slabs of one split, and goes
-/// through the products in the order [split][token block][row block]; consecutive ones run at once. In a
-/// block one warpgroup copies: a warp asks the copy engine for x, half of it for both blocks, the others
-/// bring codes and scales. Two warpgroups multiply 64 rows each. Weights of two steps are looked up while the
-/// products of the two before run.
+/// through the products in the order [part][split][token block][row block]; consecutive ones run at once.
+/// With SwiGLU one of the blocks takes rows of the first half, the other their partners. In a block one
+/// warpgroup copies: a warp asks the copy engine for x, half of it for both blocks, the others bring codes
+/// and scales. Two warpgroups multiply 64 rows each. Weights of two steps are looked up while the products of
+/// the two before run.
 template <class Config, PairType Type, int TokenTile>
 __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_constant__ FusedWgmmaArgs a) {
 #if CODEGEMM_HAS_WGMMA
@@ -101,7 +107,8 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
   constexpr int kStagesOfSlab = Shape::kLaneSpan / 4;
   constexpr int kRowTiles = Shape::kRowTiles;
   // The table, whose size is a multiple of 1024 bytes; x of the stages, which the swizzle wants at such ones;
-  // codes and scales of the code stages; sums on their way out; barriers.
+  // codes and scales of the code stages; sums on their way out, and with SwiGLU those that come from the
+  // other block; barriers.
   extern __shared__ __align__(1024) char table[];
   char* const x_memory = table + Shape::table_bytes(a.code_bits);
   char* const code_memory = x_memory + a.x_stages * Shape::kStageBytes;
@@ -109,8 +116,10 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
   const int code_stage_bytes = kRowTiles * (Shape::kCodeBytes + scale_bytes);
   const unsigned x_at = static_cast<unsigned>(__cvta_generic_to_shared(x_memory));
   const unsigned codes_at = static_cast<unsigned>(__cvta_generic_to_shared(code_memory));
+  const bool gated = a.rows.half_tiles > 0;
   const unsigned barriers =
-      codes_at + static_cast<unsigned>(a.code_stages * code_stage_bytes + Shape::kScratchBytes);
+      codes_at + static_cast<unsigned>(a.code_stages * code_stage_bytes +
+                                       (gated ? Shape::kGatedScratchBytes : Shape::kScratchBytes));
   const auto full_x = [&](int stage) { return barriers + static_cast<unsigned>(stage) * 8U; };
   const auto empty_x = [&](int stage) {
     return barriers + static_cast<unsigned>(Shape::kMaxStages + stage) * 8U;
@@ -120,6 +129,9 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
   };
   const auto empty_codes = [&](int stage) {
     return barriers + static_cast<unsigned>(3 * Shape::kMaxStages + stage) * 8U;
+  };
+  const auto from_other = [&](int tile) {
+    return barriers + static_cast<unsigned>(4 * Shape::kMaxStages + tile) * 8U;
   };
   constexpr int kCodeThreads = 96;
 
@@ -137,27 +149,46 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
       detail::init_barrier(full_codes(i), kCodeThreads);
       detail::init_barrier(empty_codes(i), 256);  // the threads that multiply
     }
+    for (int i = 0; i < kRowTiles; ++i) detail::init_barrier(from_other(i), 1);
     detail::publish_barriers();
   }
-  if constexpr (Config::kCodeBytes == 1) Table::fill(table, a.codebooks, a.code_bits, PairType::kHalf);
-  __syncthreads();
-  detail::cluster_barrier();
 
   const int clusters = static_cast<int>(gridDim.x) / 2;
   const int first = static_cast<int>(blockIdx.x) / 2;
-  const int products = a.splits * a.token_blocks * a.row_blocks;
+  const int sweeps = a.splits * a.token_blocks;  // over the rows of a part
+  const int products = sweeps * a.rows.blocks();
   struct Product {
-    int row_tile, token, slab, slabs, split;
+    int part, row_tile, end_tile, token, slab, slabs, split;
   };
   const auto product = [&](int i) {
+    int part = 0;
+#pragma unroll
+    for (int n = 1; n < kMaxParts; ++n) part += i >= a.rows.first_block[n] * sweeps ? 1 : 0;
+    const int blocks = a.rows.first_block[part + 1] - a.rows.first_block[part];
+    const int in_part = i - a.rows.first_block[part] * sweeps;
+    const int sweep = in_part / blocks;
+    const RowBlocks::Block rows =
+        a.rows.block(a.rows.first_block[part] + in_part - sweep * blocks, gated ? rank : 0);
     Product p;
-    p.row_tile = (i % a.row_blocks * 2 + rank) * kRowTiles;
-    p.token = i / a.row_blocks % a.token_blocks * TokenTile;
-    p.split = i / a.row_blocks / a.token_blocks;
+    p.part = rows.part;
+    p.row_tile = rows.tile + (gated ? 0 : rank * kRowTiles);
+    p.end_tile = rows.tile + rows.tiles;
+    p.split = sweep / a.token_blocks;
+    p.token = (sweep - p.split * a.token_blocks) * TokenTile;
     p.slab = p.split * a.slabs_per_split;
     p.slabs = min(a.slabs_per_split, a.slabs - p.slab);
     return p;
   };
+  const auto codebooks_of = [&](int part) {
+    return a.codebooks + ((part * Config::kCodebooks) << a.code_bits) * Config::kVecLen;
+  };
+  int table_part = product(first).part;
+  if constexpr (Config::kCodeBytes == 1) {
+    Table::fill(table, codebooks_of(table_part), a.code_bits, PairType::kHalf, static_cast<int>(threadIdx.x),
+                Shape::kThreads);
+  }
+  __syncthreads();
+  detail::cluster_barrier();
 
   if (group == 0) {
     detail::give_registers<40>();
@@ -225,7 +256,7 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
     detail::wait_for_previous_kernel();  // it may read what is written here
     detail::WgmmaFragments<Config, Type> fragments;
     fragments.table = table;
-    fragments.codebooks = a.codebooks;
+    fragments.codebooks = codebooks_of(table_part);
     fragments.bits = a.code_bits;
     fragments.steps = Config::kScaleSteps > 0 ? Config::kScaleSteps : a.scale_steps;
     fragments.r = lane / 4;
@@ -233,7 +264,8 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
     fragments.lane_bytes = static_cast<unsigned>(lane) * 4U % static_cast<unsigned>(Table::kPlaneBytes);
     const int tile_of_block = (group - 1) * 4 + warp;
     float* const scratch = reinterpret_cast<float*>(code_memory + a.code_stages * code_stage_bytes) +
-                           tile_of_block * (16 * Shape::kScratchStride);
+                           tile_of_block * Shape::kScratchFloats;
+    unsigned exchanges = 0;  // from the other block, of 16 tokens each
     const bool leader = threadIdx.x % 128 == 0;
     const unsigned other_empty = detail::address_in(empty_x(0), static_cast<unsigned>(rank ^ 1));
     const auto release_x = [&](int stage) {
@@ -249,6 +281,16 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
     float d[TokenTile / 2];
     for (int i = first; i < products; i += clusters) {
       const Product p = product(i);
+      if (p.part != table_part) {  // at most once for a part
+        table_part = p.part;
+        fragments.codebooks = codebooks_of(table_part);
+        if constexpr (Config::kCodeBytes == 1) {
+          detail::wait_for_multipliers();
+          Table::fill(table, codebooks_of(table_part), a.code_bits, PairType::kHalf,
+                      static_cast<int>(threadIdx.x) - 128, 256);
+          detail::wait_for_multipliers();
+        }
+      }
       int held = -1;  // the stage whose products may still run
       unsigned weights[2][2][4];
       typename detail::WgmmaFragments<Config, Type>::Pairs pairs[2];
@@ -318,17 +360,21 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
       // Out by way of shared memory, 16 tokens at a time: half a tile's rows of a token a lane, which is a
       // sector for two lanes.
       const int row = (p.row_tile + tile_of_block) * 16 + lane % 2 * 8;
+      const bool has_rows = p.row_tile + tile_of_block < p.end_tile;
+      const float* const from = scratch + lane / 2 * Shape::kScratchStride + lane % 2 * 8;
       detail::EightRows rows;
       if (a.splits == 1) rows.load(a.out, row);
       float* const partials =
           a.partials + (static_cast<std::int64_t>(p.split) * a.tokens * a.row_tiles * 16 + row);
+      // SwiGLU: of 32 tokens each block finishes 16, and pushes its sums of the other 16 to its partner. It
+      // does so after it has finished its own, so that what is pushed next finds the buffer read.
+      const bool exchange = gated && a.splits == 1;
 #pragma unroll 1
-      for (int n = 0; n < TokenTile / 16;
-           ++n) {  // one piece of code for all: registers are chosen by branches
-        if (p.token + n * 16 >= a.tokens) break;
+      for (int n = 0; n < TokenTile / 16; ++n) {
+        if (p.token + (exchange ? n / 2 * 2 : n) * 16 >= a.tokens) break;
 #pragma unroll
         for (int of = 0; of < TokenTile / 16; ++of) {
-          if (of != n) continue;
+          if (of != n) continue;  // one piece of code for all: registers are chosen by branches
 #pragma unroll
           for (int e = 0; e < 8; ++e) {
             scratch[(e / 4 * 8 + fragments.q * 2 + e % 2) * Shape::kScratchStride + fragments.r +
@@ -336,18 +382,39 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
           }
         }
         __syncwarp();
-        const float* const from = scratch + lane / 2 * Shape::kScratchStride + lane % 2 * 8;
-        const float4 low = *reinterpret_cast<const float4*>(from);
-        const float4 high = *reinterpret_cast<const float4*>(from + 4);
-        __syncwarp();
+        float sums[8];
+        detail::load_eight(from, sums);
         const int token = p.token + n * 16 + lane / 2;
-        if (token >= a.tokens) continue;
+        int to_row = row;
+        if (a.splits == 1) rows.finish(sums);
+        if (exchange) {
+          const unsigned arrived = from_other(tile_of_block);
+          const float* const buffer = from + kRowTiles * Shape::kScratchFloats;
+          if (n % 2 != rank) {
+            const auto other = static_cast<unsigned>(rank ^ 1);
+            detail::push8(detail::address_in(static_cast<unsigned>(__cvta_generic_to_shared(buffer)), other),
+                          sums, detail::address_in(arrived, other));
+            __syncwarp();
+            continue;
+          }
+          if (lane == 0) detail::arrive_and_expect(arrived, 16 * 16 * 4);
+          detail::wait_for_cluster_phase(arrived, exchanges & 1U);
+          ++exchanges;
+          float others[8];
+          detail::load_eight(buffer, others);
+          to_row -= rank * a.out.half_rows;
+#pragma unroll
+          for (int e = 0; e < 8; ++e)
+            sums[e] = rank == 0 ? detail::swiglu(sums[e], others[e]) : detail::swiglu(others[e], sums[e]);
+        }
+        __syncwarp();
+        if (token >= a.tokens || !has_rows) continue;
         if (a.splits == 1) {
-          rows.store(a.out, token, row, low, high);
-        } else if (row < a.row_tiles * 16) {
+          rows.store(a.out, token, to_row, sums);
+        } else {
           float* const to = partials + static_cast<std::int64_t>(token) * a.row_tiles * 16;
-          *reinterpret_cast<float4*>(to) = low;
-          *reinterpret_cast<float4*>(to + 4) = high;
+          *reinterpret_cast<float4*>(to) = make_float4(sums[0], sums[1], sums[2], sums[3]);
+          *reinterpret_cast<float4*>(to + 4) = make_float4(sums[4], sums[5], sums[6], sums[7]);
         }
       }
     }
@@ -363,16 +430,29 @@ __global__ void add_splits_kernel(const __grid_constant__ FusedWgmmaArgs a) {
   detail::wait_for_previous_kernel();
   const int row = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * 4;
   const int token = static_cast<int>(blockIdx.y);
-  if (row >= a.out.rows) return;
+  const bool gated = a.out.half_rows > 0;
+  if (row >= (gated ? a.out.half_rows : a.out.rows)) return;
   const std::int64_t rows = static_cast<std::int64_t>(a.row_tiles) * kTileRows;
-  const float* const from = a.partials + token * rows + row;
-  float4 sum = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+  const auto sum_of = [&](int first) {
+    const float* const from = a.partials + token * rows + first;
+    float4 sum = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
 #pragma unroll 4
-  for (int s = 0; s < a.splits; ++s) {
-    const float4 more = __ldcg(reinterpret_cast<const float4*>(from + s * a.tokens * rows));
-    sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+    for (int s = 0; s < a.splits; ++s) {
+      const float4 more = __ldcg(reinterpret_cast<const float4*>(from + s * a.tokens * rows));
+      sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+    }
+    return sum;
+  };
+  const float4 sum = sum_of(row);
+  if (!gated) {
+    detail::store_output4(a.out, token, row, sum);
+    return;
   }
-  detail::store_output4(a.out, token, row, sum);
+  const float4 up = sum_of(row + a.out.half_rows);
+  detail::store_gated(a.out, token, row, sum.x, up.x);
+  detail::store_gated(a.out, token, row + 1, sum.y, up.y);
+  detail::store_gated(a.out, token, row + 2, sum.z, up.z);
+  detail::store_gated(a.out, token, row + 3, sum.w, up.w);
 }
 
 }  // namespace codegemm::cuda

@@ -10,6 +10,7 @@
 
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <codegemm/cuda/block/psumbook.cuh>
+#include <codegemm/cuda/block/row_parts.hpp>
 #include <codegemm/cuda/kernels/output.cuh>
 
 namespace codegemm::cuda {
@@ -17,7 +18,7 @@ namespace codegemm::cuda {
 /// Everything that the kernel reads, by value. Pointers are to device memory.
 struct GatherArgs {
   const unsigned char* tiles = nullptr;      // [granules][row_tiles][tile_bytes], see packed_matrix.hpp
-  const std::uint16_t* codebooks = nullptr;  // fp16 [m][2^b][v]
+  const std::uint16_t* codebooks = nullptr;  // fp16 [parts][m][2^b][v]
   const std::uint16_t* x = nullptr;          // [tokens][x_stride]
   float* partials = nullptr;     // [groups][tokens][row_tiles * 16], where there are several groups
   unsigned* counters = nullptr;  // [chunks][splits of a group], zero before and after
@@ -25,10 +26,10 @@ struct GatherArgs {
   int cols = 0;
   int row_tiles = 0;
   int granules = 0;
-  int tiles_per_block = 0;
+  RowBlocks rows;  // chunks; its halves are those of SwiGLU
   int granules_per_block = 0;
-  int warps_per_owner = 0;      // ceil(warps of a block / splits)
-  unsigned splits_inverse = 0;  // 65536 / splits, rounded up
+  int warps_per_owner = 0;     // ceil(warps of a block / blocks of a cluster)
+  unsigned ranks_inverse = 0;  // 65536 / blocks of a cluster, rounded up
   int tile_bytes = 0;
   int scale_steps = 0;  // log2 of the lanes that share a scale; 5: no scales in the tiles
   int v = 0;
@@ -108,10 +109,11 @@ __device__ __forceinline__ float reduce_tile(float (&sums)[16], const unsigned* 
 }  // namespace detail
 
 /// Block (split, chunk, group) sums granules_per_block granules, from number (group * splits + split) *
-/// granules_per_block on, over tiles_per_block row tiles from chunk * tiles_per_block on. Then the sums of a
-/// chunk are added, always in their order:
+/// granules_per_block on, over the row tiles of its chunk. Then the sums of a chunk are added, always in
+/// their order:
 /// - Cluster: the splits are the blocks of one cluster. They push their sums into each other's shared memory,
 ///   and each ends with a share of the rows. Else there is one split, and its share is all rows.
+/// - SwiGLU: a cluster has the splits of a chunk of the first half, then those of its partner in the second.
 /// - Several groups: each block writes its share to `partials`, and the last to come, by `counters`, adds
 ///   them up.
 template <class Config, int Tokens, bool Cluster>
@@ -127,8 +129,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   constexpr int kSteps = Config::kScaleSteps;
   using Tile = detail::TileRegisters<kSets, kSteps>;
   // The Psumbook; the sums of the block's rows [Tokens][tiles_per_block][16]; for a cluster, what its blocks
-  // push here, [splits][Tokens][warps owned][tiles of a warp][16], and the barrier. The tiles of warp w (of
-  // every block) are summed by the block of rank w % splits.
+  // push here, [ranks][Tokens][warps owned][tiles of a warp][16], and the barrier. The tiles of warp w (of
+  // every block) are summed by the block of rank w % ranks.
   extern __shared__ __align__(1024) char table[];
 
   detail::allow_next_kernel();
@@ -136,11 +138,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   const int v = Config::kVecLen != 0 ? Config::kVecLen : a.v;
   const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / 32, 0);  // known to be uniform
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  [[maybe_unused]] const int splits = kCluster ? static_cast<int>(gridDim.x) : 1;
-  const int granule0 = static_cast<int>(blockIdx.z * gridDim.x + blockIdx.x) * a.granules_per_block;
+  [[maybe_unused]] const int ranks = kCluster ? static_cast<int>(gridDim.x) : 1;
+  const bool gated = kCluster && a.rows.half_tiles > 0;
+  const int splits = gated ? ranks / 2 : ranks;
+  const int half = gated && static_cast<int>(blockIdx.x) >= splits ? 1 : 0;
+  const int split = static_cast<int>(blockIdx.x) - half * splits;
+  const int granule0 = (static_cast<int>(blockIdx.z) * splits + split) * a.granules_per_block;
   const int granule1 = min(granule0 + a.granules_per_block, a.granules);
-  const int tile0 = static_cast<int>(blockIdx.y) * a.tiles_per_block;
-  const int tiles = min(a.tiles_per_block, a.row_tiles - tile0);
+  const RowBlocks::Block rows = a.rows.block(static_cast<int>(blockIdx.y), half);
+  const int tile0 = rows.tile;
+  const int tiles = rows.tiles;
   float* const row_sums = reinterpret_cast<float*>(table + Book::bytes(code_bits));
 
   // Weights do not depend on the kernel before: they are on their way while it still runs. In each round a
@@ -161,7 +168,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   constexpr int kShare = kFixed ? (1 << (Config::kCodeBits - 3)) * kSets / kWarps : 1;
   static_assert(!kFixed || kShare >= 1,
                 "codegemm: Config kThreads must not be more than the Psumbook can use");
-  const std::uint16_t* const codebooks = a.codebooks;
+  const std::uint16_t* const codebooks = a.codebooks + rows.part * ((Config::kCodebooks * v) << code_bits);
   typename Book::Centroids centroids[kShare];
   if constexpr (kFixed) {
 #pragma unroll
@@ -182,23 +189,23 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
 
 #if __CUDA_ARCH__ >= 900
   const int rank = kCluster ? static_cast<int>(detail::cluster_rank()) : 0;
-  const int most = (a.tiles_per_block + kWarps - 1) / kWarps;  // tiles of a warp
-  const int slots = a.warps_per_owner * most;                  // tiles that are pushed here by each block
+  const int most = (a.rows.tiles_per_block + kWarps - 1) / kWarps;  // tiles of a warp
+  const int slots = a.warps_per_owner * most;  // tiles that are pushed here by each block
   const unsigned pushed_at =
-      static_cast<unsigned>(__cvta_generic_to_shared(row_sums + Tokens * a.tiles_per_block * 16));
-  const unsigned barrier = pushed_at + static_cast<unsigned>(splits * Tokens * slots) * 64U;
+      static_cast<unsigned>(__cvta_generic_to_shared(row_sums + Tokens * a.rows.tiles_per_block * 16));
+  const unsigned barrier = pushed_at + static_cast<unsigned>(ranks * Tokens * slots) * 64U;
   unsigned push_at = 0;  // where the next sum of this warp goes, in the owner's memory
   unsigned push_barrier = 0;
   if constexpr (kCluster) {
     if (threadIdx.x == 0) {
       int expected = 0;
-      for (int w = rank; w < kWarps; w += splits)
+      for (int w = rank; w < kWarps; w += ranks)
         expected += w < tiles ? (tiles - w + kWarps - 1) / kWarps : 0;
-      detail::expect_pushes(barrier, static_cast<unsigned>(expected * splits * Tokens) * 64U);
+      detail::expect_pushes(barrier, static_cast<unsigned>(expected * ranks * Tokens) * 64U);
     }
     detail::cluster_arrive();
-    const int turn = static_cast<int>(static_cast<unsigned>(warp) * a.splits_inverse >> 16);  // warp / splits
-    const unsigned owner = static_cast<unsigned>(warp - turn * splits);
+    const int turn = static_cast<int>(static_cast<unsigned>(warp) * a.ranks_inverse >> 16);  // warp / ranks
+    const unsigned owner = static_cast<unsigned>(warp - turn * ranks);
     push_barrier = detail::address_in(barrier, owner);
     push_at = detail::address_in(
         pushed_at +
@@ -236,7 +243,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
       float total =
           detail::reduce_tile<kSteps>(sums[t], scale_bits, tile_at + kSets * 512, lane, a.scale_steps);
       if (lane < 16) {
-        float* const sum = so_far + t * a.tiles_per_block * 16;
+        float* const sum = so_far + t * a.rows.tiles_per_block * 16;
         if (!first) total += *sum;
         if (!last || !kCluster) {
           *sum = total;
@@ -296,22 +303,29 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     if (!last) __syncthreads();
   }
 
-  // Calls fn(token, row, sum) for the rows of this block's share.
+  // Calls fn(token, row, sum, sum of the row's partner) for the rows of this block's share; with SwiGLU these
+  // are of the first half.
+  const int first_row = (tile0 - half * a.rows.half_tiles) * 16;
   const auto for_share = [&](auto&& fn) {
     if constexpr (kCluster) {
 #if __CUDA_ARCH__ >= 900
-      const float* const pushed = row_sums + Tokens * a.tiles_per_block * 16;
+      const float* const pushed = row_sums + Tokens * a.rows.tiles_per_block * 16;
 #pragma unroll 1
       for (int i = static_cast<int>(threadIdx.x); i < slots * 16; i += Config::kThreads) {
-        const int w = rank + i / 16 / most * splits;
+        const int w = rank + i / 16 / most * ranks;
         const int index = w + i / 16 % most * kWarps;
         if (w >= kWarps || index >= tiles) continue;
 #pragma unroll
         for (int t = 0; t < Tokens; ++t) {
           float sum = 0.0F;
+          float partner = 0.0F;
 #pragma unroll 8
           for (int s = 0; s < splits; ++s) sum += pushed[(s * Tokens + t) * slots * 16 + i];
-          fn(t, (tile0 + index) * 16 + i % 16, sum);
+          if (gated) {
+#pragma unroll 4
+            for (int s = splits; s < ranks; ++s) partner += pushed[(s * Tokens + t) * slots * 16 + i];
+          }
+          fn(t, first_row + index * 16 + i % 16, sum, partner);
         }
       }
 #endif
@@ -319,8 +333,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
 #pragma unroll 1
       for (int i = static_cast<int>(threadIdx.x); i < tiles * 16; i += Config::kThreads) {
 #pragma unroll
-        for (int t = 0; t < Tokens; ++t) fn(t, tile0 * 16 + i, row_sums[t * a.tiles_per_block * 16 + i]);
+        for (int t = 0; t < Tokens; ++t)
+          fn(t, first_row + i, row_sums[t * a.rows.tiles_per_block * 16 + i], 0.0F);
       }
+    }
+  };
+  const auto store = [&](int t, int row, float sum, float partner) {
+    if (gated) {
+      detail::store_gated(a.out, t, row, sum, partner);
+    } else if (row < a.out.rows) {
+      detail::store_output(a.out, t, row, sum);
     }
   };
 
@@ -333,14 +355,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   }
   const int groups = static_cast<int>(gridDim.z);
   if (groups == 1) {
-    for_share([&](int t, int row, float sum) {
-      if (row < a.out.rows) detail::store_output(a.out, t, row, sum);
-    });
+    for_share(store);
     return;
   }
   const std::int64_t padded_rows = static_cast<std::int64_t>(a.row_tiles) * 16;
-  for_share([&](int t, int row, float sum) {
-    a.partials[(static_cast<std::int64_t>(blockIdx.z) * Tokens + t) * padded_rows + row] = sum;
+  for_share([&](int t, int row, float sum, float partner) {
+    float* const to = a.partials + (static_cast<std::int64_t>(blockIdx.z) * Tokens + t) * padded_rows + row;
+    *to = sum;
+    if (gated) to[a.out.half_rows] = partner;
   });
   __threadfence();
   __syncthreads();
@@ -353,14 +375,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   __syncthreads();
   if (arrived != gridDim.z - 1) return;
   __threadfence();
-  for_share([&](int t, int row, float) {
-    if (row >= a.out.rows) return;
+  for_share([&](int t, int row, float, float) {
     float sum = 0.0F;
+    float partner = 0.0F;
 #pragma unroll 8
     for (int g = 0; g < groups; ++g) {
-      sum += __ldcg(a.partials + (static_cast<std::int64_t>(g) * Tokens + t) * padded_rows + row);
+      const float* const from = a.partials + (static_cast<std::int64_t>(g) * Tokens + t) * padded_rows + row;
+      sum += __ldcg(from);
+      if (gated) partner += __ldcg(from + a.out.half_rows);
     }
-    detail::store_output(a.out, t, row, sum);
+    store(t, row, sum, partner);
   });
 }
 

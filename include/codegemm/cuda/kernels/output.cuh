@@ -21,7 +21,8 @@ struct Output {
   const std::uint16_t* row_scales = nullptr;  // fp16 [rows], or null where the scales are in the sums
   std::int64_t y_stride = 0;
   std::int64_t residual_stride = 0;
-  int rows = 0;
+  int rows = 0;          // N
+  int half_rows = 0;     // N / 2 with SwiGLU, else 0
   float unscale = 1.0F;  // see DevicePackedView
   ScalarType type = ScalarType::kHalf;
 };
@@ -44,12 +45,22 @@ __device__ __forceinline__ void store_scalar(void* to, std::int64_t at, ScalarTy
   }
 }
 
-// Scale, bias and residual of one sum.
-[[nodiscard]] __device__ __forceinline__ float finish_sum(const Output& o, std::int64_t token, int row,
-                                                          float sum) {
+// Scale and bias of one sum.
+[[nodiscard]] __device__ __forceinline__ float finish_row(const Output& o, int row, float sum) {
   sum *= o.unscale;
   if (o.row_scales != nullptr) sum *= __half2float(__ushort_as_half(o.row_scales[row]));
   if (o.bias != nullptr) sum += load_scalar(o.bias, row, o.type);
+  return sum;
+}
+
+[[nodiscard]] __device__ __forceinline__ float swiglu(float gate, float up) {
+  return gate / (1.0F + __expf(-gate)) * up;
+}
+
+// Scale, bias and residual of one sum.
+[[nodiscard]] __device__ __forceinline__ float finish_sum(const Output& o, std::int64_t token, int row,
+                                                          float sum) {
+  sum = finish_row(o, row, sum);
   if (o.residual != nullptr) sum += load_scalar(o.residual, token * o.residual_stride + row, o.type);
   return sum;
 }
@@ -58,7 +69,15 @@ __device__ __forceinline__ void store_output(const Output& o, std::int64_t token
   store_scalar(o.y, token * o.y_stride + row, o.type, finish_sum(o, token, row, sum));
 }
 
-// The same for four rows from a multiple of 4 on, as one store where that fits.
+// SwiGLU: row `row` of the first half with its partner in the second.
+__device__ __forceinline__ void store_gated(const Output& o, std::int64_t token, int row, float gate,
+                                            float up) {
+  float sum = swiglu(finish_row(o, row, gate), finish_row(o, row + o.half_rows, up));
+  if (o.residual != nullptr) sum += load_scalar(o.residual, token * o.residual_stride + row, o.type);
+  store_scalar(o.y, token * o.y_stride + row, o.type, sum);
+}
+
+// Without SwiGLU, four rows from a multiple of 4 on, as one store where that fits.
 __device__ __forceinline__ void store_output4(const Output& o, std::int64_t token, int row, float4 sum) {
   const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
   if (row + 4 > o.rows || o.type == ScalarType::kFloat || o.y_stride % 4 != 0 ||
@@ -86,6 +105,13 @@ __device__ __forceinline__ void store_output4(const Output& o, std::int64_t toke
       make_uint2(words[0], words[1]);
 }
 
+__device__ __forceinline__ void load_eight(const float* from, float (&out)[8]) {
+  const float4 low = *reinterpret_cast<const float4*>(from);
+  const float4 high = *reinterpret_cast<const float4*>(from + 4);
+  out[0] = low.x, out[1] = low.y, out[2] = low.z, out[3] = low.w;
+  out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
+}
+
 // What eight rows have in common for all tokens, held in registers by a thread that writes many tokens.
 struct EightRows {
   float scale[8];
@@ -105,11 +131,15 @@ struct EightRows {
     }
   }
 
-  __device__ __forceinline__ void store(const Output& o, std::int64_t token, int row, float4 low,
-                                        float4 high) const {
-    float sums[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  // Scale and bias.
+  __device__ __forceinline__ void finish(float (&sums)[8]) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) sums[i] = sums[i] * scale[i] + bias[i];
+  }
+
+  // Residual, and out.
+  __device__ __forceinline__ void store(const Output& o, std::int64_t token, int row,
+                                        float (&sums)[8]) const {
     if (o.residual != nullptr) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {

@@ -21,8 +21,8 @@ namespace codegemm::cuda::detail {
 template <class Configs>
 struct FusedMmaRegime {
   template <class Fn>
-  [[nodiscard]] static bool match(const DevicePackedView& w, const Device& device, const GemmTuning& tuning,
-                                  Fn&& fn) {
+  [[nodiscard]] static bool match(const DevicePackedView& w, const Device& device, bool gated,
+                                  const GemmTuning& tuning, Fn&& fn) {
     return first_match(
         Configs{},
         [&](auto c) {
@@ -31,13 +31,13 @@ struct FusedMmaRegime {
           return c.kVecLen == w.format.v && c.kCodebooks == w.format.m && c.kSets == w.layout.sets &&
                  c.kCodeBytes == w.layout.code_bytes && (c.kScaleSteps == 0 || c.kScaleSteps == steps) &&
                  w.cols > 0 && w.layout.bytes < (std::size_t{1} << 32) &&
-                 plan<Config, 8>(w, device, tuning).splits > 0;
+                 plan<Config, 8>(w, device, gated, tuning).splits > 0;
         },
         fn);
   }
 
   template <class Config, int Tokens>
-  [[nodiscard]] static FusedMmaPlan plan(const DevicePackedView& w, const Device& device,
+  [[nodiscard]] static FusedMmaPlan plan(const DevicePackedView& w, const Device& device, bool gated,
                                          const GemmTuning& tuning) {
     using Shape = FusedMmaShape<Config, Tokens>;
     FusedMmaLimits limits;
@@ -47,24 +47,25 @@ struct FusedMmaRegime {
     limits.table_bytes = static_cast<std::size_t>(Shape::table_bytes(w.format.b));
     limits.sum_bytes = Shape::kSumBytes;
     limits.tokens = Tokens;
+    limits.halves = gated;
     limits.warps = Shape::kWarps;
     const int lookups = Shape::kSlabSpan * kTileRows * 2 * Config::kCodebooks;
     limits.slab_cycles = (lookups + 2 * Shape::kTileSums * 4) / 128 + 12;
     return plan_fused_mma(w.layout, limits, tuning);
   }
 
-  [[nodiscard]] static bool serves(const DevicePackedView& w, const Device& device,
-                                   const GemmTuning& tuning) {
-    return match(w, device, tuning, [](auto) {});
+  template <class X, class Y>
+  [[nodiscard]] static bool serves(const GemmProblem<X, Y>& p, const Device& device) {
+    return match(p.weights, device, gated(p), p.tuning, [](auto) {});
   }
 
   template <class X, class Y>
   [[nodiscard]] static Status run(const GemmProblem<X, Y>& p, const Device& device, cudaStream_t stream) {
     Status status;
-    static_cast<void>(match(p.weights, device, p.tuning, [&](auto c) {
+    static_cast<void>(match(p.weights, device, gated(p), p.tuning, [&](auto c) {
       using Config = decltype(c);
       // Large tables leave no room for the sums of 16 tokens.
-      const int most = plan<Config, 16>(p.weights, device, p.tuning).splits > 0 ? 16 : 8;
+      const int most = plan<Config, 16>(p.weights, device, gated(p), p.tuning).splits > 0 ? 16 : 8;
       for (std::int64_t token = 0; token < p.x.rows && status.ok();) {
         const auto tokens = static_cast<int>(std::min<std::int64_t>(p.x.rows - token, most));
         static_cast<void>(status = tokens <= 8 ? launch_pass<Config, 8>(p, token, tokens, device, stream)
@@ -80,7 +81,7 @@ struct FusedMmaRegime {
   [[nodiscard]] static Status launch_pass(const GemmProblem<X, Y>& p, std::int64_t token, int tokens,
                                           const Device& device, cudaStream_t stream) {
     const DevicePackedView& w = p.weights;
-    const FusedMmaPlan plan = FusedMmaRegime::plan<Config, Tokens>(w, device, p.tuning);
+    const FusedMmaPlan plan = FusedMmaRegime::plan<Config, Tokens>(w, device, gated(p), p.tuning);
     if (plan.splits == 0) {
       return error(StatusCode::kUnsupported, "cuda gemm: no grid for ", w.rows, " x ", w.cols, ", ", tokens,
                    " tokens, with ", p.tuning.splits, " splits");
@@ -98,7 +99,7 @@ struct FusedMmaRegime {
     args.tile_bytes = w.layout.tile_bytes;
     args.scale_steps = w.layout.scale_steps;
     args.code_bits = w.format.b;
-    args.tiles_per_block = plan.tiles_per_block;
+    args.rows = cut_rows(w.layout.first_tile, w.layout.parts, plan.tiles_per_block, gated(p));
     args.slabs_per_split = plan.slabs_per_split;
     args.tiles_ahead = p.tuning.rounds_ahead;
     args.x_aligned = aligned(args.x, 16) && p.x.stride % 8 == 0;

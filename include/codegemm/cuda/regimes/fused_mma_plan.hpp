@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include <codegemm/cuda/block/row_parts.hpp>
 #include <codegemm/cuda/packed_matrix.hpp>
 #include <codegemm/cuda/tuning.hpp>
 
@@ -33,6 +34,7 @@ struct FusedMmaLimits {
   std::size_t sum_bytes = 0;  // of the warps
   int tokens = 0;             // of a pass, padded
   int warps = 0;
+  bool halves = false;  // SwiGLU
   int slab_cycles = 0;  // of a warp's slab of a tile: wavefronts of 128 bytes of shared memory
 };
 
@@ -45,6 +47,7 @@ struct FusedMmaLimits {
   constexpr double kClusterCycles = 2200.0;  // two barriers of a cluster and reading between them
   const auto divide_up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const std::int64_t slabs = 2 * l.granules;
+  const int halves = limits.halves ? 2 : 1;  // one after the other
   FusedMmaPlan best;
   for (int splits = 1; splits <= std::min(tuning.cluster, 8); ++splits) {
     if (tuning.splits != 0 && splits != tuning.splits) continue;
@@ -55,17 +58,17 @@ struct FusedMmaLimits {
     FusedMmaPlan p;
     std::size_t fixed = limits.table_bytes + limits.sum_bytes;
     if (fixed > limits.shared_bytes) continue;
-    std::int64_t per_block = divide_up(l.row_tiles, slots);
-    if (splits > 1 || slabs_per_split > limits.warps) {
+    std::int64_t per_block = least_tiles_per_block(l.first_tile, l.parts, slots, limits.halves);
+    if (splits > 1 || slabs_per_split > limits.warps || limits.halves) {
       // The sums of a block's rows have to fit: else there are more blocks than run at once.
-      const std::size_t tile = static_cast<std::size_t>(kTileRows * limits.tokens) * sizeof(float);
+      const std::size_t tile = static_cast<std::size_t>(kTileRows * limits.tokens * halves) * sizeof(float);
       const auto room = static_cast<std::int64_t>((limits.shared_bytes - fixed) / tile);
       if (room < 1) continue;
       per_block = std::min(per_block, room);
       fixed += static_cast<std::size_t>(per_block) * tile;
     }
     p.splits = splits;
-    p.blocks = static_cast<int>(divide_up(l.row_tiles, per_block));
+    p.blocks = cut_rows(l.first_tile, l.parts, static_cast<int>(per_block), limits.halves).blocks();
     p.tiles_per_block = static_cast<int>(per_block);
     p.slabs_per_split = static_cast<int>(slabs_per_split);
     p.shared_bytes = fixed;
@@ -76,7 +79,8 @@ struct FusedMmaLimits {
       work += kWindowCycles +
               static_cast<double>(per_block) * std::max(active * limits.slab_cycles, kTileLatency);
     }
-    p.cost = static_cast<double>(divide_up(p.blocks, slots)) * work + (splits > 1 ? kClusterCycles : 0.0);
+    p.cost =
+        static_cast<double>(divide_up(p.blocks, slots)) * halves * work + (splits > 1 ? kClusterCycles : 0.0);
     if (best.splits == 0 || p.cost < best.cost) best = p;
   }
   return best;

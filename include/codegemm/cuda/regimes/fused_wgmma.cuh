@@ -49,14 +49,15 @@ struct FusedWgmmaRegime {
 
   template <class Config>
   [[nodiscard]] static FusedWgmmaPlan plan(const DevicePackedView& w, std::int64_t tokens,
-                                           const Device& device, const GemmTuning& tuning) {
+                                           const Device& device, bool gated, const GemmTuning& tuning) {
     using Shape = FusedWgmmaShape<Config, 256>;  // what is asked for here does not depend on the tile
     FusedWgmmaLimits limits;
     limits.cluster_pairs = device.clusters[2];
     limits.shared_bytes = static_cast<std::size_t>(device.shared_bytes);
     limits.table_bytes = static_cast<std::size_t>(Shape::table_bytes(w.format.b));
     limits.code_stage_bytes = static_cast<std::size_t>(Shape::code_stage_bytes(w.layout.scale_steps));
-    limits.other_bytes = Shape::kScratchBytes + Shape::kBarrierBytes;
+    limits.other_bytes = (gated ? Shape::kGatedScratchBytes : Shape::kScratchBytes) + Shape::kBarrierBytes;
+    limits.halves = gated;
     limits.max_stages = Shape::kMaxStages;
     limits.lane_span = Shape::kLaneSpan;
     limits.codebooks = Config::kCodebooks;
@@ -71,7 +72,7 @@ struct FusedWgmmaRegime {
     bool fits = false;
     return match(p.weights,
                  [&](auto c) {
-                   fits = plan<decltype(c)>(p.weights, p.x.rows, device, p.tuning).token_tile > 0;
+                   fits = plan<decltype(c)>(p.weights, p.x.rows, device, gated(p), p.tuning).token_tile > 0;
                  }) &&
            fits;
   }
@@ -80,7 +81,7 @@ struct FusedWgmmaRegime {
   [[nodiscard]] static std::size_t workspace_bytes(const GemmProblem<X, Y>& p, const Device& device) {
     std::size_t bytes = 0;
     static_cast<void>(match(p.weights, [&](auto c) {
-      bytes = plan<decltype(c)>(p.weights, p.x.rows, device, p.tuning).partial_bytes;
+      bytes = plan<decltype(c)>(p.weights, p.x.rows, device, gated(p), p.tuning).partial_bytes;
     }));
     return bytes == 0 ? 0 : kCounterBytes + bytes;
   }
@@ -91,7 +92,8 @@ struct FusedWgmmaRegime {
     Status status;
     static_cast<void>(match(p.weights, [&](auto c) {
       using Config = decltype(c);
-      const FusedWgmmaPlan plan = FusedWgmmaRegime::plan<Config>(p.weights, p.x.rows, device, p.tuning);
+      const FusedWgmmaPlan plan =
+          FusedWgmmaRegime::plan<Config>(p.weights, p.x.rows, device, gated(p), p.tuning);
       switch (plan.token_tile) {
         case 32: static_cast<void>(status = launch_tile<Config, 32>(p, plan, workspace, stream)); break;
         case 64: static_cast<void>(status = launch_tile<Config, 64>(p, plan, workspace, stream)); break;
@@ -145,7 +147,7 @@ struct FusedWgmmaRegime {
     args.slabs = plan.slabs;
     args.slabs_per_split = plan.slabs_per_split;
     args.splits = plan.splits;
-    args.row_blocks = plan.row_blocks;
+    args.rows = cut_rows(w.layout.first_tile, w.layout.parts, plan.row_tiles, gated(p));
     args.token_blocks = plan.token_blocks;
     args.x_stages = plan.x_stages;
     args.code_stages = plan.code_stages;
@@ -164,7 +166,7 @@ struct FusedWgmmaRegime {
     }
     LaunchShape sum;
     sum.threads = 128;
-    sum.grid = dim3(static_cast<unsigned>((w.rows + 511) / 512), static_cast<unsigned>(p.x.rows));
+    sum.grid = dim3(static_cast<unsigned>((p.y.cols + 511) / 512), static_cast<unsigned>(p.x.rows));
     sum.overlap = true;
     return launch(add_splits_kernel<0>, sum, args, stream);
   }

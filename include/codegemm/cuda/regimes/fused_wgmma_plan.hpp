@@ -8,17 +8,18 @@
 #include <cstddef>
 #include <cstdint>
 
+#include <codegemm/cuda/block/row_parts.hpp>
 #include <codegemm/cuda/packed_matrix.hpp>
 #include <codegemm/cuda/tuning.hpp>
 
 namespace codegemm::cuda {
 
-/// Clusters of two blocks go over token_blocks * row_blocks * splits products.
+/// Clusters of two blocks go over token_blocks * row blocks * splits products.
 struct FusedWgmmaPlan {
   int token_tile = 0;  // 0: does not fit
   int splits = 0;
   int token_blocks = 0;
-  int row_blocks = 0;
+  int row_tiles = 0;  // of a row block
   int clusters = 0;
   int slabs = 0;
   int slabs_per_split = 0;
@@ -39,6 +40,7 @@ struct FusedWgmmaLimits {
   int max_stages = 0;
   int lane_span = 0;
   int codebooks = 0;
+  bool halves = false;  // SwiGLU
 };
 
 /// The cheapest plan by a rough count of cycles; at most 32 MiB of partial sums.
@@ -51,7 +53,8 @@ struct FusedWgmmaLimits {
   constexpr double kTokenCycles = 14.0;      // of the output
   constexpr double kSplitCycles = 4000.0;    // another kernel
   constexpr double kPartialBytesACycle = 1200.0;
-  constexpr int kRowTiles = 16;  // of a cluster
+  const int row_tiles = limits.halves ? 8 : 16;  // of a cluster, in each half
+  const std::int64_t row_blocks = cut_rows(l.first_tile, l.parts, row_tiles, limits.halves).blocks();
   constexpr int kCodeStages = 2;
   const auto divide_up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const std::int64_t slab_span = 16 * limits.lane_span;
@@ -66,7 +69,6 @@ struct FusedWgmmaLimits {
     const auto x_stages = static_cast<int>(
         std::min((limits.shared_bytes - fixed) / stage, static_cast<std::size_t>(limits.max_stages)));
     const std::int64_t token_blocks = divide_up(tokens, tile);
-    const std::int64_t row_blocks = divide_up(l.row_tiles, kRowTiles);
     for (int splits = 1; splits <= 8; ++splits) {
       if (tuning.splits != 0 && splits != tuning.splits) continue;
       const std::int64_t slabs_per_split = divide_up(slabs, splits);
@@ -88,7 +90,7 @@ struct FusedWgmmaLimits {
       p.token_tile = tile;
       p.splits = splits;
       p.token_blocks = static_cast<int>(token_blocks);
-      p.row_blocks = static_cast<int>(row_blocks);
+      p.row_tiles = row_tiles;
       p.clusters = static_cast<int>(std::min<std::int64_t>(products, limits.cluster_pairs));
       p.slabs = static_cast<int>(slabs);
       p.slabs_per_split = static_cast<int>(slabs_per_split);

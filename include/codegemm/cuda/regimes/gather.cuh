@@ -39,9 +39,10 @@ struct GatherRegime {
   }
 
   template <class Config, int Tokens>
-  [[nodiscard]] static GatherPlan plan(const DevicePackedView& w, const Device& device,
+  [[nodiscard]] static GatherPlan plan(const DevicePackedView& w, const Device& device, bool gated,
                                        const GemmTuning& tuning) {
     GatherLimits limits;
+    limits.halves = gated;
     limits.multiprocessors = device.multiprocessors;
     limits.shared_bytes = static_cast<std::size_t>(device.shared_bytes);
     limits.clusters = device.clusters;
@@ -51,8 +52,15 @@ struct GatherRegime {
     return plan_gather(w.layout, limits, tuning);
   }
 
-  [[nodiscard]] static bool serves(const DevicePackedView& w, const Device& device) {
-    return match(w, device, [](auto) {});
+  /// Whether a problem is served. SwiGLU needs clusters.
+  template <class X, class Y>
+  [[nodiscard]] static bool serves(const GemmProblem<X, Y>& p, const Device& device) {
+    bool fits = false;
+    return match(p.weights, device,
+                 [&](auto c) {
+                   fits = plan<decltype(c), 1>(p.weights, device, gated(p), p.tuning).splits > 0;
+                 }) &&
+           fits;
   }
   /// Up to how many tokens this is the fastest regime for a matrix it serves.
   [[nodiscard]] static std::int64_t most_tokens(const DevicePackedView& w, const Device& device) {
@@ -67,9 +75,9 @@ struct GatherRegime {
     std::size_t bytes = 0;
     static_cast<void>(match(w, device, [&](auto c) {
       using Config = decltype(c);
-      bytes = plan<Config, 1>(w, device, p.tuning).workspace_bytes(w.layout, 1);
+      bytes = plan<Config, 1>(w, device, gated(p), p.tuning).workspace_bytes(w.layout, 1);
       if constexpr (Config::kPassTokens >= 2) {
-        const std::size_t two = plan<Config, 2>(w, device, p.tuning).workspace_bytes(w.layout, 2);
+        const std::size_t two = plan<Config, 2>(w, device, gated(p), p.tuning).workspace_bytes(w.layout, 2);
         bytes = p.x.rows >= 2 && two > bytes ? two : bytes;
       }
     }));
@@ -119,21 +127,22 @@ struct GatherRegime {
   template <class Config, int Tokens, class Problem>
   [[nodiscard]] static Status launch_pass(GatherArgs args, const Problem& p, const Device& device,
                                           void* workspace, cudaStream_t stream) {
-    const GatherPlan plan = GatherRegime::plan<Config, Tokens>(p.weights, device, p.tuning);
+    const GatherPlan plan = GatherRegime::plan<Config, Tokens>(p.weights, device, gated(p), p.tuning);
+    const PackedLayout& layout = p.weights.layout;
     args.granules_per_block = plan.granules_per_block;
-    args.tiles_per_block = plan.tiles_per_block;
-    args.warps_per_owner = (Config::kThreads / 32 + plan.splits - 1) / plan.splits;
-    args.splits_inverse =
-        (65536U + static_cast<unsigned>(plan.splits) - 1U) / static_cast<unsigned>(plan.splits);
+    args.rows = cut_rows(layout.first_tile, layout.parts, plan.tiles_per_block, gated(p));
+    args.warps_per_owner = (Config::kThreads / 32 + plan.ranks - 1) / plan.ranks;
+    args.ranks_inverse =
+        (65536U + static_cast<unsigned>(plan.ranks) - 1U) / static_cast<unsigned>(plan.ranks);
     args.rounds_ahead = p.tuning.rounds_ahead;
     args.counters = static_cast<unsigned*>(workspace);
     args.partials = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + kCounterBytes);
     LaunchShape shape;
-    shape.grid = dim3(static_cast<unsigned>(plan.splits), static_cast<unsigned>(plan.chunks),
+    shape.grid = dim3(static_cast<unsigned>(plan.ranks), static_cast<unsigned>(plan.chunks),
                       static_cast<unsigned>(plan.groups));
     shape.threads = Config::kThreads;
     shape.shared_bytes = plan.shared_bytes;
-    shape.cluster = plan.cluster ? static_cast<unsigned>(plan.splits) : 0;
+    shape.cluster = plan.cluster ? static_cast<unsigned>(plan.ranks) : 0;
     shape.overlap = p.overlap && device.arch >= 90;
     return plan.cluster ? launch(gather_kernel<Config, Tokens, true>, shape, args, stream)
                         : launch(gather_kernel<Config, Tokens, false>, shape, args, stream);

@@ -9,16 +9,18 @@
 #include <cstddef>
 #include <cstdint>
 
+#include <codegemm/cuda/block/row_parts.hpp>
 #include <codegemm/cuda/packed_matrix.hpp>
 #include <codegemm/cuda/tuning.hpp>
 
 namespace codegemm::cuda {
 
-/// The grid of a gather kernel, (splits, chunks, groups): splits * groups blocks along K for each range of
+/// The grid of a gather kernel, (ranks, chunks, groups): splits * groups blocks along K for each range of
 /// rows.
 struct GatherPlan {
   bool cluster = false;  // the splits are the blocks of a cluster, else there is one
   int splits = 0;
+  int ranks = 0;  // blocks of a cluster: the splits, with SwiGLU of both halves
   int chunks = 0;
   int groups = 0;
   int granules_per_block = 0;
@@ -43,10 +45,11 @@ struct GatherLimits {
   std::size_t table_bytes = 0;  // a block's Psumbook
   int tokens = 1;               // of a pass
   int warps = 1;                // of a block
+  bool halves = false;          // SwiGLU
 };
 
-/// The cheapest grid by a rough count of cycles: a block builds a Psumbook for each of its granules, goes
-/// through its tiles, and the sums are added.
+/// The cheapest grid by a rough count of cycles, or none (splits 0): a block builds a Psumbook for each of
+/// its granules, goes through its tiles, and the sums are added.
 [[nodiscard]] inline GatherPlan plan_gather(const PackedLayout& l, const GatherLimits& limits,
                                             const GemmTuning& tuning) {
   // From traces of an H100. A tile's set of columns: 16 lookups, 4 shuffles and 4 wavefronts of codes.
@@ -64,22 +67,26 @@ struct GatherLimits {
                             std::int64_t slots) {
     const std::int64_t blocks = divide_up(granules, granules_per_block);  // along K
     if (slots < 1 || blocks % splits != 0) return;
+    const std::int64_t ranks = limits.halves ? 2 * splits : splits;
     GatherPlan p;
     p.cluster = cluster;
     const std::int64_t groups = blocks / splits;
     // A block's shared memory holds the sums of its rows, and those that are pushed to it: for each split,
     // the tiles of its share of the warps.
     const std::int64_t owned =
-        cluster ? splits * divide_up(limits.warps, splits) : 0;  // warps, over all splits
+        cluster ? ranks * divide_up(limits.warps, ranks) : 0;  // warps, over all blocks of the cluster
     const std::size_t fixed = limits.table_bytes + static_cast<std::size_t>(owned) * tile_sums + 8;
     const auto room = static_cast<std::int64_t>((limits.shared_bytes - fixed) / tile_sums);
     const std::int64_t most = room * limits.warps / (limits.warps + owned);
+    if (most < 1) return;
     const std::int64_t tiles =
-        std::min(divide_up(l.row_tiles, std::clamp<std::int64_t>(slots / groups, 1, l.row_tiles)), most);
-    const std::int64_t chunks = divide_up(l.row_tiles, tiles);
+        std::min(least_tiles_per_block(l.first_tile, l.parts, slots / groups, limits.halves), most);
+    const std::int64_t chunks =
+        cut_rows(l.first_tile, l.parts, static_cast<int>(tiles), limits.halves).blocks();
     if (groups > 65535 || chunks > 65535) return;  // limits of a grid
-    if (groups > 1 && static_cast<std::size_t>(splits * chunks) > kCounterBytes / sizeof(unsigned)) return;
+    if (groups > 1 && static_cast<std::size_t>(ranks * chunks) > kCounterBytes / sizeof(unsigned)) return;
     p.splits = static_cast<int>(splits);
+    p.ranks = static_cast<int>(ranks);
     p.groups = static_cast<int>(groups);
     p.chunks = static_cast<int>(chunks);
     p.granules_per_block = static_cast<int>(granules_per_block);
@@ -93,7 +100,7 @@ struct GatherLimits {
     const double granule =
         kBuildCycles * sets + kTileCycles * sets * static_cast<double>(tiles) + kGranuleCycles;
     const double waves = static_cast<double>(divide_up(chunks * groups, slots));
-    p.cost = waves * static_cast<double>(granules_per_block) * granule + (splits > 1 ? kClusterCycles : 0.0);
+    p.cost = waves * static_cast<double>(granules_per_block) * granule + (cluster ? kClusterCycles : 0.0);
     if (groups > 1)
       p.cost +=
           kGroupCycles + kReadCycles * static_cast<double>(groups * tiles) / static_cast<double>(splits);
@@ -104,9 +111,10 @@ struct GatherLimits {
     const double least =
         (kBuildCycles + kTileCycles) * static_cast<double>(l.sets * limits.tokens) + kGranuleCycles;
     if (best.splits != 0 && static_cast<double>(granules_per_block) * least >= best.cost) break;
-    consider(false, 1, granules_per_block, limits.multiprocessors);
-    for (int size = 2; size <= tuning.cluster; ++size) {
-      consider(true, size, granules_per_block, limits.clusters[static_cast<std::size_t>(size)]);
+    if (!limits.halves) consider(false, 1, granules_per_block, limits.multiprocessors);
+    for (int size = 2; size <= tuning.cluster; size += limits.halves ? 2 : 1) {
+      consider(true, limits.halves ? size / 2 : size, granules_per_block,
+               limits.clusters[static_cast<std::size_t>(size)]);
     }
   }
   return best;
