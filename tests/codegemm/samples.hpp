@@ -77,7 +77,8 @@ struct Expected {
       }
     }
   }
-  const double additions = static_cast<double>(v + w.format.m * (w.cols / v) + 4);
+  const std::int64_t vectors = w.cols / v;
+  const auto additions = static_cast<double>(v + w.format.m * vectors + 4);
   for (double& bound : out.bound) {
     bound = additions * 0x1p-24 * bound + static_cast<double>(std::numeric_limits<float>::denorm_min());
   }

@@ -25,25 +25,25 @@ struct LookupKernels {
 
 template <Isa kIsa, int kCodeBits>
 [[nodiscard]] constexpr LookupKernels lookup_kernels() noexcept {
+  LookupKernels out;
   if constexpr (lookup_cost(kIsa, kCodeBits) == 0.0) {
-    return {};
+    return out;
 #if CODEGEMM_HAS_AVX512
   } else if constexpr (kIsa == Isa::kAvx512Vbmi) {
-    return {&encode_planes_avx512<kCodeBits>, &lookup_planes_vbmi<kCodeBits>};
+    out = {&encode_planes_avx512<kCodeBits>, &lookup_planes_vbmi<kCodeBits>};
   } else if constexpr (kIsa == Isa::kAvx512 && kCodeBits > 4) {
-    return {&encode_words_avx512<kCodeBits>, &lookup_words_avx512<kCodeBits>};
+    out = {&encode_words_avx512<kCodeBits>, &lookup_words_avx512<kCodeBits>};
 #endif
 #if CODEGEMM_HAS_AVX2
   } else if constexpr (has_avx2(kIsa)) {
-    return {&encode_parts_avx2<kCodeBits>, &lookup_parts_avx2<kCodeBits>};
+    out = {&encode_parts_avx2<kCodeBits>, &lookup_parts_avx2<kCodeBits>};
 #endif
 #if CODEGEMM_HAS_NEON
   } else if constexpr (kIsa == Isa::kNeon) {
-    return {&encode_planes_neon<kCodeBits>, &lookup_planes_neon<kCodeBits>};
+    out = {&encode_planes_neon<kCodeBits>, &lookup_planes_neon<kCodeBits>};
 #endif
-  } else {
-    return {};
   }
+  return out;
 }
 
 }  // namespace codegemm::detail

@@ -66,7 +66,7 @@ CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE Rounded round_part_avx2(const float*
 // parts[0..count): every even one becomes itself ^ its odd neighbour.
 CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void store_parts_avx2(const __m128i* parts, int count,
                                                                   std::uint8_t* to) {
-  for (int p = 0; p < count; ++p) {
+  for (std::int64_t p = 0; p < count; ++p) {
     const bool even = count > 1 && p % 2 == 0;
     _mm_store_si128(reinterpret_cast<__m128i*>(to + 16 * p),
                     even ? _mm_xor_si128(parts[p], parts[p + 1]) : parts[p]);
@@ -79,13 +79,13 @@ CODEGEMM_TARGET_AVX2 void encode_entry_avx2(const float* sums, __m256 inverse, s
   __m128i high[std::size_t{kParts}];
   __m128i low[std::size_t{kParts}];
   const __m128i low_byte = _mm_set1_epi16(255);
-  for (int p = 0; p < kParts; ++p) {
+  for (std::int64_t p = 0; p < kParts; ++p) {
     const Rounded q = round_part_avx2(sums + 16 * p, inverse);
     high[p] = _mm_packus_epi16(_mm_srli_epi16(q.first, 8), _mm_srli_epi16(q.second, 8));
     low[p] = _mm_packus_epi16(_mm_and_si128(q.first, low_byte), _mm_and_si128(q.second, low_byte));
   }
   store_parts_avx2(high, kParts, table);
-  store_parts_avx2(low, kParts, table + 16 * kParts);
+  store_parts_avx2(low, kParts, table + encoded_bytes(kCodeBits) / 2);
 }
 
 /// The step of the flush, negative where 16 bits are not enough; its `tables` are then of no use.
@@ -131,7 +131,8 @@ CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add_rows32_avx2(__m256i low, __
   add_rows8_avx2(_mm256_extracti128_si256(high, 1), to, row + 24);
 }
 
-CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE __m256i load_part_avx2(const std::uint8_t* table, int part) {
+CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE __m256i load_part_avx2(const std::uint8_t* table,
+                                                                   std::int64_t part) {
   return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table + 16 * part)));
 }
 
@@ -163,7 +164,7 @@ CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE __m256i look_up_parts_avx2(const std
                             _mm256_shuffle_epi8(load_part_avx2(table, 1), index.odd));
   } else {
     const __m256i clear = look_up_parts_avx2<kParts / 2>(table, index);
-    const __m256i set = look_up_parts_avx2<kParts / 2>(table + 8 * kParts, index);
+    const __m256i set = look_up_parts_avx2<kParts / 2>(table + std::int64_t{8} * kParts, index);
     return _mm256_blendv_epi8(clear, set, kParts == 4 ? index.bit5 : index.bit6);
   }
 }
@@ -180,7 +181,7 @@ CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add_parts_avx2(const std::uint8
   for (std::int64_t e = 0; e < entries; ++e, codes += kBlockRows, tables += encoded_bytes(kCodeBits)) {
     const PartIndex index = part_index_avx2(_mm256_load_si256(reinterpret_cast<const __m256i*>(codes)));
     const __m256i top = look_up_parts_avx2<kParts>(tables, index);
-    const __m256i rest = look_up_parts_avx2<kParts>(tables + 16 * kParts, index);
+    const __m256i rest = look_up_parts_avx2<kParts>(tables + encoded_bytes(kCodeBits) / 2, index);
     low = _mm256_add_epi16(low, _mm256_unpacklo_epi8(rest, top));
     high = _mm256_add_epi16(high, _mm256_unpackhi_epi8(rest, top));
   }

@@ -55,7 +55,7 @@ CODEGEMM_TARGET_AVX512 float encode_words_avx512(const EncodeArgs& a) {
   if (step < 0.0F) return step;
   for (std::int64_t e = 0; e < a.entries; ++e) {
     std::uint8_t* const table = a.tables + e * encoded_bytes(kCodeBits);
-    for (int i = 0; i < kCentroids; i += 16) {
+    for (std::int64_t i = 0; i < kCentroids; i += 16) {
       _mm256_store_si256(reinterpret_cast<__m256i*>(table + 2 * i),
                          round16_avx512(a.sums + e * kCentroids + i, inverse));
     }

@@ -48,15 +48,17 @@ inline void dequantize_slab(const CpuKernels& kernels, const PackedView& w, std:
       a.codebook_count = m;
       a.centroids = w.format.centroids();
       a.ld = kRows;
-      for (std::int64_t j = first, next = first; j < last; j = next) {  // [j, next) share tile and scale
+      std::int64_t j = first;
+      while (j < last) {  // [j, next) share tile and scale
         const std::int64_t tile = j / w.tile_vectors;
-        next = std::min({last, (tile + 1) * w.tile_vectors, (j / segment + 1) * segment});
+        const std::int64_t next = std::min({last, (tile + 1) * w.tile_vectors, (j / segment + 1) * segment});
         const std::int64_t entry = (block * w.vectors_in(tile) + j - tile * w.tile_vectors) * m;
         a.codes = w.tile_codes(tile) + entry * a.words + octet % block_octets % a.words;
         a.scales = w.scales + j / segment * w.padded_rows() + octet * kWordRows;
         a.vectors = next - j;
         a.out = out + (j - first) * w.format.v * kRows;
         kernels.dequantize(a);
+        j = next;
       }
     }
   }

@@ -48,9 +48,10 @@ struct EntryCosts {
   double lanes8 = 0.0;
 
   [[nodiscard]] double lanes(std::int64_t tokens) const noexcept {
+    const std::int64_t eights = tokens / 8;
     const std::int64_t left = tokens % 8;
     const double rest = left == 0 ? 0.0 : left == 1 ? lanes1 : left <= 4 ? lanes4 : lanes8;
-    return static_cast<double>(tokens / 8) * lanes8 + rest;
+    return static_cast<double>(eights) * lanes8 + rest;
   }
 };
 
