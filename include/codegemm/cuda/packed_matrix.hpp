@@ -226,7 +226,7 @@ inline void store_codes(const QuantizedMatrixView& w, const PackedLayout& l, std
 // Scales that lie in tiles.
 inline void store_scales(const QuantizedMatrixView& w, const PackedLayout& l, std::byte* tiles,
                          std::int64_t granule, float factor) {
-  const std::int64_t lane_span = l.sets / w.format.m * w.format.v;
+  const std::int64_t lane_span = std::int64_t{l.sets / w.format.m} * w.format.v;
   for (int lane = 0; lane < 32; lane += 1 << l.scale_steps) {
     const std::int64_t k = (granule * 32 + lane) * lane_span;
     if (k >= w.cols) break;

@@ -66,7 +66,7 @@ struct FusedMmaShape {
 /// a column. In the step that multiplies the i-th four of every lane's k, the packed lanes q, 4 + q, 8 + q
 /// and 12 + q of the slab come in turn. So one load brings the codes of all steps of a packed lane, and a
 /// looked-up centroid is a fragment as it is.
-template <class Config, PairType Type, int Tokens>
+template <class Config, PairType Type, int Tokens, bool Gated>
 __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     fused_mma_kernel(const __grid_constant__ FusedMmaArgs a) {
   using Shape = FusedMmaShape<Config, Tokens>;
@@ -104,7 +104,6 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int r = lane / 4;
   const int q = lane % 4;
-  const bool gated = a.rows.half_tiles > 0;
   const int tile0 = a.rows.block(static_cast<int>(blockIdx.y)).tile;  // of the first half
   const int tiles = a.rows.block(static_cast<int>(blockIdx.y)).tiles;
   const auto codebooks_of = [&](int half) {
@@ -113,7 +112,7 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   };
   const int slab0 = static_cast<int>(blockIdx.x) * a.slabs_per_split;
   const int slab1 = min(slab0 + a.slabs_per_split, a.slabs);
-  const bool direct = gridDim.x == 1 && slab1 - slab0 <= kWarps && !gated;
+  const bool direct = gridDim.x == 1 && slab1 - slab0 <= kWarps && !Gated;
   const int block_rows = a.rows.tiles_per_block * kTileRows;
 
   // Where a lane finds what it needs in a tile for chunk 0 of a slab. Other chunks differ in bits that are
@@ -210,7 +209,7 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     const int slab = window + warp;
     const int warps = min(kWarps, slab1 - window);  // that have a slab
     const bool last_window = window + kWarps >= slab1;
-    if (slab < slab1 && (half == 0 || window > slab0 || !last_window)) {
+    if (slab < slab1 && (!Gated || half == 0 || window > slab0 || !last_window)) {
       constexpr int kOf = kLaneSpan >= 8 ? 2 : 1;  // steps loaded at once
 #pragma unroll
       for (int step = 0; step < 4 * kChunkSteps; step += kOf) {
@@ -244,7 +243,7 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
             aim(slab, half_tile + tile + 1);
           } else if (slab + kWarps < slab1) {
             aim(slab + kWarps, half_tile);
-          } else if (gated && half == 0) {
+          } else if (Gated && half == 0) {
             aim(slab0 + warp, a.rows.half_tiles);
           }
           float sums[2][4] = {};
@@ -356,7 +355,7 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
       stage ^= 1;  // the other half of the sums: nobody still reads it
     }
     window += kWarps;
-    if (last_window && gated && half == 0) {
+    if (last_window && Gated && half == 0) {
       half = 1;
       window = slab0;
       if (a.rows.half_part != 0) {
@@ -397,7 +396,7 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     for (int row = from + lane; row < to; row += 32) {
       float* const own = block_sums + token * block_rows + row;
       const float sum = sum_splits(own);
-      if (gated) {
+      if constexpr (Gated) {
         detail::store_gated(a.out, token, tile0 * kTileRows + row, sum,
                             sum_splits(own + Tokens * block_rows));
       } else {

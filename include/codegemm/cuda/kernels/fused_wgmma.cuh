@@ -99,7 +99,7 @@ __device__ __forceinline__ void wait_for_multipliers() { asm volatile("bar.sync 
 /// warpgroup copies: a warp asks the copy engine for x, half of it for both blocks, the others bring codes
 /// and scales. Two warpgroups multiply 64 rows each. Weights of two steps are looked up while the products of
 /// the two before run.
-template <class Config, PairType Type, int TokenTile>
+template <class Config, PairType Type, int TokenTile, bool Gated>
 __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_constant__ FusedWgmmaArgs a) {
 #if CODEGEMM_HAS_WGMMA
   using Shape = FusedWgmmaShape<Config, TokenTile>;
@@ -116,10 +116,9 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
   const int code_stage_bytes = kRowTiles * (Shape::kCodeBytes + scale_bytes);
   const unsigned x_at = static_cast<unsigned>(__cvta_generic_to_shared(x_memory));
   const unsigned codes_at = static_cast<unsigned>(__cvta_generic_to_shared(code_memory));
-  const bool gated = a.rows.half_tiles > 0;
   const unsigned barriers =
       codes_at + static_cast<unsigned>(a.code_stages * code_stage_bytes +
-                                       (gated ? Shape::kGatedScratchBytes : Shape::kScratchBytes));
+                                       (Gated ? Shape::kGatedScratchBytes : Shape::kScratchBytes));
   const auto full_x = [&](int stage) { return barriers + static_cast<unsigned>(stage) * 8U; };
   const auto empty_x = [&](int stage) {
     return barriers + static_cast<unsigned>(Shape::kMaxStages + stage) * 8U;
@@ -168,10 +167,10 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
     const int in_part = i - a.rows.first_block[part] * sweeps;
     const int sweep = in_part / blocks;
     const RowBlocks::Block rows =
-        a.rows.block(a.rows.first_block[part] + in_part - sweep * blocks, gated ? rank : 0);
+        a.rows.block(a.rows.first_block[part] + in_part - sweep * blocks, Gated ? rank : 0);
     Product p;
     p.part = rows.part;
-    p.row_tile = rows.tile + (gated ? 0 : rank * kRowTiles);
+    p.row_tile = rows.tile + (Gated ? 0 : rank * kRowTiles);
     p.end_tile = rows.tile + rows.tiles;
     p.split = sweep / a.token_blocks;
     p.token = (sweep - p.split * a.token_blocks) * TokenTile;
@@ -368,7 +367,7 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
           a.partials + (static_cast<std::int64_t>(p.split) * a.tokens * a.row_tiles * 16 + row);
       // SwiGLU: of 32 tokens each block finishes 16, and pushes its sums of the other 16 to its partner. It
       // does so after it has finished its own, so that what is pushed next finds the buffer read.
-      const bool exchange = gated && a.splits == 1;
+      const bool exchange = Gated && a.splits == 1;
 #pragma unroll 1
       for (int n = 0; n < TokenTile / 16; ++n) {
         if (p.token + (exchange ? n / 2 * 2 : n) * 16 >= a.tokens) break;

@@ -112,7 +112,8 @@ struct FusedMmaRegime {
     shape.overlap = p.overlap && device.arch >= 90;
     constexpr PairType kPairs =
         ScalarOf<X>::kType == ScalarType::kHalf ? PairType::kHalf : PairType::kBFloat16;
-    return launch(fused_mma_kernel<Config, kPairs, Tokens>, shape, args, stream);
+    return gated(p) ? launch(fused_mma_kernel<Config, kPairs, Tokens, true>, shape, args, stream)
+                    : launch(fused_mma_kernel<Config, kPairs, Tokens, false>, shape, args, stream);
   }
 };
 

@@ -160,10 +160,12 @@ struct FusedWgmmaRegime {
     shape.overlap = p.overlap;
     constexpr PairType kPairs =
         ScalarOf<X>::kType == ScalarType::kHalf ? PairType::kHalf : PairType::kBFloat16;
-    if (Status status = launch(fused_wgmma_kernel<Config, kPairs, TokenTile>, shape, args, stream);
-        !status.ok() || plan.splits == 1) {
-      return status;
-    }
+    Status status;
+    static_cast<void>(
+        status = gated(p)
+                     ? launch(fused_wgmma_kernel<Config, kPairs, TokenTile, true>, shape, args, stream)
+                     : launch(fused_wgmma_kernel<Config, kPairs, TokenTile, false>, shape, args, stream));
+    if (!status.ok() || plan.splits == 1) return status;
     LaunchShape sum;
     sum.threads = 128;
     sum.grid = dim3(static_cast<unsigned>((p.y.cols + 511) / 512), static_cast<unsigned>(p.x.rows));

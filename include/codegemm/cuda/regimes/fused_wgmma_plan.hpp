@@ -57,7 +57,7 @@ struct FusedWgmmaLimits {
   const std::int64_t row_blocks = cut_rows(l.first_tile, l.parts, row_tiles, limits.halves).blocks();
   constexpr int kCodeStages = 2;
   const auto divide_up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
-  const std::int64_t slab_span = 16 * limits.lane_span;
+  const std::int64_t slab_span = std::int64_t{16} * limits.lane_span;
   const std::int64_t slabs = divide_up(cols, slab_span);
   FusedWgmmaPlan best;
   if (limits.cluster_pairs < 1) return best;
