@@ -90,8 +90,7 @@ int check_in(const Case& c, const cuda::Device& device, std::uint64_t seed) {
     for (auto& out : got) {
       y.poison();
       const Status status = cuda::run<Configs>(p, device, workspace.data(), workspace.size(), nullptr);
-      INFO(status.message());
-      REQUIRE(status.ok());
+      require_ok(status);
       REQUIRE_CUDA(cudaDeviceSynchronize());
       out = y.download();
     }

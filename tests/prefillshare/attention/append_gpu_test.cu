@@ -67,8 +67,7 @@ void check(const BatchShape& shape, const RopeConfig& rope, Angles angles, const
     p.rope = {nullptr, nullptr, 0, frequencies_device.data(), rope.layout};
   }
   const Status status = cuda::run(p, device, nullptr);
-  INFO(status.message());
-  REQUIRE(status.ok());
+  codegemm::test::require_ok(status);
   REQUIRE_CUDA(cudaDeviceSynchronize());
   REQUIRE(cache.guards_intact());
   REQUIRE(q_device.guards_intact());

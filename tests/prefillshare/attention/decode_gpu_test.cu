@@ -79,11 +79,9 @@ struct Fixture {
   }
   void enqueue(cudaStream_t stream) {
     const Status prepared = cuda::prepare(problem, device, workspace.data(), workspace.size(), stream);
-    INFO(prepared.message());
-    REQUIRE(prepared.ok());
+    codegemm::test::require_ok(prepared);
     const Status status = cuda::run(problem, device, workspace.data(), workspace.size(), stream);
-    INFO(status.message());
-    REQUIRE(status.ok());
+    codegemm::test::require_ok(status);
   }
   std::vector<Y> run() {
     enqueue(nullptr);

@@ -44,8 +44,7 @@ void check(const BatchShape& shape, const std::vector<int>& lengths, const std::
   p.out = MatrixView<Y>(out.data(), static_cast<std::int64_t>(rows.size()), cols, stride);
   p.heads = shape.heads();
   const Status status = cuda::run(p, device, nullptr);
-  INFO(status.message());
-  REQUIRE(status.ok());
+  codegemm::test::require_ok(status);
   REQUIRE_CUDA(cudaDeviceSynchronize());
   REQUIRE(out.guards_intact());
   const AttentionReference want = reference_attention(batch, queries, stride, rows);
