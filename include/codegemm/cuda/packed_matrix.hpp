@@ -130,7 +130,8 @@ struct PackOptions {
   }
   out.tile_bytes = out.scales_at() + (one_scale ? 0 : 1024 >> out.scale_steps);
   const auto aligned = [](std::size_t n) { return (n + 255) / 256 * 256; };
-  out.row_scales_at = aligned(static_cast<std::size_t>(out.parts * f.m * f.centroids() * f.v) * sizeof(Half));
+  out.row_scales_at =
+      aligned(static_cast<std::size_t>(std::int64_t{out.parts} * f.m * f.centroids() * f.v) * sizeof(Half));
   out.tiles_at = aligned(out.row_scales_at + (one_scale ? static_cast<std::size_t>(rows) * sizeof(Half) : 0));
   out.bytes = out.tiles_at + static_cast<std::size_t>(out.granules * out.row_tiles * out.tile_bytes);
   return out;
