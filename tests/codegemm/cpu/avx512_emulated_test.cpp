@@ -69,12 +69,14 @@ inline __m128i cvtepi16_epi8(__m256i v) {
 
 }  // namespace emulated
 
+// NOLINTBEGIN(bugprone-reserved-identifier): they stand in for the compiler's own
 #define _mm512_cvtps_epi32(v) emulated::cvtps_epi32(v)
 #define _mm512_cvtepi32_ps(v) emulated::cvtepi32_ps(v)
 #define _mm512_cvtepi16_epi32(v) emulated::cvtepi16_epi32(v)
 #define _mm512_cvtepu8_epi16(v) emulated::cvtepu8_epi16(v)
 #define _mm256_cvtepi16_epi8(v) emulated::cvtepi16_epi8(v)
 #define _mm512_cvtph_ps(v) emulated::cvtph_ps(v)
+// NOLINTEND(bugprone-reserved-identifier)
 
 #include <codegemm/cpu/few_tokens.hpp>
 #include <codegemm/cpu/kernels.hpp>

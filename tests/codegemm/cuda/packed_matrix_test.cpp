@@ -33,7 +33,7 @@ TEST_CASE("cuda pack: every code and scale lies where the layout says, the rest 
                               Format{2, 3, 5, 8}, Format{16, 4, 4, -1}, Format{4, 1, 6, 4},
                               Format{8, 1, 8, 24}, Format{8, 1, 16, -1}, Format{4, 2, 10, 64}}) {
     for (const std::int64_t rows : {1, 16, 37}) {
-      const std::int64_t cols = 48 * 13;
+      const std::int64_t cols = 624;
       for (const int sets : {0, format.m}) {
         CAPTURE(format_name(format), rows, sets);
         const QuantizedMatrix w = random_matrix(format, rows, cols, rng);
@@ -51,7 +51,7 @@ TEST_CASE("cuda pack: every code and scale lies where the layout says, the rest 
         };
         for (std::int64_t n = 0; n < rows; ++n) {
           for (std::int64_t j = 0; j < cols / format.v; ++j) {
-            const std::int64_t granule = j / (32 * per_lane);
+            const std::int64_t granule = j / (std::int64_t{32} * per_lane);
             const int lane = static_cast<int>(j / per_lane % 32);
             const int slot = cuda::row_slot(lane, static_cast<int>(n % 16));
             for (int c = 0; c < format.m; ++c) {
