@@ -41,8 +41,10 @@ TEST_CASE("aligned buffer: moving takes the memory along") {
   AlignedBuffer<int> second(std::move(first));
   CHECK(second.data() == memory);
   CHECK(second[2] == 7);
-  CHECK(first.size() == 0);        // NOLINT(bugprone-use-after-move): what is left is empty
-  CHECK(first.data() == nullptr);  // NOLINT(clang-analyzer-cplusplus.Move): the same
+  // NOLINTBEGIN(bugprone-use-after-move,clang-analyzer-cplusplus.Move): what is left is empty
+  CHECK(first.size() == 0);
+  CHECK(first.data() == nullptr);
+  // NOLINTEND(bugprone-use-after-move,clang-analyzer-cplusplus.Move)
   AlignedBuffer<int> third;
   REQUIRE(third.reserve(100));
   third = std::move(second);
