@@ -14,9 +14,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <ctime>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <cublas_v2.h>
@@ -27,28 +27,15 @@
 #include <codegemm/reference.hpp>
 
 #include "support/gpu_peer.h"
+#include "support/gpu_timing.cuh"
+#include "support/report.hpp"
 
 namespace {
 
 using namespace codegemm;
-
-void check(cudaError_t code, const char* what) {
-  if (code != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(code));
-}
-void check(const Status& status) {
-  if (!status.ok()) throw std::runtime_error(status.message());
-}
-
-template <class T>
-struct Buffer {
-  T* data = nullptr;
-  explicit Buffer(std::size_t count) {
-    check(cudaMalloc(&data, std::max<std::size_t>(count * sizeof(T), 256)), "cudaMalloc");
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { cudaFree(data); }
-};
+using bench::Buffer;
+using bench::check;
+using bench::time_us;
 
 struct Random {  // splitmix64
   std::uint64_t state;
@@ -65,73 +52,6 @@ struct Random {  // splitmix64
     return sum;
   }
 };
-
-// Median time of one launch in microseconds. `enqueue(i)` puts launch i into the stream.
-template <class Enqueue>
-double time_us(cudaStream_t stream, int launches, int replays, Enqueue&& enqueue) {
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t exec = nullptr;
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-  for (int i = 0; i < launches; ++i) enqueue(i);
-  check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
-  check(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
-  cudaEvent_t start, stop;
-  check(cudaEventCreate(&start), "cudaEventCreate");
-  check(cudaEventCreate(&stop), "cudaEventCreate");
-  std::vector<double> times;
-  for (int i = 0; i < replays + 3; ++i) {
-    check(cudaEventRecord(start, stream), "cudaEventRecord");
-    check(cudaGraphLaunch(exec, stream), "cudaGraphLaunch");
-    check(cudaEventRecord(stop, stream), "cudaEventRecord");
-    check(cudaEventSynchronize(stop), "cudaEventSynchronize");
-    float ms = 0.0F;
-    check(cudaEventElapsedTime(&ms, start, stop), "cudaEventElapsedTime");
-    if (i >= 3) times.push_back(static_cast<double>(ms) * 1e3 / launches);
-  }
-  std::nth_element(times.begin(), times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2), times.end());
-  check(cudaEventDestroy(start), "cudaEventDestroy");
-  check(cudaEventDestroy(stop), "cudaEventDestroy");
-  check(cudaGraphExecDestroy(exec), "cudaGraphExecDestroy");
-  check(cudaGraphDestroy(graph), "cudaGraphDestroy");
-  return times[times.size() / 2];
-}
-
-__global__ void read_kernel(const uint4* data, std::size_t count, unsigned* sink) {
-  unsigned sum = 0;
-  const std::size_t step = static_cast<std::size_t>(gridDim.x) * blockDim.x;
-  std::size_t i = static_cast<std::size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  for (; i + 3 * step < count; i += 4 * step) {
-    const uint4 a = __ldcs(data + i), b = __ldcs(data + i + step), c = __ldcs(data + i + 2 * step),
-                d = __ldcs(data + i + 3 * step);
-    sum += a.x ^ a.y ^ a.z ^ a.w ^ b.x ^ b.y ^ b.z ^ b.w ^ c.x ^ c.y ^ c.z ^ c.w ^ d.x ^ d.y ^ d.z ^ d.w;
-  }
-  for (; i < count; i += step) sum += data[i].x;
-  if (sum == 0x12345678U) *sink = sum;
-}
-
-struct Bandwidth {
-  double copy_gb_per_s;
-  double read_gb_per_s;
-};
-
-Bandwidth measure_bandwidth(cudaStream_t stream, int multiprocessors) {
-  constexpr std::size_t kBytes = std::size_t{4} << 30;
-  Buffer<unsigned char> a(kBytes);
-  Buffer<unsigned> sink(1);
-  check(cudaMemset(a.data, 0x5A, kBytes), "cudaMemset");
-  const double copy = time_us(stream, 1, 9, [&](int) {
-    check(cudaMemcpyAsync(a.data + kBytes / 2, a.data, kBytes / 2, cudaMemcpyDeviceToDevice, stream),
-          "cudaMemcpyAsync");
-  });
-  double read = 1e30;
-  for (const int blocks : {2, 4, 8, 16}) {
-    read = std::min(read, time_us(stream, 1, 9, [&](int) {
-                      read_kernel<<<static_cast<unsigned>(multiprocessors * blocks), 512, 0, stream>>>(
-                          reinterpret_cast<const uint4*>(a.data), kBytes / 16, sink.data);
-                    }));
-  }
-  return {static_cast<double>(kBytes) / copy * 1e-3, static_cast<double>(kBytes) / read * 1e-3};
-}
 
 struct Peer {
   std::string name;
@@ -348,36 +268,25 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts, c
   }
 }
 
-void write_json(const char* path, const std::string& machine, const Bandwidth& bandwidth,
+void write_json(const char* path, const std::string& machine, const bench::MemorySpeed& speed,
                 const std::vector<Row>& rows) {
-  std::FILE* const f = std::fopen(path, "w");
-  if (f == nullptr) throw std::runtime_error(std::string("cannot write ") + path);
-  const char* const commit = std::getenv("CODEGEMM_COMMIT");
-  char date[32] = "";
-  const std::time_t now = std::time(nullptr);
-  std::strftime(date, sizeof(date), "%Y-%m-%d", std::gmtime(&now));
-  std::fprintf(f, "{\n  \"suite\": \"codegemm-gpu\",\n  \"machine\": \"%s\",\n  \"commit\": \"%s\",\n",
-               machine.c_str(), commit != nullptr ? commit : "uncommitted");
-  std::fprintf(f,
-               "  \"date\": \"%s\",\n  \"copy_gb_per_s\": %.1f,\n  \"read_gb_per_s\": %.1f,\n  \"rows\": [",
-               date, bandwidth.copy_gb_per_s, bandwidth.read_gb_per_s);
-  for (std::size_t i = 0; i < rows.size(); ++i) {
-    const Row& r = rows[i];
-    std::fprintf(
-        f,
-        "%s\n    {\"name\": \"gemm\", \"shape\": \"%s\", \"config\": \"%s\", \"tokens\": %d, \"median_us\": "
-        "%.3f, \"gb_per_s\": %.1f, \"share_of_read\": %.3f, \"error\": %.3g, \"peers\": [",
-        i == 0 ? "" : ",", r.shape.c_str(), r.config.c_str(), r.tokens, r.us, r.gb_per_s,
-        r.gb_per_s / bandwidth.read_gb_per_s, r.error);
-    for (std::size_t j = 0; j < r.peers.size(); ++j) {
-      std::fprintf(f, "%s{\"name\": \"%s\", \"median_us\": %.3f, \"ratio\": %.3f, \"error\": %.3g}",
-                   j == 0 ? "" : ", ", r.peers[j].name.c_str(), r.peers[j].us, r.peers[j].us / r.us,
-                   r.peers[j].error);
-    }
-    std::fprintf(f, "]}");
+  nlohmann::json all = nlohmann::json::array();
+  for (const Row& r : rows) {
+    nlohmann::json peers = nlohmann::json::array();
+    for (const PeerTime& t : r.peers)
+      peers.push_back({{"name", t.name}, {"median_us", t.us}, {"ratio", t.us / r.us}, {"error", t.error}});
+    all.push_back({{"name", "gemm"},
+                   {"shape", r.shape},
+                   {"config", r.config},
+                   {"tokens", r.tokens},
+                   {"median_us", r.us},
+                   {"gb_per_s", r.gb_per_s},
+                   {"share_of_read", r.gb_per_s / speed.read_gb_per_s},
+                   {"error", r.error},
+                   {"peers", peers}});
   }
-  std::fprintf(f, "\n  ]\n}\n");
-  if (std::fclose(f) != 0) throw std::runtime_error(std::string("cannot write ") + path);
+  const bench::Suite suite{"codegemm-gpu", machine, speed, {}};
+  check(bench::write_text(bench::frame_json(suite, std::move(all)).dump(2) + '\n', path));
 }
 
 int program(int argc, char** argv) {
@@ -458,7 +367,7 @@ int program(int argc, char** argv) {
              runtime % 1000 / 10, ", driver for ", driver / 1000, '.', driver % 1000 / 10);
   cudaStream_t stream = nullptr;
   check(cudaStreamCreate(&stream), "cudaStreamCreate");
-  const Bandwidth bandwidth = measure_bandwidth(stream, device->multiprocessors);
+  const bench::MemorySpeed bandwidth = bench::measure_bandwidth(stream, device->multiprocessors);
   std::printf("%s\ncopy %.0f GB/s, read %.0f GB/s\n", machine.c_str(), bandwidth.copy_gb_per_s,
               bandwidth.read_gb_per_s);
   cublasHandle_t cublas = nullptr;

@@ -23,35 +23,18 @@
 #include <prefillshare/attention/decode.cuh>
 #include <prefillshare/attention/prefill.cuh>
 
+#include "support/gpu_timing.cuh"
 #include "support/report.hpp"
 
 namespace {
 
 using namespace codegemm;
 using namespace prefillshare::cuda;
+using bench::Buffer;
+using bench::check;
 using bench::Peer;
 using bench::Row;
-
-void check(cudaError_t code, const char* what) {
-  if (code != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(code));
-}
-void check(const Status& status) {
-  if (!status.ok()) throw std::runtime_error(status.message());
-}
-
-template <class T>
-struct Buffer {
-  T* data = nullptr;
-  explicit Buffer(std::size_t count) {
-    check(cudaMalloc(&data, std::max<std::size_t>(count * sizeof(T), 256)), "cudaMalloc");
-  }
-  explicit Buffer(const std::vector<T>& values) : Buffer(values.size()) {
-    check(cudaMemcpy(data, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { cudaFree(data); }
-};
+using bench::time_us;
 
 // Element i of every random buffer: the host knows it without a copy. Uniform, variance 1.
 __host__ __device__ inline float value_at(std::uint64_t i, std::uint64_t seed) {
@@ -69,69 +52,6 @@ __global__ void fill_kernel(__half* data, std::uint64_t count, std::uint64_t see
 }
 double rounded(std::uint64_t i, std::uint64_t seed) {
   return static_cast<double>(Half::from_float(value_at(i, seed)).to_float());
-}
-
-template <class Enqueue>
-double time_us(cudaStream_t stream, int launches, int replays, Enqueue&& enqueue) {
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t exec = nullptr;
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-  for (int i = 0; i < launches; ++i) enqueue(i);
-  check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
-  check(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
-  cudaEvent_t start, stop;
-  check(cudaEventCreate(&start), "cudaEventCreate");
-  check(cudaEventCreate(&stop), "cudaEventCreate");
-  std::vector<double> times;
-  for (int i = 0; i < replays + 2; ++i) {
-    check(cudaEventRecord(start, stream), "cudaEventRecord");
-    check(cudaGraphLaunch(exec, stream), "cudaGraphLaunch");
-    check(cudaEventRecord(stop, stream), "cudaEventRecord");
-    check(cudaEventSynchronize(stop), "cudaEventSynchronize");
-    float ms = 0.0F;
-    check(cudaEventElapsedTime(&ms, start, stop), "cudaEventElapsedTime");
-    if (i >= 2) times.push_back(static_cast<double>(ms) * 1e3 / launches);
-  }
-  check(cudaEventDestroy(start), "cudaEventDestroy");
-  check(cudaEventDestroy(stop), "cudaEventDestroy");
-  check(cudaGraphExecDestroy(exec), "cudaGraphExecDestroy");
-  check(cudaGraphDestroy(graph), "cudaGraphDestroy");
-  return bench::median(times);
-}
-
-__global__ void read_kernel(const uint4* data, std::size_t count, unsigned* sink) {
-  unsigned sum = 0;
-  const std::size_t step = static_cast<std::size_t>(gridDim.x) * blockDim.x;
-  std::size_t i = static_cast<std::size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  for (; i + 3 * step < count; i += 4 * step) {
-    const uint4 a = __ldcs(data + i), b = __ldcs(data + i + step), c = __ldcs(data + i + 2 * step),
-                d = __ldcs(data + i + 3 * step);
-    sum += a.x ^ a.y ^ a.z ^ a.w ^ b.x ^ b.y ^ b.z ^ b.w ^ c.x ^ c.y ^ c.z ^ c.w ^ d.x ^ d.y ^ d.z ^ d.w;
-  }
-  for (; i < count; i += step) sum += data[i].x;
-  if (sum == 0x12345678U) *sink = sum;
-}
-
-bench::MemorySpeed measure_bandwidth(cudaStream_t stream, int multiprocessors) {
-  constexpr std::size_t kBytes = std::size_t{4} << 30;
-  Buffer<unsigned char> a(kBytes);
-  Buffer<unsigned> sink(1);
-  check(cudaMemset(a.data, 0x5A, kBytes), "cudaMemset");
-  const double copy = time_us(stream, 1, 9, [&](int) {
-    check(cudaMemcpyAsync(a.data + kBytes / 2, a.data, kBytes / 2, cudaMemcpyDeviceToDevice, stream),
-          "cudaMemcpyAsync");
-  });
-  double read = 1e30;
-  for (const int blocks : {2, 4, 8, 16}) {
-    read = std::min(read, time_us(stream, 1, 9, [&](int) {
-                      read_kernel<<<static_cast<unsigned>(multiprocessors * blocks), 512, 0, stream>>>(
-                          reinterpret_cast<const uint4*>(a.data), kBytes / 16, sink.data);
-                    }));
-  }
-  bench::MemorySpeed out;
-  out.copy_gb_per_s = static_cast<double>(kBytes) / copy * 1e-3;
-  out.read_gb_per_s = static_cast<double>(kBytes) / read * 1e-3;
-  return out;
 }
 
 struct Model {
@@ -494,7 +414,7 @@ int program(int argc, char** argv) {
   program.suite.machine =
       concat(properties.name, ", ", device->multiprocessors, " multiprocessors, CUDA ", runtime / 1000, '.',
              runtime % 1000 / 10, ", driver for ", driver / 1000, '.', driver % 1000 / 10);
-  program.suite.memory = measure_bandwidth(program.stream, device->multiprocessors);
+  program.suite.memory = bench::measure_bandwidth(program.stream, device->multiprocessors);
   std::printf("%s\ncopy %.0f GB/s, read %.0f GB/s\n", program.suite.machine.get<std::string>().c_str(),
               program.suite.memory.copy_gb_per_s, program.suite.memory.read_gb_per_s);
   const auto wanted = [&](const char* part) { return only.empty() || only == part; };
