@@ -9,7 +9,6 @@
 //                     [--peer NAME=LIBRARY]... [--no-cublas] [--regime gather|mma|wgmma] [--cluster N]
 //                     [--ahead ROUNDS] [--shared BYTES] [--sets N] [--splits N] [--token-tile N]
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

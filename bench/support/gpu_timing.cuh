@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/support/gpu_timing.cuh - what the suites on a GPU share: device memory, times of captured graphs, and the
-// bandwidth that the card reaches.
+// bench/support/gpu_timing.cuh - what the suites on a GPU share: device memory, times of captured graphs, and
+// the bandwidth that the card reaches.
 #pragma once
 
 #include <algorithm>
@@ -39,7 +39,8 @@ struct Buffer {
   ~Buffer() { cudaFree(data); }
 };
 
-// Median time of one launch in microseconds, of `launches` in a graph. `enqueue(i)` puts launch i into the stream.
+// Median time of one launch in microseconds, of `launches` in a graph. `enqueue(i)` puts launch i into the
+// stream.
 template <class Enqueue>
 double time_us(cudaStream_t stream, int launches, int replays, Enqueue&& enqueue) {
   cudaGraph_t graph = nullptr;
