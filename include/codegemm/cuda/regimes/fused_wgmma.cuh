@@ -11,6 +11,7 @@
 #include <cuda.h>
 
 #include <codegemm/base/config_list.hpp>
+#include <codegemm/cuda/kernels/add_splits.cuh>
 #include <codegemm/cuda/kernels/fused_wgmma.cuh>
 #include <codegemm/cuda/launch.cuh>
 #include <codegemm/cuda/problem.cuh>
@@ -170,7 +171,13 @@ struct FusedWgmmaRegime {
     sum.threads = 128;
     sum.grid = dim3(static_cast<unsigned>((p.y.cols + 511) / 512), static_cast<unsigned>(p.x.rows));
     sum.overlap = true;
-    return launch(add_splits_kernel<0>, sum, args, stream);
+    AddSplitsArgs parts;
+    parts.partials = args.partials;
+    parts.splits = args.splits;
+    parts.tokens = args.tokens;
+    parts.row_tiles = args.row_tiles;
+    parts.out = args.out;
+    return launch(add_splits_kernel<0>, sum, parts, stream);
   }
 };
 
