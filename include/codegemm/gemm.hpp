@@ -100,6 +100,8 @@ template <class Configs = CpuConfigs>
   const Regime regime = choose_regime(w.view(), x.rows, isa, asked);
   if (regime == Regime::kDense) {
     run_dense(kernels, args, executor);
+  } else if (regime == Regime::kInteger) {
+    run_integer(kernels, args, executor);
   } else {
     run_psumbook(kernels, args, make_psumbook_plan(w.view(), x.rows, regime == Regime::kLookup), executor);
   }

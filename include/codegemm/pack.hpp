@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #include <codegemm/base/aligned_buffer.hpp>
 #include <codegemm/base/numerics.hpp>
@@ -44,6 +45,9 @@ struct PackedView {
   const std::uint64_t* codes = nullptr;
   const float* codebooks = nullptr;             // [m][2^b][v]
   const float* codebooks_transposed = nullptr;  // [m][v][2^b]
+  // codebooks[i] = about codebook_step * codebooks_rounded[i]; null where that is not exact enough
+  const std::int16_t* codebooks_rounded = nullptr;  // [m][2^b][v]
+  float codebook_step = 0.0F;
   const Half* scales = nullptr;                 // [ceil(K / g)][row_blocks * block_rows]
 
   [[nodiscard]] std::int64_t vectors() const noexcept { return cols / format.v; }
@@ -78,15 +82,15 @@ namespace detail {
 /// form on disk and pack after loading. Made by pack(); movable.
 class PackedMatrix {
  public:
-  static constexpr int kLayoutVersion = 2;
+  static constexpr int kLayoutVersion = 3;
 
   [[nodiscard]] Format format() const noexcept { return view_.format; }
   [[nodiscard]] std::int64_t rows() const noexcept { return view_.rows; }
   [[nodiscard]] std::int64_t cols() const noexcept { return view_.cols; }
-  /// Memory held: codes, scales and two fp32 copies of the codebooks.
+  /// Memory held: codes, scales, two fp32 copies of the codebooks and one in 16-bit integers.
   [[nodiscard]] std::size_t bytes() const noexcept {
     return codes_.size() * sizeof(std::uint64_t) + codebooks_.size() * sizeof(float) +
-           scales_.size() * sizeof(Half);
+           rounded_.size() * sizeof(std::int16_t) + scales_.size() * sizeof(Half);
   }
   [[nodiscard]] const PackedView& view() const noexcept { return view_; }
 
@@ -99,6 +103,7 @@ class PackedMatrix {
   PackedView view_;
   AlignedBuffer<std::uint64_t> codes_;
   AlignedBuffer<float> codebooks_;
+  AlignedBuffer<std::int16_t> rounded_;
   AlignedBuffer<Half> scales_;
 };
 
@@ -142,6 +147,36 @@ struct EntryPlace {
     if (segment % tile == 0) return tile;
   }
   return most;
+}
+
+/// The largest sum of m rounded centroid elements: with kIntegerChunk activations whose magnitudes add up to
+/// no more than kRoundedTokenSum, every sum of products fits into 32 bits.
+inline constexpr std::int64_t kRoundedWeightMax = 8191;
+
+/// The step by which codebooks are rounded to 16-bit integers, or 0 where that would change W by more than
+/// 5e-4 of its norm: centroids that are hardly used but far out stretch the step. histogram: [m][2^b], how
+/// often each code is used.
+[[nodiscard]] inline float rounding_step(const float* codebooks, Format f,
+                                         const std::vector<std::int64_t>& histogram, std::int64_t uses) {
+  constexpr double kAccepted = 5e-4;
+  double bound = 0.0;  // of a weight before its scale
+  double power = 0.0;  // its mean square
+  for (std::int64_t c = 0; c < f.m; ++c) {
+    double largest = 0.0;
+    for (std::int64_t i = 0; i < f.centroids(); ++i) {
+      const auto used = static_cast<double>(histogram[static_cast<std::size_t>(c * f.centroids() + i)]);
+      for (std::int64_t d = 0; d < f.v; ++d) {
+        const double value = codebooks[(c * f.centroids() + i) * f.v + d];
+        largest = std::max(largest, std::abs(value));
+        power += value * value * used;
+      }
+    }
+    bound += largest;
+  }
+  power /= std::max(1.0, static_cast<double>(uses * f.v));
+  const double step = bound / static_cast<double>(kRoundedWeightMax - f.m);
+  const bool good = step > 1e-30 && f.m * step * step / 12.0 <= kAccepted * kAccepted * power;
+  return good ? static_cast<float>(step) : 0.0F;
 }
 
 }  // namespace detail
@@ -188,19 +223,24 @@ inline Result<PackedMatrix> detail::pack_for(const QuantizedMatrixView& w, Isa i
   const std::int64_t words = view.row_blocks * w.vectors() * f.m * view.entry_words();
   if (!out.codes_.reserve(static_cast<std::size_t>(words)) ||
       !out.codebooks_.reserve(static_cast<std::size_t>(2 * codebook_values)) ||
+      !out.rounded_.reserve(static_cast<std::size_t>(codebook_values)) ||
       !out.scales_.reserve(static_cast<std::size_t>(segments * padded))) {
     return error(StatusCode::kOutOfMemory, "pack: ", w.rows, " x ", w.cols, " as ", format_name(f), " needs ",
-                 words * 8 + codebook_values * 8 + segments * padded * 2, " bytes");
+                 words * 8 + codebook_values * 10 + segments * padded * 2, " bytes");
   }
 
   if (words > 0) std::memset(out.codes_.data(), 0, static_cast<std::size_t>(words) * sizeof(std::uint64_t));
   auto* const bytes = reinterpret_cast<unsigned char*>(out.codes_.data());
+  std::vector<std::int64_t> histogram(static_cast<std::size_t>(f.m * f.centroids()));
   for (std::int64_t c = 0; c < f.m; ++c) {
+    std::int64_t* const uses = histogram.data() + c * f.centroids();
     for (std::int64_t j = 0; j < w.vectors(); ++j) {
       const detail::EntryPlace place = detail::entry_place(view, j, c);
       for (std::int64_t n = 0; n < w.rows; ++n) {
+        const std::uint32_t code = w.code(c, n, j);
         unsigned char& byte = bytes[place.byte(n)];
-        byte = static_cast<unsigned char>(byte | (w.code(c, n, j) << place.shift(n)));
+        byte = static_cast<unsigned char>(byte | (code << place.shift(n)));
+        ++uses[code];
       }
     }
   }
@@ -211,6 +251,13 @@ inline Result<PackedMatrix> detail::pack_for(const QuantizedMatrixView& w, Isa i
     const std::int64_t c = i / (f.centroids() * f.v);
     out.codebooks_[static_cast<std::size_t>(i)] = value;
     transposed[(c * f.v + i % f.v) * f.centroids() + i / f.v % f.centroids()] = value;
+  }
+  view.codebook_step = detail::rounding_step(out.codebooks_.data(), f, histogram, w.rows * w.vectors());
+  if (view.codebook_step > 0.0F) {
+    for (std::size_t i = 0; i < out.rounded_.size(); ++i) {
+      out.rounded_[i] = static_cast<std::int16_t>(std::lround(out.codebooks_[i] / view.codebook_step));
+    }
+    view.codebooks_rounded = out.rounded_.data();
   }
   for (std::int64_t s = 0; s < segments; ++s) {
     for (std::int64_t n = 0; n < padded; ++n) {

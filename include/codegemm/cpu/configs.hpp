@@ -110,6 +110,12 @@ struct CpuTiles {
   static constexpr std::int64_t kDenseDepth = 256;
   static constexpr std::int64_t kDenseTaskRows = 48;
   static constexpr std::int64_t kDenseTaskTokens = 240;
+
+  // The same in 16-bit integers: twice the depth in as many bytes. Sums of a chunk fit into 32 bits; scale
+  // groups that are no multiple of the unit would make chunks too short to pay.
+  static constexpr std::int64_t kIntegerDepth = 512;
+  static constexpr std::int64_t kIntegerChunk = 128;
+  static constexpr std::int64_t kIntegerUnit = 32;
 };
 
 /// Measured on a Zen 3 core in its cycles; only their ratios matter. From them follows which way is taken at
@@ -121,6 +127,8 @@ struct CpuCosts {
   static constexpr double kLanesBuild = 0.53;         // one element of a centroid x 8 tokens
   static constexpr double kDenseMultiply = 1 / 13.4;  // one weight x one token
   static constexpr double kDequantize = 0.45;         // one weight of one codebook
+  static constexpr double kIntegerMultiply = 1 / 26.0;
+  static constexpr double kIntegerDequantize = 0.2;  // v >= 4; twice that for v = 2
 
   // One entry, 64 rows x 1 token looked up in registers, for 4 to 8 bits a code; 0 where gathering is as
   // fast. The last three rows are estimates from instruction tables. And encoding one centroid.

@@ -15,26 +15,69 @@
 
 namespace codegemm::detail {
 
-using Multiply = void (*)(const MicroArgs&);
+/// Where a 6 x 16 tile goes.
+struct TileTarget {
+  float* c;
+  std::int64_t stride;
+  bool accumulate;
+};
 
-/// A 6 x 16 tile at the edge: computed whole beside y, and the part that exists is copied.
-inline void multiply_edge(Multiply multiply, MicroArgs m, std::int64_t tokens, std::int64_t rows) {
+/// A tile at the edge: multiply(TileTarget) computes it whole beside y, and the part that exists is copied.
+template <class MultiplyTile>
+void multiply_edge(MultiplyTile&& multiply, const TileTarget& to, std::int64_t tokens, std::int64_t rows) {
   constexpr std::int64_t kRows = CpuTiles::kDenseRows;
   float whole[static_cast<std::size_t>(CpuTiles::kDenseTokens * kRows)];
-  float* const c = m.c;
-  const bool accumulate = m.accumulate;
-  m.c = whole;
-  m.accumulate = false;
-  const std::int64_t stride = m.stride;
-  m.stride = kRows;
-  multiply(m);
+  multiply(TileTarget{whole, kRows, false});
   for (std::int64_t t = 0; t < tokens; ++t) {
     for (std::int64_t n = 0; n < rows; ++n) {
-      float& to = c[t * stride + n];
-      to = accumulate ? to + whole[t * kRows + n] : whole[t * kRows + n];
+      float& c = to.c[t * to.stride + n];
+      c = to.accumulate ? c + whole[t * kRows + n] : whole[t * kRows + n];
     }
   }
 }
+
+/// y = x W^T, tile by tile and slab by slab. T, N, K > 0; workspace: plan.floats(), of which the first
+/// workers * plan.worker_floats are the workers'. A Way knows what the numbers are:
+///   lay_out(tile)                               brings 6 tokens into the workspace, before all else
+///   fill(first_row, first_k, depth, memory)     48 rows of a slab of W, as far as they exist, to a worker's
+///   multiply(tile, row, first_k, depth, memory, TileTarget)   16 of them, from the row-th on, times 6 tokens
+template <class Way>
+void run_tiles(const DensePlan& plan, MatrixView<float> y, float* workspace, Executor& executor, Way&& way) {
+  constexpr std::int64_t kTokens = CpuTiles::kDenseTokens;
+  constexpr std::int64_t kRows = CpuTiles::kDenseRows;
+  parallel_for(executor, plan.token_tiles, [&](std::int64_t tile, int) { way.lay_out(tile); });
+
+  constexpr std::int64_t kTaskTiles = CpuTiles::kDenseTaskTokens / kTokens;
+  parallel_for(executor, plan.row_tasks * plan.token_tasks, [&](std::int64_t index, int worker) {
+    const std::int64_t first_tile = index % plan.token_tasks * kTaskTiles;
+    const std::int64_t last_tile = std::min(plan.token_tiles, first_tile + kTaskTiles);
+    const std::int64_t first_row = index / plan.token_tasks * CpuTiles::kDenseTaskRows;
+    const std::int64_t end_row = std::min(first_row + CpuTiles::kDenseTaskRows, plan.rows);
+    float* const memory = workspace + worker * plan.worker_floats;
+    for (std::int64_t slab = 0; slab < plan.slabs; ++slab) {
+      const std::int64_t first_k = slab * plan.slab_depth;
+      const std::int64_t depth = std::min(plan.slab_depth, plan.cols - first_k);
+      way.fill(first_row, first_k, depth, memory);
+      for (std::int64_t row = first_row; row < end_row; row += kRows) {
+        for (std::int64_t tile = first_tile; tile < last_tile; ++tile) {
+          const auto multiply = [&](const TileTarget& to) {
+            way.multiply(tile, row - first_row, first_k, depth, memory, to);
+          };
+          const TileTarget to{y.row(tile * kTokens) + row, y.stride, slab > 0};
+          const std::int64_t tokens = std::min(kTokens, plan.tokens - tile * kTokens);
+          const std::int64_t rows = std::min(kRows, plan.rows - row);
+          if (tokens == kTokens && rows == kRows) {
+            multiply(to);
+          } else {
+            multiply_edge(multiply, to, tokens, rows);
+          }
+        }
+      }
+    }
+  });
+}
+
+using Multiply = void (*)(const MicroArgs&);
 
 /// x of a slab as [token tiles][depth][6]: rows of x itself are K apart and would share cache sets.
 inline void lay_out_tokens(const DensePlan& plan, MatrixView<const float> x, std::int64_t tile,
@@ -52,49 +95,32 @@ inline void lay_out_tokens(const DensePlan& plan, MatrixView<const float> x, std
   }
 }
 
-/// y = x W^T. fill(first_row, first_k, depth, panels) brings rows [first_row, first_row + 48) of W, as far as
-/// they exist, and columns [first_k, first_k + depth) to panels[3][depth][16]; rows beyond the matrix but
-/// inside a panel of 16 are 0. T, N, K > 0; workspace: plan.floats().
+/// y = x W^T in fp32. fill(first_row, first_k, depth, panels) brings rows [first_row, first_row + 48) of W, as
+/// far as they exist, and columns [first_k, first_k + depth) to panels[3][depth][16]; rows beyond the matrix
+/// but inside a panel of 16 are 0. T, N, K > 0; workspace: plan.floats().
 template <class Fill>
 void run_dense_product(const DensePlan& plan, Multiply multiply, MatrixView<const float> x,
                        MatrixView<float> y, float* workspace, Executor& executor, Fill&& fill) {
-  constexpr std::int64_t kTokens = CpuTiles::kDenseTokens;
-  constexpr std::int64_t kRows = CpuTiles::kDenseRows;
-  float* const x_tiles = workspace + executor.workers() * plan.worker_floats;
-  parallel_for(executor, plan.token_tiles,
-               [&](std::int64_t tile, int) { lay_out_tokens(plan, x, tile, x_tiles); });
+  struct Way {
+    const DensePlan& plan;
+    Multiply multiply_tile;
+    MatrixView<const float> x;
+    float* x_tiles;
+    Fill& fill_panels;
 
-  constexpr std::int64_t kTaskTiles = CpuTiles::kDenseTaskTokens / kTokens;
-  parallel_for(executor, plan.row_tasks * plan.token_tasks, [&](std::int64_t index, int worker) {
-    const std::int64_t first_tile = index % plan.token_tasks * kTaskTiles;
-    const std::int64_t last_tile = std::min(plan.token_tiles, first_tile + kTaskTiles);
-    const std::int64_t first_row = index / plan.token_tasks * CpuTiles::kDenseTaskRows;
-    const std::int64_t end_row = std::min(first_row + CpuTiles::kDenseTaskRows, plan.rows);
-    float* const panels = workspace + worker * plan.worker_floats;
-    for (std::int64_t slab = 0; slab < plan.slabs; ++slab) {
-      const std::int64_t first_k = slab * plan.slab_depth;
-      const std::int64_t depth = std::min(plan.slab_depth, plan.cols - first_k);
-      fill(first_row, first_k, depth, panels);
-      const float* const x_slab = x_tiles + first_k * plan.token_tiles * kTokens;
-      for (std::int64_t row = first_row; row < end_row; row += kRows) {
-        for (std::int64_t tile = first_tile; tile < last_tile; ++tile) {
-          const MicroArgs micro{x_slab + tile * kTokens * depth,
-                                panels + (row - first_row) * depth,
-                                depth,
-                                y.row(tile * kTokens) + row,
-                                y.stride,
-                                slab > 0};
-          const std::int64_t tokens = std::min(kTokens, plan.tokens - tile * kTokens);
-          const std::int64_t rows = std::min(kRows, plan.rows - row);
-          if (tokens == kTokens && rows == kRows) {
-            multiply(micro);
-          } else {
-            multiply_edge(multiply, micro, tokens, rows);
-          }
-        }
-      }
+    void lay_out(std::int64_t tile) const { lay_out_tokens(plan, x, tile, x_tiles); }
+    void fill(std::int64_t first_row, std::int64_t first_k, std::int64_t depth, float* panels) const {
+      fill_panels(first_row, first_k, depth, panels);
     }
-  });
+    void multiply(std::int64_t tile, std::int64_t row, std::int64_t first_k, std::int64_t depth,
+                  const float* panels, const TileTarget& to) const {
+      const float* const a =
+          x_tiles + (first_k * plan.token_tiles + tile * depth) * CpuTiles::kDenseTokens;
+      multiply_tile({a, panels + row * depth, depth, to.c, to.stride, to.accumulate});
+    }
+  };
+  run_tiles(plan, y, workspace, executor,
+            Way{plan, multiply, x, workspace + executor.workers() * plan.worker_floats, fill});
 }
 
 }  // namespace codegemm::detail

@@ -19,18 +19,28 @@
 
 namespace codegemm::detail {
 
-/// Eight rows of `vectors` vectors of one scale group and tile, out[vectors * v][ld]:
-///   out[j * v + d][r] = scale[r] * sum_c codebooks[c][code_c[j][r]][d]
-struct DequantizeArgs {
+/// The codes of eight rows for some vectors of one scale group and tile.
+struct CodeRun {
   const std::uint64_t* codes;  // [vectors][m], one every `words` words
   std::int64_t words;
   int shift;  // codes are (word >> shift) & mask, a byte each
   std::uint64_t mask;
-  const float* codebooks;  // [m][2^b][v]
-  const Half* scales;      // [8]
   std::int64_t vectors;
   std::int64_t codebook_count;
   std::int64_t centroids;
+
+  /// The codes of vector j in codebook c, a byte a row.
+  [[nodiscard]] CODEGEMM_ALWAYS_INLINE std::uint64_t word(std::int64_t j, std::int64_t c) const {
+    return codes[(j * codebook_count + c) * words] >> shift & mask;
+  }
+};
+
+/// Eight rows of `codes.vectors` vectors, out[vectors * v][ld]:
+///   out[j * v + d][r] = scale[r] * sum_c codebooks[c][code_c[j][r]][d]
+struct DequantizeArgs {
+  CodeRun codes;
+  const float* codebooks;  // [m][2^b][v]
+  const Half* scales;      // [8]
   std::int64_t ld;
   float* out;
 };
@@ -39,12 +49,11 @@ template <int kVecLen>
 void dequantize_portable(const DequantizeArgs& a) {
   for (int r = 0; r < kWordRows; ++r) {
     const float scale = a.scales[r].to_float();
-    for (std::int64_t j = 0; j < a.vectors; ++j) {
+    for (std::int64_t j = 0; j < a.codes.vectors; ++j) {
       float sum[std::size_t{kVecLen}] = {};
-      for (std::int64_t c = 0; c < a.codebook_count; ++c) {
-        const auto code = static_cast<std::int64_t>(
-            (a.codes[(j * a.codebook_count + c) * a.words] >> a.shift & a.mask) >> (8 * r) & 255U);
-        const float* const centroid = a.codebooks + (c * a.centroids + code) * kVecLen;
+      for (std::int64_t c = 0; c < a.codes.codebook_count; ++c) {
+        const auto code = static_cast<std::int64_t>(a.codes.word(j, c) >> (8 * r) & 255U);
+        const float* const centroid = a.codebooks + (c * a.codes.centroids + code) * kVecLen;
         for (int d = 0; d < kVecLen; ++d) sum[d] += centroid[d];
       }
       for (int d = 0; d < kVecLen; ++d) a.out[(j * kVecLen + d) * a.ld + r] = scale * sum[d];
@@ -103,17 +112,17 @@ template <int kVecLen>
 CODEGEMM_TARGET_AVX2 void dequantize_avx2(const DequantizeArgs& a) {
   const __m256 scale = load_halves_avx2(a.scales);
   float* out = a.out;
-  const std::uint64_t* codes = a.codes;
-  for (std::int64_t j = 0; j < a.vectors; ++j, codes += a.codebook_count * a.words, out += kVecLen * a.ld) {
-    const std::uint64_t word0 = codes[0] >> a.shift & a.mask;
+  const CodeRun& run = a.codes;
+  for (std::int64_t j = 0; j < run.vectors; ++j, out += kVecLen * a.ld) {
+    const std::uint64_t word0 = run.word(j, 0);
     for (int d = 0; d < kVecLen; d += 4) {
       __m256 r0 = load_two_rows_avx2<kVecLen>(a.codebooks, word0, 0, d);
       __m256 r1 = load_two_rows_avx2<kVecLen>(a.codebooks, word0, 1, d);
       __m256 r2 = load_two_rows_avx2<kVecLen>(a.codebooks, word0, 2, d);
       __m256 r3 = load_two_rows_avx2<kVecLen>(a.codebooks, word0, 3, d);
-      for (std::int64_t c = 1; c < a.codebook_count; ++c) {
-        const float* const codebook = a.codebooks + c * a.centroids * kVecLen;
-        const std::uint64_t word = codes[c * a.words] >> a.shift & a.mask;
+      for (std::int64_t c = 1; c < run.codebook_count; ++c) {
+        const float* const codebook = a.codebooks + c * run.centroids * kVecLen;
+        const std::uint64_t word = run.word(j, c);
         r0 = _mm256_add_ps(r0, load_two_rows_avx2<kVecLen>(codebook, word, 0, d));
         r1 = _mm256_add_ps(r1, load_two_rows_avx2<kVecLen>(codebook, word, 1, d));
         r2 = _mm256_add_ps(r2, load_two_rows_avx2<kVecLen>(codebook, word, 2, d));

@@ -6,6 +6,7 @@
 
 #include <codegemm/cpu/dense_tile.hpp>
 #include <codegemm/cpu/gather.hpp>
+#include <codegemm/cpu/integer_tile.hpp>
 #include <codegemm/cpu/isa.hpp>
 #include <codegemm/cpu/lookup.hpp>
 #include <codegemm/cpu/psumbook.hpp>
@@ -21,6 +22,7 @@ struct CpuKernels {
   Gather gather1, gather4, gather8;
   void (*dequantize)(const DequantizeArgs&);
   void (*multiply)(const MicroArgs&);
+  IntegerKernels integers;
   LookupKernels lookup;
 
   [[nodiscard]] Build build(int lanes) const noexcept {
@@ -41,7 +43,7 @@ template <Isa kIsa, class Config>
                     &build_psumbook<kIsa, 8, kV>, &gather<kIsa, 1, kB>,
                     &gather<kIsa, 4, kB>,         &gather<kIsa, 8, kB>,
                     &dequantize<kIsa, kV>,        &multiply<kIsa>,
-                    lookup_kernels<kIsa, kB>()};
+                    integer_kernels<kIsa, kV>(),  lookup_kernels<kIsa, kB>()};
 }
 
 /// The same for an instruction set known at run time; only those are compiled that the target may have.

@@ -19,59 +19,156 @@
 
 namespace codegemm::detail {
 
-/// Rows [first_row, first_row + 48), columns [first_k, first_k + depth), whole vectors, to
-/// panels[3][depth][16]; rows beyond the matrix but inside a panel of 16 are 0.
-inline void dequantize_slab(const CpuKernels& kernels, const PackedView& w, std::int64_t first_row,
-                            std::int64_t first_k, std::int64_t depth, float* panels) {
+/// Visits the codes of rows [first_row, first_row + 48) and columns [first_k, first_k + depth), whole vectors,
+/// eight rows at a time. visit(row, k, run, group): the run is of rows first_row + row onwards and, from
+/// column first_k + k on, of one tile and scale group. absent(row): those eight rows lie beyond the matrix, but
+/// in a panel of 16 that does not.
+template <class Visit, class Absent>
+void visit_codes(const PackedView& w, std::int64_t first_row, std::int64_t first_k, std::int64_t depth,
+                 Visit&& visit, Absent&& absent) {
   constexpr std::int64_t kRows = CpuTiles::kDenseRows;
   const std::int64_t first = first_k / w.format.v;
   const std::int64_t last = first + depth / w.format.v;
   const std::int64_t m = w.format.m;
   const std::int64_t segment = w.segment_vectors();
   const std::int64_t block_octets = w.block_rows / kWordRows;
-  const std::int64_t end_row = std::min(first_row + CpuTiles::kDenseTaskRows, w.rows);
-  for (std::int64_t row = first_row; row < end_row; row += kRows) {
-    float* const panel = panels + (row - first_row) * depth;
-    for (std::int64_t half = 0; half < kRows / kWordRows; ++half) {
-      const std::int64_t octet = row / kWordRows + half;
-      const std::int64_t block = octet / block_octets;
-      float* const out = panel + half * kWordRows;
-      if (block >= w.row_blocks) {
-        for (std::int64_t k = 0; k < depth; ++k) std::fill_n(out + k * kRows, kWordRows, 0.0F);
-        continue;
-      }
-      DequantizeArgs a{};
-      a.words = w.entry_words();
-      a.shift = octet % block_octets >= a.words ? 4 : 0;
-      a.mask = w.format.b == 4 ? 0x0F0F0F0F0F0F0F0FU : ~std::uint64_t{0};
-      a.codebooks = w.codebooks;
-      a.codebook_count = m;
-      a.centroids = w.format.centroids();
-      a.ld = kRows;
-      std::int64_t j = first;
-      while (j < last) {  // [j, next) share tile and scale
-        const std::int64_t tile = j / w.tile_vectors;
-        const std::int64_t next = std::min({last, (tile + 1) * w.tile_vectors, (j / segment + 1) * segment});
-        const std::int64_t entry = (block * w.vectors_in(tile) + j - tile * w.tile_vectors) * m;
-        a.codes = w.tile_codes(tile) + entry * a.words + octet % block_octets % a.words;
-        a.scales = w.scales + j / segment * w.padded_rows() + octet * kWordRows;
-        a.vectors = next - j;
-        a.out = out + (j - first) * w.format.v * kRows;
-        kernels.dequantize(a);
-        j = next;
-      }
+  const std::int64_t rows = std::min(CpuTiles::kDenseTaskRows, w.rows - first_row);
+  for (std::int64_t row = 0; row < (rows + kRows - 1) / kRows * kRows; row += kWordRows) {
+    const std::int64_t octet = (first_row + row) / kWordRows;
+    const std::int64_t block = octet / block_octets;
+    if (block >= w.row_blocks) {
+      absent(row);
+      continue;
+    }
+    CodeRun run{};
+    run.words = w.entry_words();
+    run.shift = octet % block_octets >= run.words ? 4 : 0;
+    run.mask = w.format.b == 4 ? 0x0F0F0F0F0F0F0F0FU : ~std::uint64_t{0};
+    run.codebook_count = m;
+    run.centroids = w.format.centroids();
+    for (std::int64_t j = first, next = 0; j < last; j = next) {
+      const std::int64_t tile = j / w.tile_vectors;
+      next = std::min({last, (tile + 1) * w.tile_vectors, (j / segment + 1) * segment});
+      const std::int64_t entry = (block * w.vectors_in(tile) + j - tile * w.tile_vectors) * m;
+      run.codes = w.tile_codes(tile) + entry * run.words + octet % block_octets % run.words;
+      run.vectors = next - j;
+      visit(row, (j - first) * w.format.v, run, j / segment);
     }
   }
 }
 
-/// y = x W^T by dequantized weights. T, N, K > 0; the workspace is make_dense_plan()'s.
+/// y = x W^T by dequantized weights in fp32. T, N, K > 0; the workspace is make_dense_plan()'s.
 inline void run_dense(const CpuKernels& kernels, const GemmArgs& args, Executor& executor) {
+  constexpr std::int64_t kRows = CpuTiles::kDenseRows;
   const PackedView& w = args.w;
+  const auto fill = [&](std::int64_t first_row, std::int64_t first_k, std::int64_t depth, float* panels) {
+    const auto out_of = [&](std::int64_t row) { return panels + row / kRows * kRows * depth + row % kRows; };
+    visit_codes(
+        w, first_row, first_k, depth,
+        [&](std::int64_t row, std::int64_t k, const CodeRun& run, std::int64_t group) {
+          const Half* const scales = w.scales + group * w.padded_rows() + first_row + row;
+          kernels.dequantize({run, w.codebooks, scales, kRows, out_of(row) + k * kRows});
+        },
+        [&](std::int64_t row) {
+          for (std::int64_t k = 0; k < depth; ++k) std::fill_n(out_of(row) + k * kRows, kWordRows, 0.0F);
+        });
+  };
   run_dense_product(make_dense_plan(w.rows, w.cols, args.x.rows), kernels.multiply, args.x, args.y,
-                    args.workspace, executor,
-                    [&](std::int64_t first_row, std::int64_t first_k, std::int64_t depth, float* panels) {
-                      dequantize_slab(kernels, w, first_row, first_k, depth, panels);
-                    });
+                    args.workspace, executor, fill);
+}
+
+/// How run_tiles() multiplies in 16-bit integers.
+class IntegerWay {
+ public:
+  IntegerWay(const CpuKernels& kernels, const GemmArgs& args, const DensePlan& plan, int workers)
+      : kernels_(kernels.integers),
+        w_(args.w),
+        x_(args.x),
+        plan_(plan),
+        x_tiles_(reinterpret_cast<std::int32_t*>(args.workspace + workers * plan.worker_floats)),
+        x_steps_(args.workspace + workers * plan.worker_floats + plan.x_tile_floats) {}
+
+  void lay_out(std::int64_t tile) const {
+    for (std::int64_t t = 0; t < kTokens; ++t) {
+      const std::int64_t token = tile * kTokens + t;
+      for (std::int64_t first_k = 0; first_k < plan_.cols; first_k += plan_.slab_depth) {
+        const std::int64_t slab_end = std::min(plan_.cols, first_k + plan_.slab_depth);
+        std::int32_t* const out = tokens_of(tile, first_k, slab_end - first_k) + t;
+        float* const steps = steps_of(tile, first_k) + t;
+        if (token >= plan_.tokens) {
+          for (std::int64_t pair = 0; pair < (slab_end - first_k) / 2; ++pair) out[pair * kTokens] = 0;
+          for (std::int64_t unit = 0; unit < plan_.units; ++unit) steps[unit * kTokens] = 0.0F;
+          continue;
+        }
+        for (std::int64_t k = first_k, end = 0; k < slab_end; k = end) {
+          end = chunk_end(k, slab_end, w_.format.g);
+          steps[(k - first_k) / kUnit * kTokens] =
+              kernels_.round(x_.row(token) + k, end - k, out + (k - first_k) / 2 * kTokens);
+        }
+      }
+    }
+  }
+
+  void fill(std::int64_t first_row, std::int64_t first_k, std::int64_t depth, float* memory) const {
+    auto* const panels = reinterpret_cast<std::int32_t*>(memory);
+    float* const steps = memory + plan_.panel_floats;
+    const auto out_of = [&](std::int64_t row) {
+      return panels + row / kRows * kRows * depth / 2 + row % kRows;
+    };
+    visit_codes(
+        w_, first_row, first_k, depth,
+        [&](std::int64_t row, std::int64_t k, const CodeRun& run, std::int64_t) {
+          kernels_.dequantize({run, w_.codebooks_rounded, kRows, out_of(row) + k / 2 * kRows});
+        },
+        [&](std::int64_t row) {
+          for (std::int64_t pair = 0; pair < depth / 2; ++pair) {
+            std::fill_n(out_of(row) + pair * kRows, kWordRows, 0);
+          }
+        });
+    const std::int64_t rows = std::min(CpuTiles::kDenseTaskRows, w_.padded_rows() - first_row);
+    for (std::int64_t k = first_k, end = 0; k < first_k + depth; k = end) {
+      end = chunk_end(k, first_k + depth, w_.format.g);
+      const std::int64_t group = w_.format.g < 0 ? 0 : k / w_.format.g;
+      const Half* const scales = w_.scales + group * w_.padded_rows() + first_row;
+      float* const out = steps + (k - first_k) / kUnit * CpuTiles::kDenseTaskRows;
+      for (std::int64_t n = 0; n < rows; ++n) out[n] = w_.codebook_step * scales[n].to_float();
+      std::fill_n(out + rows, CpuTiles::kDenseTaskRows - rows, 0.0F);
+    }
+  }
+
+  void multiply(std::int64_t tile, std::int64_t row, std::int64_t first_k, std::int64_t depth,
+                const float* memory, const TileTarget& to) const {
+    const auto* const panels = reinterpret_cast<const std::int32_t*>(memory);
+    kernels_.multiply({tokens_of(tile, first_k, depth), panels + row * depth / 2, steps_of(tile, first_k),
+                       memory + plan_.panel_floats + row, CpuTiles::kDenseTaskRows, first_k, depth,
+                       w_.format.g, to.c, to.stride, to.accumulate});
+  }
+
+ private:
+  static constexpr std::int64_t kTokens = CpuTiles::kDenseTokens;
+  static constexpr std::int64_t kRows = CpuTiles::kDenseRows;
+  static constexpr std::int64_t kUnit = CpuTiles::kIntegerUnit;
+
+  // Of a tile in the slab at first_k: pairs of columns [depth / 2][6], and steps [units][6].
+  [[nodiscard]] std::int32_t* tokens_of(std::int64_t tile, std::int64_t first_k, std::int64_t depth) const {
+    return x_tiles_ + (first_k * plan_.token_tiles + tile * depth) / 2 * kTokens;
+  }
+  [[nodiscard]] float* steps_of(std::int64_t tile, std::int64_t first_k) const {
+    return x_steps_ + (first_k / plan_.slab_depth * plan_.token_tiles + tile) * plan_.units * kTokens;
+  }
+
+  IntegerKernels kernels_;
+  const PackedView& w_;
+  MatrixView<const float> x_;
+  const DensePlan& plan_;
+  std::int32_t* x_tiles_;
+  float* x_steps_;
+};
+
+/// y = x W^T in 16-bit integers. T, N, K > 0; the workspace is make_integer_plan()'s.
+inline void run_integer(const CpuKernels& kernels, const GemmArgs& args, Executor& executor) {
+  const DensePlan plan = make_integer_plan(args.w.rows, args.w.cols, args.x.rows);
+  run_tiles(plan, args.y, args.workspace, executor, IntegerWay(kernels, args, plan, executor.workers()));
 }
 
 }  // namespace codegemm::detail

@@ -32,8 +32,15 @@ namespace codegemm::detail {
 
 /// Which of the ways is taken. kAutomatic is the cheapest by CpuCosts; the others are for tests.
 /// kPsumbook gathers from fp32 tables, kLookup looks 16-bit tables up in registers (where the instruction set
-/// has no such kernel: kPsumbook).
-enum class Regime : int { kAutomatic = 0, kPsumbook = 1, kDense = 2, kLookup = 3 };
+/// has no such kernel: kPsumbook). kDense multiplies dequantized weights in fp32, kInteger in 16-bit integers
+/// (where that cannot be: kDense).
+enum class Regime : int { kAutomatic = 0, kPsumbook = 1, kDense = 2, kLookup = 3, kInteger = 4 };
+
+/// Whether `isa` has kernels for 16-bit integers and the matrix suits them.
+[[nodiscard]] constexpr bool can_multiply_integers(const PackedView& w, Isa isa) noexcept {
+  return has_avx2(isa) && w.codebooks_rounded != nullptr &&
+         (w.format.g < 0 || w.format.g % CpuTiles::kIntegerUnit == 0);
+}
 
 /// Whether the kernels of `isa` can look the codes up as they lie.
 [[nodiscard]] inline bool can_look_up(const PackedView& w, Isa isa) noexcept {
@@ -74,13 +81,17 @@ struct EntryCosts {
 
 /// The fewest tokens from which on dequantize-and-multiply is the cheapest way, by CpuCosts.
 [[nodiscard]] inline std::int64_t dense_from_tokens(const PackedView& w, Isa isa) noexcept {
+  const bool integers = can_multiply_integers(w, isa);
   const auto weights = static_cast<double>(w.padded_rows()) * static_cast<double>(w.cols);
   const auto entries = static_cast<double>(w.vectors() * w.format.m);
   const EntryCosts costs = entry_costs(w, isa);
   double entry = costs.lanes8 / 8;  // a token
   if (costs.lookup1 > 0.0) entry = std::min(entry, costs.lookup1);
-  const double dense = weights * CpuCosts::kDenseMultiply;  // a token
-  const double dequantize = weights * CpuCosts::kDequantize * w.format.m;
+  const double dense =  // a token
+      weights * (integers ? CpuCosts::kIntegerMultiply : CpuCosts::kDenseMultiply);
+  const double once = integers ? CpuCosts::kIntegerDequantize * (w.format.v == 2 ? 2 : 1)
+                               : CpuCosts::kDequantize;
+  const double dequantize = weights * once * w.format.m;
   if (entries * entry <= dense) return std::numeric_limits<std::int64_t>::max();
   const double tokens = dequantize / (entries * entry - dense);
   return tokens > 1e9 ? std::numeric_limits<std::int64_t>::max() : static_cast<std::int64_t>(tokens) + 1;
@@ -89,9 +100,11 @@ struct EntryCosts {
 [[nodiscard]] inline Regime choose_regime(const PackedView& w, std::int64_t tokens, Isa isa,
                                           Regime asked) noexcept {
   const bool lookup = can_look_up(w, isa);
+  const Regime dense = can_multiply_integers(w, isa) ? Regime::kInteger : Regime::kDense;
   if (asked == Regime::kLookup && !lookup) return Regime::kPsumbook;
+  if (asked == Regime::kInteger) return dense;
   if (asked != Regime::kAutomatic) return asked;
-  if (tokens >= dense_from_tokens(w, isa)) return Regime::kDense;
+  if (tokens >= dense_from_tokens(w, isa)) return dense;
   if (!lookup) return Regime::kPsumbook;
   const EntryCosts costs = entry_costs(w, isa);
   return static_cast<double>(tokens) * costs.lookup1 <= costs.lanes(tokens) ? Regime::kLookup
@@ -187,6 +200,10 @@ struct DensePlan {
   std::int64_t token_tasks = 0;
   std::int64_t worker_floats = 0;
   std::int64_t x_floats = 0;
+  // In integers: units of a slab, and what of worker_floats and x_floats comes before the steps.
+  std::int64_t units = 0;
+  std::int64_t panel_floats = 0;
+  std::int64_t x_tile_floats = 0;
 
   [[nodiscard]] std::int64_t floats(int workers) const noexcept { return x_floats + workers * worker_floats; }
 };
@@ -207,12 +224,30 @@ struct DensePlan {
   return plan;
 }
 
+/// The same in integers: panels and tokens in half as many bytes, and for each unit of columns the steps of
+/// the chunk that begins there, [slabs][units][48] a worker, [slabs][token tiles][units][6].
+[[nodiscard]] inline DensePlan make_integer_plan(std::int64_t rows, std::int64_t cols,
+                                                 std::int64_t tokens) noexcept {
+  constexpr std::int64_t kDepth = CpuTiles::kIntegerDepth;
+  DensePlan plan = make_dense_plan(rows, cols, tokens);
+  plan.slab_depth = kDepth;
+  plan.slabs = ceil_div(cols, kDepth);
+  plan.units = kDepth / CpuTiles::kIntegerUnit;
+  plan.panel_floats = line_floats(CpuTiles::kDenseTaskRows * kDepth / 2);
+  plan.worker_floats = plan.panel_floats + line_floats(CpuTiles::kDenseTaskRows * plan.units);
+  plan.x_tile_floats = line_floats(plan.token_tiles * CpuTiles::kDenseTokens * cols / 2);
+  plan.x_floats =
+      plan.x_tile_floats + line_floats(plan.slabs * plan.token_tiles * plan.units * CpuTiles::kDenseTokens);
+  return plan;
+}
+
 /// Floats of workspace for exactly `tokens` tokens.
 [[nodiscard]] inline std::int64_t exact_workspace_floats(const PackedView& w, std::int64_t tokens,
                                                          int workers, Isa isa, Regime asked) noexcept {
   if (tokens <= 0 || w.rows == 0 || w.cols == 0) return 0;
   const Regime regime = choose_regime(w, tokens, isa, asked);
   if (regime == Regime::kDense) return make_dense_plan(w.rows, w.cols, tokens).floats(workers);
+  if (regime == Regime::kInteger) return make_integer_plan(w.rows, w.cols, tokens).floats(workers);
   const PsumbookPlan plan = make_psumbook_plan(w, tokens, regime == Regime::kLookup);
   return plan.partial_floats() + workers * plan.worker_floats();
 }

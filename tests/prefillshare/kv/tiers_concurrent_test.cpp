@@ -521,7 +521,8 @@ TEST_CASE("two tenants on threads of their own, copies on a third, and every num
   const auto session = [&](int tenant) {
     codegemm::test::Rng rng(static_cast<std::uint64_t>(tenant) + 1);
     const CacheKey key{"m", "1", std::string(static_cast<std::size_t>(tenant), 's')};
-    for (int turn = 0; turn < 1500; ++turn) {
+    // The copies' thread may be late: go on until this one has seen copies come back.
+    for (int turn = 0, loads = 0; turn < 1500 || (loads < 10 && turn < 3'000'000); ++turn) {
       Tokens tokens(static_cast<std::size_t>(3 + rng.below(12)));
       for (auto& token : tokens) token = static_cast<std::int32_t>(rng.below(8) == 0);
       Sequence sequence = *allocator->open(key, tokens);
@@ -532,11 +533,13 @@ TEST_CASE("two tenants on threads of their own, copies on a third, and every num
           allocator->poll();
           std::this_thread::yield();
         }
+        ++loads;
       }
       const auto missing =
           std::span<const std::int32_t>(tokens).subspan(static_cast<std::size_t>(sequence.length()));
       if (!allocator->reserve(sequence, std::ssize(missing)).ok()) {
         allocator->poll();
+        std::this_thread::yield();
         continue;
       }
       for (std::int64_t p = sequence.length(); p < std::ssize(tokens); ++p) {
