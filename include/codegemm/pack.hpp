@@ -48,7 +48,7 @@ struct PackedView {
   // codebooks[i] = about codebook_step * codebooks_rounded[i]; null where that is not exact enough
   const std::int16_t* codebooks_rounded = nullptr;  // [m][2^b][v]
   float codebook_step = 0.0F;
-  const Half* scales = nullptr;                 // [ceil(K / g)][row_blocks * block_rows]
+  const Half* scales = nullptr;  // [ceil(K / g)][row_blocks * block_rows]
 
   [[nodiscard]] std::int64_t vectors() const noexcept { return cols / format.v; }
   [[nodiscard]] std::int64_t padded_rows() const noexcept { return row_blocks * block_rows; }

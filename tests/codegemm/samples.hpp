@@ -115,4 +115,41 @@ inline void add_lookup_rounding(const QuantizedMatrixView& w, const std::vector<
   }
 }
 
+/// Widens the bound to what 16-bit integers may do: centroids are off by half of `codebook_step`, activations by
+/// half a step of their chunk, up to 128 columns of one scale group; steps are such that their magnitudes add
+/// up to 2^18 - 128 and none is above 32767.
+inline void add_integer_rounding(const QuantizedMatrixView& w, const std::vector<float>& x,
+                                 std::int64_t tokens, double codebook_step, Expected& to) {
+  const Format f = w.format;
+  const double weight_off = codebook_step * f.m / 2.0;
+  const auto magnitude = [&](std::int64_t n, std::int64_t k) {  // of a weight before its scale
+    double sum = 0.0;
+    for (std::int64_t c = 0; c < f.m; ++c) {
+      const std::int64_t centroid = c * f.centroids() + w.code(c, n, k / f.v);
+      sum += std::fabs(static_cast<double>(w.codebooks[centroid * f.v + k % f.v].to_float()));
+    }
+    return sum;
+  };
+  for (std::int64_t first = 0, end = 0; first < w.cols; first = end) {
+    end = std::min(w.cols, (first / 128 + 1) * 128);
+    if (f.g > 0) end = std::min(end, (first / f.g + 1) * f.g);
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      double sum = 0.0;
+      double largest = 0.0;
+      for (std::int64_t k = first; k < end; ++k) {
+        const double size = std::fabs(static_cast<double>(x[static_cast<std::size_t>(t * w.cols + k)]));
+        sum += size;
+        largest = std::max(largest, size);
+      }
+      const double token_off = 1.001 * std::max(sum / 262016.0, largest / 32767.0) / 2.0;
+      for (std::int64_t n = 0; n < w.rows; ++n) {
+        double off = weight_off * sum;
+        for (std::int64_t k = first; k < end; ++k) off += token_off * (magnitude(n, k) + weight_off);
+        to.bound[static_cast<std::size_t>(t * w.rows + n)] +=
+            std::fabs(static_cast<double>(w.scale(n, first))) * off;
+      }
+    }
+  }
+}
+
 }  // namespace codegemm::test

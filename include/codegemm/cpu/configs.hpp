@@ -93,6 +93,7 @@ struct CpuTiles {
   static constexpr std::int64_t kFlushEntries4 = 32;
   // How far ahead codes are asked for; a page, which is where the processor's own prefetching ends.
   static constexpr std::int64_t kPrefetchBytes = 4096;
+  static constexpr std::int64_t kGatherPrefetchBytes = 1024;
   // Tokens in the lanes: 32 KiB of tables, that is 4 entries of 256 centroids x 8 tokens. Fewer entries cost
   // more passes over the partial sums; with 8 entries the tables fall out of the cache.
   static constexpr std::int64_t kLaneTableFloats = 8192;
@@ -121,14 +122,14 @@ struct CpuTiles {
 /// Measured on a Zen 3 core in its cycles; only their ratios matter. From them follows which way is taken at
 /// how many tokens: there is no fixed crossover, since m, v, b and N all move it.
 struct CpuCosts {
-  static constexpr double kLanes1 = 50;               // one entry, 64 rows x 1 token in fp32
-  static constexpr double kLanes4 = 80;               // x 4 tokens
-  static constexpr double kLanes8 = 110;              // x 8 tokens, memory included
-  static constexpr double kLanesBuild = 0.53;         // one element of a centroid x 8 tokens
-  static constexpr double kDenseMultiply = 1 / 13.4;  // one weight x one token
-  static constexpr double kDequantize = 0.45;         // one weight of one codebook
-  static constexpr double kIntegerMultiply = 1 / 26.0;
-  static constexpr double kIntegerDequantize = 0.2;  // v >= 4; twice that for v = 2
+  static constexpr double kLanes1 = 50;                 // one entry, 64 rows x 1 token in fp32
+  static constexpr double kLanes4 = 80;                 // x 4 tokens
+  static constexpr double kLanes8 = 110;                // x 8 tokens, memory included
+  static constexpr double kLanesBuild = 0.53;           // one element of a centroid x 8 tokens
+  static constexpr double kDenseMultiply = 1 / 13.4;    // one weight x one token
+  static constexpr double kDequantize = 0.45;           // one weight of one codebook
+  static constexpr double kIntegerMultiply = 1 / 22.0;  // in 16-bit integers
+  static constexpr double kIntegerDequantize = 1.5;     // one code of one row
 
   // One entry, 64 rows x 1 token looked up in registers, for 4 to 8 bits a code; 0 where gathering is as
   // fast. The last three rows are estimates from instruction tables. And encoding one centroid.

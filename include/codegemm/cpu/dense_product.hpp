@@ -114,8 +114,7 @@ void run_dense_product(const DensePlan& plan, Multiply multiply, MatrixView<cons
     }
     void multiply(std::int64_t tile, std::int64_t row, std::int64_t first_k, std::int64_t depth,
                   const float* panels, const TileTarget& to) const {
-      const float* const a =
-          x_tiles + (first_k * plan.token_tiles + tile * depth) * CpuTiles::kDenseTokens;
+      const float* const a = x_tiles + (first_k * plan.token_tiles + tile * depth) * CpuTiles::kDenseTokens;
       multiply_tile({a, panels + row * depth, depth, to.c, to.stride, to.accumulate});
     }
   };

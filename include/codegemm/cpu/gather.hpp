@@ -143,6 +143,7 @@ CODEGEMM_TARGET_AVX2 void gather1_avx2(const GatherArgs& a) {
       const std::uint64_t* word = codes.words;
       const std::uint64_t* const end = word + a.entries;
       for (; end - word >= 4; word += 4, table += 4 * kTable) {
+        _mm_prefetch(reinterpret_cast<const char*>(word) + CpuTiles::kGatherPrefetchBytes, _MM_HINT_T0);
         add_word_avx2<0>(word, table, sums);
         add_word_avx2<kTableBytes>(word + 1, table, sums);
         add_word_avx2<2 * kTableBytes>(word + 2, table, sums);

@@ -144,12 +144,34 @@ CODEGEMM_TARGET_AVX2 inline float round_chunk_avx2(const float* x, std::int64_t 
   return how.step;
 }
 
-// The rounded centroids of rows r (low half) and r + 4 (high half): elements [d, d + 8), all 4 of v = 4 and
-// all 2 of v = 2, with zeros behind them.
+/// out[n] = step * scales[n]; count is a multiple of 8.
+CODEGEMM_TARGET_AVX2 inline void scale_steps_avx2(const Half* scales, std::int64_t count, float step,
+                                                  float* out) {
+  const __m256 steps = _mm256_set1_ps(step);
+  for (std::int64_t n = 0; n < count; n += 8) {
+    _mm256_storeu_ps(out + n, _mm256_mul_ps(steps, load_halves_avx2(scales + n)));
+  }
+}
+
+// The codes of eight rows, a byte each: as they lie in memory, or half of their bytes.
+template <bool kNibbles>
+struct RowCodes {
+  const std::uint8_t* bytes;
+  std::uint64_t word;
+
+  CODEGEMM_ALWAYS_INLINE RowCodes(const std::uint64_t* from, int shift)
+      : bytes(reinterpret_cast<const std::uint8_t*>(from)),
+        word(kNibbles ? (*from >> shift) & 0x0F0F0F0F0F0F0F0FU : 0) {}
+  [[nodiscard]] CODEGEMM_ALWAYS_INLINE std::uint64_t operator[](int row) const {
+    return kNibbles ? (word >> (8 * row)) & 255U : bytes[row];
+  }
+};
+
+// Elements [d, d + 8) of a rounded centroid; all 4 of v = 4 and all 2 of v = 2, with zeros behind them.
 template <int kVecLen>
 CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE __m128i load_rounded_avx2(const std::int16_t* codebook,
-                                                                      std::uint64_t code, int d) {
-  const std::int16_t* const from = codebook + code * std::uint64_t{kVecLen} + d;
+                                                                      std::uint64_t code) {
+  const std::int16_t* const from = codebook + code * std::uint64_t{kVecLen};
   if constexpr (kVecLen == 2) {
     return _mm_loadu_si32(from);
   } else if constexpr (kVecLen == 4) {
@@ -159,45 +181,67 @@ CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE __m128i load_rounded_avx2(const std:
   }
 }
 
-template <int kVecLen>
+// Rows r (low half) and r + 4 (high half).
+template <int kVecLen, class Codes>
 CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE __m256i load_two_rounded_avx2(const std::int16_t* codebook,
-                                                                          std::uint64_t codes, int r, int d) {
-  return _mm256_inserti128_si256(
-      _mm256_castsi128_si256(load_rounded_avx2<kVecLen>(codebook, (codes >> (8 * r)) & 255U, d)),
-      load_rounded_avx2<kVecLen>(codebook, (codes >> (8 * r + 32)) & 255U, d), 1);
+                                                                          const Codes& codes, int r) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(load_rounded_avx2<kVecLen>(codebook, codes[r])),
+                                 load_rounded_avx2<kVecLen>(codebook, codes[r + 4]), 1);
 }
 
-// Rows r and r + 4 side by side, then a 4 x 4 transposition of pairs in each half.
-template <int kVecLen>
-CODEGEMM_TARGET_AVX2 void dequantize_pairs_avx2(const DequantizePairsArgs& a) {
-  constexpr int kStep = std::min(kVecLen, 8);
+// Rows r and r + 4 side by side, then a 4 x 4 transposition of pairs in each half. The arguments are copied,
+// since what is stored might be one of them as far as a compiler knows.
+template <int kVecLen, bool kNibbles>
+CODEGEMM_TARGET_AVX2 void dequantize_pairs_of_avx2(const DequantizePairsArgs& a) {
+  const CodeRun run = a.codes;
+  const std::int16_t* const codebooks = a.codebooks;
+  const std::int64_t codebook_values = run.centroids * kVecLen;
+  const std::int64_t ld = a.ld;
   std::int32_t* out = a.out;
-  const CodeRun& run = a.codes;
-  for (std::int64_t j = 0; j < run.vectors; ++j, out += kVecLen / 2 * a.ld) {
-    for (int d = 0; d < kVecLen; d += kStep) {
-      __m256i r0 = _mm256_setzero_si256();
-      __m256i r1 = r0, r2 = r0, r3 = r0;
-      for (std::int64_t c = 0; c < run.codebook_count; ++c) {
-        const std::int16_t* const codebook = a.codebooks + c * run.centroids * kVecLen;
-        const std::uint64_t word = run.word(j, c);
-        r0 = _mm256_add_epi16(r0, load_two_rounded_avx2<kVecLen>(codebook, word, 0, d));
-        r1 = _mm256_add_epi16(r1, load_two_rounded_avx2<kVecLen>(codebook, word, 1, d));
-        r2 = _mm256_add_epi16(r2, load_two_rounded_avx2<kVecLen>(codebook, word, 2, d));
-        r3 = _mm256_add_epi16(r3, load_two_rounded_avx2<kVecLen>(codebook, word, 3, d));
+  const std::uint64_t* codes = run.codes;
+  for (std::int64_t j = 0; j < run.vectors; ++j) {
+    const std::uint64_t* const vector_codes = codes;
+    codes += run.codebook_count * run.words;
+    for (int d = 0; d < kVecLen; d += std::min(kVecLen, 8)) {
+      const RowCodes<kNibbles> first(vector_codes, run.shift);
+      __m256i r0 = load_two_rounded_avx2<kVecLen>(codebooks + d, first, 0);
+      __m256i r1 = load_two_rounded_avx2<kVecLen>(codebooks + d, first, 1);
+      __m256i r2 = load_two_rounded_avx2<kVecLen>(codebooks + d, first, 2);
+      __m256i r3 = load_two_rounded_avx2<kVecLen>(codebooks + d, first, 3);
+      const std::uint64_t* more_codes = vector_codes;
+      const std::int16_t* codebook = codebooks + d;
+      for (std::int64_t c = 1; c < run.codebook_count; ++c) {
+        more_codes += run.words;
+        codebook += codebook_values;
+        const RowCodes<kNibbles> more(more_codes, run.shift);
+        r0 = _mm256_add_epi16(r0, load_two_rounded_avx2<kVecLen>(codebook, more, 0));
+        r1 = _mm256_add_epi16(r1, load_two_rounded_avx2<kVecLen>(codebook, more, 1));
+        r2 = _mm256_add_epi16(r2, load_two_rounded_avx2<kVecLen>(codebook, more, 2));
+        r3 = _mm256_add_epi16(r3, load_two_rounded_avx2<kVecLen>(codebook, more, 3));
       }
       const __m256i low01 = _mm256_unpacklo_epi32(r0, r1);
       const __m256i low23 = _mm256_unpacklo_epi32(r2, r3);
-      auto* const to = reinterpret_cast<__m256i*>(out + d / 2 * a.ld);
-      const std::int64_t ld = a.ld / 8;
-      _mm256_store_si256(to, _mm256_unpacklo_epi64(low01, low23));
-      if constexpr (kVecLen > 2) _mm256_store_si256(to + ld, _mm256_unpackhi_epi64(low01, low23));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi64(low01, low23));
+      if constexpr (kVecLen > 2) {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(out + ld), _mm256_unpackhi_epi64(low01, low23));
+      }
       if constexpr (kVecLen > 4) {
         const __m256i high01 = _mm256_unpackhi_epi32(r0, r1);
         const __m256i high23 = _mm256_unpackhi_epi32(r2, r3);
-        _mm256_store_si256(to + 2 * ld, _mm256_unpacklo_epi64(high01, high23));
-        _mm256_store_si256(to + 3 * ld, _mm256_unpackhi_epi64(high01, high23));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(out + 2 * ld), _mm256_unpacklo_epi64(high01, high23));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(out + 3 * ld), _mm256_unpackhi_epi64(high01, high23));
       }
+      out += std::min(kVecLen, 8) / 2 * ld;
     }
+  }
+}
+
+template <int kVecLen>
+CODEGEMM_TARGET_AVX2 void dequantize_pairs_avx2(const DequantizePairsArgs& a) {
+  if (a.codes.mask == ~std::uint64_t{0}) {
+    dequantize_pairs_of_avx2<kVecLen, false>(a);
+  } else {
+    dequantize_pairs_of_avx2<kVecLen, true>(a);
   }
 }
 
@@ -283,13 +327,14 @@ struct IntegerKernels {
   void (*dequantize)(const DequantizePairsArgs&) = nullptr;
   void (*multiply)(const IntegerTileArgs&) = nullptr;
   float (*round)(const float* x, std::int64_t count, std::int32_t* out) = nullptr;
+  void (*scale)(const Half* scales, std::int64_t count, float step, float* out) = nullptr;
 };
 
 template <Isa kIsa, int kVecLen>
 [[nodiscard]] constexpr IntegerKernels integer_kernels() noexcept {
 #if CODEGEMM_HAS_AVX2
   if constexpr (has_avx2(kIsa)) {
-    return {&dequantize_pairs_avx2<kVecLen>, &multiply_pairs_avx2, &round_chunk_avx2};
+    return {&dequantize_pairs_avx2<kVecLen>, &multiply_pairs_avx2, &round_chunk_avx2, &scale_steps_avx2};
   }
 #endif
   return {};

@@ -26,35 +26,38 @@ namespace codegemm::detail {
 template <class Visit, class Absent>
 void visit_codes(const PackedView& w, std::int64_t first_row, std::int64_t first_k, std::int64_t depth,
                  Visit&& visit, Absent&& absent) {
-  constexpr std::int64_t kRows = CpuTiles::kDenseRows;
   const std::int64_t first = first_k / w.format.v;
   const std::int64_t last = first + depth / w.format.v;
   const std::int64_t m = w.format.m;
   const std::int64_t segment = w.segment_vectors();
-  const std::int64_t block_octets = w.block_rows / kWordRows;
-  const std::int64_t rows = std::min(CpuTiles::kDenseTaskRows, w.rows - first_row);
-  for (std::int64_t row = 0; row < (rows + kRows - 1) / kRows * kRows; row += kWordRows) {
-    const std::int64_t octet = (first_row + row) / kWordRows;
-    const std::int64_t block = octet / block_octets;
-    if (block >= w.row_blocks) {
-      absent(row);
-      continue;
-    }
-    CodeRun run{};
-    run.words = w.entry_words();
-    run.shift = octet % block_octets >= run.words ? 4 : 0;
-    run.mask = w.format.b == 4 ? 0x0F0F0F0F0F0F0F0FU : ~std::uint64_t{0};
-    run.codebook_count = m;
-    run.centroids = w.format.centroids();
-    for (std::int64_t j = first, next = 0; j < last; j = next) {
-      const std::int64_t tile = j / w.tile_vectors;
-      next = std::min({last, (tile + 1) * w.tile_vectors, (j / segment + 1) * segment});
-      const std::int64_t entry = (block * w.vectors_in(tile) + j - tile * w.tile_vectors) * m;
-      run.codes = w.tile_codes(tile) + entry * run.words + octet % block_octets % run.words;
-      run.vectors = next - j;
-      visit(row, (j - first) * w.format.v, run, j / segment);
+  // Rows in whole panels of 16; those in blocks, and those beyond.
+  const std::int64_t rows =
+      round_up(std::min(CpuTiles::kDenseTaskRows, w.rows - first_row), CpuTiles::kDenseRows);
+  const std::int64_t end = std::min(rows, w.padded_rows() - first_row);
+  const bool wide = w.block_rows == kBlockRows;
+  CodeRun run{};
+  run.words = w.entry_words();
+  run.mask = w.format.b == 4 ? 0x0F0F0F0F0F0F0F0FU : ~std::uint64_t{0};
+  run.codebook_count = m;
+  run.centroids = w.format.centroids();
+  for (std::int64_t j = first, next = 0; j < last; j = next) {
+    const std::int64_t tile = j / w.tile_vectors;
+    const std::int64_t group = j / segment;
+    next = std::min({last, (tile + 1) * w.tile_vectors, (group + 1) * segment});
+    run.vectors = next - j;
+    const std::int64_t block_words = w.vectors_in(tile) * m * run.words;
+    const std::uint64_t* const codes = w.tile_codes(tile) + (j - tile * w.tile_vectors) * m * run.words;
+    for (std::int64_t row = 0; row < end; row += kWordRows) {
+      const std::int64_t octet = (first_row + row) / kWordRows;
+      const std::int64_t block = wide ? octet / (kBlockRows / kWordRows) : octet;
+      const std::int64_t in_block = wide ? octet % (kBlockRows / kWordRows) : 0;
+      const bool upper = in_block >= run.words;  // half of the bytes
+      run.shift = upper ? 4 : 0;
+      run.codes = codes + block * block_words + in_block - (upper ? run.words : 0);
+      visit(row, (j - first) * w.format.v, run, group);
     }
   }
+  for (std::int64_t row = end; row < rows; row += kWordRows) absent(row);
 }
 
 /// y = x W^T by dequantized weights in fp32. T, N, K > 0; the workspace is make_dense_plan()'s.
@@ -131,7 +134,7 @@ class IntegerWay {
       const std::int64_t group = w_.format.g < 0 ? 0 : k / w_.format.g;
       const Half* const scales = w_.scales + group * w_.padded_rows() + first_row;
       float* const out = steps + (k - first_k) / kUnit * CpuTiles::kDenseTaskRows;
-      for (std::int64_t n = 0; n < rows; ++n) out[n] = w_.codebook_step * scales[n].to_float();
+      kernels_.scale(scales, rows, w_.codebook_step, out);
       std::fill_n(out + rows, CpuTiles::kDenseTaskRows - rows, 0.0F);
     }
   }

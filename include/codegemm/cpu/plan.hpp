@@ -89,9 +89,9 @@ struct EntryCosts {
   if (costs.lookup1 > 0.0) entry = std::min(entry, costs.lookup1);
   const double dense =  // a token
       weights * (integers ? CpuCosts::kIntegerMultiply : CpuCosts::kDenseMultiply);
-  const double once = integers ? CpuCosts::kIntegerDequantize * (w.format.v == 2 ? 2 : 1)
-                               : CpuCosts::kDequantize;
-  const double dequantize = weights * once * w.format.m;
+  const double dequantize =
+      integers ? CpuCosts::kIntegerDequantize * entries * static_cast<double>(w.padded_rows())
+               : CpuCosts::kDequantize * weights * w.format.m;
   if (entries * entry <= dense) return std::numeric_limits<std::int64_t>::max();
   const double tokens = dequantize / (entries * entry - dense);
   return tokens > 1e9 ? std::numeric_limits<std::int64_t>::max() : static_cast<std::int64_t>(tokens) + 1;
@@ -158,7 +158,7 @@ struct PsumbookPlan {
   plan.lookup = lookup;
   plan.tokens = tokens;
   plan.token_blocks = ceil_div(tokens, 8);
-  const std::int64_t chunk_rows = lookup && tokens == 1 ? CpuTiles::kRowChunk1 : CpuTiles::kRowChunk;
+  const std::int64_t chunk_rows = tokens == 1 ? CpuTiles::kRowChunk1 : CpuTiles::kRowChunk;
   plan.chunks = std::max<std::int64_t>(1, ceil_div(w.padded_rows(), chunk_rows));
   plan.chunk_blocks = ceil_div(w.row_blocks, plan.chunks);
   const std::int64_t whole = std::max<std::int64_t>(1, plan.chunks * plan.token_blocks);
