@@ -87,8 +87,8 @@ Times time_model(const LlamaModel<Linear>& model, const Options& options, Execut
     if (round > 0) prefills.push_back(seconds_since(start));
     start = std::chrono::steady_clock::now();
     for (std::int64_t i = options.prefill; i < context; ++i) {
-      check(forward(model, all.subspan(static_cast<std::size_t>(i), 1), {&storage, blocks, i}, last, workspace,
-                    executor));
+      check(forward(model, all.subspan(static_cast<std::size_t>(i), 1), {&storage, blocks, i}, last,
+                    workspace, executor));
     }
     if (round > 0) steps.push_back(seconds_since(start) / static_cast<double>(options.decode));
     if (!std::isfinite(logits[0])) throw UserError("the model's logits are not finite");
@@ -104,8 +104,8 @@ Times time_llama(const Options& options, int threads) {
   Times out;
   if (python == nullptr || script == nullptr) return out;
   const std::string command =
-      codegemm::concat("'", python, "' '", script, "' '", options.model, "' ", threads, ' ', options.prefill, ' ',
-                       options.decode, ' ', options.rounds, " 2>/dev/null");
+      codegemm::concat("'", python, "' '", script, "' '", options.model, "' ", threads, ' ', options.prefill,
+                       ' ', options.decode, ' ', options.rounds, " 2>/dev/null");
   FILE* const pipe = popen(command.c_str(), "r");
   if (pipe == nullptr) return out;
   const bool read = std::fscanf(pipe, "%lf %lf", &out.prefill_seconds, &out.decode_seconds) == 2;
@@ -171,9 +171,9 @@ int run(const Options& options) {
   for (const std::string& name : options.formats) {
     const codegemm::Format format = unwrap(codegemm::parse_format(name));
     ProgressLine progress("quantizing as " + name);
-    const auto model = unwrap(quantized_model(
-        loaded, format, options.cache, pool,
-        [&](std::int64_t done, std::int64_t total) { progress.update(done, total); }));
+    const auto model =
+        unwrap(quantized_model(loaded, format, options.cache, pool,
+                               [&](std::int64_t done, std::int64_t total) { progress.update(done, total); }));
     const std::int64_t bytes = linear_bytes(*model);
     const double bits = 8.0 * static_cast<double>(bytes) / static_cast<double>(linear_weights(*model));
     suite.add(name, bits, bytes, time_model(*model, options, pool), peer);

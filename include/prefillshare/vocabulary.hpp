@@ -10,11 +10,13 @@
 
 namespace prefillshare {
 
+// NOLINTBEGIN(misc-unused-using-decls): they are for who includes this.
 using codegemm::error;
 using codegemm::Executor;
 using codegemm::MatrixView;
 using codegemm::Result;
 using codegemm::Status;
 using codegemm::StatusCode;
+// NOLINTEND(misc-unused-using-decls)
 
 }  // namespace prefillshare

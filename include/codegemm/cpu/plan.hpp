@@ -162,8 +162,11 @@ struct PsumbookPlan {
   plan.chunks = std::max<std::int64_t>(1, ceil_div(w.padded_rows(), chunk_rows));
   plan.chunk_blocks = ceil_div(w.row_blocks, plan.chunks);
   const std::int64_t whole = std::max<std::int64_t>(1, plan.chunks * plan.token_blocks);
-  const std::int64_t wanted = std::clamp<std::int64_t>(ceil_div(CpuTiles::kTargetTasks, whole), 1,
-                                                       std::max<std::int64_t>(1, w.tiles));
+  const std::int64_t tasks =
+      std::clamp<std::int64_t>(tokens * w.padded_rows() * w.cols / CpuTiles::kTaskWeights,
+                               CpuTiles::kFewTasks, CpuTiles::kTargetTasks);
+  const std::int64_t wanted =
+      std::clamp<std::int64_t>(ceil_div(tasks, whole), 1, std::max<std::int64_t>(1, w.tiles));
   plan.split_tiles = std::max<std::int64_t>(1, ceil_div(w.tiles, wanted));
   plan.splits = std::max<std::int64_t>(1, ceil_div(w.tiles, plan.split_tiles));
 
