@@ -13,7 +13,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <exception>
 #include <memory>
 #include <string>
@@ -31,6 +30,7 @@
 #include <prefillshare/model/forward.hpp>
 
 #include "support/machine.hpp"
+#include "support/peer_process.hpp"
 #include "support/report.hpp"
 
 namespace prefillshare::examples {
@@ -96,21 +96,14 @@ Times time_model(const LlamaModel<Linear>& model, const Options& options, Execut
   return {median(prefills), median(steps)};
 }
 
-/// llama.cpp in a process of its own, by bench/llama_peer.py under the Python of CODEGEMM_LLAMA_PYTHON; zeros
-/// where it is not installed.
+/// llama.cpp by llama_peer.py; zeros where it is not installed.
 Times time_llama(const Options& options, int threads) {
-  const char* const python = std::getenv("CODEGEMM_LLAMA_PYTHON");
-  const char* const script = std::getenv("CODEGEMM_LLAMA_PEER");
-  Times out;
-  if (python == nullptr || script == nullptr) return out;
-  const std::string command =
-      codegemm::concat("'", python, "' '", script, "' '", options.model, "' ", threads, ' ', options.prefill,
-                       ' ', options.decode, ' ', options.rounds, " 2>/dev/null");
-  FILE* const pipe = popen(command.c_str(), "r");
-  if (pipe == nullptr) return out;
-  const bool read = std::fscanf(pipe, "%lf %lf", &out.prefill_seconds, &out.decode_seconds) == 2;
-  if (pclose(pipe) != 0 || !read) return {};
-  return out;
+  const std::vector<double> out =
+      codegemm::bench::run_peer("", "llama_peer.py",
+                                codegemm::concat("'", options.model, "' ", threads, ' ', options.prefill, ' ',
+                                                 options.decode, ' ', options.rounds),
+                                2);
+  return out.empty() ? Times{} : Times{out[0], out[1]};
 }
 
 class Suite {

@@ -25,6 +25,7 @@
 #include <support/random.hpp>
 
 #include "machine.hpp"
+#include "peer_process.hpp"
 #include "problems.hpp"
 
 namespace codegemm::bench {
@@ -115,7 +116,8 @@ class OpenBlas {
   Gemm* gemm_ = nullptr;
 };
 
-/// The block formats of llama.cpp, through the ggml libraries of PyPI's ggml-python in folder CODEGEMM_GGML.
+/// The block formats of llama.cpp, through the ggml libraries of PyPI's llama-cpp-python in folder
+/// CODEGEMM_GGML.
 class Ggml {
  public:
   struct Type {
@@ -232,21 +234,14 @@ class Ggml {
   mutable std::vector<std::uint8_t> quantized_;
 };
 
-/// The best microseconds of AQLM's numba kernel in a process of its own, by bench/aqlm_peer.py under the
-/// Python of CODEGEMM_PEER_PYTHON: the best, since its threads now and then sleep through a tick of the
-/// scheduler. Negative where it is not installed or its result is wrong.
+/// The best microseconds of AQLM's numba kernel in a process of its own, by aqlm_peer.py: the best, since its
+/// threads now and then sleep through a tick of the scheduler. Negative where it is not installed or its
+/// result is wrong.
 [[nodiscard]] inline double aqlm_us(Shape shape, Format f, int threads, bool quick) {
-  const char* const python = std::getenv("CODEGEMM_PEER_PYTHON");
-  const char* const script = std::getenv("CODEGEMM_AQLM_PEER");
-  if (python == nullptr || script == nullptr) return -1.0;
-  const std::string command =
-      concat("NUMBA_NUM_THREADS=", threads, " '", python, "' '", script, "' ", shape.rows, ' ', shape.cols,
-             ' ', f.v, ' ', f.m, quick ? " --quick" : "", " 2>/dev/null");
-  FILE* const pipe = popen(command.c_str(), "r");
-  if (pipe == nullptr) return -1.0;
-  double us = -1.0;
-  if (std::fscanf(pipe, "%lf", &us) != 1) us = -1.0;
-  return pclose(pipe) == 0 ? us : -1.0;
+  const std::vector<double> out =
+      run_peer(concat("NUMBA_NUM_THREADS=", threads), "aqlm_peer.py",
+               concat(shape.rows, ' ', shape.cols, ' ', f.v, ' ', f.m, quick ? " --quick" : ""), 1);
+  return out.empty() ? -1.0 : out[0];
 }
 
 }  // namespace codegemm::bench

@@ -115,9 +115,9 @@ inline void add_lookup_rounding(const QuantizedMatrixView& w, const std::vector<
   }
 }
 
-/// Widens the bound to what 16-bit integers may do: centroids are off by half of `codebook_step`, activations by
-/// half a step of their chunk, up to 128 columns of one scale group; steps are such that their magnitudes add
-/// up to 2^18 - 128 and none is above 32767.
+/// Widens the bound to what 16-bit integers may do: centroids are off by half of `codebook_step`, activations
+/// by half a step of their chunk, up to 128 columns of one scale group; steps are such that their magnitudes
+/// add up to 2^18 - 128 and none is above 32767.
 inline void add_integer_rounding(const QuantizedMatrixView& w, const std::vector<float>& x,
                                  std::int64_t tokens, double codebook_step, Expected& to) {
   const Format f = w.format;

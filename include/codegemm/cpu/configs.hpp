@@ -101,8 +101,8 @@ struct CpuTiles {
   static constexpr std::int64_t kRowChunk = 4096;
   // The same for one token, where building costs more against the lookups.
   static constexpr std::int64_t kRowChunk1 = 16384;
-  // Tasks to aim at by cutting K, from the shape alone so that results do not depend on the number of workers:
-  // so many of kTaskWeights weights, but fewer where the adding of their sums would tell.
+  // Tasks to aim at by cutting K, from the shape alone so that results do not depend on the number of
+  // workers: so many of kTaskWeights weights, but fewer where the adding of their sums would tell.
   static constexpr std::int64_t kTargetTasks = 16;
   static constexpr std::int64_t kFewTasks = 4;
   static constexpr std::int64_t kTaskWeights = std::int64_t{1} << 18;

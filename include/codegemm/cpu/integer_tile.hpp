@@ -6,8 +6,8 @@
 // A *chunk* is up to kIntegerChunk columns that share a scale group. Weights are sums of rounded centroids,
 // below 2^13; a token's activations in a chunk are rounded with a step of their own, so that their magnitudes
 // add up to less than 2^18. Sums of products over a chunk are then exact in 32 bits, and each chunk adds
-// activation step * scale * codebook step * sum to y in fp32. Rounding the activations costs at most 1.5e-4 of
-// a chunk's norm, whatever they are.
+// activation step * scale * codebook step * sum to y in fp32. Rounding the activations costs at most 1.5e-4
+// of a chunk's norm, whatever they are.
 #pragma once
 
 #include <algorithm>
@@ -249,8 +249,8 @@ struct IntegerSums {
   __m256i s00, s01, s10, s11, s20, s21, s30, s31, s40, s41, s50, s51;
 };
 
-// sums += *x (a pair) times w0 and w1. Written out since the sums of six tokens, the weights and two temporaries
-// are all registers there are: compilers load every *x first, and spill.
+// sums += *x (a pair) times w0 and w1. Written out since the sums of six tokens, the weights and two
+// temporaries are all registers there are: compilers load every *x first, and spill.
 CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add_token_avx2(const std::int32_t& x, __m256i w0, __m256i w1,
                                                                 __m256i& sum0, __m256i& sum1) {
   __m256i first;

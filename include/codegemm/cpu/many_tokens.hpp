@@ -19,10 +19,10 @@
 
 namespace codegemm::detail {
 
-/// Visits the codes of rows [first_row, first_row + 48) and columns [first_k, first_k + depth), whole vectors,
-/// eight rows at a time. visit(row, k, run, group): the run is of rows first_row + row onwards and, from
-/// column first_k + k on, of one tile and scale group. absent(row): those eight rows lie beyond the matrix, but
-/// in a panel of 16 that does not.
+/// Visits the codes of rows [first_row, first_row + 48) and columns [first_k, first_k + depth), whole
+/// vectors, eight rows at a time. visit(row, k, run, group): the run is of rows first_row + row onwards and,
+/// from column first_k + k on, of one tile and scale group. absent(row): those eight rows lie beyond the
+/// matrix, but in a panel of 16 that does not.
 template <class Visit, class Absent>
 void visit_codes(const PackedView& w, std::int64_t first_row, std::int64_t first_k, std::int64_t depth,
                  Visit&& visit, Absent&& absent) {
