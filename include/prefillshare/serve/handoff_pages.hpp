@@ -72,6 +72,16 @@ class HandoffPages {
   [[nodiscard]] std::int64_t arrived() const noexcept { return arrived_; }
   [[nodiscard]] std::int64_t writing() const noexcept { return writing_; }
 
+  /// kInvalidArgument for pages that are not there, or none.
+  [[nodiscard]] Status check(std::int64_t layer, std::int64_t first, std::int64_t count) const {
+    if (layer >= 0 && layer < layers_ && first >= 0 && count >= 1 && first < blocks_ &&
+        count <= blocks_ - first) {
+      return {};
+    }
+    return error(StatusCode::kInvalidArgument, "hand-off: ", count, " blocks from ", first, " of layer ",
+                 layer, "; there are ", blocks_, " blocks of ", layers_, " layers");
+  }
+
   /// All or nothing, one block at least. kCancelled after an abort; kInvalidArgument for pages that are not
   /// there, are being written or have arrived.
   [[nodiscard]] Status begin(std::int64_t layer, std::int64_t first, std::int64_t count) {
@@ -133,14 +143,6 @@ class HandoffPages {
     std::swap(state_, other.state_);
   }
 
-  [[nodiscard]] Status check(std::int64_t layer, std::int64_t first, std::int64_t count) const {
-    if (layer >= 0 && layer < layers_ && first >= 0 && count >= 1 && first < blocks_ &&
-        count <= blocks_ - first) {
-      return {};
-    }
-    return error(StatusCode::kInvalidArgument, "hand-off: ", count, " blocks from ", first, " of layer ",
-                 layer, "; there are ", blocks_, " blocks of ", layers_, " layers");
-  }
   [[nodiscard]] Status expect(std::int64_t layer, std::int64_t first, std::int64_t count, Page wanted,
                               const char* what) const {
     for (std::int64_t i = first; i < first + count; ++i) {

@@ -69,20 +69,28 @@ class HandoffTable {
   }
 
   /// As Handoff::begin(). Where the pages go: the blocks' numbers from `first` on, good until they are
-  /// finished or have failed.
+  /// finished or have failed. `last_tokens`, unless negative, is how many tokens the sender has in the last
+  /// of them: kInvalidArgument where the hand-off needs another number.
   [[nodiscard]] Result<std::vector<BlockId>> begin(HandoffId id, std::int64_t layer, std::int64_t first,
-                                                   std::int64_t count) {
+                                                   std::int64_t count, std::int64_t last_tokens = -1) {
     const Guard guard(lock_);
     Entry* entry = find(id);
     if (entry == nullptr) return unknown(id);
+    Handoff<Allocator>& handoff = entry->handoff;
     std::vector<BlockId> out;
-    if (!detail::try_reserve(out, static_cast<std::size_t>(
-                                      std::clamp<std::int64_t>(count, 0, entry->handoff.pages().blocks())))) {
+    if (!detail::try_reserve(
+            out, static_cast<std::size_t>(std::clamp<std::int64_t>(count, 0, handoff.pages().blocks())))) {
       return error(StatusCode::kOutOfMemory, "hand-off ", id, ": no memory for ", count, " block numbers");
     }
-    if (Status s = entry->handoff.begin(layer, first, count); !s.ok()) return s;
+    if (Status s = handoff.pages().check(layer, first, count); !s.ok()) return s;
+    const std::int64_t needed = handoff.tokens_in(first + count - 1);
+    if (last_tokens >= 0 && last_tokens != needed) {
+      return error(StatusCode::kInvalidArgument, "hand-off ", id, ": block ", first + count - 1, " holds ",
+                   needed, " tokens, not ", last_tokens);
+    }
+    if (Status s = handoff.begin(layer, first, count); !s.ok()) return s;
     const auto blocks =
-        entry->handoff.blocks().subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count));
+        handoff.blocks().subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count));
     out.assign(blocks.begin(), blocks.end());
     return out;
   }
