@@ -61,7 +61,7 @@ class DecodeServer {
     start_complete();
     worker_->step(now, next_token, [&](const DecodeEvent& event) { tell(event); });
     watch_.for_each_due(now, [&](int peer) {
-      write_alive(message_);
+      write_word(MessageKind::kAlive, message_);
       say(peer);
     });
     return status;
@@ -71,6 +71,8 @@ class DecodeServer {
   [[nodiscard]] bool idle() const noexcept { return asks_.empty(); }
   [[nodiscard]] bool knows(int peer) const { return watch_.knows(peer); }
   [[nodiscard]] bool alive(int peer) const { return watch_.alive(peer); }
+  /// Prefill processes that have said Hello, and were not lost and have not left since.
+  [[nodiscard]] std::int64_t living_peers() const { return watch_.living(); }
   [[nodiscard]] const HandoffTable<>& handoffs() const noexcept { return table_; }
   /// Why a peer was given up last; ok() when none was.
   [[nodiscard]] const Status& last_loss() const noexcept { return last_loss_; }
@@ -113,6 +115,10 @@ class DecodeServer {
       case MessageKind::kPages: return take_pages(peer);
       case MessageKind::kCancel: return take_cancel(peer);
       case MessageKind::kAlive: return {};
+      case MessageKind::kBye:
+        watch_.declare_dead(peer);
+        drop_all(peer, error(StatusCode::kCancelled, "process ", peer, " has left"));
+        return {};
       default: return error(StatusCode::kCorruptData, "sends what only a decode process says");
     }
   }
@@ -258,6 +264,9 @@ class DecodeServer {
     last_loss_ = reason;
     watch_.declare_dead(peer);
     channel_->give_up(peer);
+    drop_all(peer, reason);
+  }
+  void drop_all(int peer, const Status& reason) {
     for (auto at = asks_.begin(); at != asks_.end();) {
       const auto here = at++;
       if (here->second.peer == peer) drop(here, reason);

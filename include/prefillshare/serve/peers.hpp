@@ -4,10 +4,9 @@
 // Layer: serve (host only).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
-#include <utility>
-#include <vector>
 
 #include <prefillshare/kv/eviction.hpp>
 
@@ -47,6 +46,17 @@ class PeerWatch {
     return at != peers_.end() && at->second.alive;
   }
 
+  [[nodiscard]] std::int64_t living() const {
+    return std::count_if(peers_.begin(), peers_.end(), [](const auto& one) { return one.second.alive; });
+  }
+
+  /// visit(peer), which may declare it dead.
+  template <class Visit>
+  void for_each_living(Visit&& visit) {
+    for (auto& [peer, state] : peers_) {
+      if (state.alive) visit(peer);
+    }
+  }
   /// visit(peer, how long it has been silent) for each living one that has been for too long.
   template <class Visit>
   void for_each_silent(KvTime now, Visit&& visit) {

@@ -112,6 +112,18 @@ class PrefillServer {
     return true;
   }
 
+  /// Says Bye to every process that is there; requests under way end with kCancelled in the next step.
+  void leave() {
+    for (auto& [id, request] : requests_) {
+      end_later(request, error(StatusCode::kCancelled, "request ", id, ": the server leaves"));
+    }
+    watch_.for_each_living([&](int process) {
+      write_word(MessageKind::kBye, message_);
+      say(process);
+      watch_.declare_dead(process);
+    });
+  }
+
   /// Reads what came, computes one chunk and sends its pages, and tells what became of requests:
   /// on_event(const ServeEvent&), which does not call the server. An error is the channel's own.
   template <class OnEvent>
@@ -133,7 +145,7 @@ class PrefillServer {
       at = requests_.erase(at);
     }
     watch_.for_each_due(now, [&](int process) {
-      write_alive(message_);
+      write_word(MessageKind::kAlive, message_);
       say(process);
     });
     return status;

@@ -7,6 +7,7 @@
 //                       Ask          an answer is wanted to a context: its tokens, the module, the limits
 //                       Pages        one layer of some blocks of a hand-off
 //                       Cancel       an Ask is no longer wanted
+//                       Bye          no more comes, and nothing under way is wanted
 //   decode -> prefill   Grant        blocks are reserved: the hand-off's number, and what need not be sent
 //                       Token, End   of the answer; End is also the refusal, with the Status that says why
 //   both                Alive        nothing to say
@@ -29,7 +30,17 @@
 
 namespace prefillshare {
 
-enum class MessageKind : std::uint32_t { kHello = 1, kAsk, kPages, kCancel, kGrant, kToken, kEnd, kAlive };
+enum class MessageKind : std::uint32_t {
+  kHello = 1,
+  kAsk,
+  kPages,
+  kCancel,
+  kGrant,
+  kToken,
+  kEnd,
+  kAlive,
+  kBye
+};
 
 /// Who makes the cache, and what its pages are.
 struct HelloMessage {
@@ -100,7 +111,7 @@ inline constexpr std::uint32_t kMessageMagic = 0x50534831;  // in another byte o
   std::uint32_t kind = 0;
   if (!reader.number(magic) || !reader.number(kind) || magic != detail::kMessageMagic ||
       kind < static_cast<std::uint32_t>(MessageKind::kHello) ||
-      kind > static_cast<std::uint32_t>(MessageKind::kAlive)) {
+      kind > static_cast<std::uint32_t>(MessageKind::kBye)) {
     return error(StatusCode::kCorruptData, "a message of ", message.size(), " bytes begins with ", magic,
                  " and ", kind, ", which is not this protocol (another version, or another byte order?)");
   }
@@ -280,6 +291,9 @@ inline void write_message(const EndMessage& end, Message& out) {
   return out;
 }
 
-inline void write_alive(Message& out) { static_cast<void>(detail::begin_message(out, MessageKind::kAlive)); }
+/// kAlive and kBye have nothing to say but what they are.
+inline void write_word(MessageKind kind, Message& out) {
+  static_cast<void>(detail::begin_message(out, kind));
+}
 
 }  // namespace prefillshare

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One prefill and three decode "processes" that only exchange messages: the answers are those of one process, a
-// process that dies at any point costs its own requests alone, and what is hostile is given up with all it held.
+// One prefill and three decode "processes" that only exchange messages: the answers are those of one process,
+// a process that dies at any point costs its own requests alone, and what is hostile is given up with all it
+// held.
 #include <prefillshare/serve/decode_server.hpp>
 #include <prefillshare/serve/prefill_server.hpp>
 
@@ -244,6 +245,20 @@ TEST_CASE("what cannot be served is refused with its Status, and cancel gives ev
     CHECK_FALSE(cluster.server.cancel(id));
   }
   cluster.check_all_blocks_back();
+
+  // A prefill process that leaves takes all it has asked for with it.
+  REQUIRE(submit(20, 1, 60, 40).ok());
+  for (int i = 0; i < 4; ++i) cluster.step();
+  CHECK(cluster.decode[0]->in_use() > 0);
+  cluster.server.leave();
+  cluster.run();
+  CHECK(code(20) == StatusCode::kCancelled);
+  CHECK(submit(21, 1, 60, 40).code() == StatusCode::kIoError);
+  for (int i = 0; i < 3; ++i) cluster.step();
+  for (const auto& process : cluster.decode) {
+    CHECK(
+        (process->in_use() == 0 && process->server.living_peers() == 0 && process->server.last_loss().ok()));
+  }
 
   // A hand-off whose pages never come is given up by the decode process itself.
   Cluster slow(64, 20);
