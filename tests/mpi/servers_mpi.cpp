@@ -15,6 +15,7 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <map>
 #include <memory>
@@ -263,6 +264,10 @@ int main(int argc, char** argv) {
   } catch (const std::exception& e) {
     std::fprintf(stderr, "servers_mpi: %s\n", e.what());
     MPI_Abort(MPI_COMM_WORLD, 1);
+  }
+  if (dies_at > 0) {  // MPI_Finalize may wait for the dead one
+    std::fflush(stdout);
+    std::_Exit(code);
   }
   MPI_Finalize();
   return code;

@@ -183,11 +183,14 @@ class DecodeWorker {
       return error(StatusCode::kInvalidArgument, "decode request ", request.id, ": token ",
                    request.last_token, ", the vocabulary has ", lane.config().vocab_size);
     }
+    // The partly filled last block of the base cache is copied before the answer goes on in it.
     const std::int64_t block_tokens = allocator_->block_tokens();
-    if ((length + request.max_tokens + block_tokens - 1) / block_tokens > allocator_->pool().blocks()) {
+    const std::int64_t needed = (length + request.max_tokens + block_tokens - 1) / block_tokens +
+                                (length % block_tokens != 0 ? 1 : 0);
+    if (needed > allocator_->pool().blocks()) {
       return error(StatusCode::kInvalidArgument, "decode request ", request.id, ": ",
-                   length + request.max_tokens, " tokens do not fit a pool of ", allocator_->pool().blocks(),
-                   " blocks of ", block_tokens);
+                   length + request.max_tokens, " tokens need ", needed, " blocks of ", block_tokens,
+                   ", the pool has ", allocator_->pool().blocks());
     }
     for (const Active& one : active_) {
       if (one.request.id != request.id) continue;

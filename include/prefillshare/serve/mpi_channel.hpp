@@ -5,17 +5,19 @@
 // See: examples/08_serve_mpi.cpp
 //
 // What MPI does when a process dies, and what this does about it. By default mpirun ends the whole job: no
-// process is left to serve anything. Open MPI 4 (what Debian 12 has; ULFM came to it with 5) keeps the others
+// process is left to serve anything. Open MPI 4 (what Debian 12 has; ULFM came with 5) keeps the others
 // running with
 //
 //   mpirun --enable-recovery ...
 //
-// and they can go on talking to each other, MPI_Finalize included. But nobody is told: a send to the dead
-// process stays pending for ever and returns no error, and a message that it had half sent never arrives. So
-// nothing here ever waits for a process: sends and receives are started and looked after, whoever is silent
-// for too long is declared dead by PeerWatch, and give_up() sets its pending operations aside. A group whose
-// mpirun lacks the option still works; it then dies with its first process, as every plain MPI job does.
-// Sockets would notice a death at once, but on one network only, and would be one more engine.
+// and they can go on talking to each other. But nobody is told: a send to the dead process stays pending for
+// ever and returns no error, and a message that it had half sent never arrives. So nothing here ever waits
+// for a process: sends and receives are started and looked after, whoever is silent for too long is declared
+// dead by PeerWatch, and give_up() sets its pending operations aside. MPI_Finalize is the one call that still
+// waits for everybody: most times it returns, now and then it waits for the dead one for ever. A process of a
+// job that has lost one ends by std::_Exit() instead, which this mpirun does not mind. A group whose mpirun
+// lacks the option works too; it then dies with its first process, as every plain MPI job does. Sockets would
+// notice a death at once, but would be one more engine, and slower between hosts.
 #pragma once
 
 #include <algorithm>
@@ -132,6 +134,9 @@ class MpiChannel {
   [[nodiscard]] std::int64_t queued_bytes(int peer) const {
     return peer >= 0 && peer < size() ? peers_[static_cast<std::size_t>(peer)].queued_bytes : 0;
   }
+
+  /// A peer was given up: MPI_Finalize may not return.
+  [[nodiscard]] bool any_given_up() const noexcept { return any_given_up_; }
 
   void give_up(int peer) {
     if (peer < 0 || peer >= size() || state(peer).given_up) return;

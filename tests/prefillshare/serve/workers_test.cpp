@@ -265,6 +265,13 @@ TEST_CASE("a decode worker: what it refuses, how answers end, and that every blo
   CHECK(code(request_of(1, -1, context, 4)) == StatusCode::kNotFound);
   CHECK(code(request_of(1, 0, context, 0)) == StatusCode::kInvalidArgument);
   CHECK(code(request_of(1, 0, context, 90)) == StatusCode::kInvalidArgument);  // 39 + 90 > 128
+  // 39 + 121 tokens fill the pool's ten blocks, and a copy of the base's last one is to be had too.
+  DecodeWorker wide(*side.cache.allocator, side.cache.storage, serial, 3);
+  REQUIRE(wide.add_module(factorize(side.base, model).value(), 2, 256).ok());
+  CHECK(wide.start(request_of(1, 0, context, 121), *base).code() == StatusCode::kInvalidArgument);
+  CHECK(wide.start(request_of(1, 0, context, 105), *base).ok());
+  CHECK(wide.cancel(1));
+  wide.step(0, greedy, [](const DecodeEvent& event) { CHECK(event.kind == Kind::kFailed); });
   CHECK(code(request_of(1, 0, context, INT64_MAX)) == StatusCode::kInvalidArgument);
   DecodeRequest bad = request_of(1, 0, context, 4);
   bad.last_token = 61;
