@@ -7,9 +7,8 @@
 //   mpirun -n 4 serve_mpi --model FILE --document TEXT --agents JSON --cache FOLDER [--check]
 //
 // One process for each agent and one more. --check runs the same session in process 0 alone, with the session
-// of 03_shared_prefill, and fails unless every text is the same. test: --model {model} --document
-// {source}/tests/data/short_document.txt --agents {source}/tests/data/three_agents.json --cache {cache}
-// --max-tokens 8 --check
+// of 03_shared_prefill, and fails unless every text is the same.
+// test: --model {model} --document {source}/tests/data/short_document.txt --agents {source}/tests/data/three_agents.json --cache {cache} --max-tokens 8 --check
 
 #include <chrono>
 #include <cstdint>
