@@ -2,12 +2,14 @@
 //
 // One prefill process and three decode processes of an MPI job on a tiny model: the answers are those of one
 // process alone. With --kill N, process 2 kills itself when its N-th message comes: the others go on, what it
-// was to answer is prefilled for another, and every block comes back in every process that is left.
+// was to answer is prefilled for another, and every block comes back in every process that is left. With
+// --flood, process 3 sends a message longer than any may be, and is given up for that.
 //
 // test: -n 4 -- --seed 1
 // test: --enable-recovery -n 4 -- --seed 2 --kill 2
 // test: --enable-recovery -n 4 -- --seed 3 --kill 9
 // test: --enable-recovery -n 4 -- --seed 4 --kill 21
+// test: -n 4 -- --seed 5 --flood
 #include <signal.h>
 #include <unistd.h>
 
@@ -140,8 +142,9 @@ std::vector<std::vector<std::int32_t>> alone(const Model& base, const std::vecto
   return out;
 }
 
+/// `bad`: the process that will be lost; 0: none.
 void prefill(MpiChannel& channel, const Model& base, const std::vector<Model>& tasks, std::uint64_t seed,
-             bool kills) {
+             int bad) {
   codegemm::SerialExecutor serial;
   test::Rng rng(seed);
   const std::vector<std::int32_t> document = test::random_tokens(rng, 100, config().vocab_size);
@@ -186,7 +189,8 @@ void prefill(MpiChannel& channel, const Model& base, const std::vector<Model>& t
         if (worker.idle()) std::this_thread::sleep_for(std::chrono::microseconds(100));
       }
       if (ends[id].ok()) return answers[id];
-      if (ends[id].code() != StatusCode::kIoError || !kills) check(ends[id]);
+      if (process != bad) check(ends[id]);
+      if (ends[id].code() != (bad == 2 ? StatusCode::kIoError : StatusCode::kCorruptData)) check(ends[id]);
       ++again;
     }
   };
@@ -199,7 +203,7 @@ void prefill(MpiChannel& channel, const Model& base, const std::vector<Model>& t
     context.insert(context.end(), got.begin(), got.end());
     context.insert(context.end(), {7, turn});
   }
-  if (kills != (again > 0) || kills == server.alive(2)) {
+  if ((bad == 2 && again == 0) || (bad == 0 && again > 0) || (bad != 0 && server.alive(bad))) {
     throw examples::UserError(codegemm::concat(again, " requests were asked again"));
   }
   server.leave();
@@ -208,7 +212,7 @@ void prefill(MpiChannel& channel, const Model& base, const std::vector<Model>& t
 
   // The others' verdicts: without waiting for the dead.
   for (int process = 1; process < kProcesses; ++process) {
-    if (kills && process == 2) continue;
+    if (process == bad) continue;
     int there = 0;
     for (int i = 0; i < 10000 && there == 0; ++i) {
       check(server.step(now(), on_event));
@@ -222,7 +226,13 @@ void prefill(MpiChannel& channel, const Model& base, const std::vector<Model>& t
   std::printf("ok: %d answers as in one process, %d asked again\n", kTurns, again);
 }
 
-int run(std::uint64_t seed, std::int64_t dies_at) {
+/// A message that no MpiChannel would send.
+void flood(const MpiChannel& channel) {
+  const std::vector<char> bytes(kMostMessageBytes + 1);
+  MPI_Send(bytes.data(), static_cast<int>(bytes.size()), MPI_BYTE, 0, MpiChannel::kTag, channel.comm());
+}
+
+int run(std::uint64_t seed, std::int64_t dies_at, bool floods) {
   MpiChannel channel = unwrap(MpiChannel::create(MPI_COMM_WORLD));
   if (channel.size() != kProcesses) throw examples::UserError("needs mpirun -n 4");
   const Model base = random_model(config(), seed);
@@ -230,7 +240,11 @@ int run(std::uint64_t seed, std::int64_t dies_at) {
   for (int i = 0; i < kModules; ++i)
     tasks.push_back(random_model(config(), seed * 10 + static_cast<std::uint64_t>(i)));
   if (channel.rank() == 0) {
-    prefill(channel, base, tasks, seed, dies_at > 0);
+    prefill(channel, base, tasks, seed, dies_at > 0 ? 2 : floods ? 3 : 0);
+    return 0;
+  }
+  if (floods && channel.rank() == 3) {
+    flood(channel);
     return 0;
   }
   int good = 1;
@@ -252,6 +266,8 @@ int main(int argc, char** argv) {
   std::int64_t dies_at = 0;
   CLI::App app{"One prefill and three decode processes on a tiny model."};
   app.add_option("--seed", seed);
+  bool floods = false;
+  app.add_flag("--flood", floods, "process 3 sends too long a message");
   app.add_option("--kill", dies_at, "process 2 dies with its N-th message");
   try {
     app.parse(argc, argv);
@@ -260,7 +276,7 @@ int main(int argc, char** argv) {
   }
   int code = 1;
   try {
-    code = run(seed, dies_at);
+    code = run(seed, dies_at, floods);
   } catch (const std::exception& e) {
     std::fprintf(stderr, "servers_mpi: %s\n", e.what());
     MPI_Abort(MPI_COMM_WORLD, 1);

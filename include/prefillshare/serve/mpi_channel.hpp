@@ -46,6 +46,8 @@ namespace prefillshare {
 /// rank.
 class MpiChannel {
  public:
+  static constexpr int kTag = 1;
+
   /// Collective over `comm`, which it does not use itself: a duplicate, which returns errors, carries the
   /// messages.
   [[nodiscard]] static Result<MpiChannel> create(MPI_Comm comm) {
@@ -89,6 +91,8 @@ class MpiChannel {
 
   [[nodiscard]] int rank() const noexcept { return rank_; }
   [[nodiscard]] int size() const noexcept { return static_cast<int>(peers_.size()); }
+  /// The channel's own communicator. Messages of tag kTag on it are the channel's.
+  [[nodiscard]] MPI_Comm comm() const noexcept { return comm_; }
 
   /// kInvalidArgument: no such rank, or a message over kMostMessageBytes.
   [[nodiscard]] Status send(int peer, Message message) {
@@ -118,14 +122,12 @@ class MpiChannel {
       if (!first) continue;
       int done = 0;
       const int code = MPI_Test(&at->request, &done, MPI_STATUS_IGNORE);
+      if (code == MPI_SUCCESS && done == 0) continue;
       const int peer = at->peer;
-      if (code != MPI_SUCCESS) {
-        receives_.erase(at);
-        return check(code, "MPI_Test of a receive", peer);
-      }
-      if (done == 0) continue;
       message = std::move(*at->bytes);
       receives_.erase(at);
+      if (too_long(code)) message.clear();
+      if (code != MPI_SUCCESS && !too_long(code)) return check(code, "MPI_Test of a receive", peer);
       return std::optional<int>(peer);
     }
     return std::optional<int>();
@@ -158,7 +160,6 @@ class MpiChannel {
   }
 
  private:
-  static constexpr int kTag = 1;
   // Receives under way at once: a peer that dies within a message must not keep the others', and nobody may
   // make this process hold any number of buffers.
   static constexpr std::size_t kMostReceives = 32;
@@ -185,6 +186,12 @@ class MpiChannel {
                   peer >= 0 ? codegemm::concat(call, ", rank ", peer, ": ", words)
                             : codegemm::concat(call, ": ", words),
                   code);
+  }
+  /// The message was longer than what it was received into: the sender's doing, and no failure of MPI.
+  [[nodiscard]] static bool too_long(int code) {
+    int error_class = MPI_SUCCESS;
+    return code != MPI_SUCCESS && MPI_Error_class(code, &error_class) == MPI_SUCCESS &&
+           error_class == MPI_ERR_TRUNCATE;
   }
   [[nodiscard]] Peer& state(int peer) { return peers_[static_cast<std::size_t>(peer)]; }
 
