@@ -229,7 +229,7 @@ class MpiChannel {
       const bool fits =
           counted == MPI_SUCCESS && count >= 0 && static_cast<std::size_t>(count) <= kMostMessageBytes;
       if (!detail::try_allocate(
-              [&] { one.bytes = std::make_unique<Message>(fits ? static_cast<std::size_t>(count) : 0); })) {
+              [&] { one.bytes = std::make_unique<Message>(fits ? static_cast<std::size_t>(count) : 1); })) {
         return error(StatusCode::kOutOfMemory, "MpiChannel: no memory for ", count, " bytes from rank ",
                      one.peer);
       }
