@@ -96,7 +96,7 @@ class DyingChannel {
 };
 static_assert(MessageChannel<DyingChannel>);
 
-constexpr WatchOptions kWatch{50, 1500};
+constexpr WatchOptions kWatch{50, 6000};  // others may keep the processor for seconds
 
 void decode(MpiChannel& mpi, const std::vector<Model>& tasks, std::int64_t dies_at) {
   codegemm::SerialExecutor serial;
@@ -175,7 +175,10 @@ void prefill(MpiChannel& channel, const Model& base, const std::vector<Model>& t
   // Asks `process`, and the next one where that is lost.
   const auto answer = [&](const std::vector<std::int32_t>& context, ModuleId task, int process) {
     while (true) {
-      while (!server.alive(process)) process = process % (kProcesses - 1) + 1;
+      for (int i = 1; !server.alive(process); ++i) {
+        if (i == kProcesses) throw examples::UserError("every decode process was lost");
+        process = process % (kProcesses - 1) + 1;
+      }
       ServeRequest request;
       request.id = next_id++;
       request.process = process;
