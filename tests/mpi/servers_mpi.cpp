@@ -229,10 +229,13 @@ void prefill(MpiChannel& channel, const Model& base, const std::vector<Model>& t
   std::printf("ok: %d answers as in one process, %d asked again\n", kTurns, again);
 }
 
-/// A message that no MpiChannel would send.
+/// A message that no MpiChannel would send, and that none receives: it is never over.
 void flood(const MpiChannel& channel) {
-  const std::vector<char> bytes(kMostMessageBytes + 1);
-  MPI_Send(bytes.data(), static_cast<int>(bytes.size()), MPI_BYTE, 0, MpiChannel::kTag, channel.comm());
+  static const std::vector<char> bytes(kMostMessageBytes + 1);
+  MPI_Request request = MPI_REQUEST_NULL;
+  MPI_Isend(bytes.data(), static_cast<int>(bytes.size()), MPI_BYTE, 0, MpiChannel::kTag, channel.comm(),
+            &request);
+  MPI_Request_free(&request);
 }
 
 int run(std::uint64_t seed, std::int64_t dies_at, bool floods) {
