@@ -60,7 +60,7 @@ struct PrefillSide {
   PrefillModule<DenseLinear> base;
   PrefillWorker<DenseLinear> worker;
 
-  PrefillSide(std::shared_ptr<const LlamaModel<DenseLinear>> model, std::int64_t blocks,
+  PrefillSide(const std::shared_ptr<const LlamaModel<DenseLinear>>& model, std::int64_t blocks,
               const PrefillOptions& options, Executor& executor)
       : cache(model->config, blocks),
         base(model, kBaseKey),

@@ -189,18 +189,17 @@ class Forward {
   Status attend(const LlamaLayer<Linear>& layer, int index) {
     if (Status s = apply(layer.q, ws_.normed, ws_.q); !s.ok()) return s;
     if (Status s = position_heads(ws_.q, layer.q_norm, c_.heads); !s.ok()) return s;
-    const Status attended =
-        for_each_item([&](const ForwardItem& item, std::int64_t first, std::int64_t count) {
-          PagedAttentionArgs args;
-          args.kv = item.kv.storage->layer(index);
-          args.blocks = item.kv.blocks;
-          args.first_position = item.kv.first_position;
-          args.q = rows_of(ws_.q, c_.q_size(), first, count);
-          args.out = rows_of(ws_.attended, c_.q_size(), first, count);
-          args.heads = static_cast<int>(c_.heads);
-          args.workspace = ws_.scratch();
-          return paged_attention(args, executor_);
-        });
+    Status attended = for_each_item([&](const ForwardItem& item, std::int64_t first, std::int64_t count) {
+      PagedAttentionArgs args;
+      args.kv = item.kv.storage->layer(index);
+      args.blocks = item.kv.blocks;
+      args.first_position = item.kv.first_position;
+      args.q = rows_of(ws_.q, c_.q_size(), first, count);
+      args.out = rows_of(ws_.attended, c_.q_size(), first, count);
+      args.heads = static_cast<int>(c_.heads);
+      args.workspace = ws_.scratch();
+      return paged_attention(args, executor_);
+    });
     if (!attended.ok()) return attended;
     return add_projection(layer.o, ws_.attended);
   }

@@ -253,10 +253,10 @@ class DecodeWorker {
   };
 
   template <class OnEvent>
-  static void end(Active& one, DecodeEvent event, OnEvent&& on_event) {
+  static void end(Active& one, const DecodeEvent& event, OnEvent&& on_event) {
     one.over = true;
     one.own.reset();
-    on_event(static_cast<const DecodeEvent&>(event));
+    on_event(event);
   }
   template <class OnEvent>
   static void fail(Active& one, Status status, OnEvent&& on_event) {

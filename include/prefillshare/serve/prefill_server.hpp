@@ -213,9 +213,9 @@ class PrefillServer {
     job.id = grant->id;
     job.tokens.assign(request->request.context.begin(), request->request.context.end() - 1);
     job.pages_from = grant->cached_tokens;
-    Status status = worker_->submit(std::move(job));
+    const Status status = worker_->submit(std::move(job));
     request->prefilling = status.ok();
-    if (!status.ok()) end_later(*request, std::move(status));
+    if (!status.ok()) end_later(*request, status);
     return {};
   }
 
@@ -255,9 +255,9 @@ class PrefillServer {
 
   /// Ends a request from here: the worker and the decode process are told now, the caller at the end of the
   /// step.
-  void end_later(Request& request, Status reason) {
+  void end_later(Request& request, const Status& reason) {
     if (!request.failure.ok()) return;
-    request.failure = std::move(reason);
+    request.failure = reason;
     if (request.prefilling) static_cast<void>(worker_->cancel(request.request.id));
     if (!watch_.alive(request.request.process)) return;
     write_cancel(request.request.id, message_);

@@ -240,7 +240,7 @@ class PrefillWorker {
       if (!found.ok()) return found.status();
     }
     entry.reused = job.cache.length();
-    const Status status = allocator_->reserve(job.cache, std::ssize(tokens) - job.cache.length());
+    Status status = allocator_->reserve(job.cache, std::ssize(tokens) - job.cache.length());
     // What is only found may be evicted for others while this one waits.
     if (status.code() == StatusCode::kExhausted) job.cache.reset();
     return status;
@@ -287,7 +287,7 @@ class PrefillWorker {
       Running& entry = running_[(first_ + i) % running_.size()];
       if (missing(entry) == 0) continue;
       // Whole blocks where they can be had: what is cut elsewhere is announced a step later.
-      std::int64_t share = std::max(std::int64_t{1}, budget / left);
+      std::int64_t share = std::max(std::int64_t{1}, budget / std::max(std::int64_t{1}, left));
       if (share > block_tokens) share -= (entry.job.cache.length() + share) % block_tokens;
       const std::int64_t count = std::min({missing(entry), share, budget});
       --left;
