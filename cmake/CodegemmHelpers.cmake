@@ -71,6 +71,10 @@ function(codegemm_add_program_libraries)
   target_include_directories(codegemm_programs SYSTEM INTERFACE ${CODEGEMM_PCRE2_INCLUDE})
   target_link_libraries(codegemm_programs INTERFACE
     prefillshare::prefillshare codegemm::io CLI11::CLI11 ${CODEGEMM_PCRE2_LIBRARY})
+  if(TARGET prefillshare_mpi)
+    # mpirun's arguments for a test of N processes: as root in a container, and on fewer cores than processes.
+    set(CODEGEMM_MPIRUN ${MPIEXEC_EXECUTABLE} --allow-run-as-root --oversubscribe CACHE INTERNAL "")
+  endif()
 endfunction()
 
 # ccache where there is one, unless the user chose a launcher. With -march=native the object depends on the

@@ -27,6 +27,7 @@ cores() { nproc 2>/dev/null || echo 2; }
 readonly packages_build=(g++ cmake ninja-build libeigen3-dev nlohmann-json3-dev)
 readonly packages_programs=(libcli11-dev libpcre2-dev)
 readonly packages_tests=(catch2 git)
+readonly packages_mpi=(libopenmpi-dev openmpi-bin)
 readonly packages_clang=(clang libclang-rt-dev clang-format)
 readonly packages_bench=(libbenchmark-dev)
 readonly packages_lint=(clang-format clang-tidy)

@@ -134,6 +134,7 @@ class CalibrationRun {
     for (std::int64_t i = 0; i < blocks; ++i) run.blocks_.push_back(static_cast<BlockId>(i));
     try {
       run.hidden_.resize(static_cast<std::size_t>(total * c.hidden_size));
+      run.tokens_.resize(static_cast<std::size_t>(longest));
     } catch (const std::bad_alloc&) {
       return error(StatusCode::kOutOfMemory, "CalibrationRun: ", total, " tokens of ", c.hidden_size);
     }
@@ -323,8 +324,9 @@ class CalibrationRun {
     const std::int64_t size = length * shell.config.hidden_size;
     float* const at = hidden.data() + first * shell.config.hidden_size;
     std::copy_n(at, size, workspace_->hidden.data());
-    const KvTarget target{storage_.get(), blocks_, 0};
-    Pass forward_pass(shell, length, target, *workspace_, executor);
+    const ForwardItem item{std::span(tokens_).first(static_cast<std::size_t>(length)),
+                           {storage_.get(), blocks_, 0}};
+    Pass forward_pass(shell, std::span(&item, 1), *workspace_, executor);
     if (Status s = run(forward_pass, shell.layers.front()); !s.ok()) return s;
     if (keep) std::copy_n(workspace_->hidden.data(), size, at);
     return {};
@@ -349,6 +351,7 @@ class CalibrationRun {
   std::unique_ptr<ForwardWorkspace> workspace_;
   std::unique_ptr<HostKvStorage> storage_;
   std::vector<BlockId> blocks_;
+  std::vector<std::int32_t> tokens_;  // stand-ins: the residual stream is put in, not looked up
   std::vector<std::int64_t> lengths_;
   std::vector<float> hidden_;
   CalibrationRunOptions options_;

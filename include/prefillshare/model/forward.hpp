@@ -99,6 +99,18 @@ struct KvTarget {
   std::int64_t first_position = 0;  // tokens that are in the cache already
 };
 
+/// One sequence's consecutive tokens in a pass over several sequences.
+struct ForwardItem {
+  std::span<const std::int32_t> tokens;
+  KvTarget kv;
+};
+
+/// What a forward pass calls with each layer's number once the KV of all its tokens stands in that layer's
+/// pages: a transport may send them while the next layer is computed. An error ends the pass.
+struct IgnoreLayers {
+  Status operator()(int /*layer*/) const { return {}; }
+};
+
 namespace detail {
 
 /// out[t] = weight * x[t] / rms(x[t]), for each row of `width` values.
@@ -137,18 +149,24 @@ void for_token_ranges(std::int64_t tokens, Executor& executor, Body&& body) {
                          });
 }
 
-/// One forward pass in progress: the operands that every step of a layer needs.
+/// One forward pass in progress: the operands that every step of a layer needs. Linear layers see the tokens
+/// of all items as one matrix, item after item; positions, cache and attention are each item's own.
 template <LinearLayer Linear>
 class Forward {
  public:
-  Forward(const LlamaModel<Linear>& model, std::int64_t tokens, const KvTarget& kv,
-          ForwardWorkspace& workspace, Executor& executor)
-      : model_(model), c_(model.config), tokens_(tokens), kv_(kv), ws_(workspace), executor_(executor) {}
+  Forward(const LlamaModel<Linear>& model, std::span<const ForwardItem> items, ForwardWorkspace& workspace,
+          Executor& executor)
+      : model_(model), c_(model.config), items_(items), ws_(workspace), executor_(executor) {
+    for (const ForwardItem& item : items) tokens_ += std::ssize(item.tokens);
+  }
 
-  void embed(std::span<const std::int32_t> tokens) {
-    for (std::int64_t t = 0; t < tokens_; ++t) {
-      const float* row = model_.embedding->data() + tokens[static_cast<std::size_t>(t)] * c_.hidden_size;
-      std::copy_n(row, c_.hidden_size, ws_.hidden.data() + t * c_.hidden_size);
+  void embed() {
+    float* to = ws_.hidden.data();
+    for (const ForwardItem& item : items_) {
+      for (const std::int32_t token : item.tokens) {
+        std::copy_n(model_.embedding->data() + token * c_.hidden_size, c_.hidden_size, to);
+        to += c_.hidden_size;
+      }
     }
   }
 
@@ -161,22 +179,28 @@ class Forward {
     if (Status s = apply(layer.k, ws_.normed, ws_.k); !s.ok()) return s;
     if (Status s = apply(layer.v, ws_.normed, ws_.v); !s.ok()) return s;
     if (Status s = position_heads(ws_.k, layer.k_norm, c_.kv_heads); !s.ok()) return s;
-    return append_kv(kv_.storage->layer(index), kv_.blocks, kv_.first_position, rows_of(ws_.k, c_.kv_size()),
-                     rows_of(ws_.v, c_.kv_size()));
+    return for_each_item([&](const ForwardItem& item, std::int64_t first, std::int64_t count) {
+      return append_kv(item.kv.storage->layer(index), item.kv.blocks, item.kv.first_position,
+                       rows_of(ws_.k, c_.kv_size(), first, count),
+                       rows_of(ws_.v, c_.kv_size(), first, count));
+    });
   }
 
   Status attend(const LlamaLayer<Linear>& layer, int index) {
     if (Status s = apply(layer.q, ws_.normed, ws_.q); !s.ok()) return s;
     if (Status s = position_heads(ws_.q, layer.q_norm, c_.heads); !s.ok()) return s;
-    PagedAttentionArgs args;
-    args.kv = kv_.storage->layer(index);
-    args.blocks = kv_.blocks;
-    args.first_position = kv_.first_position;
-    args.q = rows_of(ws_.q, c_.q_size());
-    args.out = rows_of(ws_.attended, c_.q_size());
-    args.heads = static_cast<int>(c_.heads);
-    args.workspace = ws_.scratch();
-    if (Status s = paged_attention(args, executor_); !s.ok()) return s;
+    Status attended = for_each_item([&](const ForwardItem& item, std::int64_t first, std::int64_t count) {
+      PagedAttentionArgs args;
+      args.kv = item.kv.storage->layer(index);
+      args.blocks = item.kv.blocks;
+      args.first_position = item.kv.first_position;
+      args.q = rows_of(ws_.q, c_.q_size(), first, count);
+      args.out = rows_of(ws_.attended, c_.q_size(), first, count);
+      args.heads = static_cast<int>(c_.heads);
+      args.workspace = ws_.scratch();
+      return paged_attention(args, executor_);
+    });
+    if (!attended.ok()) return attended;
     return add_projection(layer.o, ws_.attended);
   }
 
@@ -195,11 +219,17 @@ class Forward {
     return add_projection(layer.down, ws_.gate);
   }
 
-  /// logits[i] of token (tokens - logits.rows + i).
+  /// The logits of each item's last `logits.rows / items` tokens, item after item.
   Status head(MatrixView<float> logits) {
-    const std::int64_t first = tokens_ - logits.rows;
-    rms_norm(ws_.hidden.data() + first * c_.hidden_size, model_.final_norm, c_.rms_epsilon, logits.rows,
-             ws_.normed.data());
+    const std::int64_t rows = logits.rows / std::ssize(items_);
+    float* to = ws_.normed.data();
+    std::int64_t end = 0;
+    for (const ForwardItem& item : items_) {
+      end += std::ssize(item.tokens);
+      rms_norm(ws_.hidden.data() + (end - rows) * c_.hidden_size, model_.final_norm, c_.rms_epsilon, rows,
+               to);
+      to += rows * c_.hidden_size;
+    }
     return model_.head.forward(MatrixView<const float>(ws_.normed.data(), logits.rows, c_.hidden_size),
                                logits, ws_.scratch(), executor_);
   }
@@ -227,20 +257,85 @@ class Forward {
         rms_norm(rows, norm, c_.rms_epsilon, count * heads, rows);
       });
     }
-    return ws_.rope.apply(rows_of(x, width), kv_.first_position);
+    return for_each_item([&](const ForwardItem& item, std::int64_t first, std::int64_t count) {
+      return ws_.rope.apply(rows_of(x, width, first, count), item.kv.first_position);
+    });
   }
 
-  [[nodiscard]] MatrixView<float> rows_of(codegemm::AlignedBuffer<float>& x, std::int64_t width) const {
-    return MatrixView<float>(x.data(), tokens_, width);
+  /// body(item, its first row, its rows) until one fails.
+  template <class Body>
+  Status for_each_item(Body&& body) {
+    std::int64_t first = 0;
+    for (const ForwardItem& item : items_) {
+      const std::int64_t count = std::ssize(item.tokens);
+      if (Status s = body(item, first, count); !s.ok()) return s;
+      first += count;
+    }
+    return {};
+  }
+  [[nodiscard]] static MatrixView<float> rows_of(codegemm::AlignedBuffer<float>& x, std::int64_t width,
+                                                 std::int64_t first, std::int64_t count) {
+    return MatrixView<float>(x.data() + first * width, count, width);
   }
 
   const LlamaModel<Linear>& model_;
   const ModelConfig& c_;
-  std::int64_t tokens_;
-  const KvTarget& kv_;
+  std::span<const ForwardItem> items_;
+  std::int64_t tokens_ = 0;  // of all items
   ForwardWorkspace& ws_;
   Executor& executor_;
 };
+
+/// What every item of a pass must be; the total of tokens is checked by the caller.
+[[nodiscard]] inline Status check_item(const ModelConfig& config, const ForwardItem& item,
+                                       const ForwardWorkspace& workspace) {
+  const std::int64_t count = std::ssize(item.tokens);
+  if (item.kv.storage == nullptr) return error(StatusCode::kNullPointer, "forward: no KV storage");
+  if (item.kv.first_position < 0 || item.kv.first_position + count > workspace.max_context()) {
+    return error(StatusCode::kInvalidArgument, "tokens at positions ", item.kv.first_position, " to ",
+                 item.kv.first_position + count - 1, " in a workspace for contexts of ",
+                 workspace.max_context(), " tokens");
+  }
+  for (std::size_t t = 0; t < item.tokens.size(); ++t) {
+    if (item.tokens[t] < 0 || item.tokens[t] >= config.vocab_size) {
+      return error(StatusCode::kInvalidArgument, "token ", t, " has id ", item.tokens[t],
+                   ", the vocabulary has ", config.vocab_size);
+    }
+  }
+  return {};
+}
+
+[[nodiscard]] inline Status check_pass(std::int64_t tokens, const ForwardWorkspace& workspace,
+                                       const Executor& executor) {
+  if (tokens > workspace.max_tokens()) {
+    return error(StatusCode::kInvalidArgument, "forward of ", tokens, " tokens in a workspace for ",
+                 workspace.max_tokens());
+  }
+  if (executor.workers() > workspace.workers()) {
+    return error(StatusCode::kInvalidArgument, "executor of ", executor.workers(), " workers, workspace for ",
+                 workspace.workers());
+  }
+  return {};
+}
+
+/// The layers of a pass whose operands are checked.
+template <LinearLayer Linear, class AfterLayer>
+[[nodiscard]] Status run_layers(const LlamaModel<Linear>& model, std::span<const ForwardItem> items,
+                                MatrixView<float> logits, ForwardWorkspace& workspace, Executor& executor,
+                                AfterLayer&& after_layer) {
+  Forward<Linear> pass(model, items, workspace, executor);
+  pass.embed();
+  for (std::size_t i = 0; i < model.layers.size(); ++i) {
+    const LlamaLayer<Linear>& layer = model.layers[i];
+    const int index = static_cast<int>(i);
+    if (Status s = pass.write_cache(layer, index); !s.ok()) return s;
+    if (Status s = after_layer(index); !s.ok()) return s;
+    if (i + 1 == model.layers.size() && logits.rows == 0) break;
+    if (Status s = pass.attend(layer, index); !s.ok()) return s;
+    if (Status s = pass.feed_forward(layer); !s.ok()) return s;
+  }
+  return logits.rows > 0 ? pass.head(logits) : Status();
+}
 
 }  // namespace detail
 
@@ -248,50 +343,54 @@ class Forward {
 ///
 /// logits.rows says which: 0 none (a prefill module: the last layer then stops after its KV, since nothing
 /// reads its output), 1 those of the last token, tokens.size() those of all; logits.cols = vocab_size.
+/// after_layer(layer) -> Status: see IgnoreLayers.
 /// Errors: kInvalidArgument for a token outside of the vocabulary, too many tokens for the workspace or a
 /// context past what it was made for; kShapeMismatch for logits of another shape.
-template <LinearLayer Linear>
+template <LinearLayer Linear, class AfterLayer = IgnoreLayers>
 [[nodiscard]] Status forward(const LlamaModel<Linear>& model, std::span<const std::int32_t> tokens,
                              const KvTarget& kv, MatrixView<float> logits, ForwardWorkspace& workspace,
-                             Executor& executor) {
+                             Executor& executor, AfterLayer&& after_layer = {}) {
   const ModelConfig& c = model.config;
-  const auto count = static_cast<std::int64_t>(tokens.size());
+  const std::int64_t count = std::ssize(tokens);
   if (count == 0) return {};
-  if (count > workspace.max_tokens()) {
-    return error(StatusCode::kInvalidArgument, "forward of ", count, " tokens in a workspace for ",
-                 workspace.max_tokens());
-  }
-  if (kv.first_position < 0 || kv.first_position + count > workspace.max_context()) {
-    return error(StatusCode::kInvalidArgument, "tokens at positions ", kv.first_position, " to ",
-                 kv.first_position + count - 1, " in a workspace for contexts of ", workspace.max_context(),
-                 " tokens");
-  }
-  if (executor.workers() > workspace.workers()) {
-    return error(StatusCode::kInvalidArgument, "executor of ", executor.workers(), " workers, workspace for ",
-                 workspace.workers());
-  }
-  for (std::size_t t = 0; t < tokens.size(); ++t) {
-    if (tokens[t] < 0 || tokens[t] >= c.vocab_size) {
-      return error(StatusCode::kInvalidArgument, "token ", t, " has id ", tokens[t], ", the vocabulary has ",
-                   c.vocab_size);
-    }
-  }
+  const ForwardItem item{tokens, kv};
+  if (Status s = detail::check_pass(count, workspace, executor); !s.ok()) return s;
+  if (Status s = detail::check_item(c, item, workspace); !s.ok()) return s;
   if (logits.rows < 0 || logits.rows > count || (logits.rows > 0 && logits.cols != c.vocab_size)) {
     return error(StatusCode::kShapeMismatch, "logits are ", logits.rows, " x ", logits.cols,
                  ", the pass has ", count, " tokens and the vocabulary ", c.vocab_size);
   }
+  return detail::run_layers(model, std::span(&item, 1), logits, workspace, executor,
+                            std::forward<AfterLayer>(after_layer));
+}
 
-  detail::Forward<Linear> pass(model, count, kv, workspace, executor);
-  pass.embed(tokens);
-  for (std::size_t i = 0; i < model.layers.size(); ++i) {
-    const LlamaLayer<Linear>& layer = model.layers[i];
-    const int index = static_cast<int>(i);
-    if (Status s = pass.write_cache(layer, index); !s.ok()) return s;
-    if (i + 1 == model.layers.size() && logits.rows == 0) break;
-    if (Status s = pass.attend(layer, index); !s.ok()) return s;
-    if (Status s = pass.feed_forward(layer); !s.ok()) return s;
+/// The same for tokens of several sequences at once, each with its own blocks and positions, so that the
+/// weights are read once for all of them: continuous batching. No two items write the same blocks.
+///
+/// logits.rows is 0 (none) or items.size(): those of each item's last token.
+/// With one token an item, a linear layer that treats each token alike (DenseLinear up to kFewTokens) and
+/// rows that fill cache lines (hidden_size and intermediate_size multiples of 16), an item's logits and KV
+/// are those of forward() bit for bit, whatever else is in the batch; otherwise up to rounding. Errors: those
+/// of forward(), naming the item; kInvalidArgument for an item without tokens.
+template <LinearLayer Linear, class AfterLayer = IgnoreLayers>
+[[nodiscard]] Status forward_batch(const LlamaModel<Linear>& model, std::span<const ForwardItem> items,
+                                   MatrixView<float> logits, ForwardWorkspace& workspace, Executor& executor,
+                                   AfterLayer&& after_layer = {}) {
+  const ModelConfig& c = model.config;
+  if (items.empty()) return {};
+  std::int64_t total = 0;
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    Status status = items[i].tokens.empty() ? error(StatusCode::kInvalidArgument, "no tokens")
+                                            : detail::check_item(c, items[i], workspace);
+    if (!status.ok()) return status.with_prefix(codegemm::concat("item ", i));
+    total += std::ssize(items[i].tokens);
   }
-  return logits.rows > 0 ? pass.head(logits) : Status();
+  if (Status s = detail::check_pass(total, workspace, executor); !s.ok()) return s;
+  if (logits.rows != 0 && (logits.rows != std::ssize(items) || logits.cols != c.vocab_size)) {
+    return error(StatusCode::kShapeMismatch, "logits are ", logits.rows, " x ", logits.cols,
+                 ", the pass has ", items.size(), " items and the vocabulary ", c.vocab_size);
+  }
+  return detail::run_layers(model, items, logits, workspace, executor, std::forward<AfterLayer>(after_layer));
 }
 
 }  // namespace prefillshare

@@ -58,6 +58,10 @@ inline void add_bias(std::span<const float> bias, MatrixView<float> y) {
 /// table, and a decode module that is the base is the base.
 class DenseLinear {
  public:
+  /// Up to so many tokens (a batch of decoding sequences), each is multiplied as it would be alone, to the
+  /// bit.
+  static constexpr std::int64_t kFewTokens = 8;
+
   DenseLinear() = default;
 
   /// weights: [rows][cols]; bias: empty or [rows].
@@ -81,36 +85,38 @@ class DenseLinear {
   [[nodiscard]] std::span<const float> bias() const noexcept { return bias_; }
 
   [[nodiscard]] std::size_t workspace_bytes(std::int64_t tokens, int workers) const {
-    return tokens > 1 ? codegemm::dense_workspace_bytes(rows_, cols_, tokens, workers) : 0;
+    return tokens > kFewTokens ? codegemm::dense_workspace_bytes(rows_, cols_, tokens, workers) : 0;
   }
 
   Status forward(MatrixView<const float> x, MatrixView<float> y, std::span<std::byte> workspace,
                  Executor& executor) const {
     if (Status status = detail::check_linear(rows_, cols_, x, y); !status.ok()) return status;
     if (x.rows == 0) return {};
-    if (x.rows > 1) {
+    if (x.rows > kFewTokens) {
       if (Status status = codegemm::dense_gemm(weights(), x, y, workspace, executor); !status.ok()) {
         return status;
       }
     } else {
-      multiply_one(x, y, executor);
+      multiply_few(x, y, executor);
     }
     detail::add_bias(bias_, y);
     return {};
   }
 
  private:
-  // One token: Eigen's product of a row-major matrix and a vector reads the weights as fast as memory gives
-  // them, and packs nothing.
-  void multiply_one(MatrixView<const float> x, MatrixView<float> y, Executor& executor) const {
+  // Eigen's product of a row-major matrix and a vector reads the weights as fast as memory gives them, and
+  // packs nothing; the tile's rows are in a near cache when the next token needs them.
+  void multiply_few(MatrixView<const float> x, MatrixView<float> y, Executor& executor) const {
     using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
     constexpr std::int64_t kRowTile = 96;
     codegemm::parallel_for(executor, (rows_ + kRowTile - 1) / kRowTile, [&](std::int64_t tile, int) {
       const std::int64_t first = tile * kRowTile;
       const std::int64_t count = std::min(kRowTile, rows_ - first);
       const Eigen::Map<const RowMajor> w(weights_->data() + first * cols_, count, cols_);
-      const Eigen::Map<const Eigen::VectorXf> xv(x.data, cols_);
-      Eigen::Map<Eigen::VectorXf>(y.data + first, count).noalias() = w * xv;
+      for (std::int64_t t = 0; t < x.rows; ++t) {
+        const Eigen::Map<const Eigen::VectorXf> xv(x.row(t), cols_);
+        Eigen::Map<Eigen::VectorXf>(y.row(t) + first, count).noalias() = w * xv;
+      }
     });
   }
 

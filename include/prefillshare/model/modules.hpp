@@ -34,6 +34,29 @@ class PrefillModule {
   [[nodiscard]] const ModelConfig& config() const noexcept { return model_->config; }
   [[nodiscard]] const CacheKey& key() const noexcept { return key_; }
 
+  /// Computes the next tokens of several base sequences in one pass and commits them: caches[i] is extended
+  /// by chunks[i], for which it has blocks reserved. after_layer: see forward(); the pages of all of them
+  /// stand when it is called. `items` is scratch, as long as the caches. Errors: as forward_batch().
+  template <class AfterLayer = IgnoreLayers>
+  [[nodiscard]] Status prefill_chunks(std::span<const std::span<const std::int32_t>> chunks,
+                                      std::span<Sequence* const> caches, std::span<ForwardItem> items,
+                                      KvAllocator& allocator, HostKvStorage& storage,
+                                      ForwardWorkspace& workspace, Executor& executor,
+                                      AfterLayer&& after_layer = {}) const {
+    for (std::size_t i = 0; i < caches.size(); ++i) {
+      items[i] = {chunks[i], KvTarget{&storage, caches[i]->blocks(), caches[i]->length()}};
+    }
+    if (Status s = forward_batch(*model_, items.first(caches.size()), MatrixView<float>(), workspace,
+                                 executor, std::forward<AfterLayer>(after_layer));
+        !s.ok()) {
+      return s;
+    }
+    for (std::size_t i = 0; i < caches.size(); ++i) {
+      if (Status s = allocator.commit(*caches[i], chunks[i]); !s.ok()) return s;
+    }
+    return {};
+  }
+
   /// Extends `cache` by `tokens` (a partial prefill): reserves blocks, computes their KV in chunks of the
   /// workspace's size and commits each chunk, so that what is done stays usable whatever happens next.
   /// Errors: kInvalidArgument past the model's context length, kExhausted when no block can be had, and what
@@ -73,18 +96,32 @@ class DecodeModule {
   [[nodiscard]] const LlamaModel<Linear>& model() const noexcept { return *model_; }
   [[nodiscard]] const ModelConfig& config() const noexcept { return model_->config; }
 
-  /// Runs one token at the end of `own` (a fork) and writes the logits of the next: logits [vocab_size].
-  /// Errors: as PrefillModule::prefill.
-  [[nodiscard]] Status step(std::int32_t token, KvAllocator& allocator, HostKvStorage& storage, Sequence& own,
-                            std::span<float> logits, ForwardWorkspace& workspace, Executor& executor) const {
+  /// The place of one token at the end of `own` (a fork), for run(); `token` stays where it is until then.
+  /// Errors: kInvalidArgument past the model's context length; as KvAllocator::append_private().
+  [[nodiscard]] Result<ForwardItem> place(const std::int32_t& token, KvAllocator& allocator,
+                                          HostKvStorage& storage, Sequence& own) const {
     if (own.length() + 1 > config().context_length) {
       return error(StatusCode::kInvalidArgument, "context of ", own.length() + 1,
                    " tokens, the model's context length is ", config().context_length);
     }
     const std::int64_t position = own.length();
     if (Status s = allocator.append_private(own, 1); !s.ok()) return s;
-    const KvTarget target{&storage, own.blocks(), position};
-    return forward(*model_, std::span(&token, 1), target,
+    return ForwardItem{std::span(&token, 1), KvTarget{&storage, own.blocks(), position}};
+  }
+  /// Runs one token of each of several sequences and writes the logits of the next of each: logits
+  /// [items][vocab_size]. See forward_batch().
+  [[nodiscard]] Status run(std::span<const ForwardItem> items, MatrixView<float> logits,
+                           ForwardWorkspace& workspace, Executor& executor) const {
+    return forward_batch(*model_, items, logits, workspace, executor);
+  }
+
+  /// Runs one token at the end of `own` (a fork) and writes the logits of the next: logits [vocab_size].
+  /// Errors: as PrefillModule::prefill.
+  [[nodiscard]] Status step(std::int32_t token, KvAllocator& allocator, HostKvStorage& storage, Sequence& own,
+                            std::span<float> logits, ForwardWorkspace& workspace, Executor& executor) const {
+    const Result<ForwardItem> item = place(token, allocator, storage, own);
+    if (!item.ok()) return item.status();
+    return forward(*model_, item->tokens, item->kv,
                    MatrixView<float>(logits.data(), 1, static_cast<std::int64_t>(logits.size())), workspace,
                    executor);
   }
@@ -92,24 +129,29 @@ class DecodeModule {
  private:
   explicit DecodeModule(std::shared_ptr<const LlamaModel<Linear>> model) : model_(std::move(model)) {}
 
-  template <LinearLayer Base, LinearLayer Decode>
-  friend Result<DecodeModule<Decode>> factorize(const PrefillModule<Base>&,
+  template <LinearLayer Decode>
+  friend Result<DecodeModule<Decode>> factorize(const ModelConfig&,
                                                 std::shared_ptr<const LlamaModel<Decode>>);
 
   std::shared_ptr<const LlamaModel<Linear>> model_;
 };
 
-/// Makes `decode` a decode module of the base: the only way to get one, so that no module ever reads a cache
-/// that it does not fit. Call it once for each task's model; a base whose own weights are passed gives the
-/// ordinary model back, split in two. Errors: kIncompatible naming all that differs, or what validate()
-/// finds.
-template <LinearLayer Base, LinearLayer Decode>
-[[nodiscard]] Result<DecodeModule<Decode>> factorize(const PrefillModule<Base>& base,
+/// Makes `decode` a decode module of a base of that config, which may be in another process: the only way to
+/// get one, so that no module ever reads a cache that it does not fit. Call it once for each task's model; a
+/// base whose own weights are passed gives the ordinary model back, split in two. Errors: kIncompatible
+/// naming all that differs, or what validate() finds.
+template <LinearLayer Decode>
+[[nodiscard]] Result<DecodeModule<Decode>> factorize(const ModelConfig& base,
                                                      std::shared_ptr<const LlamaModel<Decode>> decode) {
   if (decode == nullptr) return error(StatusCode::kNullPointer, "factorize: no decode model");
   if (Status s = validate(*decode); !s.ok()) return s;
-  if (Status s = check_compatible(base.config(), decode->config); !s.ok()) return s;
+  if (Status s = check_compatible(base, decode->config); !s.ok()) return s;
   return DecodeModule<Decode>(std::move(decode));
+}
+template <LinearLayer Base, LinearLayer Decode>
+[[nodiscard]] Result<DecodeModule<Decode>> factorize(const PrefillModule<Base>& base,
+                                                     std::shared_ptr<const LlamaModel<Decode>> decode) {
+  return factorize(base.config(), std::move(decode));
 }
 
 }  // namespace prefillshare

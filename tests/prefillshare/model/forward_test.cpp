@@ -96,6 +96,87 @@ TEST_CASE("a forward pass in chunks of any size gives what one pass gives") {
   }
 }
 
+TEST_CASE("a batch of sequences gives each what it gets alone, to the bit where one token each is dense") {
+  ModelConfig config = tiny_config();
+  config.hidden_size = 32;  // rows fill cache lines
+  config.intermediate_size = 48;
+  const auto model = random_model(config, codegemm::test::seed_or(61));
+  codegemm::ThreadPool pool(2);
+  ForwardWorkspace workspace = ForwardWorkspace::create(*model, 64, 128, 2).value();
+  for (const std::size_t count : {1UL, 2UL, 3UL, 8UL, 9UL}) {
+    CAPTURE(count);
+    CacheHarness cache(config, 64);
+    std::vector<Sequence> alone, together;
+    std::vector<std::int32_t> next;
+    Rng rng(count);
+    for (std::size_t i = 0; i < count; ++i) {  // contexts of unlike lengths, twice
+      const std::vector<std::int32_t> context = random_tokens(rng, 1 + rng.below(40), config.vocab_size);
+      next.push_back(static_cast<std::int32_t>(rng.below(config.vocab_size)));
+      for (std::vector<Sequence>* to : {&alone, &together}) {
+        to->push_back(open_empty(cache));
+        run_forward(*model, context, 0, cache, to->back(), pool);
+        REQUIRE(cache.allocator->reserve(to->back(), 20).ok());
+      }
+    }
+    const auto target = [&](Sequence& sequence) {
+      return KvTarget{&cache.storage, sequence.blocks(), sequence.length()};
+    };
+    std::vector<ForwardItem> items;
+    for (std::size_t i = 0; i < count; ++i) items.push_back({std::span(&next[i], 1), target(together[i])});
+    const auto rows = static_cast<std::int64_t>(count);
+    std::vector<float> logits(count * 61, NAN);
+    std::vector<int> layers;
+    REQUIRE(forward_batch(*model, items, MatrixView<float>(logits.data(), rows, 61), workspace, pool,
+                          [&](int layer) {
+                            // The KV of every item stands in its page.
+                            for (std::size_t i = 0; i < count; ++i) {
+                              const auto at = static_cast<std::size_t>(together[i].length());
+                              const float* k = cache.storage.k(layer, items[i].kv.blocks[at / 16],
+                                                               static_cast<int>(at % 16));
+                              CHECK(std::abs(k[0]) + std::abs(k[1]) > 0.0F);
+                            }
+                            layers.push_back(layer);
+                            return Status();
+                          })
+                .ok());
+    CHECK(layers == std::vector<int>{0, 1});
+    for (std::size_t i = 0; i < count; ++i) {
+      CAPTURE(i);
+      std::vector<float> want(61, NAN);
+      REQUIRE(forward(*model, std::span(&next[i], 1), target(alone[i]), MatrixView<float>(want.data(), 1, 61),
+                      workspace, pool)
+                  .ok());
+      const std::span<const float> got(logits.data() + i * 61, 61);
+      const std::vector<std::vector<double>> wanted{{want.begin(), want.end()}};
+      CHECK(worst_relative(got, wanted) < kTolerance);
+      if (count <= DenseLinear::kFewTokens) CHECK(std::equal(got.begin(), got.end(), want.begin()));
+    }
+    // Prefill chunks and single tokens in one pass, each with the logits of its last token.
+    if (count < 3) continue;
+    const std::vector<std::int32_t> chunk = random_tokens(rng, 17, config.vocab_size);
+    items[1].tokens = chunk;
+    REQUIRE(forward_batch(*model, items, MatrixView<float>(logits.data(), rows, 61), workspace, pool).ok());
+    std::vector<float> want(61, NAN);
+    REQUIRE(forward(*model, chunk, target(alone[1]), MatrixView<float>(want.data(), 1, 61), workspace, pool)
+                .ok());
+    CHECK(worst_relative(std::span<const float>(logits.data() + 61, 61), {{want.begin(), want.end()}}) <
+          kTolerance);
+    items[2].kv.first_position = 128;
+    const Status status = forward_batch(*model, items, MatrixView<float>(), workspace, pool);
+    CHECK(status.code() == StatusCode::kInvalidArgument);
+    CHECK(status.message().find("item 2") != std::string::npos);
+    items[2] = {};
+    CHECK_FALSE(forward_batch(*model, items, MatrixView<float>(), workspace, pool).ok());
+    CHECK(forward_batch(*model, std::span(items).first(1), MatrixView<float>(logits.data(), 2, 61), workspace,
+                        pool)
+              .code() == StatusCode::kShapeMismatch);
+    CHECK(
+        forward_batch(*model, std::span(items).first(1), MatrixView<float>(), workspace, pool, [](int layer) {
+          return layer == 0 ? error(StatusCode::kCancelled, "enough") : Status();
+        }).code() == StatusCode::kCancelled);
+  }
+}
+
 TEST_CASE("forward does not depend on the number of workers") {
   const ModelConfig config = tiny_config();
   const auto model = random_model(config, codegemm::test::seed_or(31));
