@@ -42,7 +42,7 @@ find include examples -type f \( -name '*.hpp' -o -name '*.cuh' -o -name '*.cpp'
     may["prefillshare/model"] = may["prefillshare/attention"] "prefillshare/model "
     may["prefillshare/serve"] = may["prefillshare/model"] "prefillshare/serve "
     may["prefillshare/train"] = may["prefillshare/model"] "prefillshare/train "
-    may["prefillshare/sim"] = may["prefillshare/model"] "prefillshare/sim "
+    may["prefillshare/sim"] = may["prefillshare/serve"] "prefillshare/sim "
     may["examples/common"] = may["prefillshare/serve"] "prefillshare/train prefillshare/sim examples/common "
     may["examples"] = may["examples/common"]
   }

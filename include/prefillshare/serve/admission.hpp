@@ -38,7 +38,8 @@ struct AdmissionRequest {
   return (context_tokens + output_tokens + block_tokens - 1) / block_tokens;
 }
 
-/// In which order requests begin: each gets a number when it comes, the least goes first, equal ones as they came.
+/// In which order requests begin: each gets a number when it comes, the least goes first, equal ones as they
+/// came.
 template <class Order>
 concept AdmissionOrder = requires(Order order, const AdmissionRequest& request, double tag) {
   { order.tag(request) } -> std::same_as<double>;
@@ -53,7 +54,8 @@ struct ArrivalOrder {
 static_assert(AdmissionOrder<ArrivalOrder>);
 
 /// Tenants that wait share what begins by their weights, counted in blocks; one that floods the queue waits
-/// behind itself only. Self-clocked fair queueing (Golestani, INFOCOM 1994): O(1) besides the queue's own cost.
+/// behind itself only. Self-clocked fair queueing (Golestani, INFOCOM 1994): O(1) besides the queue's own
+/// cost.
 class FairOrder {
  public:
   [[nodiscard]] double tag(const AdmissionRequest& request) {
@@ -100,10 +102,10 @@ struct Admission {
   Status status;  // why, unless kNone or kAdmitted
 };
 
-/// Admits requests as long as the blocks that they may come to hold are there, so that what has begun can always
-/// end: nothing is preempted, and nothing is prefilled that the decode side could not take. The others wait in a
-/// bounded queue, or are refused at once. One queue for each place where blocks are held: a decode worker (the
-/// calls that it will run), a pool of prefill workers (the sessions whose contexts they keep).
+/// Admits requests as long as the blocks that they may come to hold are there, so that what has begun can
+/// always end: nothing is preempted, and nothing is prefilled that the decode side could not take. The others
+/// wait in a bounded queue, or are refused at once. One queue for each place where blocks are held: a decode
+/// worker (the calls that it will run), a pool of prefill workers (the sessions whose contexts they keep).
 ///
 /// Only the first of the order is looked at, so a large request is not starved by small ones.
 /// Everything that was submitted leaves by next() or cancel(), once. Externally synchronized.
@@ -114,8 +116,8 @@ class AdmissionQueue {
       : limits_(limits), order_(std::move(order)) {}
 
   /// kExhausted when the queue is full: the caller should come again later. kCancelled when the deadline has
-  /// passed; kInvalidArgument for more blocks than there are at all, fewer than 0, or an id that is here already;
-  /// kOutOfMemory.
+  /// passed; kInvalidArgument for more blocks than there are at all, fewer than 0, or an id that is here
+  /// already; kOutOfMemory.
   [[nodiscard]] Status submit(const AdmissionRequest& request, AdmissionTime now) {
     if (request.blocks < 0 || request.blocks > limits_.blocks) {
       return error(StatusCode::kInvalidArgument, "admission: request ", request.id, " may need ",
@@ -142,8 +144,8 @@ class AdmissionQueue {
   }
 
   /// The next that leaves the queue; call it until kNone, whenever something was submitted or released or a
-  /// deadline has come. reserve(const AdmissionRequest&) -> Status takes the real blocks (a Handoff at the decode
-  /// worker, say): kExhausted leaves the request at the head, any other failure takes it out.
+  /// deadline has come. reserve(const AdmissionRequest&) -> Status takes the real blocks (a Handoff at the
+  /// decode worker, say): kExhausted leaves the request at the head, any other failure takes it out.
   template <class Reserve>
   [[nodiscard]] Admission next(AdmissionTime now, Reserve&& reserve) {
     Admission out;

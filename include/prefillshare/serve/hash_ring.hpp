@@ -27,10 +27,9 @@ namespace detail {
 
 }  // namespace detail
 
-/// Each worker has `points` places on a ring of 2^64; a key belongs to the first place at or after its own, and
-/// to those that follow when that worker is not accepted.
-/// See: Karger et al., Consistent Hashing and Random Trees (STOC 1997); Mirrokni et al., Consistent Hashing with
-/// Bounded Loads (arXiv 1608.01350).
+/// Each worker has `points` places on a ring of 2^64; a key belongs to the first place at or after its own,
+/// and to those that follow when that worker is not accepted. See: Karger et al., Consistent Hashing and
+/// Random Trees (STOC 1997); Mirrokni et al., Consistent Hashing with Bounded Loads (arXiv 1608.01350).
 class HashRing {
  public:
   explicit HashRing(int points = 64) : points_(std::max(points, 1)) {}

@@ -21,9 +21,9 @@ namespace prefillshare {
 
 /// A set of workers for each prefix, which its hash names. One table for the whole pool, so that a question
 /// costs one look-up a block however many workers there are: most prefixes lie with one worker or two, which
-/// stand in the entry itself; more become a row of bits. Two prefixes with equal hashes are one here: that can
-/// make an estimate wrong, never an answer. Open addressing, deletion without gravestones.
-/// Externally synchronized.
+/// stand in the entry itself; more become a row of bits. Two prefixes with equal hashes are one here: that
+/// can make an estimate wrong, never an answer. Open addressing, deletion without gravestones. Externally
+/// synchronized.
 class PrefixIndex {
  public:
   /// For workers 0 .. `workers` - 1. kInvalidArgument, kOutOfMemory.

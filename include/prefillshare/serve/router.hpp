@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/serve/router.hpp - sends requests to the workers of a pool, and sends them again when one dies.
+// prefillshare/serve/router.hpp - sends requests to the workers of a pool, and again when one of them dies.
 // Layer: serve (host only).
 // See: routing.hpp for the rules; worker_caches.hpp for what a rule may know of the caches.
 #pragma once
@@ -22,8 +22,8 @@
 
 namespace prefillshare {
 
-/// One attempt at a request. A later attempt at the same request makes earlier tickets void, so whatever a worker
-/// that was thought dead still says about it is refused: nothing is answered twice.
+/// One attempt at a request. A later attempt at the same request makes earlier tickets void, so whatever a
+/// worker that was thought dead still says about it is refused: nothing is answered twice.
 struct Ticket {
   RequestId request = 0;
   std::uint64_t attempt = 0;
@@ -46,12 +46,12 @@ struct RouterOptions {
 };
 
 /// The requests of one pool of workers, from route() to finish(). Each attempt depends on its worker until
-/// handed_off() (its result lies elsewhere) or finish(); if the worker dies before, the request becomes an orphan:
-/// orphans() names it, route() with its number sends it elsewhere. A request leaves the router only by finish() or
-/// cancel(), so nothing is lost.
+/// handed_off() (its result lies elsewhere) or finish(); if the worker dies before, the request becomes an
+/// orphan: orphans() names it, route() with its number sends it elsewhere. A request leaves the router only
+/// by finish() or cancel(), so nothing is lost.
 ///
 ///   route()            the rule chooses; load and expected cache count from here
-///   prefilled()        computed: no longer load (read the worker's events before, so that the cache stays known)
+///   prefilled()        computed: no longer load (first observe() the worker's events: its cache stays known)
 ///   handed_off()       no longer depends on the worker
 ///   finish()           answered; true for one ticket only
 ///
@@ -72,9 +72,9 @@ class Router {
 
   // --- Workers ---
 
-  /// A worker begins, with an empty cache. One that was there under another epoch has died in between: what it was
-  /// doing is orphaned. The same epoch again makes a draining worker take requests again; one that was stopped and
-  /// is alive after all comes back by it too, its cache unknown until the next resync().
+  /// A worker begins, with an empty cache. One that was there under another epoch has died in between: what
+  /// it was doing is orphaned. The same epoch again makes a draining worker take requests again; one that was
+  /// stopped and is alive after all comes back by it too, its cache unknown until the next resync().
   /// kInvalidArgument, kOutOfMemory.
   [[nodiscard]] Status start(WorkerId worker, std::uint64_t epoch) {
     if (worker < 0 || worker >= caches_.workers()) {
@@ -90,7 +90,8 @@ class Router {
     caches_.start(worker, epoch);
     return {};
   }
-  /// It is dead, or is taken for dead: its requests are orphans now. How many. Nothing for one that is not there.
+  /// It is dead, or is taken for dead: its requests are orphans now. How many. Nothing for one that is not
+  /// there.
   std::int64_t stop(WorkerId worker) {
     if (!table_.contains(worker)) return 0;
     table_.set_state(worker, WorkerState::kDown);
@@ -111,8 +112,8 @@ class Router {
 
   // --- Requests ---
 
-  /// Chooses a worker and counts the request as under way there. kExhausted when no worker is up: ask again later,
-  /// the request is where it was. kInvalidArgument for a request that is under way; kOutOfMemory.
+  /// Chooses a worker and counts the request as under way there. kExhausted when no worker is up: ask again
+  /// later, the request is where it was. kInvalidArgument for a request that is under way; kOutOfMemory.
   [[nodiscard]] Result<Route> route(const RouteRequest& request) {
     const auto found = flights_.find(request.request);
     if (found != flights_.end() && found->second.state != FlightState::kOrphan) {

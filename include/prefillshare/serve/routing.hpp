@@ -40,8 +40,8 @@ concept PrefillCost = requires(const Cost cost, std::int64_t tokens) {
   { cost(tokens, tokens) } -> std::convertible_to<double>;
 };
 
-/// Linear layers by the token, attention by pairs of tokens. The numbers are the caller's to measure; with the
-/// default, load is counted in tokens.
+/// Linear layers by the token, attention by pairs of tokens. The numbers are the caller's to measure; with
+/// the default, load is counted in tokens.
 struct LinearPrefillCost {
   double seconds_per_token = 1.0;
   double seconds_per_pair = 0.0;
@@ -153,8 +153,8 @@ class LeastLoadedRouting {
 };
 static_assert(RoutingPolicy<LeastLoadedRouting>);
 
-/// Consistent hashing of sessions with bounded load: no worker has more than `bound` times the mean of requests,
-/// rounded up; a session whose worker is full goes to the next on the ring.
+/// Consistent hashing of sessions with bounded load: no worker has more than `bound` times the mean of
+/// requests, rounded up; a session whose worker is full goes to the next on the ring.
 class HashRouting {
  public:
   static constexpr bool kUsesPrefixes = false;
@@ -182,9 +182,9 @@ class HashRouting {
 };
 static_assert(RoutingPolicy<HashRouting>);
 
-/// The paper's rule: a table from session to worker. It keeps each context where its cache is and knows no load:
-/// a worker whose sessions are all busy gets hotter, and nobody helps it. `Placement` chooses for sessions that
-/// are new, or whose worker is not up.
+/// The paper's rule: a table from session to worker. It keeps each context where its cache is and knows no
+/// load: a worker whose sessions are all busy gets hotter, and nobody helps it. `Placement` chooses for
+/// sessions that are new, or whose worker is not up.
 template <RoutingPolicy Placement = HashRouting>
 class StickyRouting {
  public:
@@ -223,10 +223,11 @@ class StickyRouting {
 };
 static_assert(RoutingPolicy<StickyRouting<>>);
 
-/// The least seconds until the prompt is prefilled: `weight` times what this worker would have to compute (the
-/// prompt less what it has cached or is about to), and the work in its queue. A context follows its cache until
-/// the queue there costs more than computing it again elsewhere, so a hot prefix spreads by itself. Load counts
-/// from the moment of routing, so many cold requests at once go to as many workers. O(workers).
+/// The least seconds until the prompt is prefilled: `weight` times what this worker would have to compute
+/// (the prompt less what it has cached or is about to), and the work in its queue. A context follows its
+/// cache until the queue there costs more than computing it again elsewhere, so a hot prefix spreads by
+/// itself. Load counts from the moment of routing, so many cold requests at once go to as many workers.
+/// O(workers).
 class PrefixRouting {
  public:
   static constexpr bool kUsesPrefixes = true;

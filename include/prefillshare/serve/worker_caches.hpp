@@ -68,10 +68,10 @@ enum class CacheSync : std::uint8_t {
   return "unknown";
 }
 
-/// Two beliefs beside each other. *Confirmed*: what the worker's numbered events (kv/events.hpp) say that lies
-/// in its allocator's own blocks; events of tiers below are passed over. *Expected*: what requests that are on
-/// their way will leave there, from expect() to settle(); without it a second request of a session that comes
-/// while the first is in the queue would be sent elsewhere. Externally synchronized.
+/// Two beliefs beside each other. *Confirmed*: what the worker's numbered events (kv/events.hpp) say that
+/// lies in its allocator's own blocks; events of tiers below are passed over. *Expected*: what requests that
+/// are on their way will leave there, from expect() to settle(); without it a second request of a session
+/// that comes while the first is in the queue would be sent elsewhere. Externally synchronized.
 class WorkerCaches {
  public:
   /// For workers 0 .. `workers` - 1. kInvalidArgument, kOutOfMemory.
