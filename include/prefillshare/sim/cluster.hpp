@@ -359,16 +359,14 @@ class Cluster final : private detail::PrefillSide {
     prefill_router(one).handed_off(one.prefill_ticket);
     one.staged = false;
     let_go(one);
-    if (!arrive(slot)) {
-      ++report_.preempted;
-      end_attempt(slot);
-      begin(slot);
-    }
+    if (!arrive(slot)) preempted(slot);
   }
   void preempted(std::int32_t slot) override {
     ++report_.preempted;
+    const std::int32_t worker = call(slot).decode;
     end_attempt(slot);
     begin(slot);
+    pump(worker);  // what it has lost may be what another waits for
   }
   void answered(std::int32_t slot) override {
     detail::SimCall& one = call(slot);

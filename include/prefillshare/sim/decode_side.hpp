@@ -253,15 +253,19 @@ class DecodeSide : public SimCore {
     SimCall& one = call(slot);
     while (!node.allocator->reserve(one.fork, blocks).ok()) {
       CODEGEMM_ASSERT(!config_.reserve_decode);
-      if (node.batch.empty() || node.batch.back() == slot) return false;
+      if (node.ready.empty() && (node.batch.empty() || node.batch.back() == slot)) return false;
       evict_last(node);
     }
     one.private_blocks = blocks;
     return true;
   }
   void evict_last(DecodeNode& node) {
-    const std::int32_t victim = node.batch.back();
-    node.batch.pop_back();
+    const std::int32_t victim = node.ready.empty() ? node.batch.back() : node.ready.back();
+    if (node.ready.empty()) {
+      node.batch.pop_back();
+    } else {
+      node.ready.pop_back();
+    }
     leave(call(victim));
     lost_.push_back(victim);
   }
@@ -274,7 +278,8 @@ class DecodeSide : public SimCore {
       return;
     }
     if (static_cast<std::int32_t>(node.batch.size()) >= config_.most_batch) return;
-    const double steps = std::ceil((now_ - node.segment_start) / node.step_seconds);
+    const double steps =
+        node.step_seconds > 0.0 ? std::ceil((now_ - node.segment_start) / node.step_seconds) : 1.0;
     const auto done = std::max<std::int64_t>(1, static_cast<std::int64_t>(steps));
     if (done >= node.segment_steps) return;
     node.segment_steps = done;
@@ -283,12 +288,14 @@ class DecodeSide : public SimCore {
   }
   void start_segment(std::int32_t worker) {
     DecodeNode& node = decode_[static_cast<std::size_t>(worker)];
-    while (!node.ready.empty() && static_cast<std::int32_t>(node.batch.size()) < config_.most_batch) {
-      call(node.ready.front()).phase = SimPhase::kDecode;
-      node.batch.push_back(node.ready.front());
-      node.ready.pop_front();
-    }
-    if (!config_.reserve_decode) grow_batch(worker);
+    do {
+      while (!node.ready.empty() && static_cast<std::int32_t>(node.batch.size()) < config_.most_batch) {
+        call(node.ready.front()).phase = SimPhase::kDecode;
+        node.batch.push_back(node.ready.front());
+        node.ready.pop_front();
+      }
+      if (!config_.reserve_decode) grow_batch(worker);
+    } while (node.batch.empty() && !node.ready.empty());
     if (!node.batch.empty()) run_segment(node, worker);
     tell_preempted();
   }

@@ -42,8 +42,8 @@ struct Percentiles {
   return out;
 }
 
-/// Times in simulated seconds: of a session from its arrival, so that waiting for admission counts; of a call from
-/// the moment it is issued.
+/// Times in simulated seconds: of a session from its arrival, so that waiting for admission counts; of a call
+/// from the moment it is issued.
 struct SimReport {
   // Every session and every call ends once: finished, or refused by a full queue.
   std::int64_t sessions_finished = 0;

@@ -457,7 +457,7 @@ TEST_CASE("a hot prefix spreads when its worker's queue costs more than computin
     stored.push_back({i, KvEvent::Kind::kStored, 0, i == 0 ? 1 : prefix[i - 1], prefix[i]});
   }
   const LinearPrefillCost cost{1e-3, 0.0, 0.0};
-  auto aware = Router<PrefixRouting>::create({kWorkers, 16}, PrefixRouting(), cost).value();
+  auto aware = Router<PrefixRouting>::create({kWorkers, 16}, PrefixRouting(1.0), cost).value();
   auto sticky = Router<StickyRouting<>>::create({kWorkers, 16}, StickyRouting<>(), cost).value();
   for (WorkerId w = 0; w < kWorkers; ++w) {
     REQUIRE(aware.start(w, 1).ok());
