@@ -232,8 +232,8 @@ class PrefixRouting {
  public:
   static constexpr bool kUsesPrefixes = true;
 
-  /// 1 is best for this request alone; but what is computed twice delays all others and fills a second cache, so
-  /// under load more is better for all. Less spreads.
+  /// 1 is best for this request alone; but what is computed twice delays all others and fills a second cache,
+  /// so under load more is better for all. Less spreads.
   explicit PrefixRouting(double weight = 2.0) : weight_(weight) {}
 
   template <PrefillCost Cost>

@@ -449,7 +449,7 @@ TEST_CASE("what cannot be simulated is refused with its name") {
   large.sessions.push_back(large.sessions[0]);
   large.sessions[1].first_call = 1;
   large.calls.push_back({0, 500, 3, 0});
-  const SimReport out = run(config, large, StickyRouting<>());
+  const SimReport out = run(config, large, kSticky);
   CHECK(out.sessions_refused == 1);
   CHECK(out.sessions_finished == 1);
 }
