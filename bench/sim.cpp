@@ -224,7 +224,6 @@ void rates(json& rows, const AgentPattern& pattern, const std::string& plot) {
     latency.lines.push_back(std::move(latency_line));
     speed.lines.push_back(std::move(speed_line));
   }
-  latency.title = "p95 of a session, s (" + pattern.name + ", sessions at once as is best for each)";
   if (!plot.empty()) check(write_text(plot_lines({speed, latency}), plot + "-rates.svg"));
 }
 

@@ -4,7 +4,7 @@
 # layering.sh ROOT: arrows point down only.
 #
 #   examples -> prefillshare -> codegemm -> codegemm/base
-#   prefillshare:  serve, train, sim -> model -> attention -> kv -> files beside these folders
+#   prefillshare:  sim -> serve -> model, train -> model, model -> attention -> kv -> files beside these folders
 #   codegemm:      io, quantize -> core (format, pack, gemm, ...) -> cpu, cuda -> base
 #
 # Reads every #include of include/ and examples/, whatever #if it stands under. A .hpp compiles without CUDA, so it
