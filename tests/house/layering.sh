@@ -4,7 +4,7 @@
 # layering.sh ROOT: arrows point down only.
 #
 #   examples -> prefillshare -> codegemm -> codegemm/base
-#   prefillshare:  serve, train, sim -> model -> attention -> kv -> files beside these folders
+#   prefillshare:  sim -> serve -> model, train -> model, model -> attention -> kv -> files beside these folders
 #   codegemm:      io, quantize -> core (format, pack, gemm, ...) -> cpu, cuda -> base
 #
 # Reads every #include of include/ and examples/, whatever #if it stands under. A .hpp compiles without CUDA, so it
@@ -42,7 +42,7 @@ find include examples -type f \( -name '*.hpp' -o -name '*.cuh' -o -name '*.cpp'
     may["prefillshare/model"] = may["prefillshare/attention"] "prefillshare/model "
     may["prefillshare/serve"] = may["prefillshare/model"] "prefillshare/serve "
     may["prefillshare/train"] = may["prefillshare/model"] "prefillshare/train "
-    may["prefillshare/sim"] = may["prefillshare/model"] "prefillshare/sim "
+    may["prefillshare/sim"] = may["prefillshare/serve"] "prefillshare/sim "
     may["examples/common"] = may["prefillshare/serve"] "prefillshare/train prefillshare/sim examples/common "
     may["examples"] = may["examples/common"]
   }

@@ -39,6 +39,7 @@ accepts include/codegemm/gemm.hpp '<vector>' '<codegemm/base/status.hpp>' '<code
 accepts include/codegemm/io/safetensors.hpp '<nlohmann/json.hpp>' '<codegemm/quantized_matrix.hpp>'
 accepts include/prefillshare/serve/pipeline.hpp '<prefillshare/kv/allocator.hpp>' '<codegemm/io/safetensors.hpp>'
 accepts include/codegemm/cuda/kernels/gemv.cuh '<cuda_fp16.h>' '<cub/cub.cuh>' '<codegemm/cuda/configs.cuh>'
+accepts include/prefillshare/sim/cluster.hpp '<prefillshare/serve/router.hpp>' '<prefillshare/kv/allocator.hpp>'
 accepts include/prefillshare/kv/shape.hpp '<prefillshare/vocabulary.hpp>'
 accepts examples/03_shared_prefill.cpp '<common/gguf.hpp>' '<prefillshare/serve/pipeline.hpp>' '<nlohmann/json.hpp>'
 
@@ -54,6 +55,8 @@ refuses include/prefillshare/attention/paged.hpp '<prefillshare/model/config.hpp
 refuses include/prefillshare/model/llama.hpp '<prefillshare/serve/pipeline.hpp>'
 refuses include/prefillshare/vocabulary.hpp '<prefillshare/kv/shape.hpp>'
 refuses include/prefillshare/train/adamw.hpp '<prefillshare/sim/workload.hpp>'
+refuses include/prefillshare/sim/cluster.hpp '<prefillshare/train/adamw.hpp>'
+refuses include/prefillshare/serve/router.hpp '<prefillshare/sim/workload.hpp>'
 refuses include/prefillshare/model/llama.hpp '<common/gguf.hpp>'
 refuses include/codegemm/pack.hpp '<support/random.hpp>'
 refuses include/codegemm/pack.hpp '"format.hpp"'

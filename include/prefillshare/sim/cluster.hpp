@@ -1,0 +1,570 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/sim/cluster.hpp - a cluster of prefill and decode workers, simulated event by event.
+// Layer: sim (host only).
+// See: bench/sim.cpp
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <new>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <codegemm/base/macros.hpp>
+#include <prefillshare/sim/prefill_side.hpp>
+
+namespace prefillshare {
+
+/// Runs a workload on a cluster. What decides is the code that a real cluster runs: Router, AdmissionQueue,
+/// the KV allocator (over blocks with nothing in them) and Handoff; only time is made up, by the CostModel.
+/// The same configuration, workload and policy give the same report, on any machine.
+///
+/// Each session's calls follow one another, each as soon as the one before has ended (and its think time). A
+/// call:
+///   a decode worker is chosen (least loaded of its module) and, with reserve_decode, sets blocks aside;
+///   a prefill worker is chosen by `Policy`; its queue, its steps;
+///   transfer of the blocks that the decode worker has not; its batch, until the answer is complete.
+/// Generated text joins the context, and the prefill side computes it for the next call.
+///
+/// Each object runs once. The workload must outlive it.
+template <RoutingPolicy Policy = StickyRouting<>>
+class Cluster final : private detail::PrefillSide {
+  using Event = detail::SimEvent;
+  using Phase = detail::SimPhase;
+  using PrefillRouter = Router<Policy, TablePrefillCost>;
+  using DecodeRouter = Router<LeastLoadedRouting, LinearPrefillCost>;
+
+ public:
+  /// kInvalidArgument; kOutOfMemory.
+  [[nodiscard]] static Result<std::unique_ptr<Cluster>> create(const ClusterConfig& config,
+                                                               const Workload& workload,
+                                                               const Policy& policy = Policy()) {
+    if (Status s = validate(config); !s.ok()) return s;
+    if (Status s = validate(workload); !s.ok()) return s;
+    if (workload.modules > config.modules) {
+      return error(StatusCode::kInvalidArgument, "Cluster: a workload of ", workload.modules, " modules for ",
+                   config.modules);
+    }
+    std::unique_ptr<Cluster> cluster(new (std::nothrow) Cluster(config, workload));
+    if (cluster == nullptr) return error(StatusCode::kOutOfMemory, "Cluster: no memory");
+    Status status;
+    if (!detail::try_allocate([&] { status = cluster->set_up(policy); })) {
+      return error(StatusCode::kOutOfMemory, "Cluster: no memory");
+    }
+    if (!status.ok()) return status;
+    return cluster;
+  }
+
+  /// To the end. kOutOfMemory; kInvalidArgument when called twice.
+  [[nodiscard]] Result<SimReport> run() {
+    if (ran_) return error(StatusCode::kInvalidArgument, "Cluster: ran already");
+    ran_ = true;
+    if (!detail::try_allocate([&] {
+          start();
+          while (!events_.empty()) handle(events_.pop());
+          finish();
+        })) {
+      return error(StatusCode::kOutOfMemory, "Cluster: no memory at ", now_, " s");
+    }
+    return report_;
+  }
+
+  /// After run(): nothing is held by anybody, and every allocator, router and gate agrees with itself.
+  [[nodiscard]] Status check_idle() const {
+    for (const detail::PrefillNode& node : prefill_) {
+      if (Status s = check_allocator(*node.allocator, "prefill"); !s.ok()) return s;
+    }
+    for (const detail::DecodeNode& node : decode_) {
+      if (Status s = check_allocator(*node.allocator, "decode"); !s.ok()) return s;
+      if (node.gate->held() != 0 || node.gate->begun() != 0) {
+        return error(StatusCode::kCorruptData, "a gate holds ", node.gate->held(), " blocks for nobody");
+      }
+    }
+    for (const PrefillRouter& router : prefill_routers_) {
+      if (Status s = check_router(router); !s.ok()) return s;
+    }
+    for (const DecodeRouter& router : decode_routers_) {
+      if (Status s = check_router(router); !s.ok()) return s;
+    }
+    return {};
+  }
+
+ private:
+  Cluster(const ClusterConfig& config, const Workload& workload) : PrefillSide(config, workload) {}
+
+  // --- Setting up ---
+
+  [[nodiscard]] Status set_up(const Policy& policy) {
+    const bool shared = config_.sharing == CacheSharing::kShared;
+    for (std::int32_t m = 0; m < (shared ? 1 : config_.modules); ++m) {
+      keys_.push_back({shared ? "base" : "module-" + std::to_string(m), "1", ""});
+    }
+    prefill_pools_ = config_.sharing == CacheSharing::kPerModule ? config_.modules : 1;
+    for (std::int32_t pool = 0; pool < prefill_pools_; ++pool) {
+      auto router = PrefillRouter::create(
+          {pool_size(config_.prefill_workers, prefill_pools_, pool), config_.block_tokens}, policy,
+          TablePrefillCost{&config_.cost});
+      if (!router.ok()) return router.status();
+      prefill_routers_.push_back(*std::move(router));
+    }
+    for (std::int32_t pool = 0; pool < config_.modules; ++pool) {
+      auto router = DecodeRouter::create({pool_size(config_.decode_workers, config_.modules, pool), 1});
+      if (!router.ok()) return router.status();
+      decode_routers_.push_back(*std::move(router));
+    }
+    for (std::int32_t i = 0; i < config_.prefill_workers; ++i) {
+      detail::PrefillNode node;
+      node.pool = i % prefill_pools_;
+      node.in_pool = i / prefill_pools_;
+      if (!config_.prefill_speed.empty()) node.speed = config_.prefill_speed[static_cast<std::size_t>(i)];
+      if (Status s = prefill_router(node).start(node.in_pool, node.epoch); !s.ok()) return s;
+      if (Status s = add_prefill(std::move(node), Policy::kUsesPrefixes); !s.ok()) return s;
+    }
+    for (std::int32_t i = 0; i < config_.decode_workers; ++i) {
+      detail::DecodeNode node;
+      node.pool = i % config_.modules;
+      node.in_pool = i / config_.modules;
+      if (!config_.decode_speed.empty()) node.speed = config_.decode_speed[static_cast<std::size_t>(i)];
+      if (Status s = decode_routers_[static_cast<std::size_t>(node.pool)].start(node.in_pool, node.epoch);
+          !s.ok()) {
+        return s;
+      }
+      if (Status s = add_decode(std::move(node)); !s.ok()) return s;
+    }
+    AdmissionLimits limits;
+    limits.begun = config_.most_sessions;
+    limits.queued = config_.most_queued;
+    limits.blocks = std::numeric_limits<std::int64_t>::max();
+    const double blocks = config_.session_blocks_share * static_cast<double>(config_.prefill_blocks) *
+                          (config_.prefill_workers / prefill_pools_);
+    if (blocks < 9e18) limits.blocks = static_cast<std::int64_t>(blocks);
+    sessions_ = std::make_unique<AdmissionQueue<FairOrder>>(limits);
+    return {};
+  }
+  [[nodiscard]] static std::int32_t pool_size(std::int32_t workers, std::int32_t pools, std::int32_t pool) {
+    return (workers - pool + pools - 1) / pools;
+  }
+  [[nodiscard]] PrefillRouter& prefill_router(const detail::PrefillNode& node) {
+    return prefill_routers_[static_cast<std::size_t>(node.pool)];
+  }
+  [[nodiscard]] PrefillRouter& prefill_router(const detail::SimCall& one) {
+    return prefill_routers_[prefill_pools_ == 1 ? 0 : static_cast<std::size_t>(one.module)];
+  }
+  [[nodiscard]] DecodeRouter& decode_router(const detail::SimCall& one) {
+    return decode_routers_[static_cast<std::size_t>(one.module)];
+  }
+
+  // --- The clock ---
+
+  void start() {
+    slot_of_.assign(workload_->calls.size(), -1);
+    latency_.reserve(workload_->calls.size());
+    if (!workload_->sessions.empty()) events_.push(workload_->sessions.front().arrival, Event::kSession, 0);
+    for (std::size_t i = 0; i < config_.faults.size(); ++i) {
+      events_.push(config_.faults[i].down, Event::kDown, static_cast<std::int32_t>(i));
+      if (config_.faults[i].up < std::numeric_limits<double>::infinity()) {
+        events_.push(config_.faults[i].up, Event::kUp, static_cast<std::int32_t>(i));
+      }
+    }
+    events_.push(0.0, Event::kSample, 0);
+  }
+
+  void handle(const EventQueue<Event>::Event& event) {
+    now_ = event.time;
+    const auto at = static_cast<std::size_t>(event.subject);
+    switch (event.kind) {
+      case Event::kSession: session_arrives(event.subject); break;
+      case Event::kPatience: admit_sessions(); break;
+      case Event::kCall: issue(event.subject); break;
+      case Event::kPrefillStep:
+        if (prefill_[at].version == event.version) end_step(event.subject);
+        break;
+      case Event::kTransferred:
+        if (calls_[at].version == event.version) transferred(event.subject);
+        break;
+      case Event::kStaged:
+        if (calls_[at].version == event.version) staged(event.subject);
+        break;
+      case Event::kDecodeStep:
+        if (decode_[at].version == event.version) end_segment(event.subject);
+        break;
+      case Event::kDown: down(config_.faults[at]); break;
+      case Event::kUp: up(config_.faults[at]); break;
+      case Event::kSample: sample(); break;
+    }
+  }
+
+  // --- Sessions ---
+
+  void session_arrives(std::int32_t index) {
+    const SessionPlan& plan = workload_->sessions[static_cast<std::size_t>(index)];
+    if (static_cast<std::size_t>(index) + 1 < workload_->sessions.size()) {
+      events_.push(workload_->sessions[static_cast<std::size_t>(index) + 1].arrival, Event::kSession,
+                   index + 1);
+    }
+    AdmissionRequest request;
+    request.id = static_cast<std::uint64_t>(index);
+    request.tenant = plan.tenant;
+    const CallPlan& last = workload_->calls_of(plan).back();
+    request.blocks = blocks_at_most(last.context, last.output, config_.block_tokens);
+    if (config_.session_patience < std::numeric_limits<double>::infinity()) {
+      request.deadline = now_ + config_.session_patience;
+      events_.push(request.deadline, Event::kPatience, index);
+    }
+    // A call that is larger than a worker could never be run.
+    const bool fits = request.blocks <= std::min(config_.prefill_blocks, config_.decode_blocks);
+    if (!fits || !sessions_->submit(request, now_).ok()) {
+      ++report_.sessions_refused;
+      return;
+    }
+    admit_sessions();
+  }
+  void admit_sessions() {
+    for (;;) {
+      const Admission next = sessions_->next(now_);
+      if (next.kind == Admission::Kind::kNone) return;
+      if (next.kind != Admission::Kind::kAdmitted) {
+        ++report_.sessions_refused;
+        continue;
+      }
+      const std::int32_t slot = idle_slot();
+      detail::SimCall& one = call(slot);
+      one.session = static_cast<std::int64_t>(next.request.id);
+      one.index = 0;
+      one.issued = now_;
+      issue(slot);
+    }
+  }
+  [[nodiscard]] std::int32_t idle_slot() {
+    if (idle_.empty()) {
+      calls_.emplace_back();
+      calls_.back().slot = static_cast<std::int32_t>(calls_.size() - 1);
+      idle_.push_back(calls_.back().slot);
+    }
+    const std::int32_t slot = idle_.back();
+    idle_.pop_back();
+    return slot;
+  }
+  /// The session's next call, from nothing.
+  void issue(std::int32_t slot) {
+    detail::SimCall& one = call(slot);
+    const CallPlan& plan = plan_of(one);
+    const SessionPlan& session = workload_->sessions[static_cast<std::size_t>(one.session)];
+    one.id = static_cast<RequestId>(session.first_call + one.index);
+    one.module = plan.module;
+    one.context = plan.context;
+    one.remaining = plan.output;
+    one.generated = 0;
+    one.began = one.first_token = -1.0;
+    slot_of_[static_cast<std::size_t>(one.id)] = slot;
+    begin(slot);
+  }
+
+  // --- Calls ---
+
+  /// An attempt at a call that holds nothing.
+  void begin(std::int32_t slot) {
+    detail::SimCall& one = call(slot);
+    RouteRequest request;
+    request.request = one.id;
+    request.session = static_cast<SessionId>(one.session);
+    request.tokens = one.context + one.remaining;
+    const Result<Route> route = decode_router(one).route(request);
+    if (!route.ok()) {
+      strand(slot);
+      return;
+    }
+    one.decode_ticket = route.value().ticket;
+    one.decode = route.value().worker * config_.modules + one.module;
+    if (config_.reserve_decode) {
+      ask_gate(slot);
+    } else {
+      go_to_prefill(slot);
+    }
+  }
+  void go_to_prefill(std::int32_t slot) {
+    detail::SimCall& one = call(slot);
+    RouteRequest request;
+    request.request = one.id;
+    request.session = static_cast<SessionId>(one.session);
+    request.tokens = one.context - 1;
+    if constexpr (Policy::kUsesPrefixes) {
+      const Status status = prefix_hashes(key_of(one), names(one), 1, hashes_);
+      CODEGEMM_ASSERT(status.ok());
+      static_cast<void>(status.ok());
+      request.prefix = hashes_;
+    }
+    const Result<Route> route = prefill_router(one).route(request);
+    if (!route.ok()) {
+      strand(slot);
+      return;
+    }
+    one.prefill_ticket = route.value().ticket;
+    one.prefill = route.value().worker * prefill_pools_ + (prefill_pools_ == 1 ? 0 : one.module);
+    enqueue(slot);
+  }
+  /// No worker is up for it: it waits, holding nothing, until one is.
+  void strand(std::int32_t slot) {
+    end_attempt(slot);
+    call(slot).phase = Phase::kStranded;
+    stranded_.push_back(slot);
+  }
+  /// It is nowhere any more, and holds nothing.
+  void end_attempt(std::int32_t slot) {
+    detail::SimCall& one = call(slot);
+    leave_lists(one, slot);
+    leave(one);
+    leave_prefill(one, slot);
+    ++one.version;
+    one.phase = Phase::kIdle;
+    decode_router(one).fail(one.decode_ticket);
+    prefill_router(one).fail(one.prefill_ticket);
+  }
+
+  void admitted(std::int32_t slot) override {
+    if (config_.reserve_decode) {
+      go_to_prefill(slot);
+    } else {
+      transfer(slot);
+    }
+  }
+  void prefilled(std::int32_t slot) override {
+    detail::SimCall& one = call(slot);
+    detail::PrefillNode& node = prefill(one);
+    if constexpr (Policy::kUsesPrefixes) {
+      const auto seen = prefill_router(one).follow(
+          node.in_pool, node.epoch, *node.log,
+          [&](std::vector<KvEvent>& out) { return node.allocator->snapshot(out); });
+      CODEGEMM_ASSERT(seen.ok() && *seen == CacheSync::kCurrent);
+      static_cast<void>(seen.ok());
+    }
+    prefill_router(one).prefilled(one.prefill_ticket);
+    if (config_.reserve_decode) {
+      transfer(slot);
+      return;
+    }
+    one.phase = Phase::kPending;
+    decode(one).pending.push_back(slot);
+    pump(one.decode);
+    if (one.phase == Phase::kPending && config_.staging_bytes_per_second > 0.0) stage(slot);
+  }
+  void transferred(std::int32_t slot) {
+    detail::SimCall& one = call(slot);
+    prefill_router(one).handed_off(one.prefill_ticket);
+    one.staged = false;
+    let_go(one);
+    if (!arrive(slot)) preempted(slot);
+  }
+  void preempted(std::int32_t slot) override {
+    ++report_.preempted;
+    const std::int32_t worker = call(slot).decode;
+    end_attempt(slot);
+    begin(slot);
+    pump(worker);  // what it has lost may be what another waits for
+  }
+  void answered(std::int32_t slot) override {
+    detail::SimCall& one = call(slot);
+    const bool counts = prefill_router(one).finish(one.prefill_ticket);
+    const bool decoded = decode_router(one).finish(one.decode_ticket);
+    CODEGEMM_ASSERT(counts && decoded && !answered_twice(one));
+    if (!counts || !decoded) return;
+    slot_of_[static_cast<std::size_t>(one.id)] = -1;
+    const CallPlan& plan = plan_of(one);
+    ++report_.calls_finished;
+    report_.output_tokens += plan.output;
+    latency_.push_back(now_ - one.issued);
+    first_token_.push_back(one.first_token - one.issued);
+    prefill_wait_.push_back(one.began - one.issued);
+    if (plan.output > 1) per_token_.push_back((now_ - one.first_token) / (plan.output - 1));
+    ends_.push_back({now_, plan.output});
+    report_.seconds = now_;
+    ++one.version;
+    one.phase = Phase::kIdle;
+    const SessionPlan& session = workload_->sessions[static_cast<std::size_t>(one.session)];
+    if (++one.index == session.calls) {
+      end_session(one, slot);
+      return;
+    }
+    one.issued = now_ + static_cast<double>(plan_of(one).think_seconds);
+    prepare_next(slot);
+  }
+  void prepare_next(std::int32_t slot) {
+    detail::SimCall& one = call(slot);
+    if (one.issued <= now_) {
+      issue(slot);
+      return;
+    }
+    events_.push(one.issued, Event::kCall, slot, one.version);
+  }
+  [[nodiscard]] bool answered_twice(const detail::SimCall& one) const {
+    return slot_of_[static_cast<std::size_t>(one.id)] < 0;
+  }
+  void end_session(detail::SimCall& one, std::int32_t slot) {
+    const auto session = static_cast<SessionId>(one.session);
+    session_latency_.push_back(now_ - workload_->sessions[static_cast<std::size_t>(one.session)].arrival);
+    ++report_.sessions_finished;
+    for (PrefillRouter& router : prefill_routers_) router.end_session(session);
+    for (DecodeRouter& router : decode_routers_) router.end_session(session);
+    sessions_->release(session);
+    idle_.push_back(slot);
+    admit_sessions();
+  }
+
+  // --- Faults ---
+
+  void down(const SimFault& fault) {
+    const auto at = static_cast<std::size_t>(fault.worker);
+    std::vector<RequestId> orphans;
+    if (fault.side == SimFault::Side::kPrefill) {
+      detail::PrefillNode& node = prefill_[at];
+      prefill_router(node).stop(node.in_pool);
+      orphans = prefill_router(node).orphans().value();
+      node.alive = node.busy = false;
+      ++node.version;
+    } else {
+      detail::DecodeNode& node = decode_[at];
+      DecodeRouter& router = decode_routers_[static_cast<std::size_t>(node.pool)];
+      router.stop(node.in_pool);
+      orphans = router.orphans().value();
+      node.alive = node.running = false;
+      ++node.version;
+    }
+    std::vector<std::int32_t>
+        slots;  // orphans from before, which wait for something else, stay where they are
+    for (const RequestId id : orphans) {
+      const std::int32_t slot = slot_of_[static_cast<std::size_t>(id)];
+      if (slot >= 0 && depends_on(call(slot), fault)) slots.push_back(slot);
+    }
+    for (const std::int32_t slot : slots) end_attempt(slot);
+    report_.rerouted += std::ssize(slots);
+    for (const std::int32_t slot : slots) begin(slot);
+    poke();
+  }
+  [[nodiscard]] static bool depends_on(const detail::SimCall& one, const SimFault& fault) {
+    if (fault.side == SimFault::Side::kDecode) {
+      return one.decode == fault.worker && one.phase != Phase::kStranded && one.phase != Phase::kIdle;
+    }
+    return one.prefill == fault.worker && (one.phase == Phase::kQueued || one.phase == Phase::kPrefill ||
+                                           one.phase == Phase::kPending || one.phase == Phase::kTransfer);
+  }
+  void up(const SimFault& fault) {
+    const auto at = static_cast<std::size_t>(fault.worker);
+    Status status;
+    if (fault.side == SimFault::Side::kPrefill) {
+      detail::PrefillNode& node = prefill_[at];
+      status = refill(node);
+      node.alive = true;
+      node.link_free = node.host_link_free = now_;
+      if (status.ok()) status = prefill_router(node).start(node.in_pool, ++node.epoch);
+    } else {
+      detail::DecodeNode& node = decode_[at];
+      status = refill(node);
+      node.alive = true;
+      node.link_free = now_;
+      if (status.ok()) {
+        status = decode_routers_[static_cast<std::size_t>(node.pool)].start(node.in_pool, ++node.epoch);
+      }
+    }
+    CODEGEMM_ASSERT(status.ok());
+    for (const std::int32_t slot : std::exchange(stranded_, {})) begin(slot);
+    poke();
+  }
+  /// What an attempt's end has freed on workers that live may be what others wait for.
+  void poke() {
+    for (std::int32_t i = 0; i < config_.decode_workers; ++i) {
+      if (decode_[static_cast<std::size_t>(i)].alive) pump(i);
+    }
+    for (std::int32_t i = 0; i < config_.prefill_workers; ++i) step(i);
+  }
+
+  // --- Measuring ---
+
+  void sample() {
+    std::int64_t prefill_blocks = 0;
+    std::int64_t decode_blocks = 0;
+    for (const detail::PrefillNode& node : prefill_) prefill_blocks += node.allocator->stats().in_use_blocks;
+    for (const detail::DecodeNode& node : decode_) decode_blocks += node.allocator->stats().in_use_blocks;
+    const double block_bytes = config_.block_tokens * config_.kv_bytes_per_token;
+    const double prefill_bytes = static_cast<double>(prefill_blocks) * block_bytes;
+    const double decode_bytes = static_cast<double>(decode_blocks) * block_bytes;
+    report_.prefill_kv_bytes_most = std::max(report_.prefill_kv_bytes_most, prefill_bytes);
+    report_.decode_kv_bytes_most = std::max(report_.decode_kv_bytes_most, decode_bytes);
+    prefill_bytes_sum_ += prefill_bytes;
+    decode_bytes_sum_ += decode_bytes;
+    ++samples_;
+    if (!events_.empty()) events_.push(now_ + config_.sample_seconds, Event::kSample, 0);
+  }
+  void finish() {
+    report_.session_latency = percentiles(std::move(session_latency_));
+    report_.call_latency = percentiles(std::move(latency_));
+    report_.first_token = percentiles(std::move(first_token_));
+    report_.per_token = percentiles(std::move(per_token_));
+    report_.prefill_wait = percentiles(std::move(prefill_wait_));
+    const std::size_t tenth = ends_.size() / 10;
+    if (tenth > 0) {
+      std::int64_t tokens = 0;
+      for (std::size_t i = tenth; i < ends_.size() - tenth; ++i) tokens += ends_[i].tokens;
+      const double seconds = ends_[ends_.size() - tenth - 1].time - ends_[tenth - 1].time;
+      if (seconds > 0.0) report_.tokens_per_second = static_cast<double>(tokens) / seconds;
+    }
+    for (const std::int32_t slot : slot_of_) report_.calls_unfinished += slot >= 0 ? 1 : 0;
+    const double seconds = std::max(report_.seconds, 1e-300);
+    for (const detail::PrefillNode& node : prefill_) report_.prefill_busy += node.busy_seconds;
+    for (const detail::DecodeNode& node : decode_) report_.decode_busy += node.busy_seconds;
+    report_.prefill_busy /= seconds * config_.prefill_workers;
+    report_.decode_busy /= seconds * config_.decode_workers;
+    report_.mean_batch =
+        static_cast<double>(batch_steps_) / static_cast<double>(std::max<std::int64_t>(steps_, 1));
+    report_.prefill_kv_bytes_mean = prefill_bytes_sum_ / static_cast<double>(samples_);
+    report_.decode_kv_bytes_mean = decode_bytes_sum_ / static_cast<double>(samples_);
+    report_.events = events_.pushed();
+  }
+
+  [[nodiscard]] static Status check_allocator(const SimAllocator& allocator, const char* side) {
+    const KvStats stats = allocator.stats();
+    if (stats.sequences != 0 || stats.in_use_blocks != 0) {
+      return error(StatusCode::kCorruptData, "a ", side, " worker has ", stats.in_use_blocks,
+                   " blocks in use by ", stats.sequences, " sequences");
+    }
+    return allocator.check_invariants();
+  }
+  template <class AnyRouter>
+  [[nodiscard]] Status check_router(const AnyRouter& router) const {
+    if (router.requests() != report_.calls_unfinished && report_.calls_unfinished == 0) {
+      return error(StatusCode::kCorruptData, "a router has ", router.requests(), " requests left");
+    }
+    return router.check_invariants();
+  }
+
+  struct End {
+    double time = 0.0;
+    std::int32_t tokens = 0;
+  };
+
+  std::int32_t prefill_pools_ = 1;
+  std::vector<PrefillRouter> prefill_routers_;  // [prefill_pools_]
+  std::vector<DecodeRouter> decode_routers_;    // [modules]
+  std::unique_ptr<AdmissionQueue<FairOrder>> sessions_;
+  std::vector<std::int32_t> slot_of_;  // [calls of the workload], -1: not under way
+  std::vector<std::int32_t> idle_;     // slots
+  std::vector<std::int32_t> stranded_;
+  std::vector<std::uint64_t> hashes_;
+  std::vector<double> latency_;
+  std::vector<double> first_token_;
+  std::vector<double> per_token_;
+  std::vector<double> prefill_wait_;
+  std::vector<double> session_latency_;
+  std::vector<End> ends_;
+  double prefill_bytes_sum_ = 0.0;
+  double decode_bytes_sum_ = 0.0;
+  std::int64_t samples_ = 0;
+  bool ran_ = false;
+};
+
+}  // namespace prefillshare

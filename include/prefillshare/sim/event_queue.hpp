@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/sim/event_queue.hpp - what happens next.
+// Layer: sim (host only).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace prefillshare {
+
+/// A binary heap by time; events of one time come in the order in which they were put in, so that a run is
+/// the same each time. Nothing is taken out early: who changes his mind raises the version that he compares.
+template <class Kind>
+class EventQueue {
+ public:
+  struct Event {
+    double time = 0.0;
+    std::uint64_t order = 0;
+    Kind kind{};
+    std::int32_t subject = 0;
+    std::uint32_t version = 0;
+  };
+
+  void push(double time, Kind kind, std::int32_t subject, std::uint32_t version = 0) {
+    heap_.push_back({time, ++pushed_, kind, subject, version});
+    std::push_heap(heap_.begin(), heap_.end(), after);
+  }
+  [[nodiscard]] bool empty() const noexcept { return heap_.empty(); }
+  [[nodiscard]] Event pop() {
+    std::pop_heap(heap_.begin(), heap_.end(), after);
+    const Event event = heap_.back();
+    heap_.pop_back();
+    return event;
+  }
+  [[nodiscard]] std::uint64_t pushed() const noexcept { return pushed_; }
+
+ private:
+  [[nodiscard]] static bool after(const Event& a, const Event& b) noexcept {
+    return a.time != b.time ? a.time > b.time : a.order > b.order;
+  }
+
+  std::vector<Event> heap_;
+  std::uint64_t pushed_ = 0;
+};
+
+}  // namespace prefillshare
