@@ -52,12 +52,13 @@ inline void lay_out_tokens(const DensePlan& plan, MatrixView<const float> x, std
   }
 }
 
-/// y = x W^T. fill(first_row, first_k, depth, panels) brings rows [first_row, first_row + 48) of W, as far as
+/// y = x W^T, or y += x W^T if `accumulate`. fill(first_row, first_k, depth, panels) brings rows [first_row, first_row + 48) of W, as far as
 /// they exist, and columns [first_k, first_k + depth) to panels[3][depth][16]; rows beyond the matrix but
 /// inside a panel of 16 are 0. T, N, K > 0; workspace: plan.floats().
 template <class Fill>
 void run_dense_product(const DensePlan& plan, Multiply multiply, MatrixView<const float> x,
-                       MatrixView<float> y, float* workspace, Executor& executor, Fill&& fill) {
+                       MatrixView<float> y, float* workspace, Executor& executor, Fill&& fill,
+                       bool accumulate = false) {
   constexpr std::int64_t kTokens = CpuTiles::kDenseTokens;
   constexpr std::int64_t kRows = CpuTiles::kDenseRows;
   float* const x_tiles = workspace + executor.workers() * plan.worker_floats;
@@ -83,7 +84,7 @@ void run_dense_product(const DensePlan& plan, Multiply multiply, MatrixView<cons
                                 depth,
                                 y.row(tile * kTokens) + row,
                                 y.stride,
-                                slab > 0};
+                                accumulate || slab > 0};
           const std::int64_t tokens = std::min(kTokens, plan.tokens - tile * kTokens);
           const std::int64_t rows = std::min(kRows, plan.rows - row);
           if (tokens == kTokens && rows == kRows) {
