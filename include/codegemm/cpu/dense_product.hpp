@@ -52,9 +52,10 @@ inline void lay_out_tokens(const DensePlan& plan, MatrixView<const float> x, std
   }
 }
 
-/// y = x W^T, or y += x W^T if `accumulate`. fill(first_row, first_k, depth, panels) brings rows [first_row, first_row + 48) of W, as far as
-/// they exist, and columns [first_k, first_k + depth) to panels[3][depth][16]; rows beyond the matrix but
-/// inside a panel of 16 are 0. T, N, K > 0; workspace: plan.floats().
+/// y = x W^T, or y += x W^T if `accumulate`. fill(first_row, first_k, depth, panels) brings rows [first_row,
+/// first_row + 48) of W, as far as they exist, and columns [first_k, first_k + depth) to
+/// panels[3][depth][16]; rows beyond the matrix but inside a panel of 16 are 0. T, N, K > 0; workspace:
+/// plan.floats().
 template <class Fill>
 void run_dense_product(const DensePlan& plan, Multiply multiply, MatrixView<const float> x,
                        MatrixView<float> y, float* workspace, Executor& executor, Fill&& fill,

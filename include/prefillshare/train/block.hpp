@@ -139,8 +139,8 @@ class BlockPass {
     add(mid_.data(), tokens * h, y);
   }
 
-  /// In place of dy[tokens][hidden] the gradient of x; the weights' are added to `g`. After forward() with the
-  /// same arguments; what it kept is used up.
+  /// In place of dy[tokens][hidden] the gradient of x; the weights' are added to `g`. After forward() with
+  /// the same arguments; what it kept is used up.
   void backward(const BlockWeights<T>& w, BlockGradients<T> g, std::span<const Segment<T>> segments,
                 const std::int64_t* positions, std::int64_t layer, std::int64_t tokens, const T* x, T* dy) {
     Executor& ex = executor();

@@ -29,8 +29,8 @@ void norm_rows(const T* x, const T* weight, double epsilon, std::int64_t rows, s
   }
 }
 
-/// The gradient of norm_rows(): dx = or += (if `add`) that of x out of dy, that of out. weight_sum[width] gets
-/// the rows' gradient of the weight added. dx may be dy.
+/// The gradient of norm_rows(): dx = or += (if `add`) that of x out of dy, that of out. The rows' gradient of
+/// the weight is added to weight_sum[width]. dx may be dy.
 template <class T>
 void norm_rows_backward(const T* x, const T* weight, const T* inverse, const T* dy, std::int64_t rows,
                         std::int64_t width, T* dx, bool add, T* weight_sum) {

@@ -7,10 +7,9 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <new>
+#include <span>
 #include <type_traits>
 
-#include <codegemm/base/aligned_buffer.hpp>
 #include <codegemm/dense.hpp>
 #include <codegemm/dense_nn.hpp>
 #include <codegemm/quantize/guarded_loop.hpp>
@@ -32,7 +31,7 @@ class Products {
   void nt(MatrixView<const T> x, MatrixView<const T> w, MatrixView<T> y) {
     if constexpr (std::is_same_v<T, float>) {
       reserve(codegemm::dense_workspace_bytes(w.rows, w.cols, x.rows, executor_.workers()));
-      require(codegemm::dense_gemm(w, x, y, scratch_.span(), executor_));
+      require(codegemm::dense_gemm(w, x, y, std::as_writable_bytes(scratch_.span()), executor_));
     } else {
       by_rows(y.rows, [&](std::int64_t first, std::int64_t count) {
         map(y.rows_from(first, count)).noalias() = map(x.rows_from(first, count)) * map(w).transpose();
@@ -44,7 +43,7 @@ class Products {
   void nn(MatrixView<const T> x, MatrixView<const T> w, MatrixView<T> y, bool add) {
     if constexpr (std::is_same_v<T, float>) {
       reserve(codegemm::dense_nn_workspace_bytes(w.rows, w.cols, x.rows, executor_.workers()));
-      require(codegemm::dense_gemm_nn(x, w, y, add, scratch_.span(), executor_));
+      require(codegemm::dense_gemm_nn(x, w, y, add, std::as_writable_bytes(scratch_.span()), executor_));
     } else {
       by_rows(y.rows, [&](std::int64_t first, std::int64_t count) {
         if (!add) map(y.rows_from(first, count)).setZero();
@@ -56,9 +55,7 @@ class Products {
   /// y[N][K] = a[T][N]^T b[T][K], or += if `add`.
   void tn(MatrixView<const T> a, MatrixView<const T> b, MatrixView<T> y, bool add) {
     if constexpr (std::is_same_v<T, float>) {
-      const std::int64_t size = a.rows * a.cols;
-      if (turned_.size() < static_cast<std::size_t>(size) && !turned_.reserve(static_cast<std::size_t>(size)))
-        throw std::bad_alloc();
+      if (turned_.size() < a.rows * a.cols) turned_.resize(a.rows * a.cols);
       const MatrixView<T> turned(turned_.data(), a.cols, a.rows);
       by_rows(a.cols, [&](std::int64_t first, std::int64_t count) {
         map(turned.rows_from(first, count)) = map(a).middleCols(first, count).transpose();
@@ -87,15 +84,16 @@ class Products {
   }
 
   void reserve(std::size_t bytes) {
-    if (scratch_.size() < bytes && !scratch_.reserve(bytes)) throw std::bad_alloc();
+    const auto floats = static_cast<std::int64_t>(bytes / sizeof(float));
+    if (scratch_.size() < floats) scratch_.resize(floats);
   }
 
   // The shapes come from a validated model, the memory from reserve(): only a fault here can fail.
   static void require([[maybe_unused]] const Status& status) { CODEGEMM_ASSERT(status.ok()); }
 
   Executor& executor_;
-  codegemm::AlignedBuffer<std::byte> scratch_;
-  codegemm::AlignedBuffer<T> turned_;  // a^T
+  Tensor<float> scratch_;
+  Tensor<T> turned_;  // a^T
 };
 
 }  // namespace prefillshare::detail

@@ -26,6 +26,26 @@ namespace prefillshare {
 template <class T>
 concept TrainScalar = std::same_as<T, float> || std::same_as<T, double>;
 
+namespace detail {
+
+/// Memory that begins on a cache line.
+template <class T>
+struct AlignedAllocator {
+  using value_type = T;
+  AlignedAllocator() = default;
+  template <class U>
+  explicit AlignedAllocator(const AlignedAllocator<U>& /*other*/) noexcept {}
+  [[nodiscard]] T* allocate(std::size_t count) {
+    return static_cast<T*>(::operator new (count * sizeof(T), std::align_val_t{codegemm::kBufferAlignment}));
+  }
+  void deallocate(T* memory, std::size_t /*count*/) noexcept {
+    ::operator delete (memory, std::align_val_t{codegemm::kBufferAlignment});
+  }
+  friend bool operator==(const AlignedAllocator&, const AlignedAllocator&) noexcept { return true; }
+};
+
+}  // namespace detail
+
 /// `size()` values, zero at first, on a cache line, so that vector code takes the same elements on every run.
 /// Inside of the training core memory that is short is std::bad_alloc; its entry points make kOutOfMemory of
 /// it.
@@ -36,20 +56,19 @@ class Tensor {
   explicit Tensor(std::int64_t size) { resize(size); }
 
   /// Loses the old values.
-  void resize(std::int64_t size) {
-    if (!buffer_.reserve(static_cast<std::size_t>(size))) throw std::bad_alloc();
-    zero();
-  }
-  void zero() noexcept { std::fill_n(buffer_.data(), buffer_.size(), T{0}); }
+  void resize(std::int64_t size) { values_ = Values(static_cast<std::size_t>(size), T{0}); }
+  void zero() noexcept { std::fill(values_.begin(), values_.end(), T{0}); }
 
-  [[nodiscard]] std::int64_t size() const noexcept { return static_cast<std::int64_t>(buffer_.size()); }
-  [[nodiscard]] bool empty() const noexcept { return buffer_.size() == 0; }
-  [[nodiscard]] T* data() noexcept { return buffer_.data(); }
-  [[nodiscard]] const T* data() const noexcept { return buffer_.data(); }
-  [[nodiscard]] std::span<T> span() noexcept { return buffer_.span(); }
-  [[nodiscard]] std::span<const T> span() const noexcept { return buffer_.span(); }
-  [[nodiscard]] T& operator[](std::int64_t i) noexcept { return buffer_.data()[i]; }
-  [[nodiscard]] const T& operator[](std::int64_t i) const noexcept { return buffer_.data()[i]; }
+  [[nodiscard]] std::int64_t size() const noexcept { return static_cast<std::int64_t>(values_.size()); }
+  [[nodiscard]] bool empty() const noexcept { return values_.empty(); }
+  [[nodiscard]] T* data() noexcept { return values_.data(); }
+  [[nodiscard]] const T* data() const noexcept { return values_.data(); }
+  [[nodiscard]] std::span<T> span() noexcept { return values_; }
+  [[nodiscard]] std::span<const T> span() const noexcept { return values_; }
+  [[nodiscard]] T& operator[](std::int64_t i) noexcept { return values_[static_cast<std::size_t>(i)]; }
+  [[nodiscard]] const T& operator[](std::int64_t i) const noexcept {
+    return values_[static_cast<std::size_t>(i)];
+  }
   [[nodiscard]] MatrixView<T> rows(std::int64_t count, std::int64_t width) noexcept {
     return MatrixView<T>(data(), count, width);
   }
@@ -58,7 +77,8 @@ class Tensor {
   }
 
  private:
-  codegemm::AlignedBuffer<T> buffer_;
+  using Values = std::vector<T, detail::AlignedAllocator<T>>;
+  Values values_;
 };
 
 namespace detail {

@@ -77,8 +77,8 @@ class TrainableModel {
   }
 
   /// The quantized layers of `matrices` by their names ("model.layers.0.mlp.up_proj"), with their codebooks
-  /// and scales as parameters, and all norms. Layers that are not among them, the embedding and biases stay as
-  /// the dense model has them. kShapeMismatch names the layer; kNotFound for a name that the model lacks.
+  /// and scales as parameters, and all norms. Layers that are not among them, the embedding and biases stay
+  /// as the dense model has them. kShapeMismatch names the layer; kNotFound for a name that the model lacks.
   [[nodiscard]] static Result<TrainableModel> codebooks(
       std::shared_ptr<const LlamaModel<DenseLinear>> model,
       const std::map<std::string, codegemm::QuantizedMatrix>& matrices) {
