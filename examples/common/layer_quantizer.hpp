@@ -38,7 +38,8 @@ struct QuantizeProgress {
 
 /// A LayerReplacer that quantizes, and a BlockFinisher that tunes each block's codebooks, scales and norms if
 /// asked to. Every finished layer is one file of `folder`, whole or not at all, that names the run it belongs
-/// to; find() takes it for done only if that is this run. A tuned block is two more, NAME.norms and NAME.tuned.
+/// to; find() takes it for done only if that is this run. A tuned block is two more, NAME.norms and
+/// NAME.tuned.
 class LayerQuantizer {
  public:
   /// `run` says all that the result depends on: the model, the options, the calibration tokens.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/train/state.hpp - a training run on disk: parameters, the optimizer's moments and the step; and
-// a model's tensors under their names in Hugging Face checkpoints.
+// prefillshare/train/state.hpp - a training run on disk: parameters, the optimizer's moments and the step;
+// and a model's tensors under their names in Hugging Face checkpoints.
 // Layer: train (host only).
 #pragma once
 
@@ -53,8 +53,8 @@ void for_each_state_tensor(ParameterList<float>& parameters, AdamW<float>& optim
   return codegemm::write_safetensors(path, tensors, texts);
 }
 
-/// Reads it back, bit for bit. kIncompatible for the state of another run, kCorruptData with the tensor's name
-/// where the file does not fit the parameters; both are then as they were.
+/// Reads it back, bit for bit. kIncompatible for the state of another run, kCorruptData with the tensor's
+/// name where the file does not fit the parameters; all is then as it was.
 [[nodiscard]] inline Status load_state(const std::string& path, const std::string& run,
                                        ParameterList<float>& parameters, AdamW<float>& optimizer) {
   const Result<codegemm::SafetensorsFile> file = codegemm::SafetensorsFile::open(path);

@@ -91,9 +91,9 @@ namespace detail {
 template <LinearLayer Base>
 class Trainer {
  public:
-  /// `model` and `executor` must outlive the trainer. `run` names the base and the model (their fingerprints);
-  /// options and data are added to it. Errors: kIncompatible for a base whose cache the model cannot read;
-  /// kInvalidArgument for options, and for an example with its number (from 0); kOutOfMemory.
+  /// `model` and `executor` must outlive the trainer. `run` names the base and the model (their
+  /// fingerprints); options and data are added to it. Errors: kIncompatible for a base whose cache the model
+  /// cannot read; kInvalidArgument for options, and for an example with its number (from 0); kOutOfMemory.
   [[nodiscard]] static Result<Trainer> create(TrainableModel<float>& model,
                                               std::shared_ptr<const LlamaModel<Base>> base,
                                               std::vector<TrainingExample> examples,
@@ -218,8 +218,8 @@ class Trainer {
     return {};
   }
 
-  /// Mean loss over the target tokens of other examples, reading `sharing` of each prompt from the base: naive
-  /// sharing is a model that was trained with 0 and is judged with 1. Errors as step().
+  /// Mean loss over the target tokens of other examples, reading `sharing` of each prompt from the base:
+  /// naive sharing is a model that was trained with 0 and is judged with 1. Errors as step().
   [[nodiscard]] Result<double> evaluate(std::span<const TrainingExample> examples, double sharing) {
     const std::int64_t most = std::min(pass_.max_context(), options_.max_tokens);
     std::vector<std::size_t> all(examples.size());

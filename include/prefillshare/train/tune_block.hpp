@@ -250,11 +250,11 @@ class BlockTuner {
 
 }  // namespace detail
 
-/// Tunes the codebooks, scales and norms of `block` by Adam, codes fixed, until its output on stream.inputs is
-/// near stream.targets. `biases` gives the layers' biases, which stay. The result is rounded to fp16 and
-/// judged on sequences that were not learned from: where it is no better there, the block comes back as it
-/// was. The same bits for any number of workers. `report` may be null. Errors: kInvalidArgument for options,
-/// kShapeMismatch for a block that does not fit the config, kOutOfMemory.
+/// Tunes the codebooks, scales and norms of `block` by Adam, codes fixed, so that its output on stream.inputs
+/// comes nearer to stream.targets. `biases` gives the layers' biases, which stay. The result is rounded to
+/// fp16 and judged on sequences that were not learned from: where it is no better there, the block comes back
+/// as it was. The same bits for any number of workers. `report` may be null. Errors: kInvalidArgument for
+/// options, kShapeMismatch for a block that does not fit the config, kOutOfMemory.
 [[nodiscard]] inline Result<QuantizedBlock> tune_block(const ModelConfig& config, const QuantizedBlock& block,
                                                        const LlamaLayer<DenseLinear>& biases,
                                                        const BlockStream& stream,
