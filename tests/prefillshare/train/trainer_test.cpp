@@ -155,6 +155,42 @@ TEST_CASE("fine-tuning on the base's cache learns a rule, and the base stays", "
   }
 }
 
+TEST_CASE("training on the base's cache keeps what naive sharing of a fine-tuned model loses", "[train]") {
+  // The prompt's first tokens decide the target, so it can only come out of the cache.
+  const auto base = random_model(small_config(), 1014);
+  const auto make = [](std::uint64_t seed, int count) {
+    Rng rng(seed);
+    std::vector<TrainingExample> out;
+    for (int i = 0; i < count; ++i) {
+      const auto kind = static_cast<std::int32_t>(rng.below(12));
+      out.push_back({std::vector<std::int32_t>(static_cast<std::size_t>(3 + rng.below(4)), 20 + kind),
+                     {(5 * kind + 1) % 12, 60}});
+      out.back().prompt.push_back(59);
+    }
+    return out;
+  };
+  const auto examples = make(1015, 200);
+  const auto held_out = make(1016, 40);
+  codegemm::ThreadPool pool(2);
+  TrainOptions options = quick_options();
+  options.steps = 100;
+  const auto losses = [&](double sharing) {
+    auto model = TrainableModel<float>::full(base).value();
+    options.sharing = sharing;
+    auto trainer = Trainer<DenseLinear>::create(model, base, examples, options, "x", pool).value();
+    const double before = trainer.evaluate(held_out, 1.0).value();
+    REQUIRE(trainer.run("", 0).ok());
+    return std::vector<double>{before, trainer.evaluate(held_out, 0.0).value(),
+                               trainer.evaluate(held_out, 1.0).value()};
+  };
+  const std::vector<double> full = losses(0.0);
+  const std::vector<double> shared = losses(1.0);
+  CAPTURE(full[0], full[1], full[2], shared[0], shared[2]);
+  CHECK(full[1] < 0.2 * full[0]);
+  CHECK(shared[2] < 0.2 * shared[0]);
+  CHECK(full[2] > 3.0 * shared[2]);  // the fully fine-tuned model on the base's cache
+}
+
 TEST_CASE("a run that was killed goes on to the same bits, with any workers", "[train]") {
   const auto base = random_model(small_config(), 1021);
   const auto examples = some_examples(1022, 13);
