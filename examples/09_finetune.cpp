@@ -7,8 +7,9 @@
 // Lines of the data are {"prompt": "...", "target": "..."}. MODEL is a GGUF file or a Hugging Face folder;
 // --base names another one where it has been fine-tuned before. Methods: prefillshare reads the prompt from
 // the base's cache, full runs it itself, naive-eval trains nothing and reports the loss of MODEL both on its
-// own cache and on the base's. Parameters: all weights, low-rank deltas (merged in the end), or the codebooks,
-// scales and norms of a folder that 06_quantize.cpp wrote. A run that was stopped goes on where it was.
+// own cache and on the base's. Parameters: all weights, low-rank deltas (merged in the end), or the
+// codebooks, scales and norms of a folder that 06_quantize.cpp wrote. A run that was stopped goes on where it
+// was.
 // test: --model {model} --data {source}/examples/data/capitals.jsonl --out {work}/tuned --parameters lora --steps 2 --batch 2 --limit 4
 // test: --model {model} --data {source}/examples/data/capitals.jsonl --method naive-eval --limit 4
 

@@ -112,7 +112,7 @@ class LayerQuantizer {
       if (!tuned.ok()) return tuned.status();
       if (Status s = save(name, layer, *tuned, report); !s.ok()) return s;
       done_ += work;
-      tell(codegemm::concat(name, " tuned"), done_, report.kept ? report.after : report.before);
+      tell(codegemm::concat(name, " tuned"), done_, report.after);
     } else {
       found_ += work;
       done_ += work;

@@ -79,8 +79,8 @@ class SegmentAttention {
       for_queries(s, kv, [&](std::int64_t head, std::int64_t row, std::int64_t count) {
         const std::int64_t keys = s.prefix + row + count;
         probabilities(s, head, row, count, q, scratch);
-        head_rows(out, shape_.heads, s.first + row, head, count).noalias() =
-            matrix(scratch.scores, count, keys) * matrix(scratch.v, keys, shape_.head_dim);
+        eigen_nn<T>(matrix(scratch.scores, count, keys), matrix(scratch.v, keys, shape_.head_dim),
+                    head_rows(out, shape_.heads, s.first + row, head, count), false);
       });
     });
   }
@@ -99,22 +99,27 @@ class SegmentAttention {
         const std::int64_t keys = s.prefix + row + count;
         const std::int64_t own = row + count;  // keys that have a gradient
         probabilities(s, head, row, count, q, scratch);
-        const auto p = matrix(scratch.scores, count, keys);
-        auto ds = matrix(scratch.dscores, count, keys);
-        const auto queries = head_rows(q, shape_.heads, s.first + row, head, count);
-        const auto d = head_rows(dout, shape_.heads, s.first + row, head, count);
-        const auto o = head_rows(out, shape_.heads, s.first + row, head, count);
-        matrix(scratch.dv, own, dim).noalias() += p.rightCols(own).transpose() * d;
-        ds.noalias() = d * matrix(scratch.v, keys, dim).transpose();
+        const MatrixView<T> p = matrix(scratch.scores, count, keys);
+        const MatrixView<T> ds = matrix(scratch.dscores, count, keys);
+        const MatrixView<const T> queries = head_rows(q, shape_.heads, s.first + row, head, count);
+        const MatrixView<const T> d = head_rows(dout, shape_.heads, s.first + row, head, count);
+        const MatrixView<const T> o = head_rows(out, shape_.heads, s.first + row, head, count);
+        eigen_tn<T>(own_columns(scratch.scores, s.prefix, count, own), d, matrix(scratch.dv, own, dim), true);
+        eigen_nt<T>(d, matrix(scratch.v, keys, dim), ds);
         for (std::int64_t i = 0; i < count; ++i) {
-          const T mean = d.row(i).dot(o.row(i));
-          ds.row(i).array() = p.row(i).array() * (ds.row(i).array() - mean) * scale;
+          const T mean = (TrainConstArray<T>(d.row(i), dim) * TrainConstArray<T>(o.row(i), dim)).sum();
+          TrainArray<T> row_values(ds.row(i), keys);
+          row_values = TrainConstArray<T>(p.row(i), keys) * (row_values - mean) * scale;
         }
-        head_rows(dq, shape_.heads, s.first + row, head, count).noalias() = ds * matrix(scratch.k, keys, dim);
-        matrix(scratch.dk, own, dim).noalias() += ds.rightCols(own).transpose() * queries;
+        eigen_nn<T>(ds, matrix(scratch.k, keys, dim), head_rows(dq, shape_.heads, s.first + row, head, count),
+                    false);
+        eigen_tn<T>(own_columns(scratch.dscores, s.prefix, count, own), queries, matrix(scratch.dk, own, dim),
+                    true);
       });
-      head_rows(dk, shape_.kv_heads, s.first, kv, s.count) = matrix(scratch.dk, s.count, dim);
-      head_rows(dv, shape_.kv_heads, s.first, kv, s.count) = matrix(scratch.dv, s.count, dim);
+      map_of<T>(head_rows(dk, shape_.kv_heads, s.first, kv, s.count)) =
+          map_of<T>(matrix(scratch.dk, s.count, dim));
+      map_of<T>(head_rows(dv, shape_.kv_heads, s.first, kv, s.count)) =
+          map_of<T>(matrix(scratch.dv, s.count, dim));
     });
   }
 
@@ -163,9 +168,8 @@ class SegmentAttention {
                      AttentionScratch<T>& scratch) const {
     const std::int64_t keys = s.prefix + row + count;
     const T scale = T{1} / std::sqrt(static_cast<T>(shape_.head_dim));
-    auto p = matrix(scratch.scores, count, keys);
-    p.noalias() = head_rows(q, shape_.heads, s.first + row, head, count) *
-                  matrix(scratch.k, keys, shape_.head_dim).transpose();
+    eigen_nt<T>(head_rows(q, shape_.heads, s.first + row, head, count),
+                matrix(scratch.k, keys, shape_.head_dim), matrix(scratch.scores, count, keys));
     for (std::int64_t i = 0; i < count; ++i) {
       const std::int64_t seen = s.prefix + row + i + 1;
       T* const from = scratch.scores.data() + i * keys;
@@ -177,18 +181,19 @@ class SegmentAttention {
     }
   }
 
-  static Eigen::Map<TrainMatrix<T>> matrix(Tensor<T>& x, std::int64_t rows, std::int64_t cols) {
-    return {x.data(), rows, cols};
+  static MatrixView<T> matrix(Tensor<T>& x, std::int64_t rows, std::int64_t cols) {
+    return MatrixView<T>(x.data(), rows, cols);
   }
-  TrainMap<T> head_rows(T* x, std::int64_t heads, std::int64_t row, std::int64_t head,
-                        std::int64_t count) const {
-    return {x + (row * heads + head) * shape_.head_dim, count, shape_.head_dim,
-            Eigen::OuterStride<>(heads * shape_.head_dim)};
+  /// The columns of a score matrix behind the prefix.
+  static MatrixView<T> own_columns(Tensor<T>& x, std::int64_t prefix, std::int64_t rows, std::int64_t own) {
+    return MatrixView<T>(x.data() + prefix, rows, own, prefix + own);
   }
-  TrainConstMap<T> head_rows(const T* x, std::int64_t heads, std::int64_t row, std::int64_t head,
-                             std::int64_t count) const {
-    return {x + (row * heads + head) * shape_.head_dim, count, shape_.head_dim,
-            Eigen::OuterStride<>(heads * shape_.head_dim)};
+  /// One head of some tokens of x[T][heads][head_dim].
+  template <class Value>
+  [[nodiscard]] MatrixView<Value> head_rows(Value* x, std::int64_t heads, std::int64_t row, std::int64_t head,
+                                            std::int64_t count) const {
+    return MatrixView<Value>(x + (row * heads + head) * shape_.head_dim, count, shape_.head_dim,
+                             heads * shape_.head_dim);
   }
 
   AttentionShape shape_;

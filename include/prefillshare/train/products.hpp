@@ -34,7 +34,7 @@ class Products {
       require(codegemm::dense_gemm(w, x, y, std::as_writable_bytes(scratch_.span()), executor_));
     } else {
       by_rows(y.rows, [&](std::int64_t first, std::int64_t count) {
-        map(y.rows_from(first, count)).noalias() = map(x.rows_from(first, count)) * map(w).transpose();
+        eigen_nt<T>(x.rows_from(first, count), w, y.rows_from(first, count));
       });
     }
   }
@@ -46,8 +46,7 @@ class Products {
       require(codegemm::dense_gemm_nn(x, w, y, add, std::as_writable_bytes(scratch_.span()), executor_));
     } else {
       by_rows(y.rows, [&](std::int64_t first, std::int64_t count) {
-        if (!add) map(y.rows_from(first, count)).setZero();
-        map(y.rows_from(first, count)).noalias() += map(x.rows_from(first, count)) * map(w);
+        eigen_nn<T>(x.rows_from(first, count), w, y.rows_from(first, count), add);
       });
     }
   }
@@ -58,23 +57,18 @@ class Products {
       if (turned_.size() < a.rows * a.cols) turned_.resize(a.rows * a.cols);
       const MatrixView<T> turned(turned_.data(), a.cols, a.rows);
       by_rows(a.cols, [&](std::int64_t first, std::int64_t count) {
-        map(turned.rows_from(first, count)) = map(a).middleCols(first, count).transpose();
+        map_of<T>(turned.rows_from(first, count)) = map_of<T>(a).middleCols(first, count).transpose();
       });
       nn(turned, b, y, add);
     } else {
       by_rows(y.rows, [&](std::int64_t first, std::int64_t count) {
-        if (!add) map(y.rows_from(first, count)).setZero();
-        map(y.rows_from(first, count)).noalias() += map(a).middleCols(first, count).transpose() * map(b);
+        const MatrixView<const T> part(a.data + first, a.rows, count, a.stride);
+        eigen_tn<T>(part, b, y.rows_from(first, count), add);
       });
     }
   }
 
  private:
-  static TrainMap<T> map(MatrixView<T> m) { return {m.data, m.rows, m.cols, Eigen::OuterStride<>(m.stride)}; }
-  static TrainConstMap<T> map(MatrixView<const T> m) {
-    return {m.data, m.rows, m.cols, Eigen::OuterStride<>(m.stride)};
-  }
-
   template <class Body>
   void by_rows(std::int64_t rows, Body&& body) {
     constexpr std::int64_t kRows = 64;

@@ -94,6 +94,35 @@ using TrainArray = Eigen::Map<Eigen::Array<T, Eigen::Dynamic, 1>>;
 template <class T>
 using TrainConstArray = Eigen::Map<const Eigen::Array<T, Eigen::Dynamic, 1>>;
 
+template <class T>
+[[nodiscard]] TrainMap<T> map_of(MatrixView<T> m) {
+  return {m.data, m.rows, m.cols, Eigen::OuterStride<>(m.stride)};
+}
+template <class T>
+[[nodiscard]] TrainConstMap<T> map_of(MatrixView<const T> m) {
+  return {m.data, m.rows, m.cols, Eigen::OuterStride<>(m.stride)};
+}
+
+// Eigen's products behind three functions: each expression of its own would be compiled again.
+
+/// c = a b^T on the calling thread.
+template <class T>
+void eigen_nt(MatrixView<const T> a, MatrixView<const T> b, MatrixView<T> c) {
+  map_of<T>(c).noalias() = map_of<T>(a) * map_of<T>(b).transpose();
+}
+/// c = a b, or c += a b.
+template <class T>
+void eigen_nn(MatrixView<const T> a, MatrixView<const T> b, MatrixView<T> c, bool add) {
+  if (!add) map_of<T>(c).setZero();
+  map_of<T>(c).noalias() += map_of<T>(a) * map_of<T>(b);
+}
+/// c = a^T b, or c += a^T b.
+template <class T>
+void eigen_tn(MatrixView<const T> a, MatrixView<const T> b, MatrixView<T> c, bool add) {
+  if (!add) map_of<T>(c).setZero();
+  map_of<T>(c).noalias() += map_of<T>(a).transpose() * map_of<T>(b);
+}
+
 inline constexpr std::int64_t kTokensPerRange = 32;
 
 [[nodiscard]] constexpr std::int64_t token_ranges(std::int64_t tokens) noexcept {

@@ -37,8 +37,9 @@ struct BlockTuneOptions {
 /// Mean over tokens of |y - target|^2 / |target|^2 on the held-out sequences, fp16 rounding included.
 struct BlockTuneReport {
   double before = 0.0;
-  double after = 0.0;
-  bool kept = false;  // whether the tuned block is what was returned
+  double after = 0.0;  // of what was returned
+  bool kept = false;   // whether a tuned block is what was returned
+  float share = 0.0F;  // of the way that Adam went, as kept
 };
 
 /// What a block reads and is to give: [tokens][hidden_size] each, sequence after sequence.
@@ -145,17 +146,36 @@ class BlockTuner {
     }
   }
 
-  /// The block as it is now, rounded to fp16.
+  /// Parameters as they are: where a later move_to() begins or ends.
+  [[nodiscard]] std::vector<Tensor<float>> snapshot() const {
+    std::vector<Tensor<float>> out;
+    for (const Parameter<float>& p : parameters_) {
+      out.emplace_back(p.value.size());
+      std::copy(p.value.span().begin(), p.value.span().end(), out.back().data());
+    }
+    return out;
+  }
+
+  /// The parameters at `share` of the way from `begin` to `end`, rounded to what fp16 holds.
+  void move_to(const std::vector<Tensor<float>>& begin, const std::vector<Tensor<float>>& end, float share) {
+    for (std::size_t i = 0; i < begin.size(); ++i) {
+      Tensor<float>& value = parameters_[i].value;
+      for (std::int64_t e = 0; e < value.size(); ++e) {
+        const float x = begin[i][e] + share * (end[i][e] - begin[i][e]);
+        const float rounded = codegemm::Half::from_float(x).to_float();
+        value[e] = std::isfinite(rounded) ? rounded : begin[i][e];
+      }
+    }
+  }
+
+  /// The block as it is now.
   [[nodiscard]] QuantizedBlock block() const {
     QuantizedBlock out;
     for (const TrainableLinear<float>& linear : linears_) out.linears.push_back(linear.codes()->matrix());
     std::vector<float>* const norms[] = {&out.input_norm, &out.post_attention_norm, &out.q_norm, &out.k_norm};
     for (std::size_t i = 0; i < norms_.size(); ++i) {
       if (norms_[i] == nullptr) continue;
-      for (const float x : norms_[i]->value.span()) {
-        const float rounded = codegemm::Half::from_float(x).to_float();
-        norms[i]->push_back(std::isfinite(rounded) ? rounded : x);  // files keep such norms in fp32
-      }
+      norms[i]->assign(norms_[i]->value.span().begin(), norms_[i]->value.span().end());
     }
     return out;
   }
@@ -251,10 +271,11 @@ class BlockTuner {
 }  // namespace detail
 
 /// Tunes the codebooks, scales and norms of `block` by Adam, codes fixed, so that its output on stream.inputs
-/// comes nearer to stream.targets. `biases` gives the layers' biases, which stay. The result is rounded to
-/// fp16 and judged on sequences that were not learned from: where it is no better there, the block comes back
-/// as it was. The same bits for any number of workers. `report` may be null. Errors: kInvalidArgument for
-/// options, kShapeMismatch for a block that does not fit the config, kOutOfMemory.
+/// comes nearer to stream.targets. `biases` gives the layers' biases, which stay. Where Adam ended, and some
+/// points on the way there, are rounded to fp16 and judged on sequences that were not learned from; the best
+/// is returned, and the block as it was where none is better. The same bits for any number of workers.
+/// `report` may be null. Errors: kInvalidArgument for options, kShapeMismatch for a block that does not fit
+/// the config, kOutOfMemory.
 [[nodiscard]] inline Result<QuantizedBlock> tune_block(const ModelConfig& config, const QuantizedBlock& block,
                                                        const LlamaLayer<DenseLinear>& biases,
                                                        const BlockStream& stream,
@@ -298,17 +319,25 @@ class BlockTuner {
   try {
     BlockTuneReport own;
     BlockTuneReport& out = report != nullptr ? *report : own;
-    QuantizedBlock tuned;
-    {
-      detail::BlockTuner tuner(config, block, biases, stream, options, *rope, executor);
-      out.before = tuner.judge();
-      tuner.run();
-      tuned = tuner.block();
+    detail::BlockTuner tuner(config, block, biases, stream, options, *rope, executor);
+    out.before = out.after = tuner.judge();
+    const std::vector<Tensor<float>> begin = tuner.snapshot();
+    tuner.run();
+    const std::vector<Tensor<float>> end = tuner.snapshot();
+    // Part of the way keeps most of the gain and little of the noise that Adam's steps are made of.
+    float best = 0.0F;
+    for (const float share : {1.0F, 0.5F, 0.25F, 0.125F}) {
+      tuner.move_to(begin, end, share);
+      const double judged = tuner.judge();
+      if (!(judged < out.after)) continue;
+      out.after = judged;
+      best = share;
     }
-    detail::BlockTuner rounded(config, tuned, biases, stream, options, *rope, executor);
-    out.after = rounded.judge();
-    out.kept = out.after < out.before;
-    return out.kept ? tuned : block;
+    out.kept = best > 0.0F;
+    out.share = best;
+    if (!out.kept) return block;
+    tuner.move_to(begin, end, best);
+    return tuner.block();
   } catch (const std::bad_alloc&) {
     return error(StatusCode::kOutOfMemory, "tune_block: no memory for ", options.tokens, " tokens");
   }

@@ -197,6 +197,7 @@ TEST_CASE("a block that tuning would make worse comes back as it was", "[train]"
                                quick_options(), serial, &report);
   REQUIRE(kept.ok());
   CHECK(!report.kept);
+  CHECK(report.after == report.before);
   CHECK(same(*kept, problem.block));
   // A rate that is far too high.
   const Problem fresh;
