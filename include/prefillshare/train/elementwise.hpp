@@ -6,11 +6,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <span>
 
 #include <Eigen/Core>
 
+#include <codegemm/base/aligned_buffer.hpp>
 #include <prefillshare/attention/rope.hpp>
 #include <prefillshare/train/tensor.hpp>
 
@@ -119,7 +121,8 @@ template <class T>
 void swiglu_backward(const T* d, std::int64_t size, T* gate, T* up, Executor& executor) {
   for_elements(size, executor, [&](std::int64_t first, std::int64_t count) {
     constexpr std::int64_t kChunk = 64;
-    T sigmoid[kChunk];
+    // Aligned, since exp() of vector code and of single elements differ in the last bit.
+    alignas(codegemm::kBufferAlignment) T sigmoid[static_cast<std::size_t>(kChunk)];
     for (std::int64_t at = first; at < first + count; at += kChunk) {
       const std::int64_t size_here = std::min(kChunk, first + count - at);
       TrainArray<T> g(gate + at, size_here);
