@@ -59,7 +59,6 @@ struct Options {
 using Matrices = std::map<std::string, codegemm::QuantizedMatrix>;
 
 Matrices quantized_layers(const std::string& folder) {
-  if (!is_quantized_folder(folder)) throw UserError(folder + ": is no quantized model folder");
   const codegemm::ModelCheckpoint checkpoint = unwrap(codegemm::ModelCheckpoint::open(folder));
   Matrices out;
   for (const codegemm::CheckpointEntry& entry : checkpoint.entries())
