@@ -28,7 +28,7 @@ namespace prefillshare {
 
 struct BlockTuneOptions {
   int steps = 16;              ///< of Adam; 0 leaves the block as it is
-  double rate = 2e-3;          ///< highest learning rate, in shares of each tensor's root mean square
+  double rate = 1e-3;          ///< highest learning rate, in shares of each tensor's root mean square
   std::int64_t tokens = 2048;  ///< of a step: as many whole sequences as fit, at least one
   std::int64_t held_out = 4;   ///< sequences that only judge the result; at most a quarter of all
   std::uint64_t seed = 1;      ///< of the order of the sequences
