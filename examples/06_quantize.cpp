@@ -6,7 +6,7 @@
 //
 // MODEL is a GGUF file or a Hugging Face folder; OUT_DIR becomes a folder in CodeGEMM's format or, with one
 // scale a row (g-1), in AQLM's. A run that was stopped goes on where it was when started again.
-// test: {model} {work}/model --format m1v8b4g-1 --calibration {source}/examples/data/river_report.txt --sequences 2 --length 64 --rounds 1 --beam 1 --codebook-steps 2 --quiet
+// test: {model} {work}/model --format m1v8b4g-1 --calibration {source}/examples/data/river_report.txt --sequences 2 --length 64 --rounds 1 --beam 1 --codebook-steps 2 --finetune-steps 2 --quiet
 
 #include <chrono>
 #include <cmath>
@@ -44,6 +44,7 @@ struct Options {
   bool keep_state = false;
   bool quiet = false;
   codegemm::CalibratedOptions quantizer;
+  BlockTuneOptions tune;
 };
 
 std::string time_text(double seconds) {
@@ -75,6 +76,7 @@ codegemm::CheckpointKind kind_of(const Options& options, codegemm::Format format
 struct Layers {
   std::vector<std::string> names;
   std::vector<codegemm::QuantizedMatrix> matrices;
+  ReplacedTensors norms;  // tuned with them
 };
 
 /// Without calibration: k-means, layer by layer.
@@ -106,20 +108,24 @@ Layers quantize_on_text(const Options& options, const LoadedModel& loaded, codeg
               static_cast<long long>(options.length), ids.size(), options.calibration.c_str());
   std::filesystem::create_directories(state);
   const codegemm::CalibratedOptions& q = options.quantizer;
-  const std::string run =
-      codegemm::concat("model ", loaded.fingerprint, ", format ", codegemm::format_name(format), ", tokens ",
-                       hash_tokens(sequences), ", seed ", q.kmeans.seed, ", rounds ", q.rounds, ", beam ",
-                       q.beam, ", tolerance ", q.tolerance, ", damping ", q.damping, ", codebook steps ",
-                       q.codebook_steps, ", corrected ", !options.no_correction, ", version 1");
+  BlockTuneOptions t = options.tune;
+  t.seed = q.kmeans.seed;
+  const std::string run = codegemm::concat(
+      "model ", loaded.fingerprint, ", format ", codegemm::format_name(format), ", tokens ",
+      hash_tokens(sequences), ", seed ", q.kmeans.seed, ", rounds ", q.rounds, ", beam ", q.beam,
+      ", tolerance ", q.tolerance, ", damping ", q.damping, ", codebook steps ", q.codebook_steps,
+      ", corrected ", !options.no_correction, ", tune steps ", t.steps, ", rate ", t.rate, ", tune tokens ",
+      t.tokens, ", held out ", t.held_out, ", version 2");
 
   ProgressLine progress("quantizing");
-  LayerQuantizer quantizer(*loaded.model, format, q, state, run, executor, [&](const QuantizeProgress& now) {
-    if (options.quiet) return;
-    char error[32];
-    std::snprintf(error, sizeof(error), "error %.4f", now.error);
-    progress.update(static_cast<std::int64_t>(now.share * 1000.0), 1000,
-                    codegemm::concat(now.layer, " ", error, time_text(now.seconds_left)));
-  });
+  LayerQuantizer quantizer(
+      *loaded.model, format, q, t, state, run, executor, [&](const QuantizeProgress& now) {
+        if (options.quiet) return;
+        char error[32];
+        std::snprintf(error, sizeof(error), "error %.4f", now.error);
+        progress.update(static_cast<std::int64_t>(now.share * 1000.0), 1000,
+                        codegemm::concat(now.layer, " ", error, time_text(now.seconds_left)));
+      });
   CalibrationRunOptions run_options;
   run_options.correct = !options.no_correction;
   CalibrationRun calibration =
@@ -130,11 +136,10 @@ Layers quantize_on_text(const Options& options, const LoadedModel& loaded, codeg
   Layers out;
   for_each_linear(*loaded.model, [&](const std::string& name, const DenseLinear&) {
     if (name == "lm_head") return;
-    auto matrix = unwrap(quantizer.load(name));
-    if (!matrix.has_value()) throw UserError(state + ": " + name + " has vanished");
-    out.matrices.push_back(*std::move(matrix));
+    out.matrices.push_back(unwrap(quantizer.result(name)));
     out.names.push_back(name);
   });
+  for (std::int64_t i = 0; i < loaded.model->config.layers; ++i) out.norms.merge(unwrap(quantizer.norms(i)));
   return out;
 }
 
@@ -160,7 +165,7 @@ int run(const Options& options) {
     bits += count * codegemm::bits_per_weight(format, matrix.rows(), matrix.cols());
     weights += count;
   }
-  check(write_quantized_model(*source, options.out, kind_of(options, format), named));
+  check(write_quantized_model(*source, options.out, kind_of(options, format), named, layers.norms));
   if (!options.keep_state && options.method != "kmeans") std::filesystem::remove_all(state);
   std::printf("%s: %zu layers in %s, %.3f bits a weight, in %.1f s\n", options.out.c_str(), named.size(),
               options.format.c_str(), bits / weights,
@@ -200,6 +205,16 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--codebook-steps", options.quantizer.codebook_steps, "conjugate gradient steps of a fit")
       ->check(CLI::Range(0, 1000))
+      ->capture_default_str();
+  app.add_option("--finetune-steps", options.tune.steps,
+                 "Adam steps on each block's codebooks, scales and norms, once its layers are quantized")
+      ->check(CLI::Range(0, 100000))
+      ->capture_default_str();
+  app.add_option("--finetune-rate", options.tune.rate, "their highest rate, of each tensor's size")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--finetune-tokens", options.tune.tokens, "tokens of each such step")
+      ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
   app.add_option("--seed", options.quantizer.kmeans.seed, "of the k-means beginning")->capture_default_str();
   app.add_option("--threads", options.threads, "0: one for each processor")->check(CLI::Range(0, 1024));

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <deque>
 #include <filesystem>
+#include <map>
 #include <set>
 #include <span>
 #include <string>
@@ -22,15 +23,27 @@
 
 namespace prefillshare::examples {
 
+/// Values in place of a source's tensors, by name.
+using ReplacedTensors = std::map<std::string, std::vector<float>>;
+
 namespace detail {
 
 /// A tensor as fp16, or as fp32 where fp16 cannot hold one of its values.
 [[nodiscard]] inline Result<codegemm::SafetensorsTensor> narrow_tensor(
-    const TensorSource& source, const std::string& name, std::deque<std::vector<std::byte>>& owned) {
+    const TensorSource& source, const std::string& name, const ReplacedTensors& replaced,
+    std::deque<std::vector<std::byte>>& owned) {
   Result<TensorInfo> info = source.info(name);
   if (!info.ok()) return info.status();
   std::vector<float> values(static_cast<std::size_t>(info->rows * info->cols));
-  if (Status s = source.read_rows(name, 0, info->rows, values.data()); !s.ok()) return s;
+  if (const auto at = replaced.find(name); at != replaced.end()) {
+    if (at->second.size() != values.size()) {
+      return error(StatusCode::kShapeMismatch, name, ": ", at->second.size(), " values in place of ",
+                   values.size());
+    }
+    values = at->second;
+  } else if (Status s = source.read_rows(name, 0, info->rows, values.data()); !s.ok()) {
+    return s;
+  }
   std::vector<codegemm::Half> halves(values.size());
   bool fits = true;
   for (std::size_t i = 0; i < values.size(); ++i) {
@@ -59,10 +72,12 @@ namespace detail {
 }
 
 /// Writes `source` with the layers of `matrices` ("NAME" for NAME.weight) quantized into `folder`, which is
-/// made. Tokenizer files of a source folder are copied. Errors of save_model_checkpoint and of the files.
+/// made; tensors of `replaced` (tuned norms) take the place of the source's. Tokenizer files of a source
+/// folder are copied. Errors of save_model_checkpoint and of the files.
 [[nodiscard]] inline Status write_quantized_model(const TensorSource& source, const std::string& folder,
                                                   codegemm::CheckpointKind kind,
-                                                  std::span<const codegemm::NamedMatrix> matrices) {
+                                                  std::span<const codegemm::NamedMatrix> matrices,
+                                                  const ReplacedTensors& replaced = {}) {
   std::error_code failed;
   std::filesystem::create_directories(folder, failed);
   if (failed)
@@ -75,7 +90,7 @@ namespace detail {
   std::vector<codegemm::SafetensorsTensor> plain;
   for (const std::string& name : source.names()) {
     if (quantized.count(name) > 0) continue;
-    Result<codegemm::SafetensorsTensor> tensor = detail::narrow_tensor(source, name, owned);
+    Result<codegemm::SafetensorsTensor> tensor = detail::narrow_tensor(source, name, replaced, owned);
     if (!tensor.ok()) return tensor.status();
     plain.push_back(*std::move(tensor));
   }

@@ -36,13 +36,14 @@ void multiply_edge(MultiplyTile&& multiply, const TileTarget& to, std::int64_t t
   }
 }
 
-/// y = x W^T, tile by tile and slab by slab. T, N, K > 0; workspace: plan.floats(), of which the first
+/// y = x W^T, or y += x W^T if `accumulate`, tile by tile and slab by slab. T, N, K > 0; workspace: plan.floats(), of which the first
 /// workers * plan.worker_floats are the workers'. A Way knows what the numbers are:
 ///   lay_out(tile)                               brings 6 tokens into the workspace, before all else
 ///   fill(first_row, first_k, depth, memory)     48 rows of a slab of W, as far as they exist, to a worker's
 ///   multiply(tile, row, first_k, depth, memory, TileTarget)   16 of them, from the row-th on, times 6 tokens
 template <class Way>
-void run_tiles(const DensePlan& plan, MatrixView<float> y, float* workspace, Executor& executor, Way&& way) {
+void run_tiles(const DensePlan& plan, MatrixView<float> y, float* workspace, Executor& executor, Way&& way,
+               bool accumulate = false) {
   constexpr std::int64_t kTokens = CpuTiles::kDenseTokens;
   constexpr std::int64_t kRows = CpuTiles::kDenseRows;
   parallel_for(executor, plan.token_tiles, [&](std::int64_t tile, int) { way.lay_out(tile); });
@@ -63,7 +64,7 @@ void run_tiles(const DensePlan& plan, MatrixView<float> y, float* workspace, Exe
           const auto multiply = [&](const TileTarget& to) {
             way.multiply(tile, row - first_row, first_k, depth, memory, to);
           };
-          const TileTarget to{y.row(tile * kTokens) + row, y.stride, slab > 0};
+          const TileTarget to{y.row(tile * kTokens) + row, y.stride, accumulate || slab > 0};
           const std::int64_t tokens = std::min(kTokens, plan.tokens - tile * kTokens);
           const std::int64_t rows = std::min(kRows, plan.rows - row);
           if (tokens == kTokens && rows == kRows) {
@@ -95,12 +96,13 @@ inline void lay_out_tokens(const DensePlan& plan, MatrixView<const float> x, std
   }
 }
 
-/// y = x W^T in fp32. fill(first_row, first_k, depth, panels) brings rows [first_row, first_row + 48) of W,
-/// as far as they exist, and columns [first_k, first_k + depth) to panels[3][depth][16]; rows beyond the
-/// matrix but inside a panel of 16 are 0. T, N, K > 0; workspace: plan.floats().
+/// y = x W^T in fp32, or y += x W^T if `accumulate`. fill(first_row, first_k, depth, panels) brings rows
+/// [first_row, first_row + 48) of W, as far as they exist, and columns [first_k, first_k + depth) to
+/// panels[3][depth][16]; rows beyond the matrix but inside a panel of 16 are 0. T, N, K > 0; workspace: plan.floats().
 template <class Fill>
 void run_dense_product(const DensePlan& plan, Multiply multiply, MatrixView<const float> x,
-                       MatrixView<float> y, float* workspace, Executor& executor, Fill&& fill) {
+                       MatrixView<float> y, float* workspace, Executor& executor, Fill&& fill,
+                       bool accumulate = false) {
   struct Way {
     const DensePlan& plan;
     Multiply multiply_tile;
@@ -119,7 +121,7 @@ void run_dense_product(const DensePlan& plan, Multiply multiply, MatrixView<cons
     }
   };
   run_tiles(plan, y, workspace, executor,
-            Way{plan, multiply, x, workspace + executor.workers() * plan.worker_floats, fill});
+            Way{plan, multiply, x, workspace + executor.workers() * plan.worker_floats, fill}, accumulate);
 }
 
 }  // namespace codegemm::detail

@@ -80,6 +80,26 @@ concept LayerReplacer = requires(R& replacer, const std::string& name, const Den
   { replacer.make(name, dense, gram) } -> std::same_as<Result<DenseLinear>>;
 };
 
+/// A block whose linear layers are all replaced, and what it reads and is to give: the residual stream before
+/// it, behind the blocks replaced so far, and what the dense block makes there: of the dense model's own
+/// stream where the run corrects, else of the same inputs. [tokens][hidden_size], sequence after sequence.
+struct ReplacedBlock {
+  const ModelConfig& config;
+  std::int64_t index = 0;
+  std::span<const std::int64_t> lengths;  // tokens of each sequence
+  const float* inputs = nullptr;
+  const float* targets = nullptr;
+};
+
+/// A LayerReplacer that, where finishes() says so, also looks at each block as a whole: finish() may change
+/// `layer`, the block as replaced: its norms, and its linear layers for others of their shapes.
+template <class R>
+concept BlockFinisher = LayerReplacer<R> &&
+    requires(R& replacer, const ReplacedBlock& block, LlamaLayer<DenseLinear>& layer) {
+  { replacer.finishes() } -> std::same_as<bool>;
+  { replacer.finish(block, layer) } -> std::same_as<Status>;
+};
+
 struct CalibrationRunOptions {
   /// Layers are given weights corrected for the errors of those replaced before (corrected_weights()). Takes
   /// a second residual stream, that of the dense model, and about twice the time.
@@ -89,8 +109,8 @@ struct CalibrationRunOptions {
 
 /// The residual stream of all calibration sequences between two blocks of a model. Blocks are replaced one
 /// after the other; within a block q, k and v come first, then o, then gate and up, then down, each seeing
-/// the inputs that the ones before, as replaced, give it. Bit-identical for any number of workers, and
-/// whether replacements were found or made.
+/// the inputs that the ones before, as replaced, give it; a BlockFinisher sees the whole block last.
+/// Bit-identical for any number of workers, and whether replacements were found or made.
 class CalibrationRun {
  public:
   /// Sequences of up to context_length tokens, none empty. kInvalidArgument for tokens outside of the
@@ -177,6 +197,7 @@ class CalibrationRun {
  private:
   using Layer = LlamaLayer<detail::ObservedLinear>;
   using Pass = detail::Forward<detail::ObservedLinear>;
+  enum class Streams { kReplaced, kDense, kBoth };
   struct Part {
     std::string name;
     detail::ObservedLinear* linear;
@@ -187,7 +208,16 @@ class CalibrationRun {
   template <class Replacer>
   Status run_block(Replacer& replacer, Executor& executor) {
     load_block(model_->layers[static_cast<std::size_t>(done_)]);
-    if (options_.correct) dense_shell_.layers = shell_.layers;
+    bool finishes = false;
+    if constexpr (BlockFinisher<Replacer>) finishes = replacer.finishes();
+    const Streams both = options_.correct || finishes ? Streams::kBoth : Streams::kReplaced;
+    std::vector<float> inputs;  // of the block
+    if (finishes) inputs = hidden_;
+    if (finishes && !options_.correct) {
+      dense_hidden_ = hidden_;
+      dense_shell_.config = shell_.config;
+    }
+    if (both == Streams::kBoth) dense_shell_.layers = shell_.layers;
     Layer& layer = shell_.layers.front();
     const std::string prefix = codegemm::concat("model.layers.", done_, ".");
     const Part q{prefix + "self_attn.q_proj", &layer.q};
@@ -208,13 +238,42 @@ class CalibrationRun {
     layer.v.skip();
     if (Status s = replace({q, k, v}, &Layer::k, norm_in, replacer, executor); !s.ok()) return s;
     if (Status s = replace({o}, &Layer::o, attend, replacer, executor); !s.ok()) return s;
-    if (Status s = advance(attend, executor); !s.ok()) return s;
+    if (Status s = advance(attend, both, executor); !s.ok()) return s;
     layer.up.skip();
     layer.down.skip();
     if (Status s = replace({gate, up}, &Layer::gate, feed, replacer, executor); !s.ok()) return s;
     if (Status s = replace({down}, &Layer::down, feed, replacer, executor); !s.ok()) return s;
-    if (Status s = advance(feed, executor); !s.ok()) return s;
+    if (Status s = advance(feed, finishes ? Streams::kDense : both, executor); !s.ok()) return s;
+    if constexpr (BlockFinisher<Replacer>) {
+      if (finishes) {
+        if (Status s = finish(replacer, prefix, inputs); !s.ok()) return s;
+        hidden_ = std::move(inputs);
+        if (Status s = advance(attend, Streams::kReplaced, executor); !s.ok()) return s;
+        if (Status s = advance(feed, Streams::kReplaced, executor); !s.ok()) return s;
+      }
+    }
     ++done_;
+    return {};
+  }
+
+  template <class Replacer>
+  Status finish(Replacer& replacer, const std::string& prefix, const std::vector<float>& inputs) {
+    const Layer& from = shell_.layers.front();
+    LlamaLayer<DenseLinear> layer;
+    layer.input_norm = from.input_norm;
+    layer.post_attention_norm = from.post_attention_norm;
+    layer.q_norm = from.q_norm;
+    layer.k_norm = from.k_norm;
+    layer.q = from.q.dense();
+    layer.k = from.k.dense();
+    layer.v = from.v.dense();
+    layer.o = from.o.dense();
+    layer.gate = from.gate.dense();
+    layer.up = from.up.dense();
+    layer.down = from.down.dense();
+    const ReplacedBlock block{model_->config, done_, lengths_, inputs.data(), dense_hidden_.data()};
+    if (Status s = replacer.finish(block, layer); !s.ok()) return s.with_prefix(prefix + "*");
+    load_block(layer);
     return {};
   }
 
@@ -333,11 +392,13 @@ class CalibrationRun {
   }
 
   template <class Run>
-  Status advance(const Run& run, Executor& executor) {
+  Status advance(const Run& run, Streams streams, Executor& executor) {
     std::int64_t first = 0;
     for (const std::int64_t length : lengths_) {
-      if (Status s = pass(shell_, hidden_, first, length, run, true, executor); !s.ok()) return s;
-      if (options_.correct) {
+      if (streams != Streams::kDense) {
+        if (Status s = pass(shell_, hidden_, first, length, run, true, executor); !s.ok()) return s;
+      }
+      if (streams != Streams::kReplaced) {
         if (Status s = pass(dense_shell_, dense_hidden_, first, length, run, true, executor); !s.ok())
           return s;
       }

@@ -82,6 +82,10 @@ class DenseLinear {
   [[nodiscard]] MatrixView<const float> weights() const noexcept {
     return MatrixView<const float>(weights_ ? weights_->data() : nullptr, rows_, cols_);
   }
+  /// The same, to be kept.
+  [[nodiscard]] const std::shared_ptr<const std::vector<float>>& shared_weights() const noexcept {
+    return weights_;
+  }
   [[nodiscard]] std::span<const float> bias() const noexcept { return bias_; }
 
   [[nodiscard]] std::size_t workspace_bytes(std::int64_t tokens, int workers) const {

@@ -55,10 +55,13 @@ std::vector<std::vector<std::int32_t>> sequences() {
 /// Quantizes up to `blocks` blocks into `folder`; the message of what went wrong, or "".
 std::string quantize(const std::shared_ptr<const LlamaModel<DenseLinear>>& model, const std::string& folder,
                      std::int64_t blocks, int workers, const std::string& run,
-                     std::vector<QuantizeProgress>* told = nullptr) {
+                     std::vector<QuantizeProgress>* told = nullptr, int tune_steps = 0) {
   codegemm::ThreadPool pool(workers);
   CalibrationRun calibration = CalibrationRun::create(model, sequences(), workers).value();
-  LayerQuantizer quantizer(*model, kFormat, quick_options(), folder, run, pool,
+  BlockTuneOptions tune;
+  tune.steps = tune_steps;
+  tune.tokens = 40;
+  LayerQuantizer quantizer(*model, kFormat, quick_options(), tune, folder, run, pool,
                            [&](const QuantizeProgress& now) {
                              if (told != nullptr) told->push_back(now);
                            });
@@ -137,6 +140,50 @@ TEST_CASE("a run stopped anywhere goes on to the same files", "[quantize]") {
   }
 }
 
+TEST_CASE("a run that tunes its blocks, stopped anywhere, goes on to the same files", "[quantize]") {
+  ModelConfig config = tiny_config();
+  config.qk_norm = true;
+  const auto model = random_model(config, 85);
+  const TemporaryFolder whole;
+  std::vector<QuantizeProgress> told;
+  REQUIRE(quantize(model, whole.path(), 2, 1, "run", &told, 6).empty());
+  const auto want = files_of(whole);
+  REQUIRE(want.size() == 18);  // 14 layers; norms and matrices of two blocks
+  CHECK(told.back().layer == "model.layers.1 tuned");
+  CHECK(told.back().share > 0.999999);
+
+  const char* const lost[] = {"model.layers.1.tuned", "model.layers.1.norms", "model.layers.1.mlp.down_proj",
+                              "model.layers.0.tuned", "model.layers.1.self_attn.q_proj"};
+  for (std::size_t count = 1; count <= std::size(lost); ++count) {
+    CAPTURE(count);
+    const TemporaryFolder part;
+    for (const auto& [name, bytes] : want) put_file(part / name, bytes);
+    for (std::size_t i = 0; i < count; ++i)
+      std::filesystem::remove(part / codegemm::concat(lost[i], ".safetensors"));
+    REQUIRE(quantize(model, part.path(), 2, 3, "run", nullptr, 6).empty());
+    CHECK((files_of(part) == want));
+  }
+  CHECK(contains(quantize(model, whole.path(), 2, 1, "other run", nullptr, 6), "belongs to another run"));
+
+  // What is written is what was tuned, and not what each layer was before.
+  codegemm::SerialExecutor serial;
+  BlockTuneOptions tune;
+  tune.steps = 6;
+  LayerQuantizer reader(*model, kFormat, quick_options(), tune, whole.path(), "run", serial, {});
+  const std::string name = "model.layers.1.mlp.down_proj";
+  const codegemm::QuantizedMatrix tuned = reader.result(name).value();
+  const codegemm::QuantizedMatrix before = **reader.load(name);
+  CHECK(std::equal(tuned.codes().begin(), tuned.codes().end(), before.codes().begin()));
+  CHECK(!std::equal(tuned.codebooks().begin(), tuned.codebooks().end(), before.codebooks().begin()));
+  const ReplacedTensors norms = reader.norms(1).value();
+  REQUIRE(norms.size() == 4);
+  CHECK(norms.at("model.layers.1.self_attn.q_norm.weight").size() == 8);
+  CHECK(norms.at("model.layers.1.input_layernorm.weight") != model->layers[1].input_norm);
+  put_file(whole / "model.layers.0.norms.safetensors", want.at("model.layers.1.norms.safetensors"));
+  CHECK(contains(quantize(model, whole.path(), 1, 1, "run", nullptr, 6),
+                 "has no model.layers.0.input_layernorm.weight of 24 values"));
+}
+
 TEST_CASE("layers of another run, and broken ones, are not taken for done", "[quantize]") {
   const auto model = random_model(tiny_config(), 83);
   const TemporaryFolder folder;
@@ -168,10 +215,14 @@ TEST_CASE("a quantized model is written in either format and read as the dequant
     });
     const TemporaryFolder parent;
     const std::string out = parent / "quantized";
-    const Status written = write_quantized_model(*source, out, kind, named);
+    const std::string norm = "model.layers.1.input_layernorm.weight";
+    const ReplacedTensors replaced = {{norm, std::vector<float>(24, 0.75F)}};
+    const Status written = write_quantized_model(*source, out, kind, named, replaced);
     CAPTURE(written.message());
     REQUIRE(written.ok());
     CHECK(get_file(out + "/tokenizer.json") == "{}");
+    CHECK(contains(write_quantized_model(*source, out, kind, named, {{norm, {1.0F}}}).message(),
+                   "model.layers.1.input_layernorm.weight: 1 values in place of 24"));
 
     const auto again = open_model(out).value();
     CHECK(again->hyperparameters().hidden_size == 24);
@@ -179,6 +230,7 @@ TEST_CASE("a quantized model is written in either format and read as the dequant
     CHECK(again->names() == source->names());
     CHECK(again->info("absent.weight").status().code() == StatusCode::kNotFound);
     const LoadedModel loaded = load_model(*again).value();
+    CHECK(loaded.model->layers[1].input_norm == replaced.at(norm));
     std::size_t i = 0;
     for_each_linear(*loaded.model, [&](const std::string& name, const DenseLinear& layer) {
       if (name == "lm_head") return;
