@@ -108,6 +108,13 @@ template <class Configs = CpuConfigs>
   return {};
 }
 
+#if defined(CODEGEMM_PRECOMPILED)
+// All kernels take a compiler many seconds: a program of many files may compile them in one (it includes this
+// file without the macro and instantiates this function), and define the macro for the others.
+extern template Status gemm_with<CpuConfigs>(const PackedMatrix&, MatrixView<const float>, MatrixView<float>,
+                                             std::span<std::byte>, Executor&, Isa, Regime);
+#endif
+
 }  // namespace detail
 
 /// Bytes that gemm() needs for any number of tokens up to `tokens` on an executor of `workers` workers.
@@ -122,9 +129,9 @@ template <class Configs = CpuConfigs>
 /// (codegemm/cpu/lookup_args.hpp), for many x and the centroids themselves, chunk by chunk
 /// (codegemm/cpu/integer_tile.hpp): an error of y that stays below 1e-3 of its norm, typically 5e-4 and 2e-4.
 /// Where x is not finite neither is y. Allocates nothing: the workspace is the caller's, of workspace_bytes()
-/// bytes, 64-byte aligned (AlignedBuffer), its content of no meaning before and after. T = 0 and N = 0 are success. Errors: those of validate(), kWorkspaceTooSmall,
-/// kNullPointer or kMisaligned (workspace), kUnsupported if `Configs` has no row for the format; y is then
-/// untouched.
+/// bytes, 64-byte aligned (AlignedBuffer), its content of no meaning before and after. T = 0 and N = 0 are
+/// success. Errors: those of validate(), kWorkspaceTooSmall, kNullPointer or kMisaligned (workspace),
+/// kUnsupported if `Configs` has no row for the format; y is then untouched.
 template <class Configs = CpuConfigs>
 [[nodiscard]] Status gemm(const PackedMatrix& w, MatrixView<const float> x, MatrixView<float> y,
                           std::span<std::byte> workspace, Executor& executor) {

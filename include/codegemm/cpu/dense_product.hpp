@@ -36,8 +36,9 @@ void multiply_edge(MultiplyTile&& multiply, const TileTarget& to, std::int64_t t
   }
 }
 
-/// y = x W^T, or y += x W^T if `accumulate`, tile by tile and slab by slab. T, N, K > 0; workspace: plan.floats(), of which the first
-/// workers * plan.worker_floats are the workers'. A Way knows what the numbers are:
+/// y = x W^T, or y += x W^T if `accumulate`, tile by tile and slab by slab. T, N, K > 0; workspace:
+/// plan.floats(), of which the first workers * plan.worker_floats are the workers'. A Way knows what the
+/// numbers are:
 ///   lay_out(tile)                               brings 6 tokens into the workspace, before all else
 ///   fill(first_row, first_k, depth, memory)     48 rows of a slab of W, as far as they exist, to a worker's
 ///   multiply(tile, row, first_k, depth, memory, TileTarget)   16 of them, from the row-th on, times 6 tokens
@@ -98,7 +99,8 @@ inline void lay_out_tokens(const DensePlan& plan, MatrixView<const float> x, std
 
 /// y = x W^T in fp32, or y += x W^T if `accumulate`. fill(first_row, first_k, depth, panels) brings rows
 /// [first_row, first_row + 48) of W, as far as they exist, and columns [first_k, first_k + depth) to
-/// panels[3][depth][16]; rows beyond the matrix but inside a panel of 16 are 0. T, N, K > 0; workspace: plan.floats().
+/// panels[3][depth][16]; rows beyond the matrix but inside a panel of 16 are 0. T, N, K > 0; workspace:
+/// plan.floats().
 template <class Fill>
 void run_dense_product(const DensePlan& plan, Multiply multiply, MatrixView<const float> x,
                        MatrixView<float> y, float* workspace, Executor& executor, Fill&& fill,

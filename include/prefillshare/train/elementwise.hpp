@@ -122,7 +122,7 @@ void swiglu_backward(const T* d, std::int64_t size, T* gate, T* up, Executor& ex
   for_elements(size, executor, [&](std::int64_t first, std::int64_t count) {
     constexpr std::int64_t kChunk = 64;
     // Aligned, since exp() of vector code and of single elements differ in the last bit.
-    alignas(codegemm::kBufferAlignment) T sigmoid[static_cast<std::size_t>(kChunk)];
+    alignas(codegemm::kBufferAlignment) T sigmoid[static_cast<std::size_t>(kChunk)] = {};
     for (std::int64_t at = first; at < first + count; at += kChunk) {
       const std::int64_t size_here = std::min(kChunk, first + count - at);
       TrainArray<T> g(gate + at, size_here);
