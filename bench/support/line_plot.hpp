@@ -72,7 +72,8 @@ struct Diagram {
     const auto at_x = [&](double x) { return kLeft + kWidth * x / right; };
     const auto at_y = [&](double y) { return top + kHeight * (last - value(y)) / (last - first); };
     const double step = diagram.logarithmic ? 1.0 : (last - first) / 5.0;
-    for (double y = first; y <= last + 1e-9; y += step) {
+    for (int mark = 0; first + mark * step <= last + 1e-9; ++mark) {
+      const double y = first + mark * step;
       const double shown = diagram.logarithmic ? std::pow(10.0, y) : y;
       stroke(kLeft, at_y(shown), kLeft + kWidth, at_y(shown), "#dddddd", 1.0);
       std::snprintf(line, sizeof(line), "%.4g", shown);

@@ -51,7 +51,8 @@ struct Panel {
   for (std::size_t p = 0; p < panels.size(); ++p) {
     const Panel& panel = panels[p];
     const double left = kLeft + kPanelWidth * static_cast<double>(p % 2);
-    const double top = kTop + kPanelHeight * static_cast<double>(p / 2);
+    const std::size_t row = p / 2;
+    const double top = kTop + kPanelHeight * static_cast<double>(row);
     double most_x = 1.0;
     double most_y = 0.0;
     for (const Curve& curve : panel.curves) {
@@ -66,7 +67,8 @@ struct Panel {
     const auto at_x = [&](double x) { return left + kWidth * x / most_x; };
     const auto at_y = [&](double y) { return top + kHeight * (high - y) / high; };
     text(left, top - 12, "start", panel.title);
-    for (double y = 0.0; y <= high + step / 2; y += step) {
+    for (int mark = 0; mark <= static_cast<int>(std::lround(high / step)); ++mark) {
+      const double y = mark * step;
       stroke(left, at_y(y), left + kWidth, at_y(y), "#dddddd", 1.0);
       std::snprintf(line, sizeof(line), "%.3g", y);
       text(left - 6, at_y(y) + 4, "end", line);

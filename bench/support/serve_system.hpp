@@ -94,7 +94,7 @@ struct SystemOptions {
 template <prefillshare::LinearLayer Decode>
 class ServeSystem {
  public:
-  ServeSystem(std::shared_ptr<const LlamaModel<DenseLinear>> base,
+  ServeSystem(const std::shared_ptr<const LlamaModel<DenseLinear>>& base,
               std::shared_ptr<const LlamaModel<Decode>> decode, const SystemOptions& options,
               Executor& executor)
       : options_(options), executor_(&executor) {

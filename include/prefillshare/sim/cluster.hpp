@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -142,7 +143,7 @@ class Cluster final : private detail::PrefillSide {
     limits.queued = config_.most_queued;
     limits.blocks = std::numeric_limits<std::int64_t>::max();
     const double blocks = config_.session_blocks_share * static_cast<double>(config_.prefill_blocks) *
-                          (config_.prefill_workers / prefill_pools_);
+                          std::floor(static_cast<double>(config_.prefill_workers) / prefill_pools_);
     if (blocks < 9e18) limits.blocks = static_cast<std::int64_t>(blocks);
     sessions_ = std::make_unique<AdmissionQueue<FairOrder>>(limits);
     return {};

@@ -121,18 +121,22 @@ template <class T>
 void swiglu_backward(const T* d, std::int64_t size, T* gate, T* up, Executor& executor) {
   for_elements(size, executor, [&](std::int64_t first, std::int64_t count) {
     constexpr std::int64_t kChunk = 64;
-    // Aligned, since exp() of vector code and of single elements differ in the last bit.
-    alignas(codegemm::kBufferAlignment) T sigmoid[static_cast<std::size_t>(kChunk)] = {};
+    using Chunk =
+        Eigen::Array<T, kChunk, 1>;  // whole, since exp() of vector code and of single elements differ
+    Chunk sigmoid;
+    Chunk up_gradient;
     for (std::int64_t at = first; at < first + count; at += kChunk) {
       const std::int64_t size_here = std::min(kChunk, first + count - at);
       TrainArray<T> g(gate + at, size_here);
       TrainArray<T> u(up + at, size_here);
       const TrainConstArray<T> dy(d + at, size_here);
-      TrainArray<T> s(sigmoid, size_here);
-      s = T{1} / (T{1} + (-g).exp());
-      const auto du = (dy * g * s).eval();
+      sigmoid.setZero();
+      sigmoid.head(size_here) = g;
+      sigmoid = T{1} / (T{1} + (-sigmoid).exp());
+      const auto s = sigmoid.head(size_here);
+      up_gradient.head(size_here) = dy * g * s;
       g = dy * u * s * (T{1} + g * (T{1} - s));
-      u = du;
+      u = up_gradient.head(size_here);
     }
   });
 }
