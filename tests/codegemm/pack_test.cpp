@@ -111,12 +111,12 @@ TEST_CASE("packing there and back changes nothing", "[codegemm]") {
       }
     }
   }
-  // 2 bits a weight, plus scales, plus two fp32 codebooks.
+  // 2 bits a weight, plus scales, plus codebooks: two in fp32 and one rounded.
   const QuantizedMatrix w = test::random_quantized(rng, Format{4, 1, 8, 64}, 64, 256);
-  CHECK(pack(w.view())->bytes() == 4096U + 512U + 8192U);
-  // 4-bit codes take 4 bits: 1 bit a weight, plus scales, plus two fp32 codebooks.
+  CHECK(pack(w.view())->bytes() == 4096U + 512U + 8192U + 2048U);
+  // 4-bit codes take 4 bits: 1 bit a weight, plus scales, plus codebooks: two in fp32 and one rounded.
   const QuantizedMatrix nibbles = test::random_quantized(rng, Format{4, 1, 4, 64}, 64, 256);
-  CHECK(pack(nibbles.view())->bytes() == 2048U + 512U + 512U);
+  CHECK(pack(nibbles.view())->bytes() == 2048U + 512U + 512U + 128U);
 }
 
 TEST_CASE("empty matrices are packed and unpacked", "[codegemm]") {
