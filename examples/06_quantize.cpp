@@ -44,7 +44,7 @@ struct Options {
   bool keep_state = false;
   bool quiet = false;
   codegemm::CalibratedOptions quantizer;
-  BlockTuneOptions tune;
+  BlockTuneOptions tune{.steps = 0};  // off: what it does for perplexity is not known yet
 };
 
 std::string time_text(double seconds) {
