@@ -19,6 +19,7 @@
 
 #include <codegemm/base/macros.hpp>
 #include <prefillshare/sim/prefill_side.hpp>
+#include <prefillshare/sim/recorder.hpp>
 
 namespace prefillshare {
 
@@ -165,7 +166,7 @@ class Cluster final : private detail::PrefillSide {
 
   void start() {
     slot_of_.assign(workload_->calls.size(), -1);
-    latency_.reserve(workload_->calls.size());
+    recorder_.reserve(workload_->calls.size());
     if (!workload_->sessions.empty()) events_.push(workload_->sessions.front().arrival, Event::kSession, 0);
     for (std::size_t i = 0; i < config_.faults.size(); ++i) {
       events_.push(config_.faults[i].down, Event::kDown, static_cast<std::int32_t>(i));
@@ -379,11 +380,7 @@ class Cluster final : private detail::PrefillSide {
     const CallPlan& plan = plan_of(one);
     ++report_.calls_finished;
     report_.output_tokens += plan.output;
-    latency_.push_back(now_ - one.issued);
-    first_token_.push_back(one.first_token - one.issued);
-    prefill_wait_.push_back(one.began - one.issued);
-    if (plan.output > 1) per_token_.push_back((now_ - one.first_token) / (plan.output - 1));
-    ends_.push_back({now_, plan.output});
+    recorder_.answered(one, plan.output, now_);
     report_.seconds = now_;
     ++one.version;
     one.phase = Phase::kIdle;
@@ -408,7 +405,7 @@ class Cluster final : private detail::PrefillSide {
   }
   void end_session(detail::SimCall& one, std::int32_t slot) {
     const auto session = static_cast<SessionId>(one.session);
-    session_latency_.push_back(now_ - workload_->sessions[static_cast<std::size_t>(one.session)].arrival);
+    recorder_.session_ended(now_ - workload_->sessions[static_cast<std::size_t>(one.session)].arrival);
     ++report_.sessions_finished;
     for (PrefillRouter& router : prefill_routers_) router.end_session(session);
     for (DecodeRouter& router : decode_routers_) router.end_session(session);
@@ -436,8 +433,7 @@ class Cluster final : private detail::PrefillSide {
       node.alive = node.running = false;
       ++node.version;
     }
-    std::vector<std::int32_t>
-        slots;  // orphans from before, which wait for something else, stay where they are
+    std::vector<std::int32_t> slots;  // orphans from before, waiting for something else, stay where they are
     for (const RequestId id : orphans) {
       const std::int32_t slot = slot_of_[static_cast<std::size_t>(id)];
       if (slot >= 0 && depends_on(call(slot), fault)) slots.push_back(slot);
@@ -492,28 +488,12 @@ class Cluster final : private detail::PrefillSide {
     for (const detail::PrefillNode& node : prefill_) prefill_blocks += node.allocator->stats().in_use_blocks;
     for (const detail::DecodeNode& node : decode_) decode_blocks += node.allocator->stats().in_use_blocks;
     const double block_bytes = config_.block_tokens * config_.kv_bytes_per_token;
-    const double prefill_bytes = static_cast<double>(prefill_blocks) * block_bytes;
-    const double decode_bytes = static_cast<double>(decode_blocks) * block_bytes;
-    report_.prefill_kv_bytes_most = std::max(report_.prefill_kv_bytes_most, prefill_bytes);
-    report_.decode_kv_bytes_most = std::max(report_.decode_kv_bytes_most, decode_bytes);
-    prefill_bytes_sum_ += prefill_bytes;
-    decode_bytes_sum_ += decode_bytes;
-    ++samples_;
+    recorder_.sample(static_cast<double>(prefill_blocks) * block_bytes,
+                     static_cast<double>(decode_blocks) * block_bytes, report_);
     if (!events_.empty()) events_.push(now_ + config_.sample_seconds, Event::kSample, 0);
   }
   void finish() {
-    report_.session_latency = percentiles(std::move(session_latency_));
-    report_.call_latency = percentiles(std::move(latency_));
-    report_.first_token = percentiles(std::move(first_token_));
-    report_.per_token = percentiles(std::move(per_token_));
-    report_.prefill_wait = percentiles(std::move(prefill_wait_));
-    const std::size_t tenth = ends_.size() / 10;
-    if (tenth > 0) {
-      std::int64_t tokens = 0;
-      for (std::size_t i = tenth; i < ends_.size() - tenth; ++i) tokens += ends_[i].tokens;
-      const double seconds = ends_[ends_.size() - tenth - 1].time - ends_[tenth - 1].time;
-      if (seconds > 0.0) report_.tokens_per_second = static_cast<double>(tokens) / seconds;
-    }
+    recorder_.finish(report_);
     for (const std::int32_t slot : slot_of_) report_.calls_unfinished += slot >= 0 ? 1 : 0;
     const double seconds = std::max(report_.seconds, 1e-300);
     for (const detail::PrefillNode& node : prefill_) report_.prefill_busy += node.busy_seconds;
@@ -522,8 +502,6 @@ class Cluster final : private detail::PrefillSide {
     report_.decode_busy /= seconds * config_.decode_workers;
     report_.mean_batch =
         static_cast<double>(batch_steps_) / static_cast<double>(std::max<std::int64_t>(steps_, 1));
-    report_.prefill_kv_bytes_mean = prefill_bytes_sum_ / static_cast<double>(samples_);
-    report_.decode_kv_bytes_mean = decode_bytes_sum_ / static_cast<double>(samples_);
     report_.events = events_.pushed();
   }
 
@@ -543,11 +521,6 @@ class Cluster final : private detail::PrefillSide {
     return router.check_invariants();
   }
 
-  struct End {
-    double time = 0.0;
-    std::int32_t tokens = 0;
-  };
-
   std::int32_t prefill_pools_ = 1;
   std::vector<PrefillRouter> prefill_routers_;  // [prefill_pools_]
   std::vector<DecodeRouter> decode_routers_;    // [modules]
@@ -556,15 +529,7 @@ class Cluster final : private detail::PrefillSide {
   std::vector<std::int32_t> idle_;     // slots
   std::vector<std::int32_t> stranded_;
   std::vector<std::uint64_t> hashes_;
-  std::vector<double> latency_;
-  std::vector<double> first_token_;
-  std::vector<double> per_token_;
-  std::vector<double> prefill_wait_;
-  std::vector<double> session_latency_;
-  std::vector<End> ends_;
-  double prefill_bytes_sum_ = 0.0;
-  double decode_bytes_sum_ = 0.0;
-  std::int64_t samples_ = 0;
+  detail::SimRecorder recorder_;
   bool ran_ = false;
 };
 
