@@ -18,6 +18,7 @@
 #include <vector>
 
 #include <codegemm/base/macros.hpp>
+#include <prefillshare/sim/cluster_routers.hpp>
 #include <prefillshare/sim/prefill_side.hpp>
 #include <prefillshare/sim/recorder.hpp>
 
@@ -39,8 +40,6 @@ template <RoutingPolicy Policy = StickyRouting<>>
 class Cluster final : private detail::PrefillSide {
   using Event = detail::SimEvent;
   using Phase = detail::SimPhase;
-  using PrefillRouter = Router<Policy, TablePrefillCost>;
-  using DecodeRouter = Router<LeastLoadedRouting, LinearPrefillCost>;
 
  public:
   /// kInvalidArgument; kOutOfMemory.
@@ -88,13 +87,7 @@ class Cluster final : private detail::PrefillSide {
         return error(StatusCode::kCorruptData, "a gate holds ", node.gate->held(), " blocks for nobody");
       }
     }
-    for (const PrefillRouter& router : prefill_routers_) {
-      if (Status s = check_router(router); !s.ok()) return s;
-    }
-    for (const DecodeRouter& router : decode_routers_) {
-      if (Status s = check_router(router); !s.ok()) return s;
-    }
-    return {};
+    return routers_.check_idle(report_.calls_unfinished);
   }
 
  private:
@@ -107,25 +100,13 @@ class Cluster final : private detail::PrefillSide {
     for (std::int32_t m = 0; m < (shared ? 1 : config_.modules); ++m) {
       keys_.push_back({shared ? "base" : "module-" + std::to_string(m), "1", ""});
     }
-    prefill_pools_ = config_.sharing == CacheSharing::kPerModule ? config_.modules : 1;
-    for (std::int32_t pool = 0; pool < prefill_pools_; ++pool) {
-      auto router = PrefillRouter::create(
-          {pool_size(config_.prefill_workers, prefill_pools_, pool), config_.block_tokens}, policy,
-          TablePrefillCost{&config_.cost});
-      if (!router.ok()) return router.status();
-      prefill_routers_.push_back(*std::move(router));
-    }
-    for (std::int32_t pool = 0; pool < config_.modules; ++pool) {
-      auto router = DecodeRouter::create({pool_size(config_.decode_workers, config_.modules, pool), 1});
-      if (!router.ok()) return router.status();
-      decode_routers_.push_back(*std::move(router));
-    }
+    if (Status s = routers_.set_up(config_, policy); !s.ok()) return s;
     for (std::int32_t i = 0; i < config_.prefill_workers; ++i) {
       detail::PrefillNode node;
-      node.pool = i % prefill_pools_;
-      node.in_pool = i / prefill_pools_;
+      node.pool = i % routers_.prefill_pools();
+      node.in_pool = i / routers_.prefill_pools();
       if (!config_.prefill_speed.empty()) node.speed = config_.prefill_speed[static_cast<std::size_t>(i)];
-      if (Status s = prefill_router(node).start(node.in_pool, node.epoch); !s.ok()) return s;
+      if (Status s = routers_.prefill(node).start(node.in_pool, node.epoch); !s.ok()) return s;
       if (Status s = add_prefill(std::move(node), Policy::kUsesPrefixes); !s.ok()) return s;
     }
     for (std::int32_t i = 0; i < config_.decode_workers; ++i) {
@@ -133,8 +114,7 @@ class Cluster final : private detail::PrefillSide {
       node.pool = i % config_.modules;
       node.in_pool = i / config_.modules;
       if (!config_.decode_speed.empty()) node.speed = config_.decode_speed[static_cast<std::size_t>(i)];
-      if (Status s = decode_routers_[static_cast<std::size_t>(node.pool)].start(node.in_pool, node.epoch);
-          !s.ok()) {
+      if (Status s = routers_.decode(node).start(node.in_pool, node.epoch); !s.ok()) {
         return s;
       }
       if (Status s = add_decode(std::move(node)); !s.ok()) return s;
@@ -144,22 +124,10 @@ class Cluster final : private detail::PrefillSide {
     limits.queued = config_.most_queued;
     limits.blocks = std::numeric_limits<std::int64_t>::max();
     const double blocks = config_.session_blocks_share * static_cast<double>(config_.prefill_blocks) *
-                          std::floor(static_cast<double>(config_.prefill_workers) / prefill_pools_);
+                          std::floor(static_cast<double>(config_.prefill_workers) / routers_.prefill_pools());
     if (blocks < 9e18) limits.blocks = static_cast<std::int64_t>(blocks);
     sessions_ = std::make_unique<AdmissionQueue<FairOrder>>(limits);
     return {};
-  }
-  [[nodiscard]] static std::int32_t pool_size(std::int32_t workers, std::int32_t pools, std::int32_t pool) {
-    return (workers - pool + pools - 1) / pools;
-  }
-  [[nodiscard]] PrefillRouter& prefill_router(const detail::PrefillNode& node) {
-    return prefill_routers_[static_cast<std::size_t>(node.pool)];
-  }
-  [[nodiscard]] PrefillRouter& prefill_router(const detail::SimCall& one) {
-    return prefill_routers_[prefill_pools_ == 1 ? 0 : static_cast<std::size_t>(one.module)];
-  }
-  [[nodiscard]] DecodeRouter& decode_router(const detail::SimCall& one) {
-    return decode_routers_[static_cast<std::size_t>(one.module)];
   }
 
   // --- The clock ---
@@ -277,13 +245,13 @@ class Cluster final : private detail::PrefillSide {
     request.request = one.id;
     request.session = static_cast<SessionId>(one.session);
     request.tokens = one.context + one.remaining;
-    const Result<Route> route = decode_router(one).route(request);
+    const Result<Route> route = routers_.decode(one).route(request);
     if (!route.ok()) {
       strand(slot);
       return;
     }
     one.decode_ticket = route.value().ticket;
-    one.decode = route.value().worker * config_.modules + one.module;
+    one.decode = routers_.decode_worker(one, route.value().worker);
     if (config_.reserve_decode) {
       ask_gate(slot);
     } else {
@@ -302,13 +270,13 @@ class Cluster final : private detail::PrefillSide {
       static_cast<void>(status.ok());
       request.prefix = hashes_;
     }
-    const Result<Route> route = prefill_router(one).route(request);
+    const Result<Route> route = routers_.prefill(one).route(request);
     if (!route.ok()) {
       strand(slot);
       return;
     }
     one.prefill_ticket = route.value().ticket;
-    one.prefill = route.value().worker * prefill_pools_ + (prefill_pools_ == 1 ? 0 : one.module);
+    one.prefill = routers_.prefill_worker(one, route.value().worker);
     enqueue(slot);
   }
   /// No worker is up for it: it waits, holding nothing, until one is.
@@ -325,8 +293,8 @@ class Cluster final : private detail::PrefillSide {
     leave_prefill(one, slot);
     ++one.version;
     one.phase = Phase::kIdle;
-    decode_router(one).fail(one.decode_ticket);
-    prefill_router(one).fail(one.prefill_ticket);
+    routers_.decode(one).fail(one.decode_ticket);
+    routers_.prefill(one).fail(one.prefill_ticket);
   }
 
   void admitted(std::int32_t slot) override {
@@ -340,13 +308,13 @@ class Cluster final : private detail::PrefillSide {
     detail::SimCall& one = call(slot);
     detail::PrefillNode& node = prefill(one);
     if constexpr (Policy::kUsesPrefixes) {
-      const auto seen = prefill_router(one).follow(
+      const auto seen = routers_.prefill(one).follow(
           node.in_pool, node.epoch, *node.log,
           [&](std::vector<KvEvent>& out) { return node.allocator->snapshot(out); });
       CODEGEMM_ASSERT(seen.ok() && *seen == CacheSync::kCurrent);
       static_cast<void>(seen.ok());
     }
-    prefill_router(one).prefilled(one.prefill_ticket);
+    routers_.prefill(one).prefilled(one.prefill_ticket);
     if (config_.reserve_decode) {
       transfer(slot);
       return;
@@ -358,7 +326,7 @@ class Cluster final : private detail::PrefillSide {
   }
   void transferred(std::int32_t slot) {
     detail::SimCall& one = call(slot);
-    prefill_router(one).handed_off(one.prefill_ticket);
+    routers_.prefill(one).handed_off(one.prefill_ticket);
     one.staged = false;
     let_go(one);
     if (!arrive(slot)) preempted(slot);
@@ -372,8 +340,8 @@ class Cluster final : private detail::PrefillSide {
   }
   void answered(std::int32_t slot) override {
     detail::SimCall& one = call(slot);
-    const bool counts = prefill_router(one).finish(one.prefill_ticket);
-    const bool decoded = decode_router(one).finish(one.decode_ticket);
+    const bool counts = routers_.prefill(one).finish(one.prefill_ticket);
+    const bool decoded = routers_.decode(one).finish(one.decode_ticket);
     CODEGEMM_ASSERT(counts && decoded && !answered_twice(one));
     if (!counts || !decoded) return;
     slot_of_[static_cast<std::size_t>(one.id)] = -1;
@@ -407,8 +375,7 @@ class Cluster final : private detail::PrefillSide {
     const auto session = static_cast<SessionId>(one.session);
     recorder_.session_ended(now_ - workload_->sessions[static_cast<std::size_t>(one.session)].arrival);
     ++report_.sessions_finished;
-    for (PrefillRouter& router : prefill_routers_) router.end_session(session);
-    for (DecodeRouter& router : decode_routers_) router.end_session(session);
+    routers_.end_session(session);
     sessions_->release(session);
     idle_.push_back(slot);
     admit_sessions();
@@ -421,15 +388,14 @@ class Cluster final : private detail::PrefillSide {
     std::vector<RequestId> orphans;
     if (fault.side == SimFault::Side::kPrefill) {
       detail::PrefillNode& node = prefill_[at];
-      prefill_router(node).stop(node.in_pool);
-      orphans = prefill_router(node).orphans().value();
+      routers_.prefill(node).stop(node.in_pool);
+      orphans = routers_.prefill(node).orphans().value();
       node.alive = node.busy = false;
       ++node.version;
     } else {
       detail::DecodeNode& node = decode_[at];
-      DecodeRouter& router = decode_routers_[static_cast<std::size_t>(node.pool)];
-      router.stop(node.in_pool);
-      orphans = router.orphans().value();
+      routers_.decode(node).stop(node.in_pool);
+      orphans = routers_.decode(node).orphans().value();
       node.alive = node.running = false;
       ++node.version;
     }
@@ -458,14 +424,14 @@ class Cluster final : private detail::PrefillSide {
       status = refill(node);
       node.alive = true;
       node.link_free = node.host_link_free = now_;
-      if (status.ok()) status = prefill_router(node).start(node.in_pool, ++node.epoch);
+      if (status.ok()) status = routers_.prefill(node).start(node.in_pool, ++node.epoch);
     } else {
       detail::DecodeNode& node = decode_[at];
       status = refill(node);
       node.alive = true;
       node.link_free = now_;
       if (status.ok()) {
-        status = decode_routers_[static_cast<std::size_t>(node.pool)].start(node.in_pool, ++node.epoch);
+        status = routers_.decode(node).start(node.in_pool, ++node.epoch);
       }
     }
     CODEGEMM_ASSERT(status.ok());
@@ -513,17 +479,7 @@ class Cluster final : private detail::PrefillSide {
     }
     return allocator.check_invariants();
   }
-  template <class AnyRouter>
-  [[nodiscard]] Status check_router(const AnyRouter& router) const {
-    if (router.requests() != report_.calls_unfinished && report_.calls_unfinished == 0) {
-      return error(StatusCode::kCorruptData, "a router has ", router.requests(), " requests left");
-    }
-    return router.check_invariants();
-  }
-
-  std::int32_t prefill_pools_ = 1;
-  std::vector<PrefillRouter> prefill_routers_;  // [prefill_pools_]
-  std::vector<DecodeRouter> decode_routers_;    // [modules]
+  detail::ClusterRouters<Policy> routers_;
   std::unique_ptr<AdmissionQueue<FairOrder>> sessions_;
   std::vector<std::int32_t> slot_of_;  // [calls of the workload], -1: not under way
   std::vector<std::int32_t> idle_;     // slots
