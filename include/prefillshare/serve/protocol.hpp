@@ -16,10 +16,12 @@
 // without knowing the receiver's state, which checks the rest.
 #pragma once
 
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -122,6 +124,9 @@ namespace detail {
 
 inline constexpr std::size_t kMessageHead = 2 * sizeof(std::uint32_t);
 
+template <class M, class Wanted>
+concept MessageOf = std::same_as<std::remove_const_t<M>, Wanted>;
+
 /// Each field in turn, the same for writing and for reading: visit(field) -> bool.
 template <class Config, class Visit>
 [[nodiscard]] bool visit_config(Config& c, Visit&& visit) {
@@ -130,6 +135,51 @@ template <class Config, class Visit>
          visit(c.rms_epsilon) && visit(c.rope.head_dim) && visit(c.rope.theta) && visit(c.rope.factor) &&
          visit(c.rope.low_freq_factor) && visit(c.rope.high_freq_factor) &&
          visit(c.rope.original_max_position_embeddings);
+}
+
+/// The fields of each plain message in their order, the same for writing and for reading.
+template <class Visit>
+[[nodiscard]] bool visit_fields(MessageOf<AskMessage> auto& m, Visit&& visit) {
+  return visit(m.id) && visit(m.module) && visit(m.max_tokens) && visit(m.time_limit) &&
+         visit(m.stop_tokens) && visit(m.context);
+}
+template <class Visit>
+[[nodiscard]] bool visit_fields(MessageOf<GrantMessage> auto& m, Visit&& visit) {
+  return visit(m.id) && visit(m.handoff) && visit(m.cached_tokens) && visit(m.missing_blocks);
+}
+template <class Visit>
+[[nodiscard]] bool visit_fields(MessageOf<PagesHeader> auto& m, Visit&& visit) {
+  return visit(m.handoff) && visit(m.layer) && visit(m.first) && visit(m.count) && visit(m.last_tokens);
+}
+template <class Visit>
+[[nodiscard]] bool visit_fields(MessageOf<TokenMessage> auto& m, Visit&& visit) {
+  return visit(m.id) && visit(m.token);
+}
+
+template <class M>
+void write_fields(MessageKind kind, const M& message, Message& out) {
+  MessageWriter writer = begin_message(out, kind);
+  static_cast<void>(visit_fields(message, [&](const auto& field) {
+    if constexpr (std::is_arithmetic_v<std::remove_cvref_t<decltype(field)>>) {
+      writer.number(field);
+    } else {
+      writer.tokens(field);
+    }
+    return true;
+  }));
+}
+template <class M>
+[[nodiscard]] bool read_fields(MessageReader& reader, M& message) {
+  return visit_fields(message, [&](auto& field) {
+    if constexpr (std::is_arithmetic_v<std::remove_cvref_t<decltype(field)>>) {
+      return reader.number(field);
+    } else {
+      return reader.tokens(field);
+    }
+  });
+}
+[[nodiscard]] inline MessageReader body_of(std::span<const std::byte> message) {
+  return MessageReader(message.subspan(std::min(kMessageHead, message.size())));
 }
 
 }  // namespace detail
@@ -151,7 +201,7 @@ inline void write_message(const HelloMessage& hello, Message& out) {
   writer.number(hello.block_tokens);
 }
 [[nodiscard]] inline Result<HelloMessage> read_hello(std::span<const std::byte> message) {
-  detail::MessageReader reader(message.subspan(std::min(detail::kMessageHead, message.size())));
+  detail::MessageReader reader = detail::body_of(message);
   HelloMessage out;
   ModelConfig& c = out.config;
   std::int32_t flags[5] = {};
@@ -173,37 +223,24 @@ inline void write_message(const HelloMessage& hello, Message& out) {
 }
 
 inline void write_message(const AskMessage& ask, Message& out) {
-  detail::MessageWriter writer = detail::begin_message(out, MessageKind::kAsk);
-  writer.number(ask.id);
-  writer.number(ask.module);
-  writer.number(ask.max_tokens);
-  writer.number(ask.time_limit);
-  writer.tokens(ask.stop_tokens);
-  writer.tokens(ask.context);
+  detail::write_fields(MessageKind::kAsk, ask, out);
 }
 [[nodiscard]] inline Result<AskMessage> read_ask(std::span<const std::byte> message) {
-  detail::MessageReader reader(message.subspan(std::min(detail::kMessageHead, message.size())));
+  detail::MessageReader reader = detail::body_of(message);
   AskMessage out;
-  if (!reader.number(out.id) || !reader.number(out.module) || !reader.number(out.max_tokens) ||
-      !reader.number(out.time_limit) || !reader.tokens(out.stop_tokens) || !reader.tokens(out.context) ||
-      !reader.complete() || out.context.empty() || out.time_limit < 0) {
+  if (!detail::read_fields(reader, out) || !reader.complete() || out.context.empty() || out.time_limit < 0) {
     return detail::malformed("Ask", message.size());
   }
   return out;
 }
 
 inline void write_message(const GrantMessage& grant, Message& out) {
-  detail::MessageWriter writer = detail::begin_message(out, MessageKind::kGrant);
-  writer.number(grant.id);
-  writer.number(grant.handoff);
-  writer.number(grant.cached_tokens);
-  writer.number(grant.missing_blocks);
+  detail::write_fields(MessageKind::kGrant, grant, out);
 }
 [[nodiscard]] inline Result<GrantMessage> read_grant(std::span<const std::byte> message) {
-  detail::MessageReader reader(message.subspan(std::min(detail::kMessageHead, message.size())));
+  detail::MessageReader reader = detail::body_of(message);
   GrantMessage out;
-  if (!reader.number(out.id) || !reader.number(out.handoff) || !reader.number(out.cached_tokens) ||
-      !reader.number(out.missing_blocks) || !reader.complete() || out.cached_tokens < 0 ||
+  if (!detail::read_fields(reader, out) || !reader.complete() || out.cached_tokens < 0 ||
       out.missing_blocks < 0) {
     return detail::malformed("Grant", message.size());
   }
@@ -212,12 +249,7 @@ inline void write_message(const GrantMessage& grant, Message& out) {
 
 /// Begins a Pages message, to which the pages are appended.
 inline void write_message(const PagesHeader& pages, Message& out) {
-  detail::MessageWriter writer = detail::begin_message(out, MessageKind::kPages);
-  writer.number(pages.handoff);
-  writer.number(pages.layer);
-  writer.number(pages.first);
-  writer.number(pages.count);
-  writer.number(pages.last_tokens);
+  detail::write_fields(MessageKind::kPages, pages, out);
 }
 struct PagesMessage {
   PagesHeader header;
@@ -226,12 +258,11 @@ struct PagesMessage {
 /// That there are as many bytes as the header says, for pages of `shape`, is checked.
 [[nodiscard]] inline Result<PagesMessage> read_pages(std::span<const std::byte> message,
                                                      const KvShape& shape) {
-  detail::MessageReader reader(message.subspan(std::min(detail::kMessageHead, message.size())));
+  detail::MessageReader reader = detail::body_of(message);
   PagesMessage out;
   PagesHeader& h = out.header;
-  if (!reader.number(h.handoff) || !reader.number(h.layer) || !reader.number(h.first) ||
-      !reader.number(h.count) || !reader.number(h.last_tokens) || h.layer < 0 || h.layer >= shape.layers ||
-      h.first < 0 || h.count < 1 || h.last_tokens < 1 || h.last_tokens > shape.block_tokens) {
+  if (!detail::read_fields(reader, h) || h.layer < 0 || h.layer >= shape.layers || h.first < 0 ||
+      h.count < 1 || h.last_tokens < 1 || h.last_tokens > shape.block_tokens) {
     return detail::malformed("Pages", message.size());
   }
   out.pages = reader.rest();
@@ -248,21 +279,19 @@ inline void write_cancel(std::uint64_t id, Message& out) {
   detail::begin_message(out, MessageKind::kCancel).number(id);
 }
 [[nodiscard]] inline Result<std::uint64_t> read_cancel(std::span<const std::byte> message) {
-  detail::MessageReader reader(message.subspan(std::min(detail::kMessageHead, message.size())));
+  detail::MessageReader reader = detail::body_of(message);
   std::uint64_t id = 0;
   if (!reader.number(id) || !reader.complete()) return detail::malformed("Cancel", message.size());
   return id;
 }
 
 inline void write_message(const TokenMessage& token, Message& out) {
-  detail::MessageWriter writer = detail::begin_message(out, MessageKind::kToken);
-  writer.number(token.id);
-  writer.number(token.token);
+  detail::write_fields(MessageKind::kToken, token, out);
 }
 [[nodiscard]] inline Result<TokenMessage> read_token(std::span<const std::byte> message) {
-  detail::MessageReader reader(message.subspan(std::min(detail::kMessageHead, message.size())));
+  detail::MessageReader reader = detail::body_of(message);
   TokenMessage out;
-  if (!reader.number(out.id) || !reader.number(out.token) || !reader.complete()) {
+  if (!detail::read_fields(reader, out) || !reader.complete()) {
     return detail::malformed("Token", message.size());
   }
   return out;
@@ -276,7 +305,7 @@ inline void write_message(const EndMessage& end, Message& out) {
   writer.text(end.status.message());
 }
 [[nodiscard]] inline Result<EndMessage> read_end(std::span<const std::byte> message) {
-  detail::MessageReader reader(message.subspan(std::min(detail::kMessageHead, message.size())));
+  detail::MessageReader reader = detail::body_of(message);
   EndMessage out;
   std::int32_t kind = 0;
   std::int32_t code = 0;
