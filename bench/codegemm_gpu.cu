@@ -8,14 +8,18 @@
 // usage: codegemm-gpu [--json FILE] [--quick] [--shape NxK]... [--format NAME]... [--tokens T]...
 //                     [--peer NAME=LIBRARY]... [--no-cublas] [--regime gather|mma|wgmma] [--cluster N]
 //                     [--ahead ROUNDS] [--shared BYTES] [--sets N] [--splits N] [--token-tile N]
+//                     [--energy] [--once]
+//
+// --energy also measures the energy of each product, a second and a half for each; --once launches each
+// product once and times nothing, for a profiler.
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include <cublas_v2.h>
@@ -23,9 +27,10 @@
 
 #include <codegemm/cuda/dequantize.cuh>
 #include <codegemm/gemm.cuh>
-#include <codegemm/reference.hpp>
 
+#include "support/gpu_energy.cuh"
 #include "support/gpu_peer.h"
+#include "support/gpu_problem.cuh"
 #include "support/gpu_timing.cuh"
 #include "support/report.hpp"
 
@@ -34,23 +39,10 @@ namespace {
 using namespace codegemm;
 using bench::Buffer;
 using bench::check;
+using bench::cold_copies;
+using bench::error_of;
+using bench::Shape;
 using bench::time_us;
-
-struct Random {  // splitmix64
-  std::uint64_t state;
-  std::uint64_t next() {
-    std::uint64_t z = state += 0x9E3779B97F4A7C15ULL;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
-    return z ^ (z >> 31);
-  }
-  float uniform() { return static_cast<float>(next() >> 40) * 0x1p-24F; }
-  float normal() {
-    float sum = -6.0F;
-    for (int i = 0; i < 12; ++i) sum += uniform();
-    return sum;
-  }
-};
 
 struct Peer {
   std::string name;
@@ -79,6 +71,7 @@ struct PeerTime {
   std::string name;
   double us;
   double error;
+  std::optional<bench::Energy> energy = {};
 };
 struct Row {
   std::string shape;
@@ -88,88 +81,50 @@ struct Row {
   double gb_per_s;
   double error;
   std::vector<PeerTime> peers;
+  std::optional<bench::Energy> energy = {};
 };
 
-struct Shape {
-  std::int64_t rows;
-  std::int64_t cols;
-};
+// How a product is measured.
+struct Effort {
+  bool quick = false;
+  bool once = false;
+  std::unique_ptr<bench::EnergyCounter> energy;
 
-// ||y - ref|| / ||ref|| over some of the rows and tokens, against sums in double over the same quantized
-// weights.
-double error_of(const QuantizedMatrix& w, const std::vector<Half>& x, const std::vector<Half>& y,
-                int tokens) {
-  const std::int64_t step = std::max<std::int64_t>(1, w.rows() / 97);
-  const int token_step = std::max(1, tokens / 16);
-  double off = 0.0;
-  double size = 0.0;
-  const QuantizedMatrixView view = w.view();
-  for (std::int64_t n = 0; n < w.rows(); n += step) {
-    std::vector<double> sums(static_cast<std::size_t>(tokens), 0.0);
-    for (std::int64_t k = 0; k < w.cols(); ++k) {
-      const double weight = reference_weight(view, n, k);
-      for (int t = 0; t < tokens; t += token_step) {
-        sums[static_cast<std::size_t>(t)] +=
-            weight * static_cast<double>(x[static_cast<std::size_t>(t * w.cols() + k)].to_float());
-      }
-    }
-    for (int t = 0; t < tokens; t += token_step) {
-      const double want = sums[static_cast<std::size_t>(t)];
-      const double d = static_cast<double>(y[static_cast<std::size_t>(t * w.rows() + n)].to_float()) - want;
-      off += d * d;
-      size += want * want;
-    }
+  int replays(int tokens) const { return tokens >= 512 || quick ? 5 : 20; }
+  template <class Enqueue>
+  double time(cudaStream_t stream, int launches, int tokens, Enqueue&& enqueue) const {
+    return once ? 0.0 : time_us(stream, launches, replays(tokens), enqueue);
   }
-  return std::sqrt(off / size);
-}
+  template <class Enqueue>
+  std::optional<bench::Energy> energy_of(cudaStream_t stream, int launches, Enqueue&& enqueue) const {
+    if (energy == nullptr || once) return {};
+    return bench::measure_energy(*energy, stream, launches, 1.0, enqueue);
+  }
+};
 
 void measure(Shape shape, Format format, const std::vector<int>& token_counts, const cuda::GemmTuning& tuning,
-             cuda::PackOptions pack_options, bool quick, const std::vector<Peer>& peers,
+             cuda::PackOptions pack_options, const Effort& effort, const std::vector<Peer>& peers,
              cublasHandle_t cublas, const cuda::Device& device, cudaStream_t stream, std::vector<Row>& rows) {
-  Random random{static_cast<std::uint64_t>(shape.rows * 1000003 + shape.cols + format.v)};
-  auto made = QuantizedMatrix::create(format, shape.rows, shape.cols);
-  check(made.status());
-  QuantizedMatrix& w = made.value();
-  for (std::uint32_t& word : w.codes()) word = static_cast<std::uint32_t>(random.next());
-  for (Half& value : w.codebooks()) value = Half::from_float(random.normal());
-  for (Half& value : w.scales()) value = Half::from_float(0.01F + 0.02F * random.uniform());
-  auto packed = cuda::pack(w.view(), pack_options);
-  check(packed.status());
-
-  const std::size_t bytes = packed->bytes().size();
-  const int copies = static_cast<int>(std::clamp<std::size_t>(600'000'000 / bytes + 1, 2, 64));
-  const std::size_t pitch = (bytes + 255) / 256 * 256;
-  Buffer<std::byte> weights(pitch * static_cast<std::size_t>(copies));
-  check(cudaMemcpy(weights.data, packed->bytes().data(), bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
-  for (int i = 1; i < copies; ++i) {
-    check(cudaMemcpy(weights.data + pitch * static_cast<std::size_t>(i), weights.data, bytes,
-                     cudaMemcpyDeviceToDevice),
-          "cudaMemcpy");
-  }
+  const bench::ColdMatrix cold(shape, format, pack_options, effort.once ? 1 : 0);
+  const QuantizedMatrix& w = cold.matrix();
+  const int copies = cold.copies();
   const int most = *std::max_element(token_counts.begin(), token_counts.end());
-  std::vector<Half> x(static_cast<std::size_t>(most * shape.cols));
-  // Numbers are drawn once and repeated: a prime number of them, so that tokens differ.
-  std::vector<Half> drawn(std::min<std::size_t>(x.size(), 1'000'003));
-  for (Half& value : drawn) value = Half::from_float(random.normal());
-  for (std::size_t i = 0; i < x.size(); ++i) x[i] = drawn[i % drawn.size()];
-  Buffer<Half> x_device(x.size());
+  const std::vector<Half> x = bench::draw_tokens(most, shape.cols);
+  const Buffer<Half> x_device(x);
   Buffer<Half> y_device(static_cast<std::size_t>(most * shape.rows));
-  check(cudaMemcpy(x_device.data, x.data(), x.size() * sizeof(Half), cudaMemcpyHostToDevice), "cudaMemcpy");
   std::vector<Half> y(static_cast<std::size_t>(most * shape.rows));
   const std::size_t y_bytes = y.size() * sizeof(Half);
-  const int replays_of_few = quick ? 5 : 20;
   const std::size_t first_row = rows.size();
 
   const auto launches_of = [&](int tokens) {
     return tokens >= 512 ? std::min(copies, 8) : std::max(copies, 8);
   };
-  const auto replays_of = [&](int tokens) { return tokens >= 512 ? 5 : replays_of_few; };
   for (const int tokens : token_counts) {
     cuda::GemmProblem<Half, Half> p;
     p.x = MatrixView<const Half>(x_device.data, tokens, shape.cols);
     p.y = MatrixView<Half>(y_device.data, tokens, shape.rows);
     p.tuning = tuning;
-    p.weights = packed->view(weights.data);
+    p.weights = cold.view(0);
     const std::size_t workspace_bytes = cuda::workspace_bytes(p, device);
     Buffer<std::byte> workspace(workspace_bytes);
     check(cudaMemset(workspace.data, 0, std::max<std::size_t>(workspace_bytes, 1)), "cudaMemset");
@@ -179,30 +134,32 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts, c
     check(cudaMemcpy(y.data(), y_device.data, y_bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
     Row row;
     row.error = error_of(w, x, y, tokens);
-    row.us = time_us(stream, launches_of(tokens), replays_of(tokens), [&](int i) {
-      p.weights.data = weights.data + pitch * static_cast<std::size_t>(i % copies);
+    const auto enqueue = [&](int i) {
+      p.weights = cold.view(i);
       check(cuda::run(p, device, workspace.data, workspace_bytes, stream));
-    });
+    };
+    row.us = effort.time(stream, launches_of(tokens), tokens, enqueue);
+    row.energy = effort.energy_of(stream, launches_of(tokens), enqueue);
     // All those launches over equal weights must have given the same bits as the first one.
     std::vector<Half> again(y.size());
     check(cudaMemcpy(again.data(), y_device.data, y_bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
     if (std::memcmp(again.data(), y.data(), y_bytes) != 0)
       throw std::runtime_error("two runs gave different results");
-    row.shape = std::to_string(shape.rows) + "x" + std::to_string(shape.cols);
+    row.shape = shape.name();
     row.config = format_name(format);
     row.tokens = tokens;
     const double read = static_cast<double>(w.codes().size_bytes() + w.scales().size_bytes());
-    row.gb_per_s = read / row.us * 1e-3;
+    row.gb_per_s = effort.once ? 0.0 : read / row.us * 1e-3;
     rows.push_back(row);
   }
   if (cublas != nullptr) {  // the same weights in fp16, fp32 sums
     const auto n = static_cast<int>(shape.rows);
     const auto k = static_cast<int>(shape.cols);
     const std::size_t weights16 = static_cast<std::size_t>(shape.rows * shape.cols);
-    const int copies16 = static_cast<int>(std::clamp<std::size_t>(600'000'000 / (weights16 * 2) + 1, 2, 64));
+    const int copies16 = effort.once ? 1 : cold_copies(weights16 * 2);
     Buffer<Half> w16(weights16 * static_cast<std::size_t>(copies16));
     for (int i = 0; i < copies16; ++i) {
-      check(cuda::dequantize(packed->view(weights.data),
+      check(cuda::dequantize(cold.view(0),
                              MatrixView<Half>(w16.data + weights16 * static_cast<std::size_t>(i), n, k),
                              device, stream));
     }
@@ -226,7 +183,8 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts, c
       check(cudaMemcpy(y.data(), y_device.data, y_bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
       const double error = error_of(w, x, y, row.tokens);
       const int calls = row.tokens >= 512 ? std::min(copies16, 8) : std::max(copies16, 8);
-      row.peers.push_back({"cublas", time_us(stream, calls, replays_of(row.tokens), enqueue), error});
+      row.peers.push_back({"cublas", effort.time(stream, calls, row.tokens, enqueue), error,
+                           effort.energy_of(stream, calls, enqueue)});
     }
   }
   for (const Peer& peer : peers) {
@@ -248,10 +206,12 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts, c
       check(cudaStreamSynchronize(stream), peer.name.c_str());
       check(cudaMemcpy(y.data(), y_device.data, y_bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
       const double error = error_of(w, x, y, row.tokens);
-      const double us = time_us(stream, launches_of(row.tokens), replays_of(row.tokens), [&](int j) {
+      const auto enqueue = [&](int j) {
         static_cast<void>(peer.run(handle, j % copies, x_device.data, y_device.data, row.tokens, stream));
-      });
-      row.peers.push_back({peer.name, us, error});
+      };
+      const int calls = launches_of(row.tokens);
+      row.peers.push_back({peer.name, effort.time(stream, calls, row.tokens, enqueue), error,
+                           effort.energy_of(stream, calls, enqueue)});
     }
     peer.destroy(handle);
   }
@@ -259,7 +219,9 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts, c
     const Row& row = rows[i];
     std::printf("%-12s %-10s T=%-4d %8.2f us %7.0f GB/s  error %.1e", row.shape.c_str(), row.config.c_str(),
                 row.tokens, row.us, row.gb_per_s, row.error);
+    if (row.energy) std::printf("  %.0f uJ", row.energy->microjoules);
     for (const PeerTime& t : row.peers) {
+      if (t.energy) std::printf("  %s %.0f uJ", t.name.c_str(), t.energy->microjoules);
       std::printf("  %s %.2f us (x%.2f, error %.1e)", t.name.c_str(), t.us, t.us / row.us, t.error);
     }
     std::printf("\n");
@@ -267,13 +229,21 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts, c
   }
 }
 
+void put_energy(nlohmann::json& row, const std::optional<bench::Energy>& energy) {
+  if (!energy) return;
+  row["microjoules"] = energy->microjoules;
+  row["watts"] = energy->watts;
+}
+
 void write_json(const char* path, const std::string& machine, const bench::MemorySpeed& speed,
                 const std::vector<Row>& rows) {
   nlohmann::json all = nlohmann::json::array();
   for (const Row& r : rows) {
     nlohmann::json peers = nlohmann::json::array();
-    for (const PeerTime& t : r.peers)
+    for (const PeerTime& t : r.peers) {
       peers.push_back({{"name", t.name}, {"median_us", t.us}, {"ratio", t.us / r.us}, {"error", t.error}});
+      put_energy(peers.back(), t.energy);
+    }
     all.push_back({{"name", "gemm"},
                    {"shape", r.shape},
                    {"config", r.config},
@@ -283,6 +253,7 @@ void write_json(const char* path, const std::string& machine, const bench::Memor
                    {"share_of_read", r.gb_per_s / speed.read_gb_per_s},
                    {"error", r.error},
                    {"peers", peers}});
+    put_energy(all.back(), r.energy);
   }
   const bench::Suite suite{"codegemm-gpu", machine, speed, {}};
   check(bench::write_text(bench::frame_json(suite, std::move(all)).dump(2) + '\n', path));
@@ -296,12 +267,20 @@ int program(int argc, char** argv) {
   cuda::GemmTuning tuning;
   cuda::PackOptions pack_options;
   const char* json = nullptr;
-  bool quick = false;
+  Effort effort;
   bool with_cublas = true;
   for (int i = 1; i < argc; ++i) {
     const std::string name = argv[i];
     if (name == "--quick") {
-      quick = true;
+      effort.quick = true;
+      continue;
+    }
+    if (name == "--once") {
+      effort.once = true;
+      continue;
+    }
+    if (name == "--energy") {
+      effort.energy = std::make_unique<bench::EnergyCounter>();
       continue;
     }
     if (name == "--no-cublas") {
@@ -313,9 +292,7 @@ int program(int argc, char** argv) {
     if (name == "--json") {
       json = value;
     } else if (name == "--shape") {
-      long long n = 0, k = 0;
-      if (std::sscanf(value, "%lldx%lld", &n, &k) != 2) throw std::runtime_error("--shape wants NxK");
-      shapes.push_back({n, k});
+      shapes.push_back(bench::parse_shape(value));
     } else if (name == "--format") {
       const auto format = parse_format(value);
       check(format.status());
@@ -350,23 +327,17 @@ int program(int argc, char** argv) {
     shapes = {{4096, 4096}, {1024, 4096},  {6144, 4096},  {14336, 4096}, {28672, 4096}, {4096, 14336},
               {8192, 8192}, {10240, 8192}, {28672, 8192}, {57344, 8192}, {8192, 28672}};
   }
-  if (formats.empty()) formats = {{4, 1, 8, 128}, {8, 2, 8, 128}, {4, 1, 8, 32}};
+  if (formats.empty())
+    formats = {{4, 1, 8, 128}, {8, 2, 8, 128}, {4, 1, 8, 32}, {8, 2, 8, -1}, {8, 1, 16, -1}};
   if (tokens.empty()) tokens = {1, 2, 4, 8, 16, 32, 64, 512, 2048, 8192};
 
   const auto device = cuda::query_device(0);
   check(device.status());
-  cudaDeviceProp properties;
-  check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
-  int driver = 0;
-  int runtime = 0;
-  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
-  check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
-  const std::string machine =
-      concat(properties.name, ", ", device->multiprocessors, " multiprocessors, CUDA ", runtime / 1000, '.',
-             runtime % 1000 / 10, ", driver for ", driver / 1000, '.', driver % 1000 / 10);
+  const std::string machine = bench::describe_card(*device);
   cudaStream_t stream = nullptr;
   check(cudaStreamCreate(&stream), "cudaStreamCreate");
-  const bench::MemorySpeed bandwidth = bench::measure_bandwidth(stream, device->multiprocessors);
+  const bench::MemorySpeed bandwidth =
+      effort.once ? bench::MemorySpeed{} : bench::measure_bandwidth(stream, device->multiprocessors);
   std::printf("%s\ncopy %.0f GB/s, read %.0f GB/s\n", machine.c_str(), bandwidth.copy_gb_per_s,
               bandwidth.read_gb_per_s);
   cublasHandle_t cublas = nullptr;
@@ -375,7 +346,7 @@ int program(int argc, char** argv) {
   std::vector<Row> rows;
   for (const Format format : formats) {
     for (const Shape shape : shapes) {
-      measure(shape, format, tokens, tuning, pack_options, quick, peers, cublas, *device, stream, rows);
+      measure(shape, format, tokens, tuning, pack_options, effort, peers, cublas, *device, stream, rows);
       if (json != nullptr) write_json(json, machine, bandwidth, rows);
     }
   }

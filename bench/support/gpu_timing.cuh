@@ -39,23 +39,44 @@ struct Buffer {
   ~Buffer() { cudaFree(data); }
 };
 
-// Median time of one launch in microseconds, of `launches` in a graph. `enqueue(i)` puts launch i into the
-// stream.
+// `launches` launches as one graph: enqueue(i) puts launch i into the stream.
+class Replay {
+ public:
+  template <class Enqueue>
+  Replay(cudaStream_t stream, int launches, Enqueue&& enqueue) : stream_(stream), launches_(launches) {
+    cudaGraph_t graph = nullptr;
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+    for (int i = 0; i < launches; ++i) enqueue(i);
+    check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
+    const cudaError_t made = cudaGraphInstantiate(&exec_, graph, 0);
+    check(cudaGraphDestroy(graph), "cudaGraphDestroy");
+    check(made, "cudaGraphInstantiate");
+  }
+  Replay(const Replay&) = delete;
+  Replay& operator=(const Replay&) = delete;
+  ~Replay() { cudaGraphExecDestroy(exec_); }
+
+  int launches() const { return launches_; }
+  void enqueue() const { check(cudaGraphLaunch(exec_, stream_), "cudaGraphLaunch"); }
+  void wait() const { check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"); }
+
+ private:
+  cudaStream_t stream_;
+  int launches_;
+  cudaGraphExec_t exec_ = nullptr;
+};
+
+// Median time of one launch in microseconds, of `launches` in a graph.
 template <class Enqueue>
 double time_us(cudaStream_t stream, int launches, int replays, Enqueue&& enqueue) {
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t exec = nullptr;
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-  for (int i = 0; i < launches; ++i) enqueue(i);
-  check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
-  check(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
+  const Replay graph(stream, launches, enqueue);
   cudaEvent_t start, stop;
   check(cudaEventCreate(&start), "cudaEventCreate");
   check(cudaEventCreate(&stop), "cudaEventCreate");
   std::vector<double> times;
   for (int i = 0; i < replays + 3; ++i) {
     check(cudaEventRecord(start, stream), "cudaEventRecord");
-    check(cudaGraphLaunch(exec, stream), "cudaGraphLaunch");
+    graph.enqueue();
     check(cudaEventRecord(stop, stream), "cudaEventRecord");
     check(cudaEventSynchronize(stop), "cudaEventSynchronize");
     float ms = 0.0F;
@@ -64,8 +85,6 @@ double time_us(cudaStream_t stream, int launches, int replays, Enqueue&& enqueue
   }
   check(cudaEventDestroy(start), "cudaEventDestroy");
   check(cudaEventDestroy(stop), "cudaEventDestroy");
-  check(cudaGraphExecDestroy(exec), "cudaGraphExecDestroy");
-  check(cudaGraphDestroy(graph), "cudaGraphDestroy");
   return median(times);
 }
 

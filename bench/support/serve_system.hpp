@@ -22,7 +22,6 @@ namespace codegemm::bench {
 
 using prefillshare::CacheKey;
 using prefillshare::DecodeEvent;
-using prefillshare::DecodeModule;
 using prefillshare::DecodeWorker;
 using prefillshare::DenseLinear;
 using prefillshare::ForwardWorkspace;
@@ -33,7 +32,6 @@ using prefillshare::PrefillJob;
 using prefillshare::PrefillModule;
 using prefillshare::PrefillResult;
 using prefillshare::PrefillWorker;
-using prefillshare::Sequence;
 
 /// How the agents' base caches are made and where they lie. The memory for KV is the same in all.
 enum class Sharing : int {

@@ -12,6 +12,7 @@
 
 #include <codegemm/base/status.hpp>
 #include <codegemm/cuda/configs.cuh>
+#include <codegemm/cuda/crossovers.hpp>
 #include <codegemm/cuda/device.cuh>
 #include <codegemm/cuda/packed_matrix.hpp>
 #include <codegemm/cuda/problem.cuh>
@@ -37,9 +38,9 @@ template <class Configs = DefaultConfigs, class X, class Y>
   const bool wgmma = may(Regime::kFusedWgmma) && FusedWgmma::serves(p, device);
   // With at most a row tile for each multiprocessor, building Psumbooks is most of the work.
   const bool few_rows = w.layout.row_tiles <= device.multiprocessors;
-  if (gather && !(few_rows && mma) && p.x.rows <= Gather::most_tokens(w, device)) return Regime::kGather;
-  const std::int64_t most_mma = w.rows * w.cols <= kSmallWeights ? kMostMmaTokensSmall : kMostMmaTokens;
-  if (wgmma && (!mma || p.x.rows > most_mma)) return Regime::kFusedWgmma;
+  const LastTokens last = last_tokens(w.format, w.rows * w.cols, device.arch, device.multiprocessors);
+  if (gather && !(few_rows && mma) && p.x.rows <= last.gather) return Regime::kGather;
+  if (wgmma && (!mma || p.x.rows > last.mma)) return Regime::kFusedWgmma;
   if (mma) return Regime::kFusedMma;
   return gather ? Regime::kGather : Regime::kAuto;
 }

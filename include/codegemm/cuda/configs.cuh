@@ -12,10 +12,8 @@
 //   kScaleSteps         log2 of the lanes that share a scale; 5: one scale a row; -1: known at run time only
 //   kThreads            of a block
 //   kPassTokens         tokens in one pass over the weights; 32 KiB of shared memory for each set and token
-//   kMostTokens         up to how many tokens this is the fastest regime
+// Up to how many tokens a regime is used lies in crossovers.hpp.
 #pragma once
-
-#include <cstdint>
 
 #include <codegemm/base/config_list.hpp>
 
@@ -23,28 +21,36 @@ namespace codegemm::cuda {
 
 struct GatherM1V4G128 {
   static constexpr int kVecLen = 4, kCodebooks = 1, kCodeBits = 8, kSets = 4, kScaleSteps = 3;
-  static constexpr int kThreads = 1024, kPassTokens = 1, kMostTokens = 1;
+  static constexpr int kThreads = 1024, kPassTokens = 1;
 };
 struct GatherM2V8G128 {
   static constexpr int kVecLen = 8, kCodebooks = 2, kCodeBits = 8, kSets = 4, kScaleSteps = 3;
-  static constexpr int kThreads = 1024, kPassTokens = 1, kMostTokens = 1;
+  static constexpr int kThreads = 1024, kPassTokens = 1;
 };
 struct GatherM1V4G32 {
   static constexpr int kVecLen = 4, kCodebooks = 1, kCodeBits = 8, kSets = 4, kScaleSteps = 1;
-  static constexpr int kThreads = 1024, kPassTokens = 1, kMostTokens = 1;
+  static constexpr int kThreads = 1024, kPassTokens = 1;
+};
+struct GatherM1V4Row {
+  static constexpr int kVecLen = 4, kCodebooks = 1, kCodeBits = 8, kSets = 4, kScaleSteps = 5;
+  static constexpr int kThreads = 1024, kPassTokens = 1;
+};
+struct GatherM2V8Row {  // AQLM's 2x8
+  static constexpr int kVecLen = 8, kCodebooks = 2, kCodeBits = 8, kSets = 4, kScaleSteps = 5;
+  static constexpr int kThreads = 1024, kPassTokens = 1;
 };
 
 /// Any v, b and g.
 template <int Codebooks, int Sets>
 struct GatherAny {
   static constexpr int kVecLen = 0, kCodebooks = Codebooks, kCodeBits = 0, kSets = Sets, kScaleSteps = -1;
-  static constexpr int kThreads = 512, kPassTokens = 1, kMostTokens = 1;
+  static constexpr int kThreads = 512, kPassTokens = 1;
 };
 
 /// Best first. A program that needs few formats passes a shorter list and compiles faster.
-using GatherConfigs =
-    config_list<GatherM1V4G128, GatherM2V8G128, GatherM1V4G32, GatherAny<1, 1>, GatherAny<1, 2>,
-                GatherAny<1, 4>, GatherAny<2, 2>, GatherAny<2, 4>, GatherAny<3, 3>, GatherAny<4, 4>>;
+using GatherConfigs = config_list<GatherM1V4G128, GatherM2V8G128, GatherM1V4G32, GatherM1V4Row, GatherM2V8Row,
+                                  GatherAny<1, 1>, GatherAny<1, 2>, GatherAny<1, 4>, GatherAny<2, 2>,
+                                  GatherAny<2, 4>, GatherAny<3, 3>, GatherAny<4, 4>>;
 
 /// Members of a fused configuration, for mma.sync and wgmma alike:
 ///   kVecLen, kCodebooks, kSets  as above, v and m fixed; kSets / m * v is a multiple of 4
@@ -69,12 +75,6 @@ using MoreFusedConfigs =
     config_list<Fused<2, 1, 0>, Fused<2, 2, 0>, Fused<4, 2, 0>, Fused<4, 3, 0, 3>, Fused<4, 4, 0>,
                 Fused<8, 1, 0, 2>, Fused<8, 3, 0, 3>, Fused<8, 4, 0>, Fused<16, 1, 0, 1>, Fused<16, 2, 0, 2>,
                 Fused<16, 3, 0, 3>, Fused<16, 4, 0>>;
-
-/// Up to how many tokens mma.sync is faster than wgmma, for matrices of at most kSmallWeights weights and for
-/// larger ones.
-inline constexpr int kMostMmaTokensSmall = 32;
-inline constexpr int kMostMmaTokens = 16;
-inline constexpr std::int64_t kSmallWeights = std::int64_t{6144} * 4096;
 
 /// What gemm.cuh dispatches over. A program that needs few formats passes a struct with shorter lists.
 struct DefaultConfigs {

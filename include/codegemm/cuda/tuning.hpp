@@ -10,7 +10,7 @@ namespace codegemm::cuda {
 
 /// Ways of making the product, by how many tokens they are for.
 enum class Regime {
-  kAuto,        ///< the fastest that serves the problem, by the crossovers in configs.cuh
+  kAuto,        ///< the fastest that serves the problem, by the crossovers in crossovers.hpp
   kGather,      ///< Psumbook: few tokens
   kFusedMma,    ///< weights looked up into mma.sync
   kFusedWgmma,  ///< weights looked up into wgmma: many tokens, compute capability 9.0

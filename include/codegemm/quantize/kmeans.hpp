@@ -102,9 +102,10 @@ struct GroupScales {
   set.v = f.v;
   const std::int64_t per_row = w.cols / f.v;
   const std::int64_t total = w.rows * per_row;
+  if (total <= 0) return set;
   const std::int64_t wanted = std::min(total, std::max(sample, f.centroids()));
+  const double stretch = static_cast<double>(total) / static_cast<double>(wanted);
   for (std::int64_t i = 0; i < wanted; ++i) {
-    const double stretch = static_cast<double>(total) / static_cast<double>(wanted);
     const double at = (static_cast<double>(i) + (wanted < total ? random.uniform() : 0.0)) * stretch;
     const std::int64_t index = std::min(total - 1, static_cast<std::int64_t>(at));
     const std::int64_t n = index / per_row;

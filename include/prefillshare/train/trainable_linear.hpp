@@ -42,13 +42,13 @@ using ParameterList = std::deque<Parameter<T>>;
 namespace detail {
 
 template <TrainScalar T>
-Parameter<T>& add_parameter(ParameterList<T>& list, std::string name, std::vector<std::int64_t> shape,
-                            bool decay) {
+Parameter<T>& add_parameter(ParameterList<T>& list, std::string_view name,
+                            const std::vector<std::int64_t>& shape, bool decay) {
   Parameter<T>& p = list.emplace_back();
   std::int64_t size = 1;
   for (const std::int64_t dim : shape) size *= dim;
-  p.name = std::move(name);
-  p.shape = std::move(shape);
+  p.name = name;
+  p.shape = shape;
   p.decay = decay;
   p.value.resize(size);
   p.gradient.resize(size);

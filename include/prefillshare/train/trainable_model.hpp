@@ -240,7 +240,7 @@ class TrainableModel {
   TrainableModel() = default;
 
   template <class Fill>
-  static Result<TrainableModel> make(std::shared_ptr<const LlamaModel<DenseLinear>> model, Fill&& fill) {
+  static Result<TrainableModel> make(std::shared_ptr<const LlamaModel<DenseLinear>>&& model, Fill&& fill) {
     if (model == nullptr) return error(StatusCode::kNullPointer, "TrainableModel: no model");
     if (Status s = validate(*model); !s.ok()) return s;
     try {

@@ -277,6 +277,7 @@ class Trainer {
                     double sharing, bool backward, float scale, Visit&& visit) {
     try {
       std::vector<std::int64_t> rows;
+      rows.reserve(chosen.size());
       for (const std::size_t i : chosen) rows.push_back(example_rows(examples[i], sharing));
       std::vector<double> losses;
       for (const std::vector<std::size_t>& pack : pack_by_length(rows, options_.pass_tokens)) {

@@ -34,7 +34,8 @@ TEST_CASE("cuda gemm: a small one of each kind", "[gpu]") {
 TEST_CASE("cuda gemm: tuned formats on every edge of their tiles", "[gpu]") {
   const cuda::Device device = gpu_or_skip();
   std::uint64_t seed = seed_or(1);
-  for (const Format format : {Format{4, 1, 8, 128}, Format{8, 2, 8, 128}, Format{4, 1, 8, 32}}) {
+  for (const Format format : {Format{4, 1, 8, 128}, Format{8, 2, 8, 128}, Format{4, 1, 8, 32},
+                              Format{4, 1, 8, -1}, Format{8, 2, 8, -1}}) {
     for (const std::int64_t rows : {1, 15, 16, 17, 257, 1031}) {
       for (const std::int64_t cols : {8, 248, 256, 264, 2048, 2560}) {
         for (const std::int64_t tokens : {1, 2}) {

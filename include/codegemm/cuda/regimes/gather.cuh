@@ -62,12 +62,6 @@ struct GatherRegime {
                  }) &&
            fits;
   }
-  /// Up to how many tokens this is the fastest regime for a matrix it serves.
-  [[nodiscard]] static std::int64_t most_tokens(const DevicePackedView& w, const Device& device) {
-    std::int64_t out = 0;
-    static_cast<void>(match(w, device, [&](auto c) { out = c.kMostTokens; }));
-    return out;
-  }
 
   template <class X, class Y>
   [[nodiscard]] static std::size_t workspace_bytes(const GemmProblem<X, Y>& p, const Device& device) {

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/cuda/crossovers.hpp - token counts up to which each regime is the fastest, as measured.
+// Layer: cuda (host only, no CUDA headers).
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include <codegemm/format.hpp>
+
+namespace codegemm::cuda {
+
+/// The last token counts of two regimes, for matrices of one size. Above both comes wgmma where there is one.
+struct LastTokens {
+  int gather = 1;
+  int mma = 16;
+};
+
+/// What was measured on one card for one format.
+struct Crossover {
+  int arch = 90;  // as Device::arch
+  int multiprocessors = 132;
+  Format format;
+  LastTokens small;  // matrices of at most kSmallWeights weights
+  LastTokens large;
+};
+
+inline constexpr std::int64_t kSmallWeights = std::int64_t{6144} * 4096;
+
+/// The lines between the two marks are written by `scripts/bench tune --write` on the card that they name.
+/// The first one is what formats near none of the others get.
+inline constexpr Crossover kCrossovers[] = {
+    // tune: begin
+    {90, 132, {4, 1, 8, 128}, {1, 32}, {1, 16}}, {90, 132, {8, 2, 8, 128}, {1, 16}, {1, 16}},
+    {90, 132, {4, 1, 8, 32}, {1, 24}, {1, 16}},  {90, 132, {4, 1, 8, -1}, {1, 16}, {1, 16}},
+    {90, 132, {8, 2, 8, -1}, {1, 24}, {1, 16}},  {90, 132, {8, 1, 16, -1}, {0, 16}, {0, 16}},
+    // tune: end
+};
+
+/// The nearest measurement: of the same v, m and code bytes before any other, then of the same card, then of
+/// the same kind of scales (one a row, or groups), then of the same format; the first of those that are
+/// equally near.
+[[nodiscard]] constexpr LastTokens last_tokens(Format f, std::int64_t weights, int arch, int multiprocessors,
+                                               std::span<const Crossover> measured = kCrossovers) {
+  const auto nearness = [&](const Crossover& c) {
+    const Format& o = c.format;
+    int out = 0;
+    if (o.v == f.v && o.m == f.m && o.stored_code_bits() == f.stored_code_bits()) out += 16;
+    if (c.arch == arch) out += 4 + (c.multiprocessors == multiprocessors ? 4 : 0);
+    if ((o.g < 0) == (f.g < 0)) out += 2;
+    if (o == f) out += 1;
+    return out;
+  };
+  const Crossover* best = measured.data();
+  for (const Crossover& c : measured) {
+    if (nearness(c) > nearness(*best)) best = &c;
+  }
+  return weights <= kSmallWeights ? best->small : best->large;
+}
+
+}  // namespace codegemm::cuda
