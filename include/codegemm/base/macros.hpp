@@ -60,7 +60,7 @@
 #define CODEGEMM_HAS_AVX512 1
 #define CODEGEMM_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 #define CODEGEMM_TARGET_AVX512_VBMI                                                                          \
-  __attribute__((target("avx512vbmi,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+  __attribute__((target("avx512vbmi,avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 #else
 #define CODEGEMM_HAS_AVX512 0
 #endif

@@ -131,11 +131,13 @@ struct CpuCosts {
   static constexpr double kLanesBuild = 0.53;           // one element of a centroid x 8 tokens
   static constexpr double kDenseMultiply = 1 / 13.4;    // one weight x one token
   static constexpr double kDequantize = 0.45;           // one weight of one codebook
-  static constexpr double kIntegerMultiply = 1 / 22.0;  // in 16-bit integers
-  static constexpr double kIntegerDequantize = 1.5;     // one code of one row
+  static constexpr double kIntegerMultiply = 1 / 22.0;  // in 16-bit integers, AVX2
+  static constexpr double kIntegerMultiplyAvx512 = 1 / 27.0;
+  static constexpr double kIntegerMultiplyVnni = 1 / 35.0;
+  static constexpr double kIntegerDequantize = 1.5;  // one code of one row
 
   // One entry, 64 rows x 1 token looked up in registers, for 4 to 8 bits a code; 0 where gathering is as
-  // fast. VBMI's row was measured on a Xeon (Sapphire Rapids) against its own integer products; those without
+  // fast. VBMI's row was measured on a Xeon against its own integer products, as these were; those without
   // VBMI and of NEON are estimates from instruction tables. And encoding one centroid.
   static constexpr double kLookupAvx2[] = {6, 12, 18, 32, 0};
   static constexpr double kLookupAvx512[] = {6, 6, 9, 16, 30};
@@ -157,6 +159,13 @@ namespace detail {
     case Isa::kPortable: break;
   }
   return 0.0;
+}
+
+/// Cycles for one weight and one token in 16-bit integers.
+[[nodiscard]] constexpr double integer_cost(Isa isa) noexcept {
+  return isa == Isa::kAvx512Vbmi ? CpuCosts::kIntegerMultiplyVnni
+         : isa == Isa::kAvx512   ? CpuCosts::kIntegerMultiplyAvx512
+                                 : CpuCosts::kIntegerMultiply;
 }
 
 }  // namespace detail

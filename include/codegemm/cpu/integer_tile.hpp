@@ -322,22 +322,4 @@ CODEGEMM_TARGET_AVX2 inline void multiply_pairs_avx2(const IntegerTileArgs& a) {
 
 #endif
 
-/// The kernels of the integer way; null where the instruction set has none.
-struct IntegerKernels {
-  void (*dequantize)(const DequantizePairsArgs&) = nullptr;
-  void (*multiply)(const IntegerTileArgs&) = nullptr;
-  float (*round)(const float* x, std::int64_t count, std::int32_t* out) = nullptr;
-  void (*scale)(const Half* scales, std::int64_t count, float step, float* out) = nullptr;
-};
-
-template <Isa kIsa, int kVecLen>
-[[nodiscard]] constexpr IntegerKernels integer_kernels() noexcept {
-#if CODEGEMM_HAS_AVX2
-  if constexpr (has_avx2(kIsa)) {
-    return {&dequantize_pairs_avx2<kVecLen>, &multiply_pairs_avx2, &round_chunk_avx2, &scale_steps_avx2};
-  }
-#endif
-  return {};
-}
-
 }  // namespace codegemm::detail

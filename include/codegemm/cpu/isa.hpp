@@ -13,7 +13,8 @@
 namespace codegemm {
 
 /// What a kernel is written in. kAvx2: AVX2 with FMA and F16C. kAvx512: the above with AVX-512 F, BW, VL and
-/// DQ; kAvx512Vbmi: and VBMI, whose byte permutes look up 128 entries at once. kNeon: 64-bit Arm.
+/// DQ; kAvx512Vbmi: and VBMI, whose byte permutes look up 128 entries at once, and VNNI, which adds products
+/// of 16 bits (all of Ice Lake's successors and Zen 4's have both). kNeon: 64-bit Arm.
 enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vbmi = 3, kNeon = 4 };
 
 [[nodiscard]] constexpr const char* isa_name(Isa isa) noexcept {
@@ -53,7 +54,8 @@ namespace detail {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (!avx512) return Isa::kAvx2;
-  return __builtin_cpu_supports("avx512vbmi") ? Isa::kAvx512Vbmi : Isa::kAvx512;
+  const bool vbmi = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+  return vbmi ? Isa::kAvx512Vbmi : Isa::kAvx512;
 #else
   return Isa::kPortable;
 #endif

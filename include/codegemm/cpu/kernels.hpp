@@ -6,12 +6,35 @@
 
 #include <codegemm/cpu/dense_tile.hpp>
 #include <codegemm/cpu/gather.hpp>
-#include <codegemm/cpu/integer_tile.hpp>
+#include <codegemm/cpu/integer_tile_avx512.hpp>
 #include <codegemm/cpu/isa.hpp>
 #include <codegemm/cpu/lookup.hpp>
 #include <codegemm/cpu/psumbook.hpp>
 
 namespace codegemm::detail {
+
+/// The kernels of the integer way; null where the instruction set has none.
+struct IntegerKernels {
+  void (*dequantize)(const DequantizePairsArgs&) = nullptr;
+  void (*multiply)(const IntegerTileArgs&) = nullptr;
+  float (*round)(const float* x, std::int64_t count, std::int32_t* out) = nullptr;
+  void (*scale)(const Half* scales, std::int64_t count, float step, float* out) = nullptr;
+};
+
+template <Isa kIsa, int kVecLen>
+[[nodiscard]] constexpr IntegerKernels integer_kernels() noexcept {
+  IntegerKernels out;
+#if CODEGEMM_HAS_AVX2
+  if constexpr (has_avx2(kIsa)) {
+    out = {&dequantize_pairs_avx2<kVecLen>, &multiply_pairs_avx2, &round_chunk_avx2, &scale_steps_avx2};
+  }
+#endif
+#if CODEGEMM_HAS_AVX512
+  if constexpr (kIsa == Isa::kAvx512) out.multiply = &multiply_pairs_avx512<&sum_chunk_avx512>;
+  if constexpr (kIsa == Isa::kAvx512Vbmi) out.multiply = &multiply_pairs_avx512<&sum_chunk_vnni>;
+#endif
+  return out;
+}
 
 /// The loops around them are the same for all formats and compiled once: a call through a pointer costs
 /// nothing against a sweep over thousands of codes, and the compile time of a user's file does count.

@@ -88,7 +88,7 @@ struct EntryCosts {
   double entry = costs.lanes8 / 8;  // a token
   if (costs.lookup1 > 0.0) entry = std::min(entry, costs.lookup1);
   const double dense =  // a token
-      weights * (integers ? CpuCosts::kIntegerMultiply : CpuCosts::kDenseMultiply);
+      weights * (integers ? integer_cost(isa) : CpuCosts::kDenseMultiply);
   const double dequantize =
       integers ? CpuCosts::kIntegerDequantize * entries * static_cast<double>(w.padded_rows())
                : CpuCosts::kDequantize * weights * w.format.m;

@@ -67,9 +67,20 @@ inline __m128i cvtepi16_epi8(__m256i v) {
   });
 }
 
+inline simde__m512i madd_epi16(simde__m512i a, simde__m512i b) {
+  return each<simde__m512i>(a, [&b](const auto& v, std::size_t i) {
+    const auto product = [&](std::size_t j) {
+      return static_cast<std::uint32_t>(lane<std::int16_t>(v, j) * lane<std::int16_t>(b, j));
+    };
+    return product(2 * i) + product(2 * i + 1);
+  });
+}
+
 }  // namespace emulated
 
 // NOLINTBEGIN(bugprone-reserved-identifier): they stand in for the compiler's own
+#undef _mm512_madd_epi16  // SIMDe's has too many arguments
+#define _mm512_madd_epi16(a, b) emulated::madd_epi16(a, b)
 #define _mm512_cvtps_epi32(v) emulated::cvtps_epi32(v)
 #define _mm512_cvtepi32_ps(v) emulated::cvtepi32_ps(v)
 #define _mm512_cvtepi16_epi32(v) emulated::cvtepi16_epi32(v)
@@ -143,6 +154,47 @@ TEST_CASE("AVX-512 lookups agree with the reference, emulated", "[codegemm]") {
     check<Isa::kAvx512, Config>(65, 37, 1, -1, 1);
     check<Isa::kAvx512, Config>(130, 96, 2, 8 * Config::kVecLen, 2);
   });
+}
+
+TEST_CASE("AVX-512 integer tiles give the bits of AVX2's, emulated", "[codegemm]") {
+  const std::uint64_t seed = test::seed_or(32);
+  CAPTURE(seed);
+  test::Rng rng(seed);
+  const auto draw = [&](std::int64_t most) {
+    return static_cast<std::int32_t>(
+        static_cast<std::int64_t>(rng.next() % static_cast<std::uint64_t>(2 * most + 1)) - most);
+  };
+  const auto pair = [&](std::int64_t most) {
+    return static_cast<std::int32_t>((static_cast<std::uint32_t>(draw(most)) & 0xFFFFU) |
+                                     static_cast<std::uint32_t>(draw(most)) << 16U);
+  };
+  for (const std::int64_t depth : {2, 32, 70, 512}) {
+    for (const std::int64_t group : {-1, 32, 96, 128}) {
+      CAPTURE(depth, group);
+      constexpr std::int64_t kStride = 19;
+      const auto units = static_cast<std::size_t>(depth / CpuTiles::kIntegerUnit + 1);
+      std::vector<std::int32_t> x(static_cast<std::size_t>(depth / 2 * 6));
+      AlignedBuffer<std::int32_t> w;
+      REQUIRE(w.reserve(static_cast<std::size_t>(depth / 2 * 16)));
+      for (std::int32_t& value : x) value = pair(2000);  // as large as the sums of a chunk may be
+      for (std::int32_t& value : w.span()) value = pair(8191);
+      const std::vector<float> x_steps = rng.normals(static_cast<std::int64_t>(units * 6));
+      const std::vector<float> w_steps = rng.normals(static_cast<std::int64_t>(units * 16));
+      for (const bool accumulate : {false, true}) {
+        const std::vector<float> before = rng.normals(6 * kStride);
+        const auto multiply = [&](auto kernel) {
+          std::vector<float> c = before;
+          kernel({x.data(), w.data(), x_steps.data(), w_steps.data(), 16, 512, depth, group, c.data(),
+                  kStride, accumulate});
+          return c;
+        };
+        const std::vector<float> want = multiply(&detail::multiply_pairs_avx2);
+        REQUIRE(want != before);
+        CHECK(multiply(&detail::multiply_pairs_avx512<&detail::sum_chunk_avx512>) == want);
+        CHECK(multiply(&detail::multiply_pairs_avx512<&detail::sum_chunk_vnni>) == want);
+      }
+    }
+  }
 }
 
 #elif defined(__AVX512F__)
