@@ -21,8 +21,8 @@ namespace {
 
 constexpr auto kOurs = CheckpointKind::kCodeGemm;
 constexpr auto kAqlm = CheckpointKind::kAqlm;
-constexpr std::size_t kEmbeddingBytes = 8 * 64 * 2;  // 8 x 64 in fp16
-constexpr std::size_t kNormBytes = 64 * 4;           // 64 in fp32
+constexpr std::size_t kEmbeddingBytes = std::size_t{8} * 64 * 2;  // 8 x 64 in fp16
+constexpr std::size_t kNormBytes = std::size_t{64} * 4;           // 64 in fp32
 
 bool same(const QuantizedMatrix& a, const QuantizedMatrix& b) {
   const auto equal = [](auto x, auto y) { return std::equal(x.begin(), x.end(), y.begin(), y.end()); };

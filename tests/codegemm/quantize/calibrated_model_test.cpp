@@ -23,7 +23,6 @@
 using namespace codegemm;
 using prefillshare::CalibrationRun;
 using prefillshare::DenseLinear;
-using prefillshare::LlamaModel;
 
 namespace {
 

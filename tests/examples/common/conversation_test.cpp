@@ -21,8 +21,8 @@ TokenizerSpec spec(std::string chat_template) {
   out.model = "gpt2";
   out.pre = "gpt-2";
   for (char c = '!'; c <= '~'; ++c) out.tokens.emplace_back(1, c);
-  out.tokens.push_back("\xC4\xA0");  // a space, as byte-level vocabularies write it
-  out.tokens.push_back("\xC4\x8A");  // a newline
+  out.tokens.emplace_back("\xC4\xA0");  // a space, as byte-level vocabularies write it
+  out.tokens.emplace_back("\xC4\x8A");  // a newline
   out.token_types.assign(out.tokens.size(), static_cast<int>(TokenType::kNormal));
   for (const char* control : {"<|im_start|>", "<|im_end|>"}) {
     out.tokens.emplace_back(control);
