@@ -37,18 +37,18 @@ struct PackedView {
   Format format;
   std::int64_t rows = 0;
   std::int64_t cols = 0;
-  int block_rows = kBlockRows;    // rows in a block: kBlockRows, or kWordRows where nothing is looked up
-  std::int64_t row_blocks = 0;    // ceil(rows / block_rows); rows beyond `rows` have code 0 and scale 0
-  std::int64_t tile_vectors = 0;  // vectors in every tile but the last, which may have fewer
+  int block_rows = kBlockRows;    ///< rows in a block: kBlockRows, or kWordRows where nothing is looked up
+  std::int64_t row_blocks = 0;    ///< ceil(rows / block_rows); rows beyond `rows` have code 0 and scale 0
+  std::int64_t tile_vectors = 0;  ///< vectors in every tile but the last, which may have fewer
   std::int64_t tiles = 0;
-  // [tiles][row_blocks][entries of the tile][words of an entry]
+  /// [tiles][row_blocks][entries of the tile][words of an entry]
   const std::uint64_t* codes = nullptr;
-  const float* codebooks = nullptr;             // [m][2^b][v]
-  const float* codebooks_transposed = nullptr;  // [m][v][2^b]
+  const float* codebooks = nullptr;             ///< [m][2^b][v]
+  const float* codebooks_transposed = nullptr;  ///< [m][v][2^b]
   // codebooks[i] = about codebook_step * codebooks_rounded[i]; null where that is not exact enough
-  const std::int16_t* codebooks_rounded = nullptr;  // [m][2^b][v]
+  const std::int16_t* codebooks_rounded = nullptr;  ///< [m][2^b][v]
   float codebook_step = 0.0F;
-  const Half* scales = nullptr;  // [ceil(K / g)][row_blocks * block_rows]
+  const Half* scales = nullptr;  ///< [ceil(K / g)][row_blocks * block_rows]
 
   [[nodiscard]] std::int64_t vectors() const noexcept { return cols / format.v; }
   [[nodiscard]] std::int64_t padded_rows() const noexcept { return row_blocks * block_rows; }

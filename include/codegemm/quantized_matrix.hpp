@@ -21,20 +21,20 @@ namespace codegemm {
 
 /// Number of elements of the three arrays of a quantized matrix.
 struct CanonicalSizes {
-  std::int64_t code_words = 0;       // [m][ceil((K / v) / codes_per_word)][N], 32-bit words
-  std::int64_t codebook_values = 0;  // [m][2^b][v]
-  std::int64_t scale_values = 0;     // [ceil(K / g)][N], or [1][N] for g = -1
+  std::int64_t code_words = 0;       ///< [m][ceil((K / v) / codes_per_word)][N], 32-bit words
+  std::int64_t codebook_values = 0;  ///< [m][2^b][v]
+  std::int64_t scale_values = 0;     ///< [ceil(K / g)][N], or [1][N] for g = -1
 };
 
 /// A quantized matrix in somebody else's memory. Rows are outputs (N), columns are inputs (K).
 struct QuantizedMatrixView {
   Format format;
-  std::int64_t rows = 0;  // N
-  std::int64_t cols = 0;  // K, a multiple of v
-  // [m][ceil((K / v) / codes_per_word)][N]; inside a word lowest bits first along K, padding codes 0
+  std::int64_t rows = 0;  ///< N
+  std::int64_t cols = 0;  ///< K, a multiple of v
+  /// [m][ceil((K / v) / codes_per_word)][N]; inside a word lowest bits first along K, padding codes 0
   const std::uint32_t* codes = nullptr;
-  const Half* codebooks = nullptr;  // [m][2^b][v]
-  const Half* scales = nullptr;     // [ceil(K / g)][N]
+  const Half* codebooks = nullptr;  ///< [m][2^b][v]
+  const Half* scales = nullptr;     ///< [ceil(K / g)][N]
 
   [[nodiscard]] std::int64_t vectors() const noexcept { return cols / format.v; }
 

@@ -14,10 +14,10 @@ namespace codegemm {
 /// Element (r, c) is data[r * stride + c]. Owns nothing; may be empty. stride >= cols, in elements.
 template <class T>
 struct MatrixView {
-  T* data = nullptr;  // [rows][stride], the first cols of each row are used
+  T* data = nullptr;  ///< [rows][stride], the first cols of each row are used
   std::int64_t rows = 0;
   std::int64_t cols = 0;
-  std::int64_t stride = 0;  // elements from one row to the next
+  std::int64_t stride = 0;  ///< elements from one row to the next
 
   constexpr MatrixView() = default;
   CODEGEMM_HOST_DEVICE constexpr MatrixView(T* data_, std::int64_t rows_, std::int64_t cols_)

@@ -94,7 +94,7 @@ template <class... Parts>
 template <class T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : value_(std::move(value)) {}  // NOLINT(google-explicit-constructor): return value;
+  Result(T value) : value_(std::move(value)) {}  ///< NOLINT(google-explicit-constructor): return value;
   // NOLINTNEXTLINE(google-explicit-constructor): return error(...);
   Result(Status status) : status_(std::move(status)) { CODEGEMM_ASSERT(!status_.ok()); }
 

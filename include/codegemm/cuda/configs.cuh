@@ -35,7 +35,7 @@ struct GatherM1V4Row {
   static constexpr int kVecLen = 4, kCodebooks = 1, kCodeBits = 8, kSets = 4, kScaleSteps = 5;
   static constexpr int kThreads = 1024, kPassTokens = 1;
 };
-struct GatherM2V8Row {  // AQLM's 2x8
+struct GatherM2V8Row {  ///< AQLM's 2x8
   static constexpr int kVecLen = 8, kCodebooks = 2, kCodeBits = 8, kSets = 4, kScaleSteps = 5;
   static constexpr int kThreads = 1024, kPassTokens = 1;
 };

@@ -19,10 +19,10 @@ struct LastTokens {
 
 /// What was measured on one card for one format.
 struct Crossover {
-  int arch = 90;  // as Device::arch
+  int arch = 90;  ///< as Device::arch
   int multiprocessors = 132;
   Format format;
-  LastTokens small;  // matrices of at most kSmallWeights weights
+  LastTokens small;  ///< matrices of at most kSmallWeights weights
   LastTokens large;
 };
 

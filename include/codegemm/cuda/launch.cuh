@@ -18,8 +18,8 @@ struct LaunchShape {
   dim3 grid;
   unsigned threads = 0;
   std::size_t shared_bytes = 0;
-  unsigned cluster = 0;  // blocks along x, 0: no clusters
-  bool overlap = false;  // may start before the kernel before it in the stream has ended
+  unsigned cluster = 0;  ///< blocks along x, 0: no clusters
+  bool overlap = false;  ///< may start before the kernel before it in the stream has ended
 };
 
 /// Starts kernel(args). Never allocates, synchronizes or asks the device; may be captured into a graph.

@@ -45,14 +45,14 @@ inline constexpr int kPackedVersion = 3;
 struct PackedLayout {
   int sets = 0;
   int code_bytes = 1;
-  int scale_steps = 0;  // 0..4, or 5: one scale a row, kept beside the tiles
+  int scale_steps = 0;  ///< 0..4, or 5: one scale a row, kept beside the tiles
   std::int64_t granules = 0;
   std::int64_t row_tiles = 0;
   int tile_bytes = 0;
   int parts = 1;
-  PartTiles first_tile = {};      // of each part, then row_tiles
-  std::size_t codebooks_at = 0;   // fp16 [parts][m][2^b][v]
-  std::size_t row_scales_at = 0;  // fp16 [N], if scale_steps is 5
+  PartTiles first_tile = {};      ///< of each part, then row_tiles
+  std::size_t codebooks_at = 0;   ///< fp16 [parts][m][2^b][v]
+  std::size_t row_scales_at = 0;  ///< fp16 [N], if scale_steps is 5
   std::size_t tiles_at = 0;
   std::size_t bytes = 0;
 
@@ -146,12 +146,13 @@ struct PackOptions {
 /// Packed weights in device memory, passed to calls by value. Owns nothing; `data` is 256-byte aligned.
 struct DevicePackedView {
   Format format;
-  std::int64_t rows = 0;  // N
-  std::int64_t cols = 0;  // K
+  std::int64_t rows = 0;  ///< N
+  std::int64_t cols = 0;  ///< K
   PackedLayout layout;
-  const std::byte* data = nullptr;  // [layout.bytes], device memory
+  const std::byte* data = nullptr;  ///< [layout.bytes], device memory
   int version = 0;
-  float unscale = 1.0F;  // a power of two: what products of the packed codebooks and scales are multiplied by
+  float unscale =
+      1.0F;  ///< a power of two: what products of the packed codebooks and scales are multiplied by
 };
 static_assert(std::is_trivially_copyable_v<DevicePackedView>, "DevicePackedView is passed by value");
 

@@ -74,8 +74,8 @@ inline constexpr std::size_t kMostSafetensorsRank = 32;               // a limit
 struct SafetensorsTensor {
   std::string name;
   Dtype dtype = Dtype::kF32;
-  std::vector<std::int64_t> shape;  // row-major; empty for a scalar; a dimension may be 0
-  std::span<const std::byte> data;  // product of shape times item_size bytes, in the file
+  std::vector<std::int64_t> shape;  ///< row-major; empty for a scalar; a dimension may be 0
+  std::span<const std::byte> data;  ///< product of shape times item_size bytes, in the file
 
   [[nodiscard]] std::int64_t elements() const noexcept {
     return static_cast<std::int64_t>(data.size() / item_size(dtype));

@@ -45,8 +45,8 @@ struct CalibratedOptions {
 
 /// How a matrix was quantized. Errors are relative: tr((W - W^) H (W - W^)^T) / tr(W H W^T), H damped.
 struct CalibratedReport {
-  double kmeans_error = 0.0;  // of k-means, with which it began
-  double error = 0.0;         // in the end
+  double kmeans_error = 0.0;  ///< of k-means, with which it began
+  double error = 0.0;         ///< in the end
   int rounds = 0;
 };
 

@@ -38,10 +38,10 @@ struct RopeConfig {
   double theta = 10000.0;
   RopeLayout layout = RopeLayout::kHalf;
   RopeScaling scaling = RopeScaling::kNone;
-  double factor = 1.0;                                   // linear, llama3
-  double low_freq_factor = 1.0;                          // llama3
-  double high_freq_factor = 4.0;                         // llama3
-  std::int64_t original_max_position_embeddings = 8192;  // llama3
+  double factor = 1.0;                                   ///< linear, llama3
+  double low_freq_factor = 1.0;                          ///< llama3
+  double high_freq_factor = 4.0;                         ///< llama3
+  std::int64_t original_max_position_embeddings = 8192;  ///< llama3
 
   friend bool operator==(const RopeConfig&, const RopeConfig&) = default;
 };

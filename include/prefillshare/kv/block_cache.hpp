@@ -27,8 +27,8 @@ namespace prefillshare {
 
 /// What an allocator may have besides its blocks. Both outlive it.
 struct KvOptions {
-  EventLog* events = nullptr;    // told of every block that enters or leaves the cache
-  CopyEngine* copies = nullptr;  // with tiers below the device, to which blocks go when they are evicted
+  EventLog* events = nullptr;    ///< told of every block that enters or leaves the cache
+  CopyEngine* copies = nullptr;  ///< with tiers below the device, to which blocks go when they are evicted
 };
 
 /// Pool, prefix tree, eviction policy, tenants and tiers moved together, so that each block is in exactly one

@@ -16,9 +16,9 @@ namespace prefillshare {
 /// The producer of cached KV. Blocks are shared only between sequences whose three strings are all equal,
 /// so a model under a used name needs a new version, and tenants with different salts never meet.
 struct CacheKey {
-  std::string model_id;       // of the prefill module (the base), never of a decode module
-  std::string model_version;  // whatever changes when its weights do: a digest, a revision
-  std::string tenant_salt;    // empty: shared by everybody
+  std::string model_id;       ///< of the prefill module (the base), never of a decode module
+  std::string model_version;  ///< whatever changes when its weights do: a digest, a revision
+  std::string tenant_salt;    ///< empty: shared by everybody
 
   friend bool operator==(const CacheKey&, const CacheKey&) = default;
 };

@@ -44,10 +44,10 @@ inline constexpr KvTime kKvNever = std::numeric_limits<KvTime>::max();
 struct Retention {
   static constexpr int kDefaultPriority = 35;
 
-  int priority = kDefaultPriority;  // 0 .. 100; the lowest goes first (PriorityEviction)
-  KvTime expires = kKvNever;        // from then on the priority is 0, and a pin is none
-  KvTime next_use = kKvNever;       // when the blocks are wanted again; kKvNever: unknown (AgentEviction)
-  bool pinned = false;              // not to be evicted before `expires` (AgentEviction)
+  int priority = kDefaultPriority;  ///< 0 .. 100; the lowest goes first (PriorityEviction)
+  KvTime expires = kKvNever;        ///< from then on the priority is 0, and a pin is none
+  KvTime next_use = kKvNever;       ///< when the blocks are wanted again; kKvNever: unknown (AgentEviction)
+  bool pinned = false;              ///< not to be evicted before `expires` (AgentEviction)
 
   friend bool operator==(const Retention&, const Retention&) = default;
 };

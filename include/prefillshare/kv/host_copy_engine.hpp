@@ -40,8 +40,8 @@ concept KvBlockBytes = requires(Storage storage, const Storage constant, BlockId
 
 /// Where the tiers of a HostCopyEngine lie. A tier of 0 blocks is there and takes none.
 struct HostTiers {
-  std::int64_t memory_blocks = 0;  // tier 1: host memory, taken by create()
-  std::int64_t file_blocks = 0;    // tier 2: a file of no name in `folder`, gone when the engine is
+  std::int64_t memory_blocks = 0;  ///< tier 1: host memory, taken by create()
+  std::int64_t file_blocks = 0;    ///< tier 2: a file of no name in `folder`, gone when the engine is
   std::string folder;
   std::int64_t queue_size = 64;
 };

@@ -41,7 +41,7 @@ struct KvPageFormat {
 /// From one element of a layer to the next, in elements. Rows of head_dim are dense.
 struct KvStrides {
   std::int64_t block = 0;
-  std::int64_t part = 0;  // from K to V
+  std::int64_t part = 0;  ///< from K to V
   std::int64_t slot = 0;
   std::int64_t head = 0;
 

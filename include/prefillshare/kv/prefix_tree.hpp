@@ -55,7 +55,7 @@ class PrefixTree {
   struct Query {
     TreeNode parent;
     std::uint64_t hash = 0;
-    std::span<const std::int32_t> tokens;  // [block_tokens]
+    std::span<const std::int32_t> tokens;  ///< [block_tokens]
   };
 
   PrefixTree(PrefixTree&&) noexcept = default;

@@ -14,7 +14,7 @@ namespace prefillshare {
 /// one block. Two modules can share a cache only if all four numbers agree.
 struct KvShape {
   int layers = 0;
-  int kv_heads = 0;  // heads of K and of V, after grouping (GQA)
+  int kv_heads = 0;  ///< heads of K and of V, after grouping (GQA)
   int head_dim = 0;
   int block_tokens = 16;
 

@@ -55,7 +55,7 @@ struct KvLayerView {
     return data + ((std::int64_t{2} * block + 1) * block_tokens + slot) * slot_stride();
   }
 
-  constexpr operator KvLayerView<const T>() const noexcept  // NOLINT(google-explicit-constructor)
+  constexpr operator KvLayerView<const T>() const noexcept  ///< NOLINT(google-explicit-constructor)
       requires(!std::is_const_v<T>) {
     return {data, blocks, block_tokens, kv_heads, head_dim};
   }

@@ -33,18 +33,18 @@ struct TenantQuota {
 struct TenantStats {
   std::string name;
   std::int64_t max_blocks = 0;
-  std::int64_t sequences = 0;       // open
-  std::int64_t in_use_blocks = 0;   // held by its open sequences, each counted once
-  std::int64_t shared_blocks = 0;   // of these, held by two or more of its sequences
-  std::int64_t private_blocks = 0;  // of these, held by one
+  std::int64_t sequences = 0;       ///< open
+  std::int64_t in_use_blocks = 0;   ///< held by its open sequences, each counted once
+  std::int64_t shared_blocks = 0;   ///< of these, held by two or more of its sequences
+  std::int64_t private_blocks = 0;  ///< of these, held by one
   std::int64_t bytes_shared = 0;
   std::int64_t bytes_private = 0;
 
-  // Counted from the tenant's beginning.
+  /// Counted from the tenant's beginning.
   std::int64_t hit_tokens = 0;
   std::int64_t miss_tokens = 0;
-  std::int64_t evicted_blocks = 0;  // cached blocks given up which it was the last to use
-  std::int64_t refusals = 0;        // reservations refused by its quota
+  std::int64_t evicted_blocks = 0;  ///< cached blocks given up which it was the last to use
+  std::int64_t refusals = 0;        ///< reservations refused by its quota
 };
 
 /// Counts each tenant's holds on each block, exactly: 4 bytes a block and tenant. hold() and drop() are O(1)

@@ -35,8 +35,8 @@ class TierCache {
 
   enum class CopyKind : std::uint8_t { kNone, kOut, kIn, kDown };
   struct Finished {
-    CopyKind kind = CopyKind::kNone;  // kNone: none has ended
-    BlockId block = kNoBlock;         // the device's, of kOut and kIn
+    CopyKind kind = CopyKind::kNone;  ///< kNone: none has ended
+    BlockId block = kNoBlock;         ///< the device's, of kOut and kIn
     bool ok = false;
   };
 

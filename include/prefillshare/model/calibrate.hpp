@@ -86,7 +86,7 @@ concept LayerReplacer = requires(R& replacer, const std::string& name, const Den
 struct ReplacedBlock {
   const ModelConfig& config;
   std::int64_t index = 0;
-  std::span<const std::int64_t> lengths;  // tokens of each sequence
+  std::span<const std::int64_t> lengths;  ///< tokens of each sequence
   const float* inputs = nullptr;
   const float* targets = nullptr;
 };

@@ -21,15 +21,15 @@ struct ModelConfig {
   std::int64_t hidden_size = 0;
   std::int64_t intermediate_size = 0;
   std::int64_t layers = 0;
-  std::int64_t heads = 0;           // query heads
-  std::int64_t kv_heads = 0;        // divides heads
-  std::int64_t head_dim = 0;        // need not be hidden_size / heads
-  std::int64_t context_length = 0;  // tokens that the model was trained to see
+  std::int64_t heads = 0;           ///< query heads
+  std::int64_t kv_heads = 0;        ///< divides heads
+  std::int64_t head_dim = 0;        ///< need not be hidden_size / heads
+  std::int64_t context_length = 0;  ///< tokens that the model was trained to see
   double rms_epsilon = 1e-5;
-  RopeConfig rope;               // rope.head_dim = head_dim
-  bool tied_embeddings = false;  // the head is the embedding table
-  bool attention_bias = false;   // q, k and v have a bias
-  bool qk_norm = false;          // RMSNorm of each q and k head before RoPE
+  RopeConfig rope;               ///< rope.head_dim = head_dim
+  bool tied_embeddings = false;  ///< the head is the embedding table
+  bool attention_bias = false;   ///< q, k and v have a bias
+  bool qk_norm = false;          ///< RMSNorm of each q and k head before RoPE
 
   [[nodiscard]] std::int64_t q_size() const noexcept { return heads * head_dim; }
   [[nodiscard]] std::int64_t kv_size() const noexcept { return kv_heads * head_dim; }

@@ -71,18 +71,18 @@ class ForwardWorkspace {
   /// Scratch of the layer that runs now, aligned to 64 bytes.
   [[nodiscard]] std::span<std::byte> scratch() noexcept { return scratch_.span(); }
 
-  // Aligned, so that vector and scalar code take the same elements on every run and give the same bits.
+  /// Aligned, so that vector and scalar code take the same elements on every run and give the same bits.
   using AlignedFloats = codegemm::AlignedBuffer<float>;
 
   RopeTable rope;
-  AlignedFloats hidden;    // [tokens][hidden], the residual stream
-  AlignedFloats normed;    // [tokens][hidden]
-  AlignedFloats q;         // [tokens][heads][head_dim]
-  AlignedFloats k;         // [tokens][kv_heads][head_dim]
-  AlignedFloats v;         // [tokens][kv_heads][head_dim]
-  AlignedFloats attended;  // [tokens][heads][head_dim]
-  AlignedFloats gate;      // [tokens][intermediate]
-  AlignedFloats up;        // [tokens][intermediate]
+  AlignedFloats hidden;    ///< [tokens][hidden], the residual stream
+  AlignedFloats normed;    ///< [tokens][hidden]
+  AlignedFloats q;         ///< [tokens][heads][head_dim]
+  AlignedFloats k;         ///< [tokens][kv_heads][head_dim]
+  AlignedFloats v;         ///< [tokens][kv_heads][head_dim]
+  AlignedFloats attended;  ///< [tokens][heads][head_dim]
+  AlignedFloats gate;      ///< [tokens][intermediate]
+  AlignedFloats up;        ///< [tokens][intermediate]
 
  private:
   ForwardWorkspace() = default;
@@ -95,8 +95,8 @@ class ForwardWorkspace {
 /// Where a forward pass reads the past and writes its own KV: the blocks of one sequence, already reserved.
 struct KvTarget {
   HostKvStorage* storage = nullptr;
-  std::span<const BlockId> blocks;  // cover positions 0 .. first_position + tokens - 1
-  std::int64_t first_position = 0;  // tokens that are in the cache already
+  std::span<const BlockId> blocks;  ///< cover positions 0 .. first_position + tokens - 1
+  std::int64_t first_position = 0;  ///< tokens that are in the cache already
 };
 
 /// One sequence's consecutive tokens in a pass over several sequences.

@@ -28,8 +28,8 @@ inline constexpr AdmissionTime kNoDeadline = std::numeric_limits<AdmissionTime>:
 struct AdmissionRequest {
   std::uint64_t id = 0;
   TenantId tenant = kDefaultTenant;
-  std::int64_t blocks = 0;               // the most it will ever hold, its growth included
-  AdmissionTime deadline = kNoDeadline;  // not to begin at or after it
+  std::int64_t blocks = 0;               ///< the most it will ever hold, its growth included
+  AdmissionTime deadline = kNoDeadline;  ///< not to begin at or after it
 };
 
 /// Blocks that a decode call may come to hold, its answer included.
@@ -84,9 +84,9 @@ class FairOrder {
 static_assert(AdmissionOrder<FairOrder>);
 
 struct AdmissionLimits {
-  std::int64_t blocks = 0;                                         // held by all that has begun, at most
-  std::int64_t begun = std::numeric_limits<std::int64_t>::max();   // at once, at most
-  std::int64_t queued = std::numeric_limits<std::int64_t>::max();  // more are refused
+  std::int64_t blocks = 0;                                         ///< held by all that has begun, at most
+  std::int64_t begun = std::numeric_limits<std::int64_t>::max();   ///< at once, at most
+  std::int64_t queued = std::numeric_limits<std::int64_t>::max();  ///< more are refused
 };
 
 /// What next() has taken out of the queue.
@@ -99,7 +99,7 @@ struct Admission {
   };
   Kind kind = Kind::kNone;
   AdmissionRequest request;
-  Status status;  // why, unless kNone or kAdmitted
+  Status status;  ///< why, unless kNone or kAdmitted
 };
 
 /// Admits requests as long as the blocks that they may come to hold are there, so that what has begun can

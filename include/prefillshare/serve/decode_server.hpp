@@ -20,10 +20,10 @@
 namespace prefillshare {
 
 struct DecodeServerOptions {
-  std::int64_t most_handoffs = 16;      // under way at once
-  KvTime handoff_time = 30000;          // a hand-off that takes longer is given up
-  std::int64_t messages_per_step = 64;  // read before the next token is decoded
-  HandoffId first_handoff = 1;          // another one each time that the process is started
+  std::int64_t most_handoffs = 16;      ///< under way at once
+  KvTime handoff_time = 30000;          ///< a hand-off that takes longer is given up
+  std::int64_t messages_per_step = 64;  ///< read before the next token is decoded
+  HandoffId first_handoff = 1;          ///< another one each time that the process is started
   WatchOptions watch;
 };
 

@@ -23,12 +23,12 @@ using ModuleId = std::int32_t;
 
 /// An answer that is wanted.
 struct DecodeRequest {
-  std::uint64_t id = 0;  // the caller's, one of its kind among those under way
+  std::uint64_t id = 0;  ///< the caller's, one of its kind among those under way
   ModuleId module = 0;
-  std::int32_t last_token = 0;            // of the context: the one that the base cache does not cover
-  std::int64_t max_tokens = 0;            // at least 1; memory for all of them is taken at the start
-  std::vector<std::int32_t> stop_tokens;  // end the answer; not part of it
-  KvTime deadline = kKvNever;             // by the clock of step()
+  std::int32_t last_token = 0;            ///< of the context: the one that the base cache does not cover
+  std::int64_t max_tokens = 0;            ///< at least 1; memory for all of them is taken at the start
+  std::vector<std::int32_t> stop_tokens;  ///< end the answer; not part of it
+  KvTime deadline = kKvNever;             ///< by the clock of step()
 };
 
 /// What happened to a request in a step. Every request ends with exactly one event that is not kToken.

@@ -67,7 +67,7 @@ class Handoff {
   }
 
   Handoff(Handoff&&) noexcept = default;
-  Handoff& operator=(Handoff other) noexcept {  // what was here goes with `other`
+  Handoff& operator=(Handoff other) noexcept {  ///< what was here goes with `other`
     std::swap(allocator_, other.allocator_);
     std::swap(sequence_, other.sequence_);
     std::swap(pages_, other.pages_);

@@ -15,8 +15,8 @@ namespace prefillshare {
 /// How the processes of a group watch each other, in the unit of the clock that step() is given. A process
 /// says nothing within a step, so `silence` must be well over the longest step of any of them.
 struct WatchOptions {
-  KvTime heartbeat = 100;  // at least so often each says something
-  KvTime silence = 2000;   // who says nothing for so long is dead, now and for good
+  KvTime heartbeat = 100;  ///< at least so often each says something
+  KvTime silence = 2000;   ///< who says nothing for so long is dead, now and for good
 };
 
 /// A process that was killed says nothing, and neither MPI nor a network tells the others; one that is only

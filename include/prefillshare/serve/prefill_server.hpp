@@ -22,13 +22,13 @@ namespace prefillshare {
 
 /// An answer that is wanted of a decode process.
 struct ServeRequest {
-  std::uint64_t id = 0;  // the caller's; each attempt gets another one
-  int process = 0;       // of the channel
+  std::uint64_t id = 0;  ///< the caller's; each attempt gets another one
+  int process = 0;       ///< of the channel
   ModuleId module = 0;
-  std::vector<std::int32_t> context;  // at least one token
+  std::vector<std::int32_t> context;  ///< at least one token
   std::int64_t max_tokens = 0;
   std::vector<std::int32_t> stop_tokens;
-  KvTime time_limit = 0;  // 0: none
+  KvTime time_limit = 0;  ///< 0: none
 };
 
 /// As a DecodeEvent, and with the status of all that can fail on the way: kIoError when the decode process
@@ -36,7 +36,7 @@ struct ServeRequest {
 using ServeEvent = DecodeEvent;
 
 struct PrefillServerOptions {
-  std::int64_t most_queued_bytes = std::int64_t{64} << 20;  // to one process, before it is asked for more
+  std::int64_t most_queued_bytes = std::int64_t{64} << 20;  ///< to one process, before it is asked for more
   WatchOptions watch;
 };
 

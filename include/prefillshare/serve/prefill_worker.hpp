@@ -18,21 +18,21 @@ namespace prefillshare {
 
 /// A base cache that is wanted.
 struct PrefillJob {
-  std::uint64_t id = 0;              // the caller's, one of its kind among those under way
-  std::vector<std::int32_t> tokens;  // what the cache is to cover: a context but for its last token
-  Sequence cache;                    // the session's, of a prefix of `tokens`; closed: taken from the tree
-  std::int64_t pages_from = 0;       // pages of whole blocks from this token on are announced as they fill
+  std::uint64_t id = 0;              ///< the caller's, one of its kind among those under way
+  std::vector<std::int32_t> tokens;  ///< what the cache is to cover: a context but for its last token
+  Sequence cache;                    ///< the session's, of a prefix of `tokens`; closed: taken from the tree
+  std::int64_t pages_from = 0;       ///< pages of whole blocks from this token on are announced as they fill
   TenantId tenant = kDefaultTenant;
-  KvTime deadline = kKvNever;  // by the clock of step()
+  KvTime deadline = kKvNever;  ///< by the clock of step()
 };
 
 /// How a job ended. With an error the cache holds what was done until then, and is to be used or dropped.
 struct PrefillResult {
   std::uint64_t id = 0;
-  Status status;  // kCancelled when cancelled or late; the announcer's; the forward pass's
+  Status status;  ///< kCancelled when cancelled or late; the announcer's; the forward pass's
   Sequence cache;
   std::int64_t computed_tokens = 0;
-  std::int64_t reused_tokens = 0;  // found in the session's cache and in the tree
+  std::int64_t reused_tokens = 0;  ///< found in the session's cache and in the tree
 };
 
 /// Pages that will not change any more: one layer of some blocks. To be sent, copied or counted by whoever is
@@ -40,14 +40,14 @@ struct PrefillResult {
 struct PagesReady {
   std::uint64_t job = 0;
   int layer = 0;
-  std::int64_t first_block = 0;     // of the cache: holds the tokens from first_block * block_tokens on
-  std::span<const BlockId> blocks;  // in the worker's storage
-  std::int64_t last_tokens = 0;     // tokens in the last of them; the others are full
+  std::int64_t first_block = 0;     ///< of the cache: holds the tokens from first_block * block_tokens on
+  std::span<const BlockId> blocks;  ///< in the worker's storage
+  std::int64_t last_tokens = 0;     ///< tokens in the last of them; the others are full
 };
 
 struct PrefillOptions {
-  std::int64_t chunk_tokens = 256;  // computed in one step, over all jobs
-  std::int64_t most_running = 4;    // jobs that share a step
+  std::int64_t chunk_tokens = 256;  ///< computed in one step, over all jobs
+  std::int64_t most_running = 4;    ///< jobs that share a step
   std::int64_t most_waiting = 256;
 };
 

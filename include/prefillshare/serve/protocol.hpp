@@ -52,12 +52,12 @@ struct HelloMessage {
 };
 
 struct AskMessage {
-  std::uint64_t id = 0;  // the asker's, one of its kind among those it has under way
+  std::uint64_t id = 0;  ///< the asker's, one of its kind among those it has under way
   std::int32_t module = 0;
   std::int64_t max_tokens = 0;
-  std::int64_t time_limit = 0;  // from arrival, by the receiver's clock; 0: none
+  std::int64_t time_limit = 0;  ///< from arrival, by the receiver's clock; 0: none
   std::vector<std::int32_t> stop_tokens;
-  std::vector<std::int32_t> context;  // at least one token; the base cache covers all but the last
+  std::vector<std::int32_t> context;  ///< at least one token; the base cache covers all but the last
 };
 
 struct GrantMessage {
@@ -86,7 +86,7 @@ struct EndMessage {
   enum class Kind : std::int32_t { kStopped = 0, kLength = 1, kFailed = 2 };
   std::uint64_t id = 0;
   Kind kind = Kind::kFailed;
-  Status status;  // not ok() exactly if kFailed
+  Status status;  ///< not ok() exactly if kFailed
 };
 
 namespace detail {
@@ -253,7 +253,7 @@ inline void write_message(const PagesHeader& pages, Message& out) {
 }
 struct PagesMessage {
   PagesHeader header;
-  std::span<const std::byte> pages;  // within the message
+  std::span<const std::byte> pages;  ///< within the message
 };
 /// That there are as many bytes as the header says, for pages of `shape`, is checked.
 [[nodiscard]] inline Result<PagesMessage> read_pages(std::span<const std::byte> message,

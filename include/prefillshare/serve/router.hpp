@@ -35,14 +35,14 @@ struct Ticket {
 struct Route {
   Ticket ticket;
   WorkerId worker = kNoWorker;
-  std::uint64_t epoch = 0;         // of the worker: to be sent along, so that a restarted one refuses
-  std::int64_t cached_tokens = 0;  // that the worker is believed to have, whole blocks
-  double seconds = 0.0;            // of the prefill, estimated
+  std::uint64_t epoch = 0;         ///< of the worker: to be sent along, so that a restarted one refuses
+  std::int64_t cached_tokens = 0;  ///< that the worker is believed to have, whole blocks
+  double seconds = 0.0;            ///< of the prefill, estimated
 };
 
 struct RouterOptions {
-  WorkerId workers = 0;   // numbers 0 .. workers - 1 may be added
-  int block_tokens = 16;  // of the caches whose events are observed
+  WorkerId workers = 0;   ///< numbers 0 .. workers - 1 may be added
+  int block_tokens = 16;  ///< of the caches whose events are observed
 };
 
 /// The requests of one pool of workers, from route() to finish(). Each attempt depends on its worker until

@@ -28,10 +28,10 @@ using SessionId = std::uint64_t;
 
 /// What a router must know of a request.
 struct RouteRequest {
-  RequestId request = 0;  // one number for each; asking again after a failure uses the same
+  RequestId request = 0;  ///< one number for each; asking again after a failure uses the same
   SessionId session = 0;
-  std::int64_t tokens = 0;                // of the prompt
-  std::span<const std::uint64_t> prefix;  // prefix_hashes() of it; may be empty, then nothing is matched
+  std::int64_t tokens = 0;                ///< of the prompt
+  std::span<const std::uint64_t> prefix;  ///< prefix_hashes() of it; may be empty, then nothing is matched
 };
 
 /// Estimates the seconds that a worker takes to prefill `tokens` after `context` tokens that it has already.
@@ -58,7 +58,7 @@ struct LinearPrefillCost {
 template <PrefillCost Cost>
 struct RouteContext {
   const WorkerTable& workers;
-  std::span<const PrefixMatch> matches;  // with kUsesPrefixes; workers that are not up may be among them
+  std::span<const PrefixMatch> matches;  ///< with kUsesPrefixes; workers that are not up may be among them
   int block_tokens = 1;
   const Cost& cost;
 };

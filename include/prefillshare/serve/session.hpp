@@ -21,26 +21,26 @@ namespace prefillshare {
 struct SessionResources {
   KvAllocator* allocator = nullptr;
   HostKvStorage* storage = nullptr;
-  ForwardWorkspace* prefill_workspace = nullptr;  // made for the base; its size is the prefill chunk
+  ForwardWorkspace* prefill_workspace = nullptr;  ///< made for the base; its size is the prefill chunk
   Executor* executor = nullptr;
 };
 
 /// When a decode call ends.
 struct DecodeLimits {
   std::int64_t max_tokens = 0;
-  std::span<const std::int32_t> stop_tokens;  // end the call; not part of its output
+  std::span<const std::int32_t> stop_tokens;  ///< end the call; not part of its output
 };
 
 /// One decode call: what it made and what it cost.
 struct Generation {
   std::vector<std::int32_t> tokens;
-  bool stopped = false;               // by a stop token or by the caller, rather than by max_tokens
-  std::int64_t prefilled_tokens = 0;  // computed by the base for this call
-  std::int64_t reused_tokens = 0;     // of the base cache, found there
+  bool stopped = false;               ///< by a stop token or by the caller, rather than by max_tokens
+  std::int64_t prefilled_tokens = 0;  ///< computed by the base for this call
+  std::int64_t reused_tokens = 0;     ///< of the base cache, found there
   double prefill_seconds = 0.0;
-  double first_token_seconds = 0.0;  // from the call to its first token, the prefill included
-  double decode_seconds = 0.0;       // all steps of the decode module
-  std::int64_t kv_bytes = 0;  // held by the allocator at the end of the call, the call's own tail included
+  double first_token_seconds = 0.0;  ///< from the call to its first token, the prefill included
+  double decode_seconds = 0.0;       ///< all steps of the decode module
+  std::int64_t kv_bytes = 0;  ///< held by the allocator at the end of the call, the call's own tail included
 };
 
 /// The context of one session, shared by all agents that take turns on it.

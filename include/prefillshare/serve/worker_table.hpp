@@ -39,10 +39,10 @@ enum class WorkerState : std::uint8_t {
 
 struct WorkerView {
   WorkerState state = WorkerState::kAbsent;
-  std::uint64_t epoch = 0;        // another number each time the worker starts
-  std::int64_t requests = 0;      // routed here and not done with
-  double queued_seconds = 0.0;    // of these, the work that is not done, estimated
-  double reported_seconds = 0.0;  // what the worker says it has besides
+  std::uint64_t epoch = 0;        ///< another number each time the worker starts
+  std::int64_t requests = 0;      ///< routed here and not done with
+  double queued_seconds = 0.0;    ///< of these, the work that is not done, estimated
+  double reported_seconds = 0.0;  ///< what the worker says it has besides
 
   [[nodiscard]] constexpr double load() const noexcept { return queued_seconds + reported_seconds; }
 };

@@ -16,9 +16,9 @@ namespace prefillshare {
 
 /// Seconds over two axes, linear between the points and beyond the last of them.
 struct StepTable {
-  std::vector<double> x;        // ascending
-  std::vector<double> y;        // ascending
-  std::vector<double> seconds;  // [x][y]
+  std::vector<double> x;        ///< ascending
+  std::vector<double> y;        ///< ascending
+  std::vector<double> seconds;  ///< [x][y]
 
   [[nodiscard]] double operator()(double at_x, double at_y) const noexcept {
     const std::size_t i = cell(x, at_x);
@@ -65,12 +65,12 @@ struct StepTable {
 
 /// One worker of each kind, and the wire between them.
 struct CostModel {
-  StepTable prefill;  // x: tokens of the chunk, from 0 (what a step costs by itself); y: tokens before it
-  StepTable decode;   // x: sequences in the batch; y: tokens of all their contexts together
-  double link_seconds = 0.0;            // each transfer, besides its bytes
-  double link_bytes_per_second = 1e12;  // out of a prefill worker, and into a decode worker
+  StepTable prefill;  ///< x: tokens of the chunk, from 0 (what a step costs by itself); y: tokens before it
+  StepTable decode;   ///< x: sequences in the batch; y: tokens of all their contexts together
+  double link_seconds = 0.0;            ///< each transfer, besides its bytes
+  double link_bytes_per_second = 1e12;  ///< out of a prefill worker, and into a decode worker
   int overlapped_layers =
-      0;  // a transfer runs along with the prefill but for one layer of so many; 0: after it
+      0;  ///< a transfer runs along with the prefill but for one layer of so many; 0: after it
 
   /// Of a step over one chunk.
   [[nodiscard]] double prefill_seconds(std::int64_t tokens, std::int64_t context) const noexcept {
@@ -115,11 +115,11 @@ struct TablePrefillCost {
 
 /// A card and a model in a few numbers, for a roofline: a model of a machine, not a measurement of one.
 struct RooflineSpec {
-  double flop_per_second = 0.0;  // dense, of the type computed in
+  double flop_per_second = 0.0;  ///< dense, of the type computed in
   double bytes_per_second = 0.0;
-  double compute_share = 0.5;         // of these, what a prefill reaches
-  double memory_share = 0.8;          // and what a decode step reaches
-  double prefill_step_seconds = 0.0;  // of a step besides
+  double compute_share = 0.5;         ///< of these, what a prefill reaches
+  double memory_share = 0.8;          ///< and what a decode step reaches
+  double prefill_step_seconds = 0.0;  ///< of a step besides
   double decode_step_seconds = 0.0;
   double parameters = 0.0;
   double weight_bytes = 0.0;

@@ -45,35 +45,35 @@ struct Percentiles {
 /// Times in simulated seconds: of a session from its arrival, so that waiting for admission counts; of a call
 /// from the moment it is issued.
 struct SimReport {
-  // Every session and every call ends once: finished, or refused by a full queue.
+  /// Every session and every call ends once: finished, or refused by a full queue.
   std::int64_t sessions_finished = 0;
   std::int64_t sessions_refused = 0;
   std::int64_t calls_finished = 0;
-  std::int64_t calls_unfinished = 0;  // no worker was there for them until the end
+  std::int64_t calls_unfinished = 0;  ///< no worker was there for them until the end
   std::int64_t output_tokens = 0;
-  double seconds = 0.0;  // from 0 to the last end
+  double seconds = 0.0;  ///< from 0 to the last end
 
   Percentiles session_latency;
   Percentiles call_latency;
-  Percentiles first_token;         // TTFT
-  Percentiles per_token;           // after the first, the mean of each call
-  Percentiles prefill_wait;        // from the issue to the first step of the prefill
-  double tokens_per_second = 0.0;  // between the ends of the first and the last tenth of the calls
+  Percentiles first_token;         ///< TTFT
+  Percentiles per_token;           ///< after the first, the mean of each call
+  Percentiles prefill_wait;        ///< from the issue to the first step of the prefill
+  double tokens_per_second = 0.0;  ///< between the ends of the first and the last tenth of the calls
 
-  std::int64_t prompt_tokens = 0;    // looked up at a prefill worker, all attempts
-  std::int64_t hit_tokens = 0;       // and found
-  std::int64_t computed_tokens = 0;  // by prefill workers
-  std::int64_t attempts = 0;         // prefills begun; more than calls when some were begun again
-  std::int64_t preempted = 0;        // calls that lost their decode memory to others
-  std::int64_t rerouted = 0;         // attempts that died with a worker
-  std::int64_t staged = 0;           // caches parked in host memory
+  std::int64_t prompt_tokens = 0;    ///< looked up at a prefill worker, all attempts
+  std::int64_t hit_tokens = 0;       ///< and found
+  std::int64_t computed_tokens = 0;  ///< by prefill workers
+  std::int64_t attempts = 0;         ///< prefills begun; more than calls when some were begun again
+  std::int64_t preempted = 0;        ///< calls that lost their decode memory to others
+  std::int64_t rerouted = 0;         ///< attempts that died with a worker
+  std::int64_t staged = 0;           ///< caches parked in host memory
   double transferred_bytes = 0.0;
   double staged_bytes = 0.0;
 
-  double prefill_busy = 0.0;  // share of the workers' time until the last end
+  double prefill_busy = 0.0;  ///< share of the workers' time until the last end
   double decode_busy = 0.0;
-  double mean_batch = 0.0;             // sequences in a decode step
-  double prefill_kv_bytes_most = 0.0;  // in use, of all workers together, sampled
+  double mean_batch = 0.0;             ///< sequences in a decode step
+  double prefill_kv_bytes_most = 0.0;  ///< in use, of all workers together, sampled
   double decode_kv_bytes_most = 0.0;
   double prefill_kv_bytes_mean = 0.0;
   double decode_kv_bytes_mean = 0.0;

@@ -44,21 +44,21 @@ class SimRandom {
 
 /// One decode call.
 struct CallPlan {
-  std::int32_t module = 0;   // the decode module, that is the agent
-  std::int32_t context = 0;  // tokens of the prompt: all of the session so far
-  std::int32_t output = 0;   // tokens to generate, at least 1
-  float think_seconds = 0;   // from the end of the call before to this call
+  std::int32_t module = 0;   ///< the decode module, that is the agent
+  std::int32_t context = 0;  ///< tokens of the prompt: all of the session so far
+  std::int32_t output = 0;   ///< tokens to generate, at least 1
+  float think_seconds = 0;   ///< from the end of the call before to this call
 };
 
 /// One session: calls one after the other, each on a context that begins with the one before.
 struct SessionPlan {
-  double arrival = 0.0;  // seconds
+  double arrival = 0.0;  ///< seconds
   TenantId tenant = kDefaultTenant;
   std::int32_t calls = 0;
-  std::int64_t first_call = 0;     // in Workload::calls
-  std::int32_t shared_tokens = 0;  // at the start, the same in all sessions of this prompt
-  std::int32_t prompt = 0;         // which one that is
-  std::int64_t first_block = -1;   // in Workload::blocks, of a trace; -1: the session's own text
+  std::int64_t first_call = 0;     ///< in Workload::calls
+  std::int32_t shared_tokens = 0;  ///< at the start, the same in all sessions of this prompt
+  std::int32_t prompt = 0;         ///< which one that is
+  std::int64_t first_block = -1;   ///< in Workload::blocks, of a trace; -1: the session's own text
   std::int32_t blocks = 0;
 };
 
@@ -68,7 +68,7 @@ struct Workload {
   std::int32_t modules = 1;
   std::vector<SessionPlan> sessions;
   std::vector<CallPlan> calls;
-  std::vector<std::int32_t> blocks;  // of traces: equal numbers in equal places, equal text
+  std::vector<std::int32_t> blocks;  ///< of traces: equal numbers in equal places, equal text
 
   [[nodiscard]] std::span<const CallPlan> calls_of(const SessionPlan& session) const {
     return std::span(calls).subspan(static_cast<std::size_t>(session.first_call),
@@ -123,19 +123,19 @@ struct Workload {
 
 /// What one agent adds to the context each time it is called.
 struct AgentStep {
-  std::int32_t output = 0;       // tokens that it generates
-  std::int32_t observation = 0;  // tokens that come after them: a tool's answer, an instruction
+  std::int32_t output = 0;       ///< tokens that it generates
+  std::int32_t observation = 0;  ///< tokens that come after them: a tool's answer, an instruction
 };
 
 /// Sessions of one kind. All agents are called in turn, each turn.
 struct AgentPattern {
   std::string name;
   std::vector<AgentStep> agents;
-  std::int32_t prompt_tokens = 0;  // the first call's context
-  std::int32_t shared_tokens = 0;  // of these, the same in all sessions
+  std::int32_t prompt_tokens = 0;  ///< the first call's context
+  std::int32_t shared_tokens = 0;  ///< of these, the same in all sessions
   std::int32_t fewest_turns = 1;
   std::int32_t most_turns = 1;
-  double think_seconds = 0.0;  // before each call but the first
+  double think_seconds = 0.0;  ///< before each call but the first
 };
 
 /// Reasoning and tools: short answers, long observations. The paper gives no lengths; these are chosen so

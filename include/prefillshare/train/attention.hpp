@@ -25,9 +25,9 @@ struct Segment {
   std::int64_t first = 0;
   std::int64_t count = 0;
   std::int64_t prefix = 0;
-  std::int64_t prefix_stride = 0;  // tokens of one layer in keys and values, at least prefix
-  const T* keys = nullptr;         // [layers][prefix_stride][kv_heads * head_dim]
-  const T* values = nullptr;       // the same
+  std::int64_t prefix_stride = 0;  ///< tokens of one layer in keys and values, at least prefix
+  const T* keys = nullptr;         ///< [layers][prefix_stride][kv_heads * head_dim]
+  const T* values = nullptr;       ///< the same
 };
 
 namespace detail {

@@ -29,22 +29,22 @@ inline constexpr std::size_t kBlockLinears = 7;
 /// y = x weight^T + bias, in memory that belongs to somebody else. bias is null or [weight.rows].
 template <TrainScalar T>
 struct LinearWeights {
-  MatrixView<const T> weight;  // [N][K]
+  MatrixView<const T> weight;  ///< [N][K]
   const T* bias = nullptr;
 };
 
 /// Where gradients are added; null where none is wanted.
 template <TrainScalar T>
 struct LinearGradients {
-  T* weight = nullptr;  // [N][K]
-  T* bias = nullptr;    // [N]
+  T* weight = nullptr;  ///< [N][K]
+  T* bias = nullptr;    ///< [N]
 };
 
 template <TrainScalar T>
 struct BlockWeights {
-  const T* input_norm = nullptr;           // [hidden]
-  const T* post_attention_norm = nullptr;  // [hidden]
-  const T* q_norm = nullptr;               // [head_dim], with qk_norm only
+  const T* input_norm = nullptr;           ///< [hidden]
+  const T* post_attention_norm = nullptr;  ///< [hidden]
+  const T* q_norm = nullptr;               ///< [head_dim], with qk_norm only
   const T* k_norm = nullptr;
   std::array<LinearWeights<T>, kBlockLinears> linears;
 

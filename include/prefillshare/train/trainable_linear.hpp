@@ -28,9 +28,9 @@ namespace prefillshare {
 /// One tensor that training changes.
 template <TrainScalar T>
 struct Parameter {
-  std::string name;  // of the checkpoint: "model.layers.3.mlp.up_proj.weight"
+  std::string name;  ///< of the checkpoint: "model.layers.3.mlp.up_proj.weight"
   std::vector<std::int64_t> shape;
-  bool decay = false;  // whether weight decay acts on it: matrices, not norms, biases and scales
+  bool decay = false;  ///< whether weight decay acts on it: matrices, not norms, biases and scales
   Tensor<T> value;
   Tensor<T> gradient;
 };

@@ -40,11 +40,11 @@ struct TrainOptions {
 };
 
 struct TrainProgress {
-  std::int64_t step = 0;  // done
+  std::int64_t step = 0;  ///< done
   std::int64_t steps = 0;
-  double loss = 0.0;  // mean over the step's target tokens, before its update
+  double loss = 0.0;  ///< mean over the step's target tokens, before its update
   double rate = 0.0;
-  double tokens_per_second = 0.0;  // prompt and target, of this run
+  double tokens_per_second = 0.0;  ///< prompt and target, of this run
   double seconds_left = 0.0;
 };
 

@@ -37,14 +37,14 @@ struct BlockTuneOptions {
 /// Mean over tokens of |y - target|^2 / |target|^2 on the held-out sequences, fp16 rounding included.
 struct BlockTuneReport {
   double before = 0.0;
-  double after = 0.0;  // of what was returned
-  bool kept = false;   // whether a tuned block is what was returned
-  float share = 0.0F;  // of the way that Adam went, as kept
+  double after = 0.0;  ///< of what was returned
+  bool kept = false;   ///< whether a tuned block is what was returned
+  float share = 0.0F;  ///< of the way that Adam went, as kept
 };
 
 /// What a block reads and is to give: [tokens][hidden_size] each, sequence after sequence.
 struct BlockStream {
-  std::span<const std::int64_t> lengths;  // tokens of each sequence
+  std::span<const std::int64_t> lengths;  ///< tokens of each sequence
   const float* inputs = nullptr;
   const float* targets = nullptr;
 };

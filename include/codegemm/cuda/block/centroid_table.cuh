@@ -27,8 +27,8 @@ struct CentroidTable {
   static_assert(V == 2 || V == 4 || V == 8 || V == 16, "codegemm: CentroidTable V must be 2, 4, 8 or 16");
   static_assert(Codebooks >= 1 && Codebooks <= 4, "codegemm: CentroidTable Codebooks must be 1 to 4");
 
-  static constexpr int kHalves = V == 16 ? 2 : 1;      // planes of a centroid
-  static constexpr int kEntryBytes = 2 * V / kHalves;  // of a copy
+  static constexpr int kHalves = V == 16 ? 2 : 1;      ///< planes of a centroid
+  static constexpr int kEntryBytes = 2 * V / kHalves;  ///< of a copy
   static constexpr int kPlanes = Codebooks * kHalves;
   static constexpr int kPlaneBytes = kPlanes > 4 ? 64 : 128;
   static constexpr int kPlanesOfRow = 256 / kPlaneBytes;

@@ -17,7 +17,7 @@ namespace codegemm::cuda {
 
 /// Activations of one token, fp16 or bf16, as bits. Reads beyond `cols` give 0.
 struct Activations {
-  const std::uint16_t* x = nullptr;  // [cols]
+  const std::uint16_t* x = nullptr;  ///< [cols]
   int cols = 0;
   bool bf16 = false;
 
@@ -49,7 +49,7 @@ struct Psumbook {
 
   static constexpr int kColumns = 32 * Sets;
   static constexpr int kSegmentsPerLane = Sets / Codebooks;
-  static constexpr int kSegments = 32 * kSegmentsPerLane;  // k covered: kSegments * v
+  static constexpr int kSegments = 32 * kSegmentsPerLane;  ///< k covered: kSegments * v
   static constexpr int kPlanes = Sets * Tokens;
 
   /// Bytes of shared memory for codes of `bits` bits (4 to 8).
@@ -61,7 +61,7 @@ struct Psumbook {
     return (token * Sets + p) / 2 * 65536 + (token * Sets + p) % 2 * 128;
   }
 
-  // k8 steps of one inner product; a v of 2 or 4 fills a half step.
+  /// k8 steps of one inner product; a v of 2 or 4 fills a half step.
   static constexpr int kSteps = V == 16 ? 2 : 1;
   static constexpr bool kHalfStep = V == 2 || V == 4;
 

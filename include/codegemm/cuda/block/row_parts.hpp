@@ -25,8 +25,8 @@ struct RowBlocks {
   std::int32_t first_tile[kMaxParts + 1] = {};
   std::int32_t first_block[kMaxParts + 1] = {};
   std::int32_t tiles_per_block = 0;
-  std::int32_t half_tiles = 0;  // 0: no halves
-  std::int32_t half_part = 0;   // what is added to the part in the second half
+  std::int32_t half_tiles = 0;  ///< 0: no halves
+  std::int32_t half_part = 0;   ///< what is added to the part in the second half
 
   struct Block {
     int part, tile, tiles;

@@ -20,13 +20,13 @@ enum class KvLayout {
 /// bytes, strides are multiples of 8 elements. Owns nothing.
 template <class T>
 struct KvPages {
-  T* k = nullptr;  // device memory
+  T* k = nullptr;  ///< device memory
   T* v = nullptr;
-  std::int64_t page_stride = 0;  // elements
+  std::int64_t page_stride = 0;  ///< elements
   std::int64_t token_stride = 0;
   std::int64_t head_stride = 0;
   std::int32_t pages = 0;
-  int page_size = 0;  // tokens, 1 to kMaxPageSize
+  int page_size = 0;  ///< tokens, 1 to kMaxPageSize
   int kv_heads = 0;
   int head_dim = 0;
 
@@ -61,9 +61,9 @@ template <class T>
 /// after it has changed. Sequence i holds page_size * (pages - 1) + last_page_len[i] tokens, or none if it
 /// has no pages. At most kMaxContext tokens a sequence; page numbers below KvPages::pages.
 struct PageTableView {
-  const std::int32_t* indptr = nullptr;         // [sequences + 1]
-  const std::int32_t* indices = nullptr;        // [indptr[sequences]]
-  const std::int32_t* last_page_len = nullptr;  // [sequences], 1 to page_size
+  const std::int32_t* indptr = nullptr;         ///< [sequences + 1]
+  const std::int32_t* indices = nullptr;        ///< [indptr[sequences]]
+  const std::int32_t* last_page_len = nullptr;  ///< [sequences], 1 to page_size
   int sequences = 0;
 };
 
