@@ -16,11 +16,11 @@
 
 namespace codegemm {
 
-inline constexpr int kMaxCodebooks = 4;
-inline constexpr int kMaxVecLen = 16;
-inline constexpr int kMinCodeBits = 4;
-inline constexpr int kMaxPsumbookCodeBits = 8;  // beyond, a Psumbook costs more than it saves
-inline constexpr int kMaxCodeBits = 16;         // beyond, the canonical layout has no place for a code
+inline constexpr int kMaxCodebooks = 4;         ///< most codebooks, m
+inline constexpr int kMaxVecLen = 16;           ///< longest vector, v
+inline constexpr int kMinCodeBits = 4;          ///< fewest bits of a code, b
+inline constexpr int kMaxPsumbookCodeBits = 8;  ///< beyond, a Psumbook costs more than it saves
+inline constexpr int kMaxCodeBits = 16;         ///< beyond, the canonical layout has no place for a code
 
 /// Weights are cut into vectors of v along K. Each vector is the sum of one centroid out of each of m
 /// codebooks with 2^b centroids, times one scale for every g weights of a row (g = -1: one scale a row):

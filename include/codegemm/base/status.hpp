@@ -95,7 +95,8 @@ template <class... Parts>
 template <class T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : value_(std::move(value)) {}  ///< NOLINT(google-explicit-constructor): return value;
+  /// A value.
+  Result(T value) : value_(std::move(value)) {}  // NOLINT(google-explicit-constructor): return value;
   /// A failure; `status` must not be a success.
   // NOLINTNEXTLINE(google-explicit-constructor): return error(...);
   Result(Status status) : status_(std::move(status)) { CODEGEMM_ASSERT(!status_.ok()); }

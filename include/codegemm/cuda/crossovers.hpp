@@ -26,6 +26,7 @@ struct Crossover {
   LastTokens large;           ///< all larger ones
 };
 
+/// Up to here a matrix counts as small.
 inline constexpr std::int64_t kSmallWeights = std::int64_t{6144} * 4096;
 
 /// The lines between the two marks are written by `scripts/bench tune --write` on the card that they name.

@@ -22,7 +22,7 @@
 
 namespace codegemm::cuda {
 
-inline constexpr std::size_t kWorkspaceAlignment = 256;
+inline constexpr std::size_t kWorkspaceAlignment = 256;  ///< bytes, of the workspace's address
 
 namespace detail {
 

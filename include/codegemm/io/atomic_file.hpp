@@ -150,6 +150,7 @@ class AtomicFile {
   if (Status status = file->write(bytes); !status.ok()) return status;
   return file->commit();
 }
+/// Writes a whole file by way of AtomicFile: after a failure the old one is as it was.
 [[nodiscard]] inline Status write_file(std::string path, std::string_view text) {
   return write_file(std::move(path), std::as_bytes(std::span(text.data(), text.size())));
 }

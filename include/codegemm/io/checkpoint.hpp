@@ -32,8 +32,9 @@
 
 namespace codegemm {
 
+/// Of the metadata that describe the matrices.
 inline constexpr std::string_view kCheckpointKey = "codegemm";
-inline constexpr std::int64_t kCheckpointVersion = 1;
+inline constexpr std::int64_t kCheckpointVersion = 1;  ///< of those metadata
 
 /// A matrix to be saved. The view's memory must last as long as the call.
 struct NamedMatrix {

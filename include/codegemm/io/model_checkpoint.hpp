@@ -36,8 +36,10 @@
 
 namespace codegemm {
 
+/// Whose format a model's files are in.
 enum class CheckpointKind { kCodeGemm, kAqlm };
 
+/// As it is printed, and named in config.json.
 [[nodiscard]] constexpr std::string_view to_string(CheckpointKind kind) noexcept {
   return kind == CheckpointKind::kCodeGemm ? "CodeGEMM" : "AQLM";
 }

@@ -27,7 +27,9 @@
 
 namespace codegemm {
 
+/// The file of a model that is not cut into shards.
 inline constexpr std::string_view kSafetensorsFileName = "model.safetensors";
+/// The file that names the shards.
 inline constexpr std::string_view kSafetensorsIndexName = "model.safetensors.index.json";
 
 /// All tensors of a folder, memory-mapped. Move-only; tensors and files stay where they are when it is moved.

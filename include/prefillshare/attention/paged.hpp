@@ -28,8 +28,8 @@ struct PagedAttentionShape {
   std::int64_t tokens = 0;   ///< query tokens of a call
   std::int64_t context = 0;  ///< keys that the last of them sees: first_position + tokens
   int heads = 0;             ///< of Q
-  int kv_heads = 0;
-  int head_dim = 0;
+  int kv_heads = 0;          ///< heads of K and of V
+  int head_dim = 0;          ///< elements of a head
 };
 
 /// Causal attention of `q` over the KV of one layer. The query at position p sees positions 0 .. p, whose
@@ -45,8 +45,9 @@ struct PagedAttentionArgs {
   std::span<std::byte> workspace;       ///< workspace_bytes(), 64-byte aligned, need not be cleared
 };
 
-inline constexpr std::size_t kAttentionAlignment = 64;
+inline constexpr std::size_t kAttentionAlignment = 64;  ///< bytes, of the workspace's address
 
+/// The shape of that call.
 [[nodiscard]] inline PagedAttentionShape shape_of(const PagedAttentionArgs& args) {
   return {args.q.rows, args.first_position + args.q.rows, args.heads, args.kv.kv_heads, args.kv.head_dim};
 }
