@@ -67,8 +67,8 @@ inline constexpr DtypeInfo kDtypes[] = {
 /// Bytes of one element.
 [[nodiscard]] constexpr std::uint64_t item_size(Dtype dtype) noexcept { return detail::info(dtype).bytes; }
 
-inline constexpr std::uint64_t kMostSafetensorsHeader =
-    100'000'000;                                         ///< the reference implementation's limit
+/// Bytes of JSON; the reference implementation's limit.
+inline constexpr std::uint64_t kMostSafetensorsHeader = 100'000'000;
 inline constexpr std::size_t kMostSafetensorsRank = 32;  ///< a limit of this reader
 
 /// A tensor in a file. data is not necessarily aligned to its elements: copy it out with memcpy.

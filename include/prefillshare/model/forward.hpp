@@ -64,8 +64,10 @@ class ForwardWorkspace {
     return out;
   }
 
-  [[nodiscard]] std::int64_t max_tokens() const noexcept { return max_tokens_; }
+  [[nodiscard]] std::int64_t max_tokens() const noexcept { return max_tokens_; }  ///< tokens of a pass
+  /// Positions of a sequence.
   [[nodiscard]] std::int64_t max_context() const noexcept { return rope.positions(); }
+  /// Of the executor it was made for, at most.
   [[nodiscard]] int workers() const noexcept { return workers_; }
 
   /// Scratch of the layer that runs now, aligned to 64 bytes.
@@ -74,7 +76,7 @@ class ForwardWorkspace {
   /// Aligned, so that vector and scalar code take the same elements on every run and give the same bits.
   using AlignedFloats = codegemm::AlignedBuffer<float>;
 
-  RopeTable rope;
+  RopeTable rope;          ///< of the model, for max_context() positions
   AlignedFloats hidden;    ///< [tokens][hidden], the residual stream
   AlignedFloats normed;    ///< [tokens][hidden]
   AlignedFloats q;         ///< [tokens][heads][head_dim]
@@ -94,20 +96,21 @@ class ForwardWorkspace {
 
 /// Where a forward pass reads the past and writes its own KV: the blocks of one sequence, already reserved.
 struct KvTarget {
-  HostKvStorage* storage = nullptr;
-  std::span<const BlockId> blocks;  ///< cover positions 0 .. first_position + tokens - 1
-  std::int64_t first_position = 0;  ///< tokens that are in the cache already
+  HostKvStorage* storage = nullptr;  ///< where the blocks lie
+  std::span<const BlockId> blocks;   ///< cover positions 0 .. first_position + tokens - 1
+  std::int64_t first_position = 0;   ///< tokens that are in the cache already
 };
 
 /// One sequence's consecutive tokens in a pass over several sequences.
 struct ForwardItem {
-  std::span<const std::int32_t> tokens;
-  KvTarget kv;
+  std::span<const std::int32_t> tokens;  ///< at least one
+  KvTarget kv;                           ///< their sequence
 };
 
 /// What a forward pass calls with each layer's number once the KV of all its tokens stands in that layer's
 /// pages: a transport may send them while the next layer is computed. An error ends the pass.
 struct IgnoreLayers {
+  /// Goes on.
   Status operator()(int /*layer*/) const { return {}; }
 };
 

@@ -34,7 +34,7 @@ struct LlamaLayer {
 /// A whole model. Immutable once built and safe to read from many threads; modules share it by pointer.
 template <LinearLayer Linear>
 struct LlamaModel {
-  ModelConfig config;
+  ModelConfig config;                                   ///< shapes and kinds
   std::shared_ptr<const std::vector<float>> embedding;  ///< [vocab][hidden]
   std::vector<LlamaLayer<Linear>> layers;               ///< [config.layers]
   std::vector<float> final_norm;                        ///< [hidden]

@@ -66,6 +66,7 @@ class Handoff {
     return out;
   }
 
+  /// The other holds nothing.
   Handoff(Handoff&&) noexcept = default;
   Handoff& operator=(Handoff other) noexcept {  ///< what was here goes with `other`
     std::swap(allocator_, other.allocator_);
@@ -78,8 +79,8 @@ class Handoff {
   }
   ~Handoff() { CODEGEMM_ASSERT(pages_.writing() == 0); }
 
-  [[nodiscard]] HandoffState state() const noexcept { return pages_.state(); }
-  [[nodiscard]] const HandoffPages& pages() const noexcept { return pages_; }
+  [[nodiscard]] HandoffState state() const noexcept { return pages_.state(); }  ///< where it stands
+  [[nodiscard]] const HandoffPages& pages() const noexcept { return pages_; }   ///< which pages have come
   /// Why it was aborted; ok() otherwise.
   [[nodiscard]] const Status& reason() const noexcept { return reason_; }
 

@@ -29,7 +29,7 @@ struct HandoffTerms {
 
 /// What the sender must know.
 struct HandoffGrant {
-  HandoffId id = 0;
+  HandoffId id = 0;                 ///< to be sent along with every page
   std::int64_t cached_tokens = 0;   ///< there already: send what follows
   std::int64_t missing_blocks = 0;  ///< of them each layer is to be sent
 };
@@ -179,6 +179,7 @@ class HandoffTable {
     return std::ssize(entries_);
   }
 
+  /// Every block accounted for. For tests.
   [[nodiscard]] Status check_invariants() const {
     const Guard guard(lock_);
     for (const auto& [id, entry] : entries_) {
