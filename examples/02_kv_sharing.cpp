@@ -29,15 +29,16 @@ int main() {
   // [guide: end]
 
   // [guide: fork]
-  std::vector<Sequence>
-      forks;  // a planner, a writer and a reviewer; each writes a tail of 40 tokens of its own
+  // A planner, a writer and a reviewer; each writes a tail of 40 tokens of its own.
+  std::vector<Sequence> forks;
   for (int module = 0; module < 3; ++module) {
     forks.push_back(allocator->fork(context).value());
     if (!allocator->append_private(forks.back(), 40).ok()) return 1;
   }
-  PageTable table;  // for the engine's attention: whose tokens lie in which blocks
+  // For the engine's attention: which blocks hold whose tokens. 3 times 65 of them, shared ones named 3 times.
+  PageTable table;
   const Sequence* const batch[] = {&forks[0], &forks[1], &forks[2]};
-  if (!export_page_table(batch, table).ok() || table.indices.size() != 3 * 65) return 1;
+  if (!export_page_table(batch, table).ok() || table.indices.size() != 195) return 1;
   // [guide: end]
   const KvStats stats = allocator->stats();
   std::printf("3 contexts of 1040 tokens in %lld blocks, %lld of them shared; a cache each would take %d\n",

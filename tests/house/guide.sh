@@ -54,9 +54,9 @@ region() {
 }
 
 # One walk over the guide writes it as it should be, and tells where it is not so.
-number=0 state=text wanted=$work/guide.md
+number=0 state=text line='' before='' wanted=$work/guide.md
 : >"$wanted"
-while IFS= read -r line || [[ -n $line ]]; do
+while before=$line && IFS= read -r line || [[ -n $line ]]; do
   number=$((number + 1))
   case $state in
     block)  # swallowed; what it should be stands in `wanted` already
@@ -95,6 +95,8 @@ while IFS= read -r line || [[ -n $line ]]; do
       elif [[ $line == '```'* ]]; then
         fault "$guide:$number: a block that is no region"
         state=other
+      elif [[ $line == '    '* && -z $before ]]; then
+        fault "$guide:$number: a block that is no region, by indentation"
       fi ;;
     missing)  # what stands below is left as it is
       state=text

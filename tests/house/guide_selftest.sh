@@ -55,6 +55,8 @@ guide "${good_guide/examples\/a/examples\/b}"
 refuses "a file that is not there" 'no examples/b.cpp'
 guide "$good_guide"'\n```\nls\n```\n'
 refuses "a block that is no region" '^docs/guide.md:13: a block that is no region'
+guide "$good_guide"'\n    ls\n'
+refuses "an indented block" '^docs/guide.md:13: a block that is no region, by'
 guide "$good_guide"'\n<!-- region: examples/a.cpp one -->\n\ntext\n'
 refuses "a region without a block" 'no block'
 guide "$good_guide"'\n<!-- region examples/a.cpp one -->\n<!-- region: examples/a.cpp -->\n'
