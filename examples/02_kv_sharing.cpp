@@ -14,6 +14,7 @@
 using namespace prefillshare;
 
 int main() {
+  // [guide: allocate]
   // Llama-3.1-8B's cache in blocks of 16 tokens; 256 blocks.
   NoKvStorage storage(KvShape{.layers = 32, .kv_heads = 8, .head_dim = 128, .block_tokens = 16}, 256);
   auto allocator = BasicKvAllocator<NoKvStorage>::create(storage).value();
@@ -25,13 +26,20 @@ int main() {
   Sequence context = allocator->open(base, document).value();  // what is cached of it: nothing yet
   if (!allocator->reserve(context, 1000).ok()) return 1;       // the engine fills these blocks: prefill
   if (!allocator->commit(context, document).ok()) return 1;    // from now on others find them
+  // [guide: end]
 
-  std::vector<Sequence>
-      forks;  // a planner, a writer and a reviewer; each writes a tail of 40 tokens of its own
+  // [guide: fork]
+  // A planner, a writer and a reviewer; each writes a tail of 40 tokens of its own.
+  std::vector<Sequence> forks;
   for (int module = 0; module < 3; ++module) {
     forks.push_back(allocator->fork(context).value());
     if (!allocator->append_private(forks.back(), 40).ok()) return 1;
   }
+  // For the engine's attention: which blocks hold whose tokens. 3 times 65 of them, shared ones named 3 times.
+  PageTable table;
+  const Sequence* const batch[] = {&forks[0], &forks[1], &forks[2]};
+  if (!export_page_table(batch, table).ok() || table.indices.size() != 195) return 1;
+  // [guide: end]
   const KvStats stats = allocator->stats();
   std::printf("3 contexts of 1040 tokens in %lld blocks, %lld of them shared; a cache each would take %d\n",
               static_cast<long long>(stats.in_use_blocks), static_cast<long long>(stats.shared_blocks),

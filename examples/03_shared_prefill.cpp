@@ -180,9 +180,11 @@ int run(const Options& options) {
   ProgressLine loading("loading " + options.model);
   const LoadedModel loaded = unwrap(load_model(
       *source, [&](std::int64_t done, std::int64_t total) { loading.update(done, total, "tensors"); }));
+  // [guide: base]
   const PrefillModule<DenseLinear> base(loaded.model, CacheKey{options.model, loaded.fingerprint, ""});
   ForwardWorkspace base_workspace =
       unwrap(ForwardWorkspace::create(*loaded.model, kPrefillChunk, context, pool.workers()));
+  // [guide: end]
 
   std::vector<Member> members;
   std::vector<AgentSummary> summaries;
@@ -213,8 +215,10 @@ int run(const Options& options) {
 
   Run shared, separate;
   {
+    // [guide: resources]
     const auto allocator = unwrap(KvAllocator::create(storage));
     const SessionResources resources{allocator.get(), &storage, &base_workspace, &pool};
+    // [guide: end]
     shared = run_shared(options, agents, tokenizer, base, members, resources, turns);
   }
   {

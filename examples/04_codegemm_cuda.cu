@@ -26,6 +26,7 @@ int main() {
     value = codegemm::Half::from_float(static_cast<float>(std::rand() % 201 - 100) * 0.01F);
   for (auto& value : w->scales()) value = codegemm::Half::from_float(0.02F);
 
+  // [guide: cuda_pack]
   // Into the kernels' layout, and to the device: memory is the caller's.
   const auto packed = codegemm::cuda::pack(w->view());
   CHECK(packed.ok(), packed.status().message().c_str());
@@ -35,9 +36,11 @@ int main() {
             cudaMalloc(&x, 4096 * 2) == cudaSuccess && cudaMalloc(&y, 4096 * 2) == cudaSuccess,
         "out of device memory");
   cudaMemcpy(weights, packed->bytes().data(), packed->bytes().size(), cudaMemcpyHostToDevice);
+  // [guide: end]
   std::vector<codegemm::Half> activations(4096, codegemm::Half::from_float(0.5F));
   cudaMemcpy(x, activations.data(), 4096 * 2, cudaMemcpyHostToDevice);
 
+  // [guide: cuda_run]
   // y[1][4096] = x[1][4096] W^T
   codegemm::cuda::GemmProblem<__half, __half> problem;
   problem.weights = packed->view(weights);
@@ -49,6 +52,7 @@ int main() {
   cudaMemset(workspace, 0, bytes + 1);
   const codegemm::Status status = codegemm::cuda::run(problem, *device, workspace, bytes, nullptr);
   CHECK(status.ok(), status.message().c_str());
+  // [guide: end]
 
   std::vector<codegemm::Half> out(4096);
   CHECK(cudaMemcpy(out.data(), y, 4096 * 2, cudaMemcpyDeviceToHost) == cudaSuccess, "the kernel failed");

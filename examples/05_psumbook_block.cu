@@ -24,6 +24,7 @@ __global__ void largest_kernel(codegemm::cuda::DevicePackedView w, codegemm::cud
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const auto* const codebooks = reinterpret_cast<const std::uint16_t*>(w.data + w.layout.codebooks_at);
   float rows[kRows / 16 / kWarps] = {};  // a row of each of the warp's tiles
+  // [guide: collective]
   for (int granule = 0; granule < w.layout.granules; ++granule) {
     const codegemm::cuda::Activations xs[1] = {x};
     Book::build(book, codebooks, xs, granule * Book::kSegments * 4, 4, 8);
@@ -40,6 +41,7 @@ __global__ void largest_kernel(codegemm::cuda::DevicePackedView w, codegemm::cud
     }
     __syncthreads();
   }
+  // [guide: end]
   float most = 0.0F;
   for (const float row : rows) most = fmaxf(most, fabsf(row));
   atomicMax(reinterpret_cast<int*>(largest),

@@ -58,6 +58,7 @@ struct Options {
 
 using Matrices = std::map<std::string, codegemm::QuantizedMatrix>;
 
+// [guide: checkpoint]
 Matrices quantized_layers(const std::string& folder) {
   const codegemm::ModelCheckpoint checkpoint = unwrap(codegemm::ModelCheckpoint::open(folder));
   Matrices out;
@@ -65,7 +66,9 @@ Matrices quantized_layers(const std::string& folder) {
     out.emplace(entry.name, unwrap(checkpoint.load(entry.name)));
   return out;
 }
+// [guide: end]
 
+// [guide: trainable]
 TrainableModel<float> trainable(const Options& options, const LoadedModel& loaded) {
   if (options.parameters == "lora")
     return unwrap(TrainableModel<float>::low_rank(loaded.model, options.low_rank));
@@ -73,6 +76,7 @@ TrainableModel<float> trainable(const Options& options, const LoadedModel& loade
     return unwrap(TrainableModel<float>::codebooks(loaded.model, quantized_layers(options.model)));
   return unwrap(TrainableModel<float>::full(loaded.model));
 }
+// [guide: end]
 
 /// A folder with the tuned model: dense in fp32, or quantized as it came, with its norms.
 void write_result(const Options& options, const TensorSource& source, const TrainableModel<float>& model,
@@ -120,6 +124,7 @@ int run(Options options) {
   const bool evaluates = options.method == "naive-eval";
   options.train.sharing = options.sharing >= 0.0 ? options.sharing : options.method == "full" ? 0.0 : 1.0;
   if (evaluates) options.train.steps = 0;
+  // [guide: trainer]
   TrainableModel<float> model = trainable(options, loaded);
   Trainer<DenseLinear> trainer = unwrap(Trainer<DenseLinear>::create(
       model, base.model, examples, options.train,
@@ -127,14 +132,17 @@ int run(Options options) {
                        options.parameters, ", rank ", options.low_rank.rank, ", alpha ",
                        options.low_rank.alpha, ", version 1"),
       pool));
+  // [guide: end]
   std::printf("%lld parameters, %zu examples, %.2f of each prompt from the base's cache\n",
               static_cast<long long>(model.parameter_count()), examples.size(), options.train.sharing);
+  // [guide: evaluate]
   const auto report = [&](const char* when) {
     const double own = unwrap(trainer.evaluate(judged, 0.0));
     const double shared = unwrap(trainer.evaluate(judged, 1.0));
     std::printf("%s: loss %.4f on its own cache, %.4f on the base's\n", when, own, shared);
     std::fflush(stdout);
   };
+  // [guide: end]
   report(evaluates ? "as it is" : "before");
   if (evaluates) return 0;
 

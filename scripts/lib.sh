@@ -31,6 +31,7 @@ readonly packages_mpi=(libopenmpi-dev openmpi-bin)
 readonly packages_clang=(clang libclang-rt-dev clang-format)
 readonly packages_bench=(libbenchmark-dev)
 readonly packages_lint=(clang-format clang-tidy)
+readonly packages_docs=(doxygen)
 
 # need_packages WHAT PACKAGE...: installs the Debian packages that are missing, or says how to.
 need_packages() {

@@ -16,20 +16,20 @@
 
 namespace codegemm {
 
-inline constexpr int kMaxCodebooks = 4;
-inline constexpr int kMaxVecLen = 16;
-inline constexpr int kMinCodeBits = 4;
-inline constexpr int kMaxPsumbookCodeBits = 8;  // beyond, a Psumbook costs more than it saves
-inline constexpr int kMaxCodeBits = 16;         // beyond, the canonical layout has no place for a code
+inline constexpr int kMaxCodebooks = 4;         ///< most codebooks, m
+inline constexpr int kMaxVecLen = 16;           ///< longest vector, v
+inline constexpr int kMinCodeBits = 4;          ///< fewest bits of a code, b
+inline constexpr int kMaxPsumbookCodeBits = 8;  ///< beyond, a Psumbook costs more than it saves
+inline constexpr int kMaxCodeBits = 16;         ///< beyond, the canonical layout has no place for a code
 
 /// Weights are cut into vectors of v along K. Each vector is the sum of one centroid out of each of m
 /// codebooks with 2^b centroids, times one scale for every g weights of a row (g = -1: one scale a row):
 ///   W[n, k] = s[n, k / g] * sum_c C_c[code_c[n, k / v]][k % v]
 struct Format {
-  int v = 4;
-  int m = 1;
-  int b = 8;
-  int g = 128;
+  int v = 4;    ///< weights that one code stands for
+  int m = 1;    ///< codebooks, whose centroids are added
+  int b = 8;    ///< bits of a code: 2^b centroids in a codebook
+  int g = 128;  ///< weights of a row that share one scale; -1: the whole row
 
   /// 2^b, the number of centroids in a codebook.
   [[nodiscard]] constexpr std::int64_t centroids() const noexcept { return std::int64_t{1} << b; }
@@ -43,6 +43,7 @@ struct Format {
     return g <= 0 ? 1 : (cols + g - 1) / g;
   }
 
+  /// All four numbers are equal.
   friend constexpr bool operator==(const Format&, const Format&) = default;
 };
 
@@ -53,10 +54,11 @@ struct StaticFormat {
   static_assert(M >= 1 && M <= kMaxCodebooks, "codegemm: StaticFormat M must be 1 to 4");
   static_assert(B >= kMinCodeBits && B <= kMaxCodeBits, "codegemm: StaticFormat B must be 4 to 16");
   static_assert(G == -1 || (G > 0 && G % V == 0), "codegemm: StaticFormat G must be -1 or a multiple of V");
-  static constexpr int kVecLen = V;
-  static constexpr int kCodebooks = M;
-  static constexpr int kCodeBits = B;
-  static constexpr int kScaleGroup = G;
+  static constexpr int kVecLen = V;      ///< as Format::v
+  static constexpr int kCodebooks = M;   ///< as Format::m
+  static constexpr int kCodeBits = B;    ///< as Format::b
+  static constexpr int kScaleGroup = G;  ///< as Format::g
+  /// The same at run time.
   [[nodiscard]] static constexpr Format format() noexcept { return Format{V, M, B, G}; }
 };
 

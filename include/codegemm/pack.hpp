@@ -34,28 +34,31 @@ inline constexpr int kWordRows = 8;
 /// each, in the order of the rows. With 4 bits a code two share a byte: rows 0..31 of the block have its low
 /// half, rows 32..63 the high one.
 struct PackedView {
-  Format format;
-  std::int64_t rows = 0;
-  std::int64_t cols = 0;
-  int block_rows = kBlockRows;    // rows in a block: kBlockRows, or kWordRows where nothing is looked up
-  std::int64_t row_blocks = 0;    // ceil(rows / block_rows); rows beyond `rows` have code 0 and scale 0
-  std::int64_t tile_vectors = 0;  // vectors in every tile but the last, which may have fewer
-  std::int64_t tiles = 0;
-  // [tiles][row_blocks][entries of the tile][words of an entry]
+  Format format;                  ///< of the weights
+  std::int64_t rows = 0;          ///< N
+  std::int64_t cols = 0;          ///< K
+  int block_rows = kBlockRows;    ///< rows in a block: kBlockRows, or kWordRows where nothing is looked up
+  std::int64_t row_blocks = 0;    ///< ceil(rows / block_rows); rows beyond `rows` have code 0 and scale 0
+  std::int64_t tile_vectors = 0;  ///< vectors in every tile but the last, which may have fewer
+  std::int64_t tiles = 0;         ///< tiles along K
+  /// [tiles][row_blocks][entries of the tile][words of an entry]
   const std::uint64_t* codes = nullptr;
-  const float* codebooks = nullptr;             // [m][2^b][v]
-  const float* codebooks_transposed = nullptr;  // [m][v][2^b]
+  const float* codebooks = nullptr;             ///< [m][2^b][v]
+  const float* codebooks_transposed = nullptr;  ///< [m][v][2^b]
   // codebooks[i] = about codebook_step * codebooks_rounded[i]; null where that is not exact enough
-  const std::int16_t* codebooks_rounded = nullptr;  // [m][2^b][v]
-  float codebook_step = 0.0F;
-  const Half* scales = nullptr;  // [ceil(K / g)][row_blocks * block_rows]
+  const std::int16_t* codebooks_rounded = nullptr;  ///< [m][2^b][v]
+  float codebook_step = 0.0F;                       ///< see codebooks_rounded
+  const Half* scales = nullptr;                     ///< [ceil(K / g)][row_blocks * block_rows]
 
+  /// Vectors of a row, K / v.
   [[nodiscard]] std::int64_t vectors() const noexcept { return cols / format.v; }
+  /// Rows with the last block filled up.
   [[nodiscard]] std::int64_t padded_rows() const noexcept { return row_blocks * block_rows; }
   /// 64-bit words of an entry in one row block.
   [[nodiscard]] std::int64_t entry_words() const noexcept {
     return block_rows / kWordRows / (format.b == 4 ? 2 : 1);
   }
+  /// Vectors of tile `tile`.
   [[nodiscard]] std::int64_t vectors_in(std::int64_t tile) const noexcept {
     return std::min(tile_vectors, vectors() - tile * tile_vectors);
   }
@@ -82,16 +85,17 @@ namespace detail {
 /// form on disk and pack after loading. Made by pack(); movable.
 class PackedMatrix {
  public:
-  static constexpr int kLayoutVersion = 3;
+  static constexpr int kLayoutVersion = 3;  ///< changes with the layout
 
-  [[nodiscard]] Format format() const noexcept { return view_.format; }
-  [[nodiscard]] std::int64_t rows() const noexcept { return view_.rows; }
-  [[nodiscard]] std::int64_t cols() const noexcept { return view_.cols; }
+  [[nodiscard]] Format format() const noexcept { return view_.format; }    ///< of the weights
+  [[nodiscard]] std::int64_t rows() const noexcept { return view_.rows; }  ///< N
+  [[nodiscard]] std::int64_t cols() const noexcept { return view_.cols; }  ///< K
   /// Memory held: codes, scales, two fp32 copies of the codebooks and one in 16-bit integers.
   [[nodiscard]] std::size_t bytes() const noexcept {
     return codes_.size() * sizeof(std::uint64_t) + codebooks_.size() * sizeof(float) +
            rounded_.size() * sizeof(std::int16_t) + scales_.size() * sizeof(Half);
   }
+  /// For kernels; valid as long as this object lives.
   [[nodiscard]] const PackedView& view() const noexcept { return view_; }
 
   /// An empty 0 x 0 matrix.

@@ -21,21 +21,22 @@ namespace codegemm {
 
 /// Number of elements of the three arrays of a quantized matrix.
 struct CanonicalSizes {
-  std::int64_t code_words = 0;       // [m][ceil((K / v) / codes_per_word)][N], 32-bit words
-  std::int64_t codebook_values = 0;  // [m][2^b][v]
-  std::int64_t scale_values = 0;     // [ceil(K / g)][N], or [1][N] for g = -1
+  std::int64_t code_words = 0;       ///< [m][ceil((K / v) / codes_per_word)][N], 32-bit words
+  std::int64_t codebook_values = 0;  ///< [m][2^b][v]
+  std::int64_t scale_values = 0;     ///< [ceil(K / g)][N], or [1][N] for g = -1
 };
 
 /// A quantized matrix in somebody else's memory. Rows are outputs (N), columns are inputs (K).
 struct QuantizedMatrixView {
-  Format format;
-  std::int64_t rows = 0;  // N
-  std::int64_t cols = 0;  // K, a multiple of v
-  // [m][ceil((K / v) / codes_per_word)][N]; inside a word lowest bits first along K, padding codes 0
+  Format format;          ///< how the weights are quantized
+  std::int64_t rows = 0;  ///< N
+  std::int64_t cols = 0;  ///< K, a multiple of v
+  /// [m][ceil((K / v) / codes_per_word)][N]; inside a word lowest bits first along K, padding codes 0
   const std::uint32_t* codes = nullptr;
-  const Half* codebooks = nullptr;  // [m][2^b][v]
-  const Half* scales = nullptr;     // [ceil(K / g)][N]
+  const Half* codebooks = nullptr;  ///< [m][2^b][v]
+  const Half* scales = nullptr;     ///< [ceil(K / g)][N]
 
+  /// Vectors of a row, K / v.
   [[nodiscard]] std::int64_t vectors() const noexcept { return cols / format.v; }
 
   /// The code of codebook c for weights [j * v, j * v + v) of row n.
@@ -46,6 +47,7 @@ struct QuantizedMatrixView {
     const std::uint32_t word = codes[(c * words + j / per_word) * rows + n];
     return (word >> (static_cast<int>(j % per_word) * bits)) & ((1U << bits) - 1U);
   }
+  /// The scale of weight W[n, k].
   [[nodiscard]] float scale(std::int64_t n, std::int64_t k) const noexcept {
     return scales[(format.g < 0 ? 0 : k / format.g) * rows + n].to_float();
   }
@@ -143,15 +145,21 @@ class QuantizedMatrix {
     return out;
   }
 
-  [[nodiscard]] Format format() const noexcept { return format_; }
-  [[nodiscard]] std::int64_t rows() const noexcept { return rows_; }
-  [[nodiscard]] std::int64_t cols() const noexcept { return cols_; }
+  [[nodiscard]] Format format() const noexcept { return format_; }    ///< how the weights are quantized
+  [[nodiscard]] std::int64_t rows() const noexcept { return rows_; }  ///< N
+  [[nodiscard]] std::int64_t cols() const noexcept { return cols_; }  ///< K
 
+  /// The canonical codes, as QuantizedMatrixView::codes; to write to: validate() tells whether they fit.
   [[nodiscard]] std::span<std::uint32_t> codes() noexcept { return codes_; }
+  /// The same, to read from.
   [[nodiscard]] std::span<const std::uint32_t> codes() const noexcept { return codes_; }
+  /// [m][2^b][v]
   [[nodiscard]] std::span<Half> codebooks() noexcept { return codebooks_; }
+  /// [m][2^b][v], to read from.
   [[nodiscard]] std::span<const Half> codebooks() const noexcept { return codebooks_; }
+  /// [ceil(K / g)][N]
   [[nodiscard]] std::span<Half> scales() noexcept { return scales_; }
+  /// [ceil(K / g)][N], to read from.
   [[nodiscard]] std::span<const Half> scales() const noexcept { return scales_; }
 
   /// Writes the code of codebook c for weights [j * v, j * v + v) of row n. value < 2^b.

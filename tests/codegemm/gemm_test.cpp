@@ -319,11 +319,13 @@ TEST_CASE("gemm takes the automatic way, empty matrices and a caller's own list"
   test::add_lookup_rounding(w.view(), x, 3, want);
   check_close(y, want, 24);
 
+  // [guide: cpu_list]
   using Short = config_list<CpuV8B8>;
   const Status refused = gemm<Short>(*packed, MatrixView<const float>(x.data(), 3, 128),
                                      MatrixView<float>(y.data(), 3, 24), workspace.span(), serial);
   CHECK(refused.code() == StatusCode::kUnsupported);
   CHECK(refused.message() == "gemm: no kernel for v = 4, b = 8 in the list of 1 configurations");
+  // [guide: end]
 
   const Result<QuantizedMatrix> no_rows = QuantizedMatrix::create(f, 0, 128);
   const Result<PackedMatrix> packed_no_rows = pack(no_rows->view());

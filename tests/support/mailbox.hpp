@@ -21,6 +21,7 @@ struct Mail {
   std::int64_t sent = 0;
 };
 
+// [guide: channel]
 class MailChannel {
  public:
   MailChannel(Mail& mail, int self) : mail_(&mail), self_(self) {}
@@ -56,5 +57,6 @@ class MailChannel {
   std::set<int> given_up_;
 };
 static_assert(MessageChannel<MailChannel>);
+// [guide: end]
 
 }  // namespace prefillshare::test

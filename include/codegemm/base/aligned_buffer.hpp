@@ -37,8 +37,10 @@ class AlignedBuffer {
 
  public:
   AlignedBuffer() = default;
+  /// The other becomes empty.
   AlignedBuffer(AlignedBuffer&& other) noexcept
       : data_(std::move(other.data_)), size_(std::exchange(other.size_, 0)) {}
+  /// What this one held is freed; the other becomes empty.
   AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {
     data_ = std::move(other.data_);
     size_ = std::exchange(other.size_, 0);
@@ -64,12 +66,18 @@ class AlignedBuffer {
     return true;
   }
 
-  [[nodiscard]] std::size_t size() const noexcept { return size_; }
+  [[nodiscard]] std::size_t size() const noexcept { return size_; }  ///< elements
+  /// The first element, aligned; null if size() is 0. The memory is the buffer's.
   [[nodiscard]] T* data() noexcept { return data_.get(); }
+  /// The same, to read from.
   [[nodiscard]] const T* data() const noexcept { return data_.get(); }
+  /// All elements.
   [[nodiscard]] std::span<T> span() noexcept { return {data_.get(), size_}; }
+  /// The same, to read from.
   [[nodiscard]] std::span<const T> span() const noexcept { return {data_.get(), size_}; }
+  /// Element i, unchecked.
   [[nodiscard]] T& operator[](std::size_t i) noexcept { return data_.get()[i]; }
+  /// The same, to read from.
   [[nodiscard]] const T& operator[](std::size_t i) const noexcept { return data_.get()[i]; }
 
  private:

@@ -13,7 +13,7 @@ namespace codegemm {
 /// numbers and its parameters as static constexpr members; kernels are templates over it.
 template <class... Configs>
 struct config_list {
-  static constexpr std::size_t kSize = sizeof...(Configs);
+  static constexpr std::size_t kSize = sizeof...(Configs);  ///< configurations in the list
 };
 
 /// Calls fn(Config{}) for the first Config with predicate(Config{}) and returns true; false when none fits.

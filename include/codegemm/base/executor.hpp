@@ -18,6 +18,7 @@ namespace codegemm {
 /// takes an Executor, and its results do not depend on how many workers the executor has.
 class Executor {
  public:
+  /// What is run for each task: `context` is the caller's, `worker` the number of the thread it runs on.
   using Task = void (*)(void* context, std::int64_t task, int worker);
 
   Executor() = default;

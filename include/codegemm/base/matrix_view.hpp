@@ -14,14 +14,16 @@ namespace codegemm {
 /// Element (r, c) is data[r * stride + c]. Owns nothing; may be empty. stride >= cols, in elements.
 template <class T>
 struct MatrixView {
-  T* data = nullptr;  // [rows][stride], the first cols of each row are used
-  std::int64_t rows = 0;
-  std::int64_t cols = 0;
-  std::int64_t stride = 0;  // elements from one row to the next
+  T* data = nullptr;        ///< [rows][stride], the first cols of each row are used
+  std::int64_t rows = 0;    ///< rows
+  std::int64_t cols = 0;    ///< columns
+  std::int64_t stride = 0;  ///< elements from one row to the next
 
   constexpr MatrixView() = default;
+  /// Rows that follow each other without a gap.
   CODEGEMM_HOST_DEVICE constexpr MatrixView(T* data_, std::int64_t rows_, std::int64_t cols_)
       : data(data_), rows(rows_), cols(cols_), stride(cols_) {}
+  /// Rows that begin `stride_` elements after each other.
   CODEGEMM_HOST_DEVICE constexpr MatrixView(T* data_, std::int64_t rows_, std::int64_t cols_,
                                             std::int64_t stride_)
       : data(data_), rows(rows_), cols(cols_), stride(stride_) {}
@@ -31,6 +33,7 @@ struct MatrixView {
   CODEGEMM_HOST_DEVICE constexpr MatrixView(const MatrixView<U>& other)
       : data(other.data), rows(other.rows), cols(other.cols), stride(other.stride) {}
 
+  /// The first element of row r, unchecked.
   [[nodiscard]] CODEGEMM_HOST_DEVICE constexpr T* row(std::int64_t r) const { return data + r * stride; }
 
   /// Rows [first, first + count).

@@ -14,8 +14,9 @@ namespace codegemm {
 
 /// IEEE 754 binary16, stored as its bits. Rounds to nearest even; overflow gives infinity, NaN stays NaN.
 struct Half {
-  std::uint16_t bits = 0;
+  std::uint16_t bits = 0;  ///< sign, 5 bits of exponent, 10 of mantissa
 
+  /// Rounds to nearest, ties to even; what is too large becomes infinity.
   [[nodiscard]] static constexpr Half from_float(float value) noexcept {
     const std::uint32_t x = std::bit_cast<std::uint32_t>(value);
     const std::uint32_t sign = (x >> 16) & 0x8000U;
@@ -38,6 +39,7 @@ struct Half {
     return Half{static_cast<std::uint16_t>(sign | half)};
   }
 
+  /// Exact.
   [[nodiscard]] constexpr float to_float() const noexcept {
     const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000U) << 16;
     const std::uint32_t exponent = (bits >> 10) & 0x1FU;
@@ -48,24 +50,28 @@ struct Half {
     return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(magnitude));
   }
 
+  /// Compares the bits: +0 and -0 differ, a NaN equals itself.
   friend constexpr bool operator==(Half, Half) = default;
 };
 static_assert(sizeof(Half) == 2 && std::is_trivially_copyable_v<Half>, "Half is two bytes in a file");
 
 /// bfloat16, stored as its bits. Rounds to nearest even; NaN stays NaN.
 struct BFloat16 {
-  std::uint16_t bits = 0;
+  std::uint16_t bits = 0;  ///< sign, 8 bits of exponent, 7 of mantissa
 
+  /// Rounds to nearest, ties to even.
   [[nodiscard]] static constexpr BFloat16 from_float(float value) noexcept {
     const std::uint32_t x = std::bit_cast<std::uint32_t>(value);
     if ((x & 0x7FFFFFFFU) > 0x7F800000U) return BFloat16{static_cast<std::uint16_t>((x >> 16) | 0x40U)};
     return BFloat16{static_cast<std::uint16_t>((x + 0x7FFFU + ((x >> 16) & 1U)) >> 16)};
   }
 
+  /// Exact.
   [[nodiscard]] constexpr float to_float() const noexcept {
     return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
   }
 
+  /// Compares the bits, as Half does.
   friend constexpr bool operator==(BFloat16, BFloat16) = default;
 };
 static_assert(sizeof(BFloat16) == 2 && std::is_trivially_copyable_v<BFloat16>,

@@ -66,10 +66,11 @@ class [[nodiscard]] Status {
   Status(StatusCode code, std::string message, int native = 0)
       : code_(code), native_(native), message_(std::move(message)) {}
 
-  [[nodiscard]] bool ok() const noexcept { return code_ == StatusCode::kOk; }
-  [[nodiscard]] StatusCode code() const noexcept { return code_; }
+  [[nodiscard]] bool ok() const noexcept { return code_ == StatusCode::kOk; }  ///< success
+  [[nodiscard]] StatusCode code() const noexcept { return code_; }  ///< the kind of the failure, or kOk
   /// errno for kIoError, cudaError_t for kCudaError, else 0.
   [[nodiscard]] int native_code() const noexcept { return native_; }
+  /// What failed, with names and numbers; empty on success.
   [[nodiscard]] const std::string& message() const noexcept { return message_; }
 
   /// The same failure seen from further out: "PREFIX: message".
@@ -94,29 +95,39 @@ template <class... Parts>
 template <class T>
 class [[nodiscard]] Result {
  public:
+  /// A value.
   Result(T value) : value_(std::move(value)) {}  // NOLINT(google-explicit-constructor): return value;
+  /// A failure; `status` must not be a success.
   // NOLINTNEXTLINE(google-explicit-constructor): return error(...);
   Result(Status status) : status_(std::move(status)) { CODEGEMM_ASSERT(!status_.ok()); }
 
-  [[nodiscard]] bool ok() const noexcept { return value_.has_value(); }
-  [[nodiscard]] const Status& status() const noexcept { return status_; }
+  [[nodiscard]] bool ok() const noexcept { return value_.has_value(); }    ///< there is a value
+  [[nodiscard]] const Status& status() const noexcept { return status_; }  ///< the failure, or a success
 
+  /// The value. Only where ok(): anything else is a fault of the caller, asserted.
   [[nodiscard]] T& value() & {
     CODEGEMM_ASSERT(ok());
     return *value_;
   }
+  /// The same, to read from.
   [[nodiscard]] const T& value() const& {
     CODEGEMM_ASSERT(ok());
     return *value_;
   }
+  /// The same, moved out.
   [[nodiscard]] T&& value() && {
     CODEGEMM_ASSERT(ok());
     return *std::move(value_);
   }
+  /// As value().
   [[nodiscard]] T& operator*() & { return value(); }
+  /// As value().
   [[nodiscard]] const T& operator*() const& { return value(); }
+  /// As value().
   [[nodiscard]] T&& operator*() && { return std::move(*this).value(); }
+  /// As value().
   [[nodiscard]] T* operator->() { return &value(); }
+  /// As value().
   [[nodiscard]] const T* operator->() const { return &value(); }
 
  private:

@@ -12,67 +12,106 @@
 
 namespace codegemm {
 
-// A kernel is a template over the vector length v and the code bits b. The number of codebooks m and the
-// scale group g are loop bounds: as constants they gave no speed, only four times the code to compile.
+/// A kernel is a template over the vector length v and the code bits b. The number of codebooks m and the
+/// scale group g are loop bounds: as constants they gave no speed, only four times the code to compile.
 struct CpuV2B4 {
-  static constexpr int kVecLen = 2, kCodeBits = 4;
+  /// v
+  static constexpr int kVecLen = 2, kCodeBits = 4;  ///< b
 };
+/// v = 2, b = 5.
 struct CpuV2B5 {
-  static constexpr int kVecLen = 2, kCodeBits = 5;
+  /// v
+  static constexpr int kVecLen = 2, kCodeBits = 5;  ///< b
 };
+/// v = 2, b = 6.
 struct CpuV2B6 {
-  static constexpr int kVecLen = 2, kCodeBits = 6;
+  /// v
+  static constexpr int kVecLen = 2, kCodeBits = 6;  ///< b
 };
+/// v = 2, b = 7.
 struct CpuV2B7 {
-  static constexpr int kVecLen = 2, kCodeBits = 7;
+  /// v
+  static constexpr int kVecLen = 2, kCodeBits = 7;  ///< b
 };
+/// v = 2, b = 8.
 struct CpuV2B8 {
-  static constexpr int kVecLen = 2, kCodeBits = 8;
+  /// v
+  static constexpr int kVecLen = 2, kCodeBits = 8;  ///< b
 };
+/// v = 4, b = 4.
 struct CpuV4B4 {
-  static constexpr int kVecLen = 4, kCodeBits = 4;
+  /// v
+  static constexpr int kVecLen = 4, kCodeBits = 4;  ///< b
 };
+/// v = 4, b = 5.
 struct CpuV4B5 {
-  static constexpr int kVecLen = 4, kCodeBits = 5;
+  /// v
+  static constexpr int kVecLen = 4, kCodeBits = 5;  ///< b
 };
+/// v = 4, b = 6.
 struct CpuV4B6 {
-  static constexpr int kVecLen = 4, kCodeBits = 6;
+  /// v
+  static constexpr int kVecLen = 4, kCodeBits = 6;  ///< b
 };
+/// v = 4, b = 7.
 struct CpuV4B7 {
-  static constexpr int kVecLen = 4, kCodeBits = 7;
+  /// v
+  static constexpr int kVecLen = 4, kCodeBits = 7;  ///< b
 };
+/// v = 4, b = 8.
 struct CpuV4B8 {
-  static constexpr int kVecLen = 4, kCodeBits = 8;
+  /// v
+  static constexpr int kVecLen = 4, kCodeBits = 8;  ///< b
 };
+/// v = 8, b = 4.
 struct CpuV8B4 {
-  static constexpr int kVecLen = 8, kCodeBits = 4;
+  /// v
+  static constexpr int kVecLen = 8, kCodeBits = 4;  ///< b
 };
+/// v = 8, b = 5.
 struct CpuV8B5 {
-  static constexpr int kVecLen = 8, kCodeBits = 5;
+  /// v
+  static constexpr int kVecLen = 8, kCodeBits = 5;  ///< b
 };
+/// v = 8, b = 6.
 struct CpuV8B6 {
-  static constexpr int kVecLen = 8, kCodeBits = 6;
+  /// v
+  static constexpr int kVecLen = 8, kCodeBits = 6;  ///< b
 };
+/// v = 8, b = 7.
 struct CpuV8B7 {
-  static constexpr int kVecLen = 8, kCodeBits = 7;
+  /// v
+  static constexpr int kVecLen = 8, kCodeBits = 7;  ///< b
 };
+/// v = 8, b = 8.
 struct CpuV8B8 {
-  static constexpr int kVecLen = 8, kCodeBits = 8;
+  /// v
+  static constexpr int kVecLen = 8, kCodeBits = 8;  ///< b
 };
+/// v = 16, b = 4.
 struct CpuV16B4 {
-  static constexpr int kVecLen = 16, kCodeBits = 4;
+  /// v
+  static constexpr int kVecLen = 16, kCodeBits = 4;  ///< b
 };
+/// v = 16, b = 5.
 struct CpuV16B5 {
-  static constexpr int kVecLen = 16, kCodeBits = 5;
+  /// v
+  static constexpr int kVecLen = 16, kCodeBits = 5;  ///< b
 };
+/// v = 16, b = 6.
 struct CpuV16B6 {
-  static constexpr int kVecLen = 16, kCodeBits = 6;
+  /// v
+  static constexpr int kVecLen = 16, kCodeBits = 6;  ///< b
 };
+/// v = 16, b = 7.
 struct CpuV16B7 {
-  static constexpr int kVecLen = 16, kCodeBits = 7;
+  /// v
+  static constexpr int kVecLen = 16, kCodeBits = 7;  ///< b
 };
+/// v = 16, b = 8.
 struct CpuV16B8 {
-  static constexpr int kVecLen = 16, kCodeBits = 8;
+  /// v
+  static constexpr int kVecLen = 16, kCodeBits = 8;  ///< b
 };
 
 /// What gemm() dispatches over unless the caller names a shorter list of his own.
@@ -82,68 +121,69 @@ using CpuConfigs =
 
 /// Tiles. What all rows stream past has to stay in a 32 KiB first-level cache.
 struct CpuTiles {
-  // One token: 16 tables of 256 fp32 sums are 16 KiB; codes, scales and partial sums stream through the rest.
+  /// One token: 16 tables of 256 fp32 sums are 16 KiB; codes, scales and partial sums stream through the
+  /// rest.
   static constexpr std::int64_t kTableFloats = 4096;
-  // The same where they are only the stage before tables of 16 bits.
+  /// The same where they are only the stage before tables of 16 bits.
   static constexpr std::int64_t kLookupTableFloats = 8192;
-  static constexpr std::int64_t kMaxEntries = 128;
-  // Entries whose 16-bit sums are added before they go to fp32: the entries are scaled so that they always
-  // fit, that is to 12 bits for 16 entries. A table of 16 centroids has smaller extremes and bears 32.
+  static constexpr std::int64_t kMaxEntries = 128;  ///< entries of a tile at most
+  /// Entries whose 16-bit sums are added before they go to fp32: the entries are scaled so that they always
+  /// fit, that is to 12 bits for 16 entries. A table of 16 centroids has smaller extremes and bears 32.
   static constexpr std::int64_t kFlushEntries = 16;
-  static constexpr std::int64_t kFlushEntries4 = 32;
-  // How far ahead codes are asked for; a page, which is where the processor's own prefetching ends.
+  static constexpr std::int64_t kFlushEntries4 = 32;  ///< with 4 bits a code
+  /// How far ahead codes are asked for; a page, which is where the processor's own prefetching ends.
   static constexpr std::int64_t kPrefetchBytes = 4096;
-  static constexpr std::int64_t kGatherPrefetchBytes = 1024;
-  // Tokens in the lanes: 32 KiB of tables, that is 4 entries of 256 centroids x 8 tokens. Fewer entries cost
-  // more passes over the partial sums; with 8 entries the tables fall out of the cache.
+  static constexpr std::int64_t kGatherPrefetchBytes = 1024;  ///< the same where codes are gathered
+  /// Tokens in the lanes: 32 KiB of tables, that is 4 entries of 256 centroids x 8 tokens. Fewer entries cost
+  /// more passes over the partial sums; with 8 entries the tables fall out of the cache.
   static constexpr std::int64_t kLaneTableFloats = 8192;
-  // Rows that one Psumbook serves before another task builds it again; their sums for 8 tokens are 128 KiB.
+  /// Rows that one Psumbook serves before another task builds it again; their sums for 8 tokens are 128 KiB.
   static constexpr std::int64_t kRowChunk = 4096;
-  // The same for one token, where building costs more against the lookups.
+  /// The same for one token, where building costs more against the lookups.
   static constexpr std::int64_t kRowChunk1 = 16384;
-  // Tasks to aim at by cutting K, from the shape alone so that results do not depend on the number of
-  // workers: so many of kTaskWeights weights, but fewer where the adding of their sums would tell.
+  /// Tasks to aim at by cutting K, from the shape alone so that results do not depend on the number of
+  /// workers: so many of kTaskWeights weights, but fewer where the adding of their sums would tell.
   static constexpr std::int64_t kTargetTasks = 16;
-  static constexpr std::int64_t kFewTasks = 4;
-  static constexpr std::int64_t kTaskWeights = std::int64_t{1} << 18;
+  static constexpr std::int64_t kFewTasks = 4;                         ///< the fewer
+  static constexpr std::int64_t kTaskWeights = std::int64_t{1} << 18;  ///< weights of such a task
 
-  // Dequantize and multiply: a 6 x 16 register tile, 16 KiB of weights in the first-level cache, 240 tokens
-  // in the second.
+  /// Dequantize and multiply: a 6 x 16 register tile, 16 KiB of weights in the first-level cache, 240 tokens
+  /// in the second.
   static constexpr std::int64_t kDenseTokens = 6;
-  static constexpr std::int64_t kDenseRows = 16;
-  static constexpr std::int64_t kDenseDepth = 256;
-  static constexpr std::int64_t kDenseTaskRows = 48;
-  static constexpr std::int64_t kDenseTaskTokens = 240;
+  static constexpr std::int64_t kDenseRows = 16;         ///< rows of the register tile
+  static constexpr std::int64_t kDenseDepth = 256;       ///< weights of a row in one step
+  static constexpr std::int64_t kDenseTaskRows = 48;     ///< rows of a task
+  static constexpr std::int64_t kDenseTaskTokens = 240;  ///< tokens of a task
 
-  // The same in 16-bit integers: twice the depth in as many bytes. Sums of a chunk fit into 32 bits; scale
-  // groups that are no multiple of the unit would make chunks too short to pay.
+  /// The same in 16-bit integers: twice the depth in as many bytes. Sums of a chunk fit into 32 bits; scale
+  /// groups that are no multiple of the unit would make chunks too short to pay.
   static constexpr std::int64_t kIntegerDepth = 512;
-  static constexpr std::int64_t kIntegerChunk = 128;
-  static constexpr std::int64_t kIntegerUnit = 32;
+  static constexpr std::int64_t kIntegerChunk = 128;  ///< weights whose products are added in 32 bits
+  static constexpr std::int64_t kIntegerUnit = 32;    ///< weights of a step; scale groups must be multiples
 };
 
 /// Measured on a Zen 3 core in its cycles; only their ratios matter. From them follows which way is taken at
 /// how many tokens: there is no fixed crossover, since m, v, b and N all move it.
 struct CpuCosts {
-  static constexpr double kLanes1 = 50;                 // one entry, 64 rows x 1 token in fp32
-  static constexpr double kLanes4 = 80;                 // x 4 tokens
-  static constexpr double kLanes8 = 110;                // x 8 tokens, memory included
-  static constexpr double kLanesBuild = 0.53;           // one element of a centroid x 8 tokens
-  static constexpr double kDenseMultiply = 1 / 13.4;    // one weight x one token
-  static constexpr double kDequantize = 0.45;           // one weight of one codebook
-  static constexpr double kIntegerMultiply = 1 / 22.0;  // in 16-bit integers, AVX2
-  static constexpr double kIntegerMultiplyAvx512 = 1 / 27.0;
-  static constexpr double kIntegerMultiplyVnni = 1 / 35.0;
-  static constexpr double kIntegerDequantize = 1.5;  // one code of one row
+  static constexpr double kLanes1 = 50;                       ///< one entry, 64 rows x 1 token in fp32
+  static constexpr double kLanes4 = 80;                       ///< x 4 tokens
+  static constexpr double kLanes8 = 110;                      ///< x 8 tokens, memory included
+  static constexpr double kLanesBuild = 0.53;                 ///< one element of a centroid x 8 tokens
+  static constexpr double kDenseMultiply = 1 / 13.4;          ///< one weight x one token
+  static constexpr double kDequantize = 0.45;                 ///< one weight of one codebook
+  static constexpr double kIntegerMultiply = 1 / 22.0;        ///< in 16-bit integers, AVX2
+  static constexpr double kIntegerMultiplyAvx512 = 1 / 27.0;  ///< AVX-512 without VNNI
+  static constexpr double kIntegerMultiplyVnni = 1 / 35.0;    ///< with VNNI
+  static constexpr double kIntegerDequantize = 1.5;           ///< one code of one row
 
-  // One entry, 64 rows x 1 token looked up in registers, for 4 to 8 bits a code; 0 where gathering is as
-  // fast. VBMI's row was measured on a Xeon against its own integer products, as these were; those without
-  // VBMI and of NEON are estimates from instruction tables. And encoding one centroid.
+  /// One entry, 64 rows x 1 token looked up in registers, for 4 to 8 bits a code; 0 where gathering is as
+  /// fast. VBMI's row was measured on a Xeon against its own integer products, as theirs were; those without
+  /// VBMI and of NEON are estimates from instruction tables.
   static constexpr double kLookupAvx2[] = {6, 12, 18, 32, 0};
-  static constexpr double kLookupAvx512[] = {6, 6, 9, 16, 30};
-  static constexpr double kLookupAvx512Vbmi[] = {6, 6, 6, 10, 15};
-  static constexpr double kLookupNeon[] = {12, 14, 18, 34, 66};
-  static constexpr double kEncode = 0.6;
+  static constexpr double kLookupAvx512[] = {6, 6, 9, 16, 30};      ///< AVX-512 without VBMI
+  static constexpr double kLookupAvx512Vbmi[] = {6, 6, 6, 10, 15};  ///< AVX-512 with VBMI
+  static constexpr double kLookupNeon[] = {12, 14, 18, 34, 66};     ///< NEON
+  static constexpr double kEncode = 0.6;                            ///< encoding one centroid
 };
 
 namespace detail {

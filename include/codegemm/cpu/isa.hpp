@@ -17,6 +17,7 @@ namespace codegemm {
 /// of 16 bits (all of Ice Lake's successors and Zen 4's have both). kNeon: 64-bit Arm.
 enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vbmi = 3, kNeon = 4 };
 
+/// As it is printed: "avx2".
 [[nodiscard]] constexpr const char* isa_name(Isa isa) noexcept {
   switch (isa) {
     case Isa::kAvx2: return "avx2";

@@ -19,32 +19,43 @@
 
 namespace codegemm::cuda {
 
+/// m1v4g128: v = 4, m = 1, one scale for 8 lanes of 16 columns.
 struct GatherM1V4G128 {
+  /// @{ See the head of this file.
   static constexpr int kVecLen = 4, kCodebooks = 1, kCodeBits = 8, kSets = 4, kScaleSteps = 3;
-  static constexpr int kThreads = 1024, kPassTokens = 1;
+  static constexpr int kThreads = 1024, kPassTokens = 1;  /// @}
 };
+/// m2v8g128.
 struct GatherM2V8G128 {
+  /// @{ See the head of this file.
   static constexpr int kVecLen = 8, kCodebooks = 2, kCodeBits = 8, kSets = 4, kScaleSteps = 3;
-  static constexpr int kThreads = 1024, kPassTokens = 1;
+  static constexpr int kThreads = 1024, kPassTokens = 1;  /// @}
 };
+/// m1v4g32.
 struct GatherM1V4G32 {
+  /// @{ See the head of this file.
   static constexpr int kVecLen = 4, kCodebooks = 1, kCodeBits = 8, kSets = 4, kScaleSteps = 1;
-  static constexpr int kThreads = 1024, kPassTokens = 1;
+  static constexpr int kThreads = 1024, kPassTokens = 1;  /// @}
 };
+/// m1v4g-1.
 struct GatherM1V4Row {
+  /// @{ See the head of this file.
   static constexpr int kVecLen = 4, kCodebooks = 1, kCodeBits = 8, kSets = 4, kScaleSteps = 5;
-  static constexpr int kThreads = 1024, kPassTokens = 1;
+  static constexpr int kThreads = 1024, kPassTokens = 1;  /// @}
 };
-struct GatherM2V8Row {  // AQLM's 2x8
+/// m2v8g-1, AQLM's 2x8.
+struct GatherM2V8Row {
+  /// @{ See the head of this file.
   static constexpr int kVecLen = 8, kCodebooks = 2, kCodeBits = 8, kSets = 4, kScaleSteps = 5;
-  static constexpr int kThreads = 1024, kPassTokens = 1;
+  static constexpr int kThreads = 1024, kPassTokens = 1;  /// @}
 };
 
 /// Any v, b and g.
 template <int Codebooks, int Sets>
 struct GatherAny {
+  /// @{ See the head of this file.
   static constexpr int kVecLen = 0, kCodebooks = Codebooks, kCodeBits = 0, kSets = Sets, kScaleSteps = -1;
-  static constexpr int kThreads = 512, kPassTokens = 1;
+  static constexpr int kThreads = 512, kPassTokens = 1;  /// @}
 };
 
 /// Best first. A program that needs few formats passes a shorter list and compiles faster.
@@ -58,11 +69,15 @@ using GatherConfigs = config_list<GatherM1V4G128, GatherM2V8G128, GatherM1V4G32,
 ///   kScaleSteps  PackedLayout::scale_steps from 2 on, or 0: any, slower
 template <int V, int M, int ScaleSteps, int Sets = 4>
 struct Fused {
+  /// @{ See above.
   static constexpr int kVecLen = V, kCodebooks = M, kCodeBytes = 1, kSets = Sets, kScaleSteps = ScaleSteps;
+  /// @}
 };
+/// For codes of more than 8 bits, which take two bytes.
 template <int V, int Sets>
 struct FusedWide {
-  static constexpr int kVecLen = V, kCodebooks = 1, kCodeBytes = 2, kSets = Sets, kScaleSteps = 0;
+  /// @{ See above.
+  static constexpr int kVecLen = V, kCodebooks = 1, kCodeBytes = 2, kSets = Sets, kScaleSteps = 0;  /// @}
 };
 
 /// Best first; the formats of the paper, and AQLM's with codes of 16 bits.
@@ -78,8 +93,8 @@ using MoreFusedConfigs =
 
 /// What gemm.cuh dispatches over. A program that needs few formats passes a struct with shorter lists.
 struct DefaultConfigs {
-  using Gather = GatherConfigs;
-  using Fused = FusedConfigs;
+  using Gather = GatherConfigs;  ///< for few tokens
+  using Fused = FusedConfigs;    ///< for more
 };
 
 }  // namespace codegemm::cuda

@@ -13,19 +13,20 @@ namespace codegemm::cuda {
 
 /// The last token counts of two regimes, for matrices of one size. Above both comes wgmma where there is one.
 struct LastTokens {
-  int gather = 1;
-  int mma = 16;
+  int gather = 1;  ///< last token count that is gathered
+  int mma = 16;    ///< last one that goes through mma.sync
 };
 
 /// What was measured on one card for one format.
 struct Crossover {
-  int arch = 90;  // as Device::arch
-  int multiprocessors = 132;
-  Format format;
-  LastTokens small;  // matrices of at most kSmallWeights weights
-  LastTokens large;
+  int arch = 90;              ///< as Device::arch
+  int multiprocessors = 132;  ///< of the card
+  Format format;              ///< measured with
+  LastTokens small;           ///< matrices of at most kSmallWeights weights
+  LastTokens large;           ///< all larger ones
 };
 
+/// Up to here a matrix counts as small.
 inline constexpr std::int64_t kSmallWeights = std::int64_t{6144} * 4096;
 
 /// The lines between the two marks are written by `scripts/bench tune --write` on the card that they name.

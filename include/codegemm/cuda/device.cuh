@@ -22,11 +22,11 @@ namespace codegemm::cuda {
 
 /// Properties of one GPU. Ask once, when the program starts, and pass to every call.
 struct Device {
-  int arch = 0;  // compute capability as 10 * major + minor: 80, 90
-  int multiprocessors = 0;
-  int shared_bytes = 0;  // most shared memory of a block
-  // [size]: clusters of so many blocks that run at once, one block a multiprocessor; 0 where there are no
-  // clusters. A cluster lies within a group of multiprocessors, and the groups of one card differ in size.
+  int arch = 0;             ///< compute capability as 10 * major + minor: 80, 90
+  int multiprocessors = 0;  ///< of the card
+  int shared_bytes = 0;     ///< most shared memory of a block
+  /// [size]: clusters of so many blocks that run at once, one block a multiprocessor; 0 where there are no
+  /// clusters. A cluster lies within a group of multiprocessors, and the groups of one card differ in size.
   std::array<int, 9> clusters = {};
 };
 

@@ -14,12 +14,13 @@
 
 namespace codegemm::cuda {
 
+/// How a kernel is launched.
 struct LaunchShape {
-  dim3 grid;
-  unsigned threads = 0;
-  std::size_t shared_bytes = 0;
-  unsigned cluster = 0;  // blocks along x, 0: no clusters
-  bool overlap = false;  // may start before the kernel before it in the stream has ended
+  dim3 grid;                     ///< blocks
+  unsigned threads = 0;          ///< threads of a block
+  std::size_t shared_bytes = 0;  ///< dynamic shared memory of a block
+  unsigned cluster = 0;          ///< blocks along x, 0: no clusters
+  bool overlap = false;          ///< may start before the kernel before it in the stream has ended
 };
 
 /// Starts kernel(args). Never allocates, synchronizes or asks the device; may be captured into a graph.

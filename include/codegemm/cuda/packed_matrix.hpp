@@ -43,24 +43,25 @@ inline constexpr int kPackedVersion = 3;
 /// Codebooks and scales are multiplied by powers of two, so that the largest of each is about 2^6 and a
 /// product of the two is a normal fp16 number; DevicePackedView::unscale undoes it.
 struct PackedLayout {
-  int sets = 0;
-  int code_bytes = 1;
-  int scale_steps = 0;  // 0..4, or 5: one scale a row, kept beside the tiles
-  std::int64_t granules = 0;
-  std::int64_t row_tiles = 0;
-  int tile_bytes = 0;
-  int parts = 1;
-  PartTiles first_tile = {};      // of each part, then row_tiles
-  std::size_t codebooks_at = 0;   // fp16 [parts][m][2^b][v]
-  std::size_t row_scales_at = 0;  // fp16 [N], if scale_steps is 5
-  std::size_t tiles_at = 0;
-  std::size_t bytes = 0;
+  int sets = 0;                   ///< columns that a lane owns in a granule
+  int code_bytes = 1;             ///< bytes of a code: 1, or 2 where b > 8
+  int scale_steps = 0;            ///< 0..4, or 5: one scale a row, kept beside the tiles
+  std::int64_t granules = 0;      ///< granules along K
+  std::int64_t row_tiles = 0;     ///< row tiles of all parts
+  int tile_bytes = 0;             ///< bytes of a tile
+  int parts = 1;                  ///< matrices merged along N, 1 to kMaxParts
+  PartTiles first_tile = {};      ///< of each part, then row_tiles
+  std::size_t codebooks_at = 0;   ///< fp16 [parts][m][2^b][v]
+  std::size_t row_scales_at = 0;  ///< fp16 [N], if scale_steps is 5
+  std::size_t tiles_at = 0;       ///< the tiles
+  std::size_t bytes = 0;          ///< of the whole
 
   /// Bytes of a row's codes in a lane.
   [[nodiscard]] constexpr int row_bytes() const noexcept { return sets * code_bytes; }
   /// Position in a tile of the scales.
   [[nodiscard]] constexpr int scales_at() const noexcept { return row_bytes() * 512; }
 
+  /// All numbers are equal.
   friend constexpr bool operator==(const PackedLayout&, const PackedLayout&) = default;
 };
 
@@ -145,13 +146,14 @@ struct PackOptions {
 
 /// Packed weights in device memory, passed to calls by value. Owns nothing; `data` is 256-byte aligned.
 struct DevicePackedView {
-  Format format;
-  std::int64_t rows = 0;  // N
-  std::int64_t cols = 0;  // K
-  PackedLayout layout;
-  const std::byte* data = nullptr;  // [layout.bytes], device memory
-  int version = 0;
-  float unscale = 1.0F;  // a power of two: what products of the packed codebooks and scales are multiplied by
+  Format format;                    ///< of the weights
+  std::int64_t rows = 0;            ///< N
+  std::int64_t cols = 0;            ///< K
+  PackedLayout layout;              ///< where what lies in data
+  const std::byte* data = nullptr;  ///< [layout.bytes], device memory
+  int version = 0;                  ///< of the layout: PackedMatrix::kLayoutVersion
+  /// A power of two: what products of the packed codebooks and scales are multiplied by.
+  float unscale = 1.0F;
 };
 static_assert(std::is_trivially_copyable_v<DevicePackedView>, "DevicePackedView is passed by value");
 
@@ -159,10 +161,12 @@ static_assert(std::is_trivially_copyable_v<DevicePackedView>, "DevicePackedView 
 /// address then makes a view. May be freed after the copy.
 class PackedMatrix {
  public:
-  [[nodiscard]] Format format() const noexcept { return format_; }
-  [[nodiscard]] std::int64_t rows() const noexcept { return rows_; }
-  [[nodiscard]] std::int64_t cols() const noexcept { return cols_; }
+  [[nodiscard]] Format format() const noexcept { return format_; }    ///< of the weights
+  [[nodiscard]] std::int64_t rows() const noexcept { return rows_; }  ///< N, of all parts together
+  [[nodiscard]] std::int64_t cols() const noexcept { return cols_; }  ///< K
+  /// Where what lies in bytes().
   [[nodiscard]] const PackedLayout& layout() const noexcept { return layout_; }
+  /// What is copied to the device.
   [[nodiscard]] std::span<const std::byte> bytes() const noexcept { return buffer_.span(); }
 
   /// `device` holds a copy of bytes() and stays valid as long as the view is used.

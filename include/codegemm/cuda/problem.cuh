@@ -22,7 +22,7 @@
 
 namespace codegemm::cuda {
 
-inline constexpr std::size_t kWorkspaceAlignment = 256;
+inline constexpr std::size_t kWorkspaceAlignment = 256;  ///< bytes, of the workspace's address
 
 namespace detail {
 
@@ -70,16 +70,16 @@ struct GemmProblem {
   static_assert(
       detail::ScalarOf<Y>::kKnown,
       "codegemm: GemmProblem Y must be float, __half, __nv_bfloat16, codegemm::Half or codegemm::BFloat16");
-  DevicePackedView weights;
-  MatrixView<const X> x;         // [T][K], any stride
-  MatrixView<Y> y;               // [T][N] (kSwiGlu: [T][N / 2]), any stride; must not overlap x
-  const Y* bias = nullptr;       // [N], or null
-  MatrixView<const Y> residual;  // as y, to be added, or null data; may be y itself
-  Activation activation = Activation::kNone;
+  DevicePackedView weights;      ///< packed, in device memory
+  MatrixView<const X> x;         ///< [T][K], any stride
+  MatrixView<Y> y;               ///< [T][N] (kSwiGlu: [T][N / 2]), any stride; must not overlap x
+  const Y* bias = nullptr;       ///< [N], or null
+  MatrixView<const Y> residual;  ///< as y, to be added, or null data; may be y itself
+  Activation activation = Activation::kNone;  ///< what is done to the sums
   /// The kernel may start while the one before it in the stream still runs, and then reads weights only. Set
   /// to false where that kernel writes the weights.
   bool overlap = true;
-  GemmTuning tuning = {};
+  GemmTuning tuning = {};  ///< what is chosen by itself unless set here
 };
 
 namespace detail {

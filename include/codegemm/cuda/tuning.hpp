@@ -26,10 +26,10 @@ struct GemmTuning {
   int cluster = 8;
   /// How far the second-level cache is ahead, in tiles of a warp, 0 to 15. Gather and fused mma.
   int rounds_ahead = 1;
-  int shared_bytes = 0;  ///< gather: shared memory of a block at least
-  Regime regime = Regime::kAuto;
-  int splits = 0;      ///< fused: parts of K, up to 8
-  int token_tile = 0;  ///< fused wgmma: tokens of a block, 32, 64, 128 or 256
+  int shared_bytes = 0;           ///< gather: shared memory of a block at least
+  Regime regime = Regime::kAuto;  ///< which kernel
+  int splits = 0;                 ///< fused: parts of K, up to 8
+  int token_tile = 0;             ///< fused wgmma: tokens of a block, 32, 64, 128 or 256
 };
 
 }  // namespace codegemm::cuda

@@ -32,11 +32,13 @@ class AtomicFile {
  public:
   AtomicFile(const AtomicFile&) = delete;
   AtomicFile& operator=(const AtomicFile&) = delete;
+  /// The other has nothing to commit any more.
   AtomicFile(AtomicFile&& other) noexcept
       : descriptor_(std::exchange(other.descriptor_, -1)),
         written_(other.written_),
         path_(std::move(other.path_)),
         temporary_(std::exchange(other.temporary_, {})) {}
+  /// What this one had not committed is removed; the other has nothing to commit any more.
   AtomicFile& operator=(AtomicFile&& other) noexcept {
     if (this != &other) {
       discard();
@@ -77,6 +79,7 @@ class AtomicFile {
     }
     return {};
   }
+  /// Appends the text as it is.
   [[nodiscard]] Status write(std::string_view text) {
     return write(std::as_bytes(std::span(text.data(), text.size())));
   }
@@ -96,6 +99,7 @@ class AtomicFile {
 
   /// Bytes written so far.
   [[nodiscard]] std::uint64_t size() const noexcept { return written_; }
+  /// The file's name once it is committed.
   [[nodiscard]] const std::string& path() const noexcept { return path_; }
 
  private:
@@ -146,6 +150,7 @@ class AtomicFile {
   if (Status status = file->write(bytes); !status.ok()) return status;
   return file->commit();
 }
+/// Writes a whole file by way of AtomicFile: after a failure the old one is as it was.
 [[nodiscard]] inline Status write_file(std::string path, std::string_view text) {
   return write_file(std::move(path), std::as_bytes(std::span(text.data(), text.size())));
 }

@@ -32,21 +32,22 @@
 
 namespace codegemm {
 
+/// Of the metadata that describe the matrices.
 inline constexpr std::string_view kCheckpointKey = "codegemm";
-inline constexpr std::int64_t kCheckpointVersion = 1;
+inline constexpr std::int64_t kCheckpointVersion = 1;  ///< of those metadata
 
 /// A matrix to be saved. The view's memory must last as long as the call.
 struct NamedMatrix {
-  std::string name;
-  QuantizedMatrixView matrix;
+  std::string name;            ///< what its tensors' names begin with
+  QuantizedMatrixView matrix;  ///< the weights, in the caller's memory
 };
 
 /// What a checkpoint says of one of its matrices.
 struct CheckpointEntry {
-  std::string name;
-  Format format;
-  std::int64_t rows = 0;
-  std::int64_t cols = 0;
+  std::string name;       ///< what its tensors' names begin with
+  Format format;          ///< how it is quantized
+  std::int64_t rows = 0;  ///< N
+  std::int64_t cols = 0;  ///< K
 };
 
 namespace detail {

@@ -18,8 +18,8 @@
 
 namespace codegemm {
 
-inline constexpr std::size_t kMostJsonFileBytes = std::size_t{64} << 20;
-inline constexpr int kMostJsonDepth = 100;  // writing JSON recurses: a hostile depth would end the stack
+inline constexpr std::size_t kMostJsonFileBytes = std::size_t{64} << 20;  ///< larger files are refused
+inline constexpr int kMostJsonDepth = 100;  ///< writing JSON recurses: a hostile depth would end the stack
 
 /// Maps a JSON file. Errors of MappedFile::open, and kCorruptData for one of more than 64 MiB.
 [[nodiscard]] inline Result<MappedFile> open_json_file(std::string path) {

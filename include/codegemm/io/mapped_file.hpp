@@ -41,10 +41,12 @@ class MappedFile {
   MappedFile() = default;
   MappedFile(const MappedFile&) = delete;
   MappedFile& operator=(const MappedFile&) = delete;
+  /// The other becomes empty; bytes() keep their address.
   MappedFile(MappedFile&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)),
         size_(std::exchange(other.size_, 0)),
         path_(std::move(other.path_)) {}
+  /// What this one had mapped is unmapped; the other becomes empty.
   MappedFile& operator=(MappedFile&& other) noexcept {
     if (this != &other) {
       unmap();
@@ -67,8 +69,9 @@ class MappedFile {
     return mapped;
   }
 
+  /// All of the file, as long as this object lives.
   [[nodiscard]] std::span<const std::byte> bytes() const noexcept { return {data_, size_}; }
-  [[nodiscard]] const std::string& path() const noexcept { return path_; }
+  [[nodiscard]] const std::string& path() const noexcept { return path_; }  ///< the name it was opened by
 
  private:
   static Result<MappedFile> map(int descriptor, std::string path) {

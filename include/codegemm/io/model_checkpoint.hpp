@@ -36,8 +36,10 @@
 
 namespace codegemm {
 
+/// Whose format a model's files are in.
 enum class CheckpointKind { kCodeGemm, kAqlm };
 
+/// As it is printed, and named in config.json.
 [[nodiscard]] constexpr std::string_view to_string(CheckpointKind kind) noexcept {
   return kind == CheckpointKind::kCodeGemm ? "CodeGEMM" : "AQLM";
 }
@@ -178,9 +180,9 @@ class ModelCheckpoint {
     return out;
   }
 
-  [[nodiscard]] const std::string& path() const noexcept { return files_.path(); }
-  [[nodiscard]] CheckpointKind kind() const noexcept { return kind_; }
-  [[nodiscard]] Format format() const noexcept { return format_; }
+  [[nodiscard]] const std::string& path() const noexcept { return files_.path(); }  ///< the folder
+  [[nodiscard]] CheckpointKind kind() const noexcept { return kind_; }  ///< whose format the files are in
+  [[nodiscard]] Format format() const noexcept { return format_; }      ///< how the layers are quantized
   /// The whole of config.json.
   [[nodiscard]] const nlohmann::json& config() const noexcept { return config_; }
   /// All tensors, those of the quantized layers among them.

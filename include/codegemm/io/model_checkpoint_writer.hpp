@@ -30,6 +30,7 @@
 
 namespace codegemm {
 
+/// What save_model() may be told.
 struct SaveModelOptions {
   std::uint64_t most_shard_bytes = 5'000'000'000;  ///< what transformers takes for a file
 };

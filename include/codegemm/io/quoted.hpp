@@ -10,7 +10,7 @@
 
 namespace codegemm {
 
-/// 'text' with control bytes as \xNN and everything after `most` bytes left out, so that a hostile name can
+/// 'text' with control bytes as \\xNN and everything after `most` bytes left out, so that a hostile name can
 /// neither steer a terminal nor fill a log. A long text is cut between characters, not inside one. Write
 /// codegemm::quoted in full: an unqualified call with a std::string finds std::quoted.
 [[nodiscard]] inline std::string quoted(std::string_view text, std::size_t most = 96) {

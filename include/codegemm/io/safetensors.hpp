@@ -77,7 +77,7 @@ class SafetensorsFile {
     return file;
   }
 
-  [[nodiscard]] const std::string& name() const noexcept { return name_; }
+  [[nodiscard]] const std::string& name() const noexcept { return name_; }  ///< the file's name
   /// Sorted by name.
   [[nodiscard]] std::span<const SafetensorsTensor> tensors() const noexcept { return tensors_; }
   /// The texts under "__metadata__", sorted by key.
@@ -85,6 +85,7 @@ class SafetensorsFile {
 
   /// Null where there is none of that name.
   [[nodiscard]] const SafetensorsTensor* find(std::string_view name) const { return find_in(tensors_, name); }
+  /// The text under that key of "__metadata__"; null where there is none.
   [[nodiscard]] const std::string* find_metadata(std::string_view key) const {
     const SafetensorsText* text = find_in(metadata_, key);
     return text != nullptr ? &text->value : nullptr;

@@ -27,15 +27,18 @@
 
 namespace codegemm {
 
+/// The file of a model that is not cut into shards.
 inline constexpr std::string_view kSafetensorsFileName = "model.safetensors";
+/// The file that names the shards.
 inline constexpr std::string_view kSafetensorsIndexName = "model.safetensors.index.json";
 
 /// All tensors of a folder, memory-mapped. Move-only; tensors and files stay where they are when it is moved.
 class SafetensorsFolder {
  public:
+  /// A tensor, and the file it lies in; both belong to the folder.
   struct Entry {
-    const SafetensorsFile* file = nullptr;
-    const SafetensorsTensor* tensor = nullptr;
+    const SafetensorsFile* file = nullptr;      ///< the file
+    const SafetensorsTensor* tensor = nullptr;  ///< the tensor in it
   };
 
   /// Opens model.safetensors or, where there is none, the shards that model.safetensors.index.json names, all
@@ -57,10 +60,10 @@ class SafetensorsFolder {
     return folder;
   }
 
-  [[nodiscard]] const std::string& path() const noexcept { return path_; }
+  [[nodiscard]] const std::string& path() const noexcept { return path_; }  ///< the folder
   /// By name.
   [[nodiscard]] const std::map<std::string, Entry, std::less<>>& tensors() const noexcept { return tensors_; }
-  [[nodiscard]] std::size_t file_count() const noexcept { return files_.size(); }
+  [[nodiscard]] std::size_t file_count() const noexcept { return files_.size(); }  ///< files mapped
 
   /// Null where there is none of that name.
   [[nodiscard]] const Entry* find(std::string_view name) const {

@@ -67,16 +67,18 @@ inline constexpr DtypeInfo kDtypes[] = {
 /// Bytes of one element.
 [[nodiscard]] constexpr std::uint64_t item_size(Dtype dtype) noexcept { return detail::info(dtype).bytes; }
 
-inline constexpr std::uint64_t kMostSafetensorsHeader = 100'000'000;  // the reference implementation's limit
-inline constexpr std::size_t kMostSafetensorsRank = 32;               // a limit of this reader
+/// Bytes of JSON; the reference implementation's limit.
+inline constexpr std::uint64_t kMostSafetensorsHeader = 100'000'000;
+inline constexpr std::size_t kMostSafetensorsRank = 32;  ///< a limit of this reader
 
 /// A tensor in a file. data is not necessarily aligned to its elements: copy it out with memcpy.
 struct SafetensorsTensor {
-  std::string name;
-  Dtype dtype = Dtype::kF32;
-  std::vector<std::int64_t> shape;  // row-major; empty for a scalar; a dimension may be 0
-  std::span<const std::byte> data;  // product of shape times item_size bytes, in the file
+  std::string name;                 ///< as in the file
+  Dtype dtype = Dtype::kF32;        ///< type of an element
+  std::vector<std::int64_t> shape;  ///< row-major; empty for a scalar; a dimension may be 0
+  std::span<const std::byte> data;  ///< product of shape times item_size bytes, in the file
 
+  /// The product of the shape.
   [[nodiscard]] std::int64_t elements() const noexcept {
     return static_cast<std::int64_t>(data.size() / item_size(dtype));
   }
@@ -84,8 +86,8 @@ struct SafetensorsTensor {
 
 /// One entry of "__metadata__".
 struct SafetensorsText {
-  std::string name;
-  std::string value;
+  std::string name;   ///< the key
+  std::string value;  ///< the value
 };
 
 /// "[4096, 11008]"

@@ -31,6 +31,7 @@
 
 namespace codegemm {
 
+/// What quantize_calibrated() may be told.
 struct CalibratedOptions {
   KMeansOptions kmeans;     ///< how codebooks and codes begin; the seed is its seed
   int rounds = 12;          ///< at most so many rounds of fitting and searching
@@ -45,9 +46,9 @@ struct CalibratedOptions {
 
 /// How a matrix was quantized. Errors are relative: tr((W - W^) H (W - W^)^T) / tr(W H W^T), H damped.
 struct CalibratedReport {
-  double kmeans_error = 0.0;  // of k-means, with which it began
-  double error = 0.0;         // in the end
-  int rounds = 0;
+  double kmeans_error = 0.0;  ///< of k-means, with which it began
+  double error = 0.0;         ///< in the end
+  int rounds = 0;             ///< rounds run
 };
 
 namespace detail {

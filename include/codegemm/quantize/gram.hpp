@@ -63,8 +63,8 @@ class GramMatrix {
     return {};
   }
 
-  [[nodiscard]] std::int64_t inputs() const noexcept { return inputs_; }
-  [[nodiscard]] std::int64_t tokens() const noexcept { return tokens_; }
+  [[nodiscard]] std::int64_t inputs() const noexcept { return inputs_; }  ///< K
+  [[nodiscard]] std::int64_t tokens() const noexcept { return tokens_; }  ///< rows of X added so far
 
   /// H, [K][K] row-major.
   [[nodiscard]] std::vector<float> matrix() const {
@@ -138,8 +138,8 @@ class CrossGramMatrix {
     return {};
   }
 
-  [[nodiscard]] std::int64_t inputs() const noexcept { return inputs_; }
-  [[nodiscard]] std::int64_t tokens() const noexcept { return tokens_; }
+  [[nodiscard]] std::int64_t inputs() const noexcept { return inputs_; }  ///< K
+  [[nodiscard]] std::int64_t tokens() const noexcept { return tokens_; }  ///< rows added so far
 
   /// C, [K][K] row-major.
   [[nodiscard]] std::vector<float> matrix() const {

@@ -20,12 +20,13 @@
 
 namespace codegemm {
 
+/// What quantize_kmeans() may be told.
 struct KMeansOptions {
-  std::uint64_t seed = 1;
-  int iterations = 16;    ///< rounds of Lloyd for each codebook
-  int rounds = 12;        ///< rounds of training all codebooks together (m > 1)
-  int encode_rounds = 3;  ///< rounds of choosing the codes of one codebook given the others (m > 1)
-  int refits = 3;         ///< times that scales are refitted to the codes; codes are chosen again between
+  std::uint64_t seed = 1;  ///< the same seed gives the same bits, whatever the number of workers
+  int iterations = 16;     ///< rounds of Lloyd for each codebook
+  int rounds = 12;         ///< rounds of training all codebooks together (m > 1)
+  int encode_rounds = 3;   ///< rounds of choosing the codes of one codebook given the others (m > 1)
+  int refits = 3;          ///< times that scales are refitted to the codes; codes are chosen again between
   std::int64_t sample = 65536;  ///< vectors that the codebooks are trained on; all if there are fewer
   /// Called with the share done, 0 to 1, on the calling thread. May be empty.
   std::function<void(double)> progress;

@@ -17,11 +17,11 @@ namespace prefillshare::cuda {
 /// Angles on the device: a table, or frequencies from which the kernel computes them (pairs * positions need
 /// no memory then). Neither: nothing is turned.
 struct DeviceRope {
-  const float* cos = nullptr;          // [positions][head_dim / 2], of RopeTable
-  const float* sin = nullptr;          // the same
-  std::int64_t positions = 0;          // of the table
-  const float* frequencies = nullptr;  // [head_dim / 2], rope_frequency() of each pair
-  RopeLayout layout = RopeLayout::kHalf;
+  const float* cos = nullptr;             ///< [positions][head_dim / 2], of RopeTable
+  const float* sin = nullptr;             ///< the same
+  std::int64_t positions = 0;             ///< of the table
+  const float* frequencies = nullptr;     ///< [head_dim / 2], rope_frequency() of each pair
+  RopeLayout layout = RopeLayout::kHalf;  ///< as the model has it
 };
 
 /// New tokens of a batch of sequences. The table already counts them: the last token of sequence i is at
@@ -31,14 +31,14 @@ template <class T>
 struct AppendProblem {
   static_assert(detail::kIsCacheType<T>,
                 "prefillshare: AppendProblem T must be __half, __nv_bfloat16, codegemm::Half or BFloat16");
-  KvPages<T> kv;
-  PageTableView table;
-  const std::int32_t* query_indptr = nullptr;  // device, [sequences + 1]; null: one token a sequence
-  MatrixView<T> q;                             // [T][heads * head_dim], turned in place; null data: no Q
-  MatrixView<const T> k;                       // [T][kv_heads * head_dim], before RoPE
-  MatrixView<const T> v;                       // the same
-  int heads = 0;                               // of Q
-  DeviceRope rope;
+  KvPages<T> kv;                               ///< one layer's pages, to be written
+  PageTableView table;                         ///< the sequences' pages
+  const std::int32_t* query_indptr = nullptr;  ///< device, [sequences + 1]; null: one token a sequence
+  MatrixView<T> q;                             ///< [T][heads * head_dim], turned in place; null data: no Q
+  MatrixView<const T> k;                       ///< [T][kv_heads * head_dim], before RoPE
+  MatrixView<const T> v;                       ///< the same
+  int heads = 0;                               ///< of Q
+  DeviceRope rope;                             ///< how K and Q are turned
 };
 
 /// Everything that run() refuses, with the numbers; looks at no device memory. head_dim: any multiple of 16

@@ -23,9 +23,9 @@ namespace prefillshare::cuda {
 /// g are group_indptr[g] .. group_indptr[g + 1] - 1, and their first shared_pages[g] pages are one another's.
 /// Read when prepare() runs on the device. A sequence in no group shares nothing.
 struct SharedPrefixes {
-  const std::int32_t* group_indptr = nullptr;  // device, [groups + 1]
-  const std::int32_t* shared_pages = nullptr;  // device, [groups]
-  int groups = 0;
+  const std::int32_t* group_indptr = nullptr;  ///< device, [groups + 1]
+  const std::int32_t* shared_pages = nullptr;  ///< device, [groups]
+  int groups = 0;                              ///< groups of sequences
 };
 
 /// out[i][h] = softmax(scale * q[i][h] . K) V over all keys of sequence i, zeros if there are none. Scores
@@ -38,17 +38,17 @@ struct DecodeProblem {
   static_assert(
       detail::ScalarOf<Y>::kKnown,
       "prefillshare: DecodeProblem Y must be float, __half, __nv_bfloat16, codegemm::Half or BFloat16");
-  KvPages<const T> kv;
-  PageTableView table;
-  SharedPrefixes prefixes;
-  MatrixView<const T> q;  // [sequences][heads * head_dim], after RoPE
-  MatrixView<Y> out;      // the same shape; must not overlap q or the pages
-  int heads = 0;          // a multiple of kv.kv_heads
-  float scale = 0.0F;     // of the scores; 0 means 1 / sqrt(head_dim)
+  KvPages<const T> kv;      ///< one layer's pages
+  PageTableView table;      ///< the sequences' pages
+  SharedPrefixes prefixes;  ///< what sequences share
+  MatrixView<const T> q;    ///< [sequences][heads * head_dim], after RoPE
+  MatrixView<Y> out;        ///< the same shape; must not overlap q or the pages
+  int heads = 0;            ///< a multiple of kv.kv_heads
+  float scale = 0.0F;       ///< of the scores; 0 means 1 / sqrt(head_dim)
   /// Set where a kernel lies between prepare(), or whatever wrote the table, and run(): the first keys' way
   /// through the caches then begins while that kernel still runs. It may be the one that writes K and V.
   bool overlap = false;
-  DecodeTuning tuning = {};
+  DecodeTuning tuning = {};  ///< what is chosen by itself unless set here
 };
 
 namespace detail {

@@ -25,28 +25,29 @@ namespace prefillshare {
 /// The numbers that decide how much workspace a call needs. A workspace for larger `tokens` and `context`
 /// serves all smaller ones, so one that fits the longest chunk and context serves a whole session.
 struct PagedAttentionShape {
-  std::int64_t tokens = 0;   // query tokens of a call
-  std::int64_t context = 0;  // keys that the last of them sees: first_position + tokens
-  int heads = 0;             // of Q
-  int kv_heads = 0;
-  int head_dim = 0;
+  std::int64_t tokens = 0;   ///< query tokens of a call
+  std::int64_t context = 0;  ///< keys that the last of them sees: first_position + tokens
+  int heads = 0;             ///< of Q
+  int kv_heads = 0;          ///< heads of K and of V
+  int head_dim = 0;          ///< elements of a head
 };
 
 /// Causal attention of `q` over the KV of one layer. The query at position p sees positions 0 .. p, whose
 /// KV must be written, that of the queries' own tokens included (append_kv). Slots past them are not read.
 struct PagedAttentionArgs {
-  KvLayerView<const float> kv;          // storage.layer(i)
-  std::span<const BlockId> blocks;      // of the sequence; at least to position first_position + T - 1
-  std::int64_t first_position = 0;      // of q's row 0
-  codegemm::MatrixView<const float> q;  // [T][heads * head_dim], after RoPE
-  codegemm::MatrixView<float> out;      // the same shape; may not overlap q or the KV
-  int heads = 0;                        // a multiple of kv.kv_heads
-  float scale = 0.0F;                   // of the scores; 0 means 1 / sqrt(head_dim)
-  std::span<std::byte> workspace;       // workspace_bytes(), 64-byte aligned, need not be cleared
+  KvLayerView<const float> kv;          ///< storage.layer(i)
+  std::span<const BlockId> blocks;      ///< of the sequence; at least to position first_position + T - 1
+  std::int64_t first_position = 0;      ///< of q's row 0
+  codegemm::MatrixView<const float> q;  ///< [T][heads * head_dim], after RoPE
+  codegemm::MatrixView<float> out;      ///< the same shape; may not overlap q or the KV
+  int heads = 0;                        ///< a multiple of kv.kv_heads
+  float scale = 0.0F;                   ///< of the scores; 0 means 1 / sqrt(head_dim)
+  std::span<std::byte> workspace;       ///< workspace_bytes(), 64-byte aligned, need not be cleared
 };
 
-inline constexpr std::size_t kAttentionAlignment = 64;
+inline constexpr std::size_t kAttentionAlignment = 64;  ///< bytes, of the workspace's address
 
+/// The shape of that call.
 [[nodiscard]] inline PagedAttentionShape shape_of(const PagedAttentionArgs& args) {
   return {args.q.rows, args.first_position + args.q.rows, args.heads, args.kv.kv_heads, args.kv.head_dim};
 }

@@ -26,13 +26,13 @@ struct PrefillProblem {
   static_assert(
       detail::ScalarOf<Y>::kKnown,
       "prefillshare: PrefillProblem Y must be float, __half, __nv_bfloat16, codegemm::Half or BFloat16");
-  KvPages<const T> kv;
-  PageTableView table;
-  const std::int32_t* query_indptr = nullptr;  // device, [sequences + 1]
-  MatrixView<const T> q;                       // [T][heads * head_dim], after RoPE
-  MatrixView<Y> out;                           // the same shape; must not overlap q or the pages
-  int heads = 0;                               // a multiple of kv.kv_heads
-  float scale = 0.0F;                          // of the scores; 0 means 1 / sqrt(head_dim)
+  KvPages<const T> kv;                         ///< one layer's pages
+  PageTableView table;                         ///< the sequences' pages
+  const std::int32_t* query_indptr = nullptr;  ///< device, [sequences + 1]
+  MatrixView<const T> q;                       ///< [T][heads * head_dim], after RoPE
+  MatrixView<Y> out;                           ///< the same shape; must not overlap q or the pages
+  int heads = 0;                               ///< a multiple of kv.kv_heads
+  float scale = 0.0F;                          ///< of the scores; 0 means 1 / sqrt(head_dim)
 };
 
 /// Everything that run() refuses, with the numbers; looks at no device memory. No tokens is success.

@@ -20,6 +20,7 @@
 
 namespace prefillshare {
 
+/// How the frequencies were changed for longer contexts.
 enum class RopeScaling {
   kNone,
   kLinear,  ///< all frequencies divided by factor
@@ -34,18 +35,20 @@ enum class RopeLayout {
 
 /// Two modules can share a cache only if all of this agrees.
 struct RopeConfig {
-  int head_dim = 0;
-  double theta = 10000.0;
-  RopeLayout layout = RopeLayout::kHalf;
-  RopeScaling scaling = RopeScaling::kNone;
-  double factor = 1.0;                                   // linear, llama3
-  double low_freq_factor = 1.0;                          // llama3
-  double high_freq_factor = 4.0;                         // llama3
-  std::int64_t original_max_position_embeddings = 8192;  // llama3
+  int head_dim = 0;                                      ///< elements of a head, even
+  double theta = 10000.0;                                ///< base of the frequencies
+  RopeLayout layout = RopeLayout::kHalf;                 ///< which elements turn together
+  RopeScaling scaling = RopeScaling::kNone;              ///< for longer contexts
+  double factor = 1.0;                                   ///< linear, llama3
+  double low_freq_factor = 1.0;                          ///< llama3
+  double high_freq_factor = 4.0;                         ///< llama3
+  std::int64_t original_max_position_embeddings = 8192;  ///< llama3
 
+  /// All of it is equal.
   friend bool operator==(const RopeConfig&, const RopeConfig&) = default;
 };
 
+/// kInvalidArgument for numbers that cannot be, named in the text.
 [[nodiscard]] inline codegemm::Status validate(const RopeConfig& config) {
   using codegemm::StatusCode;
   const auto wrong = [](const char* field, double value, const char* expected) {
@@ -140,12 +143,14 @@ class RopeTable {
     return table;
   }
 
-  [[nodiscard]] const RopeConfig& config() const noexcept { return config_; }
+  [[nodiscard]] const RopeConfig& config() const noexcept { return config_; }  ///< what it was made of
+  /// Positions 0 .. positions() - 1 are in the table.
   [[nodiscard]] std::int64_t positions() const noexcept { return positions_; }
   /// [head_dim / 2]
   [[nodiscard]] const float* cos(std::int64_t position) const {
     return cos_.data() + position * (config_.head_dim / 2);
   }
+  /// [head_dim / 2]
   [[nodiscard]] const float* sin(std::int64_t position) const {
     return sin_.data() + position * (config_.head_dim / 2);
   }

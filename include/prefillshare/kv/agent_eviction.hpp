@@ -26,6 +26,7 @@ namespace prefillshare {
 /// long as it is open. Reads next_use, pinned and expires. O(log blocks) a call, pins O(depth).
 class AgentEviction {
  public:
+  /// As EvictionPolicy says. kOutOfMemory.
   [[nodiscard]] codegemm::Status resize(std::int64_t blocks) {
     const auto count = static_cast<std::size_t>(blocks);
     const bool allocated = detail::try_allocate([&] {
@@ -38,25 +39,31 @@ class AgentEviction {
                            " entries");
   }
 
+  /// As EvictionPolicy says.
   void insert(BlockId block, BlockId parent) {
     order_.insert(block, parent, key_of(block, ++stamp_), at(block).pinned);
   }
-  void erase(BlockId block) { order_.erase(block); }
-  [[nodiscard]] BlockId victim() const { return order_.first(); }
-  [[nodiscard]] std::int64_t size() const noexcept { return order_.size(); }
+  void erase(BlockId block) { order_.erase(block); }                          ///< as EvictionPolicy says
+  [[nodiscard]] BlockId victim() const { return order_.first(); }             ///< as EvictionPolicy says
+  [[nodiscard]] std::int64_t size() const noexcept { return order_.size(); }  ///< as EvictionPolicy says
+  /// Unpinned ones with nothing pinned below them.
   [[nodiscard]] std::int64_t evictable() const noexcept { return order_.evictable(); }
+  /// As EvictionPolicy says.
   [[nodiscard]] bool contains(BlockId block) const { return order_.contains(block); }
 
+  /// As HintedEviction says; replaces an older hint.
   void retain(BlockId block, const Retention& retention) {
     if (due_.contains(block)) due_.erase(block);
     at(block) = retention;
     lapse(block);
     rank(block);
   }
+  /// As HintedEviction says.
   void forget(BlockId block) {
     if (due_.contains(block)) due_.erase(block);
     at(block) = Retention{};
   }
+  /// As HintedEviction says; hints that expire by then lapse.
   void set_time(KvTime now) {
     now_ = now;
     while (due_.size() > 0 && due_.top_key() <= now) {

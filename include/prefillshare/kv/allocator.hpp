@@ -36,8 +36,8 @@ namespace prefillshare {
 
 /// The lock of an allocator that one thread at a time calls.
 struct NoLock {
-  void lock() noexcept {}
-  void unlock() noexcept {}
+  void lock() noexcept {}    ///< nothing
+  void unlock() noexcept {}  ///< nothing
 };
 
 /// Decides which block holds which tokens. Every block is in exactly one state: free, cached (in the prefix
@@ -328,6 +328,7 @@ class BasicKvAllocator final : private detail::SequenceOwner {
     return index < std::ssize(blocks) && !core_.cache().shared(blocks[static_cast<std::size_t>(index)]);
   }
 
+  /// How many blocks are what, now, and what was counted since the beginning.
   [[nodiscard]] KvStats stats() const {
     const Guard guard(lock_);
     return core_.stats();
@@ -355,12 +356,15 @@ class BasicKvAllocator final : private detail::SequenceOwner {
     return events_ != nullptr ? events_->next_number() : 0;
   }
 
-  [[nodiscard]] Storage& storage() const noexcept { return core_.storage(); }
-  [[nodiscard]] const BlockPool& pool() const noexcept { return core_.cache().pool(); }
+  [[nodiscard]] Storage& storage() const noexcept { return core_.storage(); }            ///< as it was given
+  [[nodiscard]] const BlockPool& pool() const noexcept { return core_.cache().pool(); }  ///< to look at
+  /// To look at.
   [[nodiscard]] const PrefixTree<Hash>& tree() const noexcept { return core_.cache().tree(); }
+  /// To look at.
   [[nodiscard]] const Eviction& eviction() const noexcept { return core_.cache().eviction(); }
+  /// To look at.
   [[nodiscard]] const BlockCache<Hash, Eviction>& cache() const noexcept { return core_.cache(); }
-  [[nodiscard]] int block_tokens() const noexcept { return core_.block_tokens(); }
+  [[nodiscard]] int block_tokens() const noexcept { return core_.block_tokens(); }  ///< tokens of a block
 
   /// Recounts everything from the open sequences and the tree, and says what does not agree. For tests and
   /// for an engine's debug mode. O(blocks + sequences), allocates.

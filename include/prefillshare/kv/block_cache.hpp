@@ -27,8 +27,8 @@ namespace prefillshare {
 
 /// What an allocator may have besides its blocks. Both outlive it.
 struct KvOptions {
-  EventLog* events = nullptr;    // told of every block that enters or leaves the cache
-  CopyEngine* copies = nullptr;  // with tiers below the device, to which blocks go when they are evicted
+  EventLog* events = nullptr;    ///< told of every block that enters or leaves the cache
+  CopyEngine* copies = nullptr;  ///< with tiers below the device, to which blocks go when they are evicted
 };
 
 /// Pool, prefix tree, eviction policy, tenants and tiers moved together, so that each block is in exactly one
@@ -43,6 +43,7 @@ struct KvOptions {
 template <BlockHash Hash, EvictionPolicy Eviction>
 class BlockCache {
  public:
+  /// Where a load from a lower tier stands.
   enum class Arrival : std::uint8_t { kNone, kUnderWay, kArrived, kFailed };
 
   /// kInvalidArgument, kOutOfMemory.
@@ -68,17 +69,20 @@ class BlockCache {
     return cache;
   }
 
-  [[nodiscard]] const BlockPool& pool() const noexcept { return pool_; }
-  [[nodiscard]] const PrefixTree<Hash>& tree() const noexcept { return tree_; }
-  [[nodiscard]] const Eviction& eviction() const noexcept { return eviction_; }
-  [[nodiscard]] Eviction& eviction() noexcept { return eviction_; }
-  [[nodiscard]] const TenantLedger& ledger() const noexcept { return ledger_; }
-  [[nodiscard]] TenantLedger& ledger() noexcept { return ledger_; }
+  [[nodiscard]] const BlockPool& pool() const noexcept { return pool_; }         ///< all blocks
+  [[nodiscard]] const PrefixTree<Hash>& tree() const noexcept { return tree_; }  ///< which prefixes are there
+  [[nodiscard]] const Eviction& eviction() const noexcept { return eviction_; }  ///< which block goes next
+  [[nodiscard]] Eviction& eviction() noexcept { return eviction_; }              ///< to give hints to
+  [[nodiscard]] const TenantLedger& ledger() const noexcept { return ledger_; }  ///< who holds what
+  [[nodiscard]] TenantLedger& ledger() noexcept { return ledger_; }              ///< to count holds
   /// Null without tiers.
   [[nodiscard]] const TierCache* tiers() const noexcept { return tiers_ ? &*tiers_ : nullptr; }
+  /// Held by two sequences or more.
   [[nodiscard]] std::int64_t shared_blocks() const noexcept { return shared_; }
-  [[nodiscard]] std::int64_t evicted_blocks() const noexcept { return evicted_; }
+  [[nodiscard]] std::int64_t evicted_blocks() const noexcept { return evicted_; }  ///< since the beginning
+  /// Used by no sequence, with a copy under way.
   [[nodiscard]] std::int64_t moving_blocks() const noexcept { return leaving_ + orphans_; }
+  /// Of these, those that are still in the tree.
   [[nodiscard]] std::int64_t leaving_blocks() const noexcept { return leaving_; }
   /// Blocks that are free, or can be when all copies are done.
   [[nodiscard]] std::int64_t available() const noexcept {
@@ -91,11 +95,12 @@ class BlockCache {
   }
   /// Whether somebody besides one sequence holds the block: another sequence, or the tree.
   [[nodiscard]] bool shared(BlockId block) const { return pool_.ref_count(block) > 1; }
+  /// Whether a copy holds a reference of its own.
   [[nodiscard]] bool copy_holds(BlockId block) const {
     return tiers_ && (copy(block).out || copy(block).orphan);
   }
-  [[nodiscard]] bool leaving(BlockId block) const { return tiers_ && copy(block).leaving; }
-  [[nodiscard]] bool orphan(BlockId block) const { return tiers_ && copy(block).orphan; }
+  [[nodiscard]] bool leaving(BlockId block) const { return tiers_ && copy(block).leaving; }  ///< see above
+  [[nodiscard]] bool orphan(BlockId block) const { return tiers_ && copy(block).orphan; }    ///< see above
 
   /// One more sequence uses a block that is cached, leaving or in use.
   void hold(BlockId block, TenantId tenant) {
@@ -145,10 +150,11 @@ class BlockCache {
     return enter(parent, tokens, block, tenant, 0);
   }
 
+  /// The root of a producer, held once more; see PrefixTree.
   [[nodiscard]] codegemm::Result<TreeNode> acquire_root(const CacheKey& key) {
     return tree_.acquire_root(key);
   }
-  void release_root(TreeNode root) { tree_.release_root(root); }
+  void release_root(TreeNode root) { tree_.release_root(root); }  ///< gives it back
 
   // --- Tiers. Only where tiers() is not null. ---
 
@@ -178,7 +184,9 @@ class BlockCache {
     copy(block).serial = tiers_->serial(entry);
     return status;
   }
+  /// An entry of the tiers was used now.
   void touch(std::int32_t entry) { tiers_->touch(entry); }
+  /// Of the load into that block.
   [[nodiscard]] Arrival arrival(BlockId block) const { return tiers_ ? copy(block).arrival : Arrival::kNone; }
 
   /// publish() for a block that has arrived.
@@ -221,7 +229,7 @@ class BlockCache {
     tiers_->balance();
     release_roots();
   }
-  [[nodiscard]] std::int64_t refused_copies() const noexcept { return refused_; }
+  [[nodiscard]] std::int64_t refused_copies() const noexcept { return refused_; }  ///< evicted with no copy
 
  private:
   struct Copy {

@@ -16,7 +16,7 @@ namespace prefillshare {
 
 /// The number of a KV block, from 0; the same number names the block's place in every layer of a storage.
 using BlockId = std::int32_t;
-inline constexpr BlockId kNoBlock = -1;
+inline constexpr BlockId kNoBlock = -1;  ///< no block
 
 /// Hands out block numbers and counts the holders of each. Knows nothing of what lies in a block.
 /// All memory is taken by create(); every other call is O(1) and allocates nothing. The free list lies in
@@ -80,10 +80,12 @@ class BlockPool {
     ++free_;
   }
 
+  /// Of the pool.
   [[nodiscard]] std::int64_t blocks() const noexcept { return static_cast<std::int64_t>(entries_.size()); }
-  [[nodiscard]] std::int64_t free_blocks() const noexcept { return free_; }
+  [[nodiscard]] std::int64_t free_blocks() const noexcept { return free_; }  ///< held by nobody
   /// How many hold the block; 0 when it is free.
   [[nodiscard]] int ref_count(BlockId block) const { return at(block).holders; }
+  /// A block of this pool.
   [[nodiscard]] bool contains(BlockId block) const noexcept { return block >= 0 && block < blocks(); }
 
   /// Walks the free list: every entry unheld, none twice, as many as free_blocks() says. O(blocks).

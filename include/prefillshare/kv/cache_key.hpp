@@ -16,10 +16,11 @@ namespace prefillshare {
 /// The producer of cached KV. Blocks are shared only between sequences whose three strings are all equal,
 /// so a model under a used name needs a new version, and tenants with different salts never meet.
 struct CacheKey {
-  std::string model_id;       // of the prefill module (the base), never of a decode module
-  std::string model_version;  // whatever changes when its weights do: a digest, a revision
-  std::string tenant_salt;    // empty: shared by everybody
+  std::string model_id;       ///< of the prefill module (the base), never of a decode module
+  std::string model_version;  ///< whatever changes when its weights do: a digest, a revision
+  std::string tenant_salt;    ///< empty: shared by everybody
 
+  /// All three are equal.
   friend bool operator==(const CacheKey&, const CacheKey&) = default;
 };
 
@@ -36,6 +37,7 @@ concept BlockHash = requires(const Hash hash, std::uint64_t parent, std::span<co
 /// prefix. No seed: routers and caches in other processes compute the same number. Not cryptographic: a
 /// client that picks its tokens can make buckets long, but can never be given another's block.
 struct ChainHash {
+  /// The number of `tokens` after the prefix of number `parent`.
   [[nodiscard]] std::uint64_t operator()(std::uint64_t parent,
                                          std::span<const std::int32_t> tokens) const noexcept {
     std::uint64_t h = mix(parent ^ kStart);  // a parent's number and a token must not cancel out
@@ -48,6 +50,7 @@ struct ChainHash {
     return mix(mix(h ^ tokens.size()));
   }
 
+  /// The number of a producer's empty prefix.
   [[nodiscard]] std::uint64_t operator()(const CacheKey& key) const noexcept {
     std::uint64_t h = kStart;
     for (const std::string_view text : {std::string_view(key.model_id), std::string_view(key.model_version),

@@ -14,16 +14,17 @@ namespace prefillshare {
 /// Where the KV of a block lies: tier 0 is the allocator's storage, slot = BlockId; tiers from 1 on are the
 /// engine's, each slower and larger than the one before it.
 struct BlockPlace {
-  int tier = 0;
-  std::int32_t slot = 0;
+  int tier = 0;           ///< 0: the device
+  std::int32_t slot = 0;  ///< in the tier
 
+  /// The same place.
   friend bool operator==(const BlockPlace&, const BlockPlace&) = default;
 };
 
 /// A copy that has ended.
 struct CopyResult {
-  std::uint64_t ticket = 0;
-  codegemm::Status status;
+  std::uint64_t ticket = 0;  ///< as start() was given
+  codegemm::Status status;   ///< of the copy
 };
 
 /// Copies whole blocks, without waiting. The allocator promises: from start() until poll() has returned the

@@ -15,8 +15,10 @@
 
 namespace prefillshare {
 
+/// The type of a stored number.
 enum class KvElement : std::uint8_t { kFp32, kFp16, kBf16, kFp8E4M3 };
 
+/// Bytes of an element.
 [[nodiscard]] constexpr int bytes_of(KvElement element) noexcept {
   switch (element) {
     case KvElement::kFp32: return 4;
@@ -26,6 +28,7 @@ enum class KvElement : std::uint8_t { kFp32, kFp16, kBf16, kFp8E4M3 };
   }
   return 0;
 }
+/// As it is printed: "fp16".
 [[nodiscard]] constexpr std::string_view to_string(KvElement element) noexcept {
   switch (element) {
     case KvElement::kFp32: return "fp32";
@@ -39,10 +42,11 @@ enum class KvElement : std::uint8_t { kFp32, kFp16, kBf16, kFp8E4M3 };
 /// fp8 with 4 bits of exponent (bias 7) and 3 of fraction, no infinities, NaN = S.1111.111, as its bits (OCP
 /// 8-bit floating point). Rounds to nearest even; beyond 448, infinity too, gives 448 of that sign.
 struct Fp8E4M3 {
-  std::uint8_t bits = 0;
+  std::uint8_t bits = 0;  ///< sign, 4 bits of exponent, 3 of fraction
 
-  static constexpr float kMax = 448.0F;
+  static constexpr float kMax = 448.0F;  ///< largest magnitude
 
+  /// Rounds to nearest even, see above.
   [[nodiscard]] static constexpr Fp8E4M3 from_float(float value) noexcept {
     const std::uint32_t x = std::bit_cast<std::uint32_t>(value);
     const auto sign = static_cast<std::uint8_t>((x >> 24) & 0x80U);
@@ -60,6 +64,7 @@ struct Fp8E4M3 {
     return {static_cast<std::uint8_t>(sign | out)};
   }
 
+  /// Exact.
   [[nodiscard]] constexpr float to_float() const noexcept {
     const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x80U) << 24;
     const std::uint32_t exponent = (bits >> 3) & 0xFU;
@@ -70,6 +75,7 @@ struct Fp8E4M3 {
     return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(magnitude));
   }
 
+  /// Compares the bits.
   friend constexpr bool operator==(Fp8E4M3, Fp8E4M3) = default;
 };
 static_assert(sizeof(Fp8E4M3) == 1);
@@ -89,6 +95,7 @@ static_assert(sizeof(Fp8E4M3) == 1);
   }
   return 0.0F;
 }
+/// Rounds to nearest even.
 inline void store_element(KvElement element, std::byte* data, std::int64_t i, float value) noexcept {
   std::byte* const at = data + i * bytes_of(element);
   const auto put = [at](const auto& bits) { std::memcpy(at, &bits, sizeof(bits)); };

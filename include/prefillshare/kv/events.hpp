@@ -19,14 +19,16 @@ namespace prefillshare {
 
 /// One change of what a cache holds. Prefixes are named by their hashes, which are the same in every process.
 struct KvEvent {
+  /// A block came, or went.
   enum class Kind : std::uint8_t { kStored, kRemoved };
 
-  std::uint64_t number = 0;  // from 0, with no gap
-  Kind kind = Kind::kStored;
-  int tier = 0;              // 0: the allocator's own blocks; 1, 2, ...: the copy engine's tiers
-  std::uint64_t parent = 0;  // hash of the prefix before the block, or of the CacheKey at its start
-  std::uint64_t hash = 0;    // hash of the prefix up to the block's end
+  std::uint64_t number = 0;   ///< from 0, with no gap
+  Kind kind = Kind::kStored;  ///< what happened
+  int tier = 0;               ///< 0: the allocator's own blocks; 1, 2, ...: the copy engine's tiers
+  std::uint64_t parent = 0;   ///< hash of the prefix before the block, or of the CacheKey at its start
+  std::uint64_t hash = 0;     ///< hash of the prefix up to the block's end
 
+  /// All of it is equal.
   friend bool operator==(const KvEvent&, const KvEvent&) = default;
 };
 
@@ -37,10 +39,10 @@ class EventLog {
  public:
   /// What read() found.
   struct Batch {
-    std::int64_t count = 0;  // events written to `out`
-    std::uint64_t next = 0;  // where to read on
-    std::uint64_t lost = 0;  // events from the asked number on that the ring no longer has: start over from
-                             // KvAllocator::snapshot()
+    std::int64_t count = 0;  ///< events written to `out`
+    std::uint64_t next = 0;  ///< where to read on
+    std::uint64_t lost = 0;  ///< events from the asked number on that the ring no longer has: start over from
+                             ///< KvAllocator::snapshot()
   };
 
   /// kInvalidArgument, kOutOfMemory.
@@ -60,6 +62,7 @@ class EventLog {
     return {};
   }
 
+  /// For the allocator: the next event, under the next number.
   void push(KvEvent::Kind kind, int tier, std::uint64_t parent, std::uint64_t hash) {
     const std::lock_guard lock(mutex_);
     if (!ring_.empty()) {

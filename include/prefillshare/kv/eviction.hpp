@@ -38,17 +38,18 @@ concept EvictionPolicy = requires(Policy policy, const Policy constant, BlockId 
 /// A moment on the caller's clock, in whatever unit it counts: milliseconds, or steps of an agent graph. The
 /// allocator has no clock of its own, so that the same calls make the same decisions.
 using KvTime = std::int64_t;
-inline constexpr KvTime kKvNever = std::numeric_limits<KvTime>::max();
+inline constexpr KvTime kKvNever = std::numeric_limits<KvTime>::max();  ///< a moment that does not come
 
 /// What a caller knows about the future of cached blocks. Each policy reads the fields that it is for.
 struct Retention {
-  static constexpr int kDefaultPriority = 35;
+  static constexpr int kDefaultPriority = 35;  ///< of blocks without a hint
 
-  int priority = kDefaultPriority;  // 0 .. 100; the lowest goes first (PriorityEviction)
-  KvTime expires = kKvNever;        // from then on the priority is 0, and a pin is none
-  KvTime next_use = kKvNever;       // when the blocks are wanted again; kKvNever: unknown (AgentEviction)
-  bool pinned = false;              // not to be evicted before `expires` (AgentEviction)
+  int priority = kDefaultPriority;  ///< 0 .. 100; the lowest goes first (PriorityEviction)
+  KvTime expires = kKvNever;        ///< from then on the priority is 0, and a pin is none
+  KvTime next_use = kKvNever;       ///< when the blocks are wanted again; kKvNever: unknown (AgentEviction)
+  bool pinned = false;              ///< not to be evicted before `expires` (AgentEviction)
 
+  /// All of it is equal.
   friend bool operator==(const Retention&, const Retention&) = default;
 };
 
@@ -65,6 +66,7 @@ concept HintedEviction = EvictionPolicy<Policy> &&
 /// is O(1) with no search. Intrusive, doubly linked, allocates in resize() only.
 class LruEviction {
  public:
+  /// As EvictionPolicy says. kOutOfMemory.
   [[nodiscard]] codegemm::Status resize(std::int64_t blocks) {
     if (!detail::try_allocate([&] { links_.assign(static_cast<std::size_t>(blocks) + 1, Link{}); })) {
       return codegemm::error(codegemm::StatusCode::kOutOfMemory, "LruEviction: no memory for ", blocks,
@@ -76,6 +78,7 @@ class LruEviction {
     return {};
   }
 
+  /// As EvictionPolicy says.
   void insert(BlockId block, BlockId /*parent*/) {
     CODEGEMM_ASSERT(!contains(block));
     const BlockId last = at(sentinel_).previous;
@@ -85,6 +88,7 @@ class LruEviction {
     ++size_;
   }
 
+  /// As EvictionPolicy says.
   void erase(BlockId block) {
     CODEGEMM_ASSERT(contains(block));
     const Link link = at(block);
@@ -94,9 +98,11 @@ class LruEviction {
     --size_;
   }
 
+  /// As EvictionPolicy says.
   [[nodiscard]] BlockId victim() const { return size_ > 0 ? at(sentinel_).next : kNoBlock; }
-  [[nodiscard]] std::int64_t size() const noexcept { return size_; }
-  [[nodiscard]] std::int64_t evictable() const noexcept { return size_; }
+  [[nodiscard]] std::int64_t size() const noexcept { return size_; }       ///< as EvictionPolicy says
+  [[nodiscard]] std::int64_t evictable() const noexcept { return size_; }  ///< all of them
+  /// As EvictionPolicy says.
   [[nodiscard]] bool contains(BlockId block) const { return at(block).next != kNoBlock; }
 
   /// The block that goes after `block`; kNoBlock at the end.

@@ -40,10 +40,10 @@ concept KvBlockBytes = requires(Storage storage, const Storage constant, BlockId
 
 /// Where the tiers of a HostCopyEngine lie. A tier of 0 blocks is there and takes none.
 struct HostTiers {
-  std::int64_t memory_blocks = 0;  // tier 1: host memory, taken by create()
-  std::int64_t file_blocks = 0;    // tier 2: a file of no name in `folder`, gone when the engine is
-  std::string folder;
-  std::int64_t queue_size = 64;
+  std::int64_t memory_blocks = 0;  ///< tier 1: host memory, taken by create()
+  std::int64_t file_blocks = 0;    ///< tier 2: a file of no name in `folder`, gone when the engine is
+  std::string folder;              ///< where tier 2 lies
+  std::int64_t queue_size = 64;    ///< copies under way at most
 };
 
 /// Copies between a storage that the host can read (tier 0), host memory (tier 1) and a file (tier 2).

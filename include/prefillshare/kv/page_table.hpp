@@ -22,9 +22,9 @@ namespace prefillshare {
 /// sequence has no page and last_page_len = block_tokens, which the same sum makes 0.
 /// See: https://docs.flashinfer.ai/tutorials/kv_layout.html
 struct PageTable {
-  std::vector<std::int32_t> indptr;         // [sequences + 1]
-  std::vector<std::int32_t> indices;        // [indptr.back()]
-  std::vector<std::int32_t> last_page_len;  // [sequences]
+  std::vector<std::int32_t> indptr;         ///< [sequences + 1]
+  std::vector<std::int32_t> indices;        ///< [indptr.back()]
+  std::vector<std::int32_t> last_page_len;  ///< [sequences]
 };
 
 /// Writes the table of the tokens that are there (length(), not what is reserved). `table` keeps its memory

@@ -31,24 +31,28 @@ namespace prefillshare {
 /// [2: K, V][kv_heads][block_tokens][head_dim].
 enum class KvLayout : std::uint8_t { kNhd, kHnd };
 
+/// What a page holds, and in which order.
 struct KvPageFormat {
-  KvElement element = KvElement::kFp32;
-  KvLayout layout = KvLayout::kNhd;
+  KvElement element = KvElement::kFp32;  ///< type of the numbers
+  KvLayout layout = KvLayout::kNhd;      ///< their order
 
+  /// Both are equal.
   friend bool operator==(const KvPageFormat&, const KvPageFormat&) = default;
 };
 
 /// From one element of a layer to the next, in elements. Rows of head_dim are dense.
 struct KvStrides {
-  std::int64_t block = 0;
-  std::int64_t part = 0;  // from K to V
-  std::int64_t slot = 0;
-  std::int64_t head = 0;
+  std::int64_t block = 0;  ///< from a block to the next
+  std::int64_t part = 0;   ///< from K to V
+  std::int64_t slot = 0;   ///< from a token to the next
+  std::int64_t head = 0;   ///< from a head to the next
 
+  /// Position of a head's first element; part_of: 0 is K, 1 is V.
   [[nodiscard]] constexpr std::int64_t at(BlockId block_id, int part_of, int slot_of,
                                           int head_of) const noexcept {
     return block_id * block + part_of * part + slot_of * slot + head_of * head;
   }
+  /// All of it is equal.
   friend constexpr bool operator==(const KvStrides&, const KvStrides&) = default;
 };
 
@@ -63,15 +67,15 @@ struct KvStrides {
 /// The pages of one layer, for kernels of any kind: base pointer, strides, and for fp8 what a stored number
 /// is to be multiplied by.
 struct KvPages {
-  void* base = nullptr;
-  KvPageFormat format;
-  KvStrides strides;
-  std::int64_t blocks = 0;
-  int block_tokens = 0;
-  int kv_heads = 0;
-  int head_dim = 0;
-  float k_scale = 1.0F;
-  float v_scale = 1.0F;
+  void* base = nullptr;     ///< the caller's
+  KvPageFormat format;      ///< type and order
+  KvStrides strides;        ///< in elements
+  std::int64_t blocks = 0;  ///< pages
+  int block_tokens = 0;     ///< tokens of a page
+  int kv_heads = 0;         ///< heads of K and of V
+  int head_dim = 0;         ///< elements of a head
+  float k_scale = 1.0F;     ///< a K is its stored number times this
+  float v_scale = 1.0F;     ///< the same for V
 };
 
 /// Copies bytes from one place of the pages' memory to another; the places do not overlap. memcpy for host
@@ -81,7 +85,9 @@ concept KvByteCopy = requires(Copy copy, void* to, const void* from, std::size_t
   { copy(to, from, bytes) } -> std::same_as<codegemm::Status>;
 };
 
+/// memcpy: for pages in host memory.
 struct CopyHostBytes {
+  /// Never fails.
   codegemm::Status operator()(void* to, const void* from, std::size_t bytes) const {
     std::memcpy(to, from, bytes);
     return {};
@@ -133,12 +139,15 @@ class PageStorage {
     return storage;
   }
 
-  [[nodiscard]] const KvShape& shape() const noexcept { return shape_; }
-  [[nodiscard]] std::int64_t blocks() const noexcept { return blocks_; }
+  [[nodiscard]] const KvShape& shape() const noexcept { return shape_; }  ///< as given
+  [[nodiscard]] std::int64_t blocks() const noexcept { return blocks_; }  ///< as given
+  /// All layers of a block, K and V.
   [[nodiscard]] std::int64_t bytes_per_block() const noexcept {
     return shape_.bytes_per_block(bytes_of(format().element));
   }
+  /// The same in all layers.
   [[nodiscard]] const KvPageFormat& format() const noexcept { return layers_.front().format; }
+  /// Of one layer, for kernels.
   [[nodiscard]] const KvPages& pages(int layer) const noexcept {
     return layers_[static_cast<std::size_t>(layer)];
   }
@@ -178,6 +187,7 @@ class PageStorage {
       return copy_(to.data() + at, page, bytes);
     });
   }
+  /// The other direction.
   [[nodiscard]] codegemm::Status write_block(BlockId block, std::span<const std::byte> from) {
     return move_block(block, from.size(), [&](std::byte* page, std::size_t at, std::size_t bytes) {
       return copy_(page, from.data() + at, bytes);

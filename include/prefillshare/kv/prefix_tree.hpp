@@ -27,14 +27,18 @@ namespace prefillshare {
 class TreeNode {
  public:
   TreeNode() = default;  // nowhere
+  /// The node of that block.
   [[nodiscard]] static constexpr TreeNode of_block(BlockId block) noexcept { return TreeNode(block); }
+  /// The node of root number `root`.
   [[nodiscard]] static constexpr TreeNode of_root(std::int32_t root) noexcept { return TreeNode(-2 - root); }
 
+  /// A block, not a root and not nowhere.
   [[nodiscard]] constexpr bool is_block() const noexcept { return code_ >= 0; }
-  [[nodiscard]] constexpr bool is_root() const noexcept { return code_ <= -2; }
-  [[nodiscard]] constexpr BlockId block() const noexcept { return code_; }
-  [[nodiscard]] constexpr std::int32_t root() const noexcept { return -2 - code_; }
+  [[nodiscard]] constexpr bool is_root() const noexcept { return code_ <= -2; }  ///< a root
+  [[nodiscard]] constexpr BlockId block() const noexcept { return code_; }       ///< only where is_block()
+  [[nodiscard]] constexpr std::int32_t root() const noexcept { return -2 - code_; }  ///< only where is_root()
 
+  /// The same place.
   friend constexpr bool operator==(TreeNode, TreeNode) = default;
 
  private:
@@ -53,12 +57,14 @@ class PrefixTree {
  public:
   /// A question to the tree, with its hash. Refers to the caller's tokens.
   struct Query {
-    TreeNode parent;
-    std::uint64_t hash = 0;
-    std::span<const std::int32_t> tokens;  // [block_tokens]
+    TreeNode parent;                       ///< the node of what comes before
+    std::uint64_t hash = 0;                ///< of the prefix up to the last of `tokens`
+    std::span<const std::int32_t> tokens;  ///< [block_tokens]
   };
 
+  /// Nodes keep their numbers.
   PrefixTree(PrefixTree&&) noexcept = default;
+  /// Nodes keep their numbers.
   PrefixTree& operator=(PrefixTree&&) noexcept = default;
 
   /// kInvalidArgument, kOutOfMemory.
@@ -109,6 +115,7 @@ class PrefixTree {
   /// Holds a root once more.
   void retain_root(TreeNode root) { ++root_at(root).holders; }
 
+  /// Holds it once less; it goes with its last child if nobody holds it.
   void release_root(TreeNode root) {
     Root& entry = root_at(root);
     CODEGEMM_ASSERT(entry.holders > 0);
@@ -124,6 +131,7 @@ class PrefixTree {
     return found == root_of_key_.end() ? TreeNode() : TreeNode::of_root(found->second);
   }
 
+  /// Asks for `tokens`, one full block, after `parent`. `tokens` must outlive the query.
   [[nodiscard]] Query query(TreeNode parent, std::span<const std::int32_t> tokens) const {
     CODEGEMM_ASSERT(std::ssize(tokens) == block_tokens_);
     return {parent, hash_(hash_of(parent), tokens), tokens};
@@ -208,14 +216,19 @@ class PrefixTree {
     }
   }
 
+  /// In the tree.
   [[nodiscard]] bool contains(BlockId block) const { return at(block).parent != TreeNode(); }
+  /// The node before it. The block is in the tree.
   [[nodiscard]] TreeNode parent(BlockId block) const { return at(block).parent; }
+  /// Blocks that come directly after it.
   [[nodiscard]] int children(BlockId block) const { return at(block).children; }
   /// The number that stands for the whole prefix up to this block's end, the same in every process.
   [[nodiscard]] std::uint64_t hash(BlockId block) const { return at(block).hash; }
+  /// The number of `tokens` after the prefix of number `parent`.
   [[nodiscard]] std::uint64_t hash_after(std::uint64_t parent, std::span<const std::int32_t> tokens) const {
     return hash_(parent, tokens);
   }
+  /// The number of the prefix that ends with this node.
   [[nodiscard]] std::uint64_t hash_of(TreeNode node) const {
     return node.is_block() ? at(node.block()).hash : root_at(node).hash;
   }
@@ -224,11 +237,13 @@ class PrefixTree {
   [[nodiscard]] std::uint64_t serial_of(TreeNode node) const {
     return node.is_block() ? at(node.block()).serial : root_at(node).serial;
   }
+  /// [block_tokens], of a block in the tree.
   [[nodiscard]] std::span<const std::int32_t> tokens(BlockId block) const {
     return std::span(tokens_).subspan(
         static_cast<std::size_t>(block) * static_cast<std::size_t>(block_tokens_),
         static_cast<std::size_t>(block_tokens_));
   }
+  /// The producer of that root.
   [[nodiscard]] const CacheKey& key(TreeNode root) const { return *root_at(root).key; }
   /// Blocks in the tree.
   [[nodiscard]] std::int64_t size() const noexcept { return size_; }

@@ -23,6 +23,7 @@ namespace prefillshare {
 /// priority. Reads priority and expires. O(log blocks) a call.
 class PriorityEviction {
  public:
+  /// As EvictionPolicy says. kOutOfMemory.
   [[nodiscard]] codegemm::Status resize(std::int64_t blocks) {
     const auto count = static_cast<std::size_t>(blocks);
     const bool allocated = detail::try_allocate([&] {
@@ -35,13 +36,17 @@ class PriorityEviction {
                            " entries");
   }
 
+  /// As EvictionPolicy says.
   void insert(BlockId block, BlockId parent) { order_.insert(block, parent, key_of(block, ++stamp_), false); }
-  void erase(BlockId block) { order_.erase(block); }
-  [[nodiscard]] BlockId victim() const { return order_.first(); }
-  [[nodiscard]] std::int64_t size() const noexcept { return order_.size(); }
+  void erase(BlockId block) { order_.erase(block); }                          ///< as EvictionPolicy says
+  [[nodiscard]] BlockId victim() const { return order_.first(); }             ///< as EvictionPolicy says
+  [[nodiscard]] std::int64_t size() const noexcept { return order_.size(); }  ///< as EvictionPolicy says
+  /// As EvictionPolicy says.
   [[nodiscard]] std::int64_t evictable() const noexcept { return order_.evictable(); }
+  /// As EvictionPolicy says.
   [[nodiscard]] bool contains(BlockId block) const { return order_.contains(block); }
 
+  /// As HintedEviction says; replaces an older hint.
   void retain(BlockId block, const Retention& retention) {
     forget(block);
     at(block) = retention;
@@ -52,10 +57,12 @@ class PriorityEviction {
     }
     rank(block);
   }
+  /// As HintedEviction says.
   void forget(BlockId block) {
     if (expiry_.contains(block)) expiry_.erase(block);
     at(block) = Retention{};
   }
+  /// As HintedEviction says; priorities that expire by then become 0.
   void set_time(KvTime now) {
     now_ = now;
     while (expiry_.size() > 0 && expiry_.top_key() <= now) {

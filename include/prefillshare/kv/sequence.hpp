@@ -59,8 +59,10 @@ struct SequenceAccess;
 class Sequence {
  public:
   Sequence() = default;
+  /// The other is no longer open.
   Sequence(Sequence&& other) noexcept
       : owner_(std::exchange(other.owner_, nullptr)), state_(std::exchange(other.state_, nullptr)) {}
+  /// Closes what this one was; the other is no longer open.
   Sequence& operator=(Sequence&& other) noexcept {
     if (this != &other) {
       reset();
@@ -80,7 +82,7 @@ class Sequence {
     state_ = nullptr;
   }
 
-  [[nodiscard]] bool is_open() const noexcept { return state_ != nullptr; }
+  [[nodiscard]] bool is_open() const noexcept { return state_ != nullptr; }  ///< holds blocks of an allocator
   /// A decode-private view; its own tokens never enter the prefix tree.
   [[nodiscard]] bool is_fork() const noexcept { return state_ != nullptr && state_->is_fork; }
 

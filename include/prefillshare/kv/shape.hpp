@@ -13,19 +13,21 @@ namespace prefillshare {
 /// The part of a model's configuration that decides the size of its KV cache, and how many tokens lie in
 /// one block. Two modules can share a cache only if all four numbers agree.
 struct KvShape {
-  int layers = 0;
-  int kv_heads = 0;  // heads of K and of V, after grouping (GQA)
-  int head_dim = 0;
-  int block_tokens = 16;
+  int layers = 0;         ///< of the model
+  int kv_heads = 0;       ///< heads of K and of V, after grouping (GQA)
+  int head_dim = 0;       ///< elements of a head
+  int block_tokens = 16;  ///< tokens of a block
 
   /// K and V of all layers for one token. `element_bytes` is the storage's: 4 for fp32.
   [[nodiscard]] constexpr std::int64_t bytes_per_token(int element_bytes = 4) const noexcept {
     return std::int64_t{2} * layers * kv_heads * head_dim * element_bytes;
   }
+  /// K and V of all layers for the tokens of a block.
   [[nodiscard]] constexpr std::int64_t bytes_per_block(int element_bytes = 4) const noexcept {
     return bytes_per_token(element_bytes) * block_tokens;
   }
 
+  /// All four numbers are equal.
   friend constexpr bool operator==(const KvShape&, const KvShape&) = default;
 };
 

@@ -37,11 +37,11 @@ concept KvStorage = requires(Storage storage, const Storage constant, BlockId bl
 /// [blocks][2: K, V][block_tokens][kv_heads][head_dim], dense.
 template <class T>
 struct KvLayerView {
-  T* data = nullptr;
-  std::int64_t blocks = 0;
-  int block_tokens = 0;
-  int kv_heads = 0;
-  int head_dim = 0;
+  T* data = nullptr;        ///< [blocks][2][block_tokens][kv_heads][head_dim]
+  std::int64_t blocks = 0;  ///< pages
+  int block_tokens = 0;     ///< tokens of a page
+  int kv_heads = 0;         ///< heads of K and of V
+  int head_dim = 0;         ///< elements of a head
 
   /// Elements from one slot to the next.
   [[nodiscard]] constexpr std::int64_t slot_stride() const noexcept {
@@ -51,10 +51,12 @@ struct KvLayerView {
   [[nodiscard]] constexpr T* k(BlockId block, int slot) const noexcept {
     return data + (std::int64_t{2} * block * block_tokens + slot) * slot_stride();
   }
+  /// The same of V.
   [[nodiscard]] constexpr T* v(BlockId block, int slot) const noexcept {
     return data + ((std::int64_t{2} * block + 1) * block_tokens + slot) * slot_stride();
   }
 
+  /// A view to read from, out of one to write to.
   constexpr operator KvLayerView<const T>() const noexcept  // NOLINT(google-explicit-constructor)
       requires(!std::is_const_v<T>) {
     return {data, blocks, block_tokens, kv_heads, head_dim};
@@ -65,7 +67,7 @@ struct KvLayerView {
 /// 64-byte aligned. The memory is not written by create(), so the system gives pages only as they fill.
 class HostKvStorage {
  public:
-  static constexpr std::size_t kAlignment = 64;
+  static constexpr std::size_t kAlignment = 64;  ///< bytes, of the first page
 
   /// kInvalidArgument for a shape or count that cannot be; kOutOfMemory.
   [[nodiscard]] static codegemm::Result<HostKvStorage> create(const KvShape& shape, std::int64_t blocks) {
@@ -89,21 +91,27 @@ class HostKvStorage {
     return storage;
   }
 
-  [[nodiscard]] const KvShape& shape() const noexcept { return shape_; }
-  [[nodiscard]] std::int64_t blocks() const noexcept { return blocks_; }
+  [[nodiscard]] const KvShape& shape() const noexcept { return shape_; }  ///< as given
+  [[nodiscard]] std::int64_t blocks() const noexcept { return blocks_; }  ///< as given
+  /// All layers of a block, K and V.
   [[nodiscard]] std::int64_t bytes_per_block() const noexcept {
     return shape_.bytes_per_block(sizeof(float));
   }
 
+  /// Pages of one layer.
   [[nodiscard]] KvLayerView<float> layer(int index) noexcept { return view<float>(index); }
+  /// Pages of one layer, to read from.
   [[nodiscard]] KvLayerView<const float> layer(int index) const noexcept { return view<const float>(index); }
 
   /// [kv_heads][head_dim] of one token.
   [[nodiscard]] float* k(int index, BlockId block, int slot) noexcept { return layer(index).k(block, slot); }
+  /// [kv_heads][head_dim] of one token.
   [[nodiscard]] float* v(int index, BlockId block, int slot) noexcept { return layer(index).v(block, slot); }
+  /// The same, to read from.
   [[nodiscard]] const float* k(int index, BlockId block, int slot) const noexcept {
     return layer(index).k(block, slot);
   }
+  /// The same, to read from.
   [[nodiscard]] const float* v(int index, BlockId block, int slot) const noexcept {
     return layer(index).v(block, slot);
   }
@@ -117,6 +125,7 @@ class HostKvStorage {
     }
     return {};
   }
+  /// The other direction.
   [[nodiscard]] codegemm::Status write_block(BlockId block, std::span<const std::byte> from) {
     if (codegemm::Status status = check_bytes(block, from.size()); !status.ok()) return status;
     const std::size_t bytes = from.size() / static_cast<std::size_t>(shape_.layers);
@@ -176,12 +185,14 @@ static_assert(KvStorage<HostKvStorage>);
 /// decisions but no numbers.
 class NoKvStorage {
  public:
+  /// So many blocks of that shape; nothing is allocated.
   NoKvStorage(const KvShape& shape, std::int64_t blocks) : shape_(shape), blocks_(blocks) {}
 
-  [[nodiscard]] const KvShape& shape() const noexcept { return shape_; }
-  [[nodiscard]] std::int64_t blocks() const noexcept { return blocks_; }
+  [[nodiscard]] const KvShape& shape() const noexcept { return shape_; }  ///< as given
+  [[nodiscard]] std::int64_t blocks() const noexcept { return blocks_; }  ///< as given
+  /// Of pages that held fp32.
   [[nodiscard]] std::int64_t bytes_per_block() const noexcept { return shape_.bytes_per_block(); }
-  [[nodiscard]] codegemm::Status copy_block(BlockId, BlockId, int) { return {}; }
+  [[nodiscard]] codegemm::Status copy_block(BlockId, BlockId, int) { return {}; }  ///< nothing to copy
 
  private:
   KvShape shape_;

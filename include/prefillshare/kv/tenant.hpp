@@ -21,8 +21,9 @@ namespace prefillshare {
 /// A tenant of one allocator, numbered in the order of KvAllocator::add_tenant(). Number 0 is always there.
 /// Whose blocks a tenant can see is not decided here but by CacheKey::tenant_salt.
 using TenantId = std::int32_t;
-inline constexpr TenantId kDefaultTenant = 0;
+inline constexpr TenantId kDefaultTenant = 0;  ///< who has no name and no quota
 
+/// What a tenant may hold.
 struct TenantQuota {
   /// Different blocks that the tenant's open sequences may hold at once; a block that several of them share
   /// counts once, cached blocks that no sequence holds do not count.
@@ -31,20 +32,20 @@ struct TenantQuota {
 
 /// What one tenant has and had. in_use_blocks = shared_blocks + private_blocks.
 struct TenantStats {
-  std::string name;
-  std::int64_t max_blocks = 0;
-  std::int64_t sequences = 0;       // open
-  std::int64_t in_use_blocks = 0;   // held by its open sequences, each counted once
-  std::int64_t shared_blocks = 0;   // of these, held by two or more of its sequences
-  std::int64_t private_blocks = 0;  // of these, held by one
-  std::int64_t bytes_shared = 0;
-  std::int64_t bytes_private = 0;
+  std::string name;                 ///< as given to add_tenant()
+  std::int64_t max_blocks = 0;      ///< the quota
+  std::int64_t sequences = 0;       ///< open
+  std::int64_t in_use_blocks = 0;   ///< held by its open sequences, each counted once
+  std::int64_t shared_blocks = 0;   ///< of these, held by two or more of its sequences
+  std::int64_t private_blocks = 0;  ///< of these, held by one
+  std::int64_t bytes_shared = 0;    ///< of shared_blocks
+  std::int64_t bytes_private = 0;   ///< of private_blocks
 
-  // Counted from the tenant's beginning.
+  /// Counted from the tenant's beginning.
   std::int64_t hit_tokens = 0;
-  std::int64_t miss_tokens = 0;
-  std::int64_t evicted_blocks = 0;  // cached blocks given up which it was the last to use
-  std::int64_t refusals = 0;        // reservations refused by its quota
+  std::int64_t miss_tokens = 0;     ///< looked up and not found
+  std::int64_t evicted_blocks = 0;  ///< cached blocks given up which it was the last to use
+  std::int64_t refusals = 0;        ///< reservations refused by its quota
 };
 
 /// Counts each tenant's holds on each block, exactly: 4 bytes a block and tenant. hold() and drop() are O(1)
@@ -83,16 +84,22 @@ class TenantLedger {
     return static_cast<TenantId>(tenants_.size() - 1);
   }
 
+  /// From now on; what is held beyond it stays held.
   void set_quota(TenantId tenant, const TenantQuota& quota) {
     at(tenant).stats.max_blocks = quota.max_blocks;
   }
 
+  /// Whether there is such a tenant.
   [[nodiscard]] bool contains(TenantId tenant) const noexcept {
     return tenant >= 0 && static_cast<std::size_t>(tenant) < tenants_.size();
   }
+  /// They are numbered from 0.
   [[nodiscard]] std::int64_t tenants() const noexcept { return std::ssize(tenants_); }
+  /// Of a tenant that is there.
   [[nodiscard]] TenantStats& stats(TenantId tenant) { return at(tenant).stats; }
+  /// Of a tenant that is there.
   [[nodiscard]] const TenantStats& stats(TenantId tenant) const { return at(tenant).stats; }
+  /// How many of the tenant's sequences hold the block.
   [[nodiscard]] std::int32_t holds(TenantId tenant, BlockId block) const {
     return at(tenant).holds[static_cast<std::size_t>(block)];
   }
@@ -100,10 +107,12 @@ class TenantLedger {
   [[nodiscard]] std::int64_t room(TenantId tenant) const {
     return at(tenant).stats.max_blocks - at(tenant).stats.in_use_blocks;
   }
+  /// The tenant whose sequence was the last to let go of the block.
   [[nodiscard]] TenantId last_user(BlockId block) const {
     return last_user_[static_cast<std::size_t>(block)];
   }
 
+  /// One more sequence of the tenant holds the block.
   void hold(TenantId tenant, BlockId block) {
     Tenant& entry = at(tenant);
     const std::int32_t before = entry.holds[static_cast<std::size_t>(block)]++;
@@ -115,6 +124,7 @@ class TenantLedger {
       ++entry.stats.shared_blocks;
     }
   }
+  /// One fewer.
   void drop(TenantId tenant, BlockId block) {
     Tenant& entry = at(tenant);
     const std::int32_t before = entry.holds[static_cast<std::size_t>(block)]--;
@@ -128,6 +138,7 @@ class TenantLedger {
       --entry.stats.shared_blocks;
     }
   }
+  /// Counts an eviction for the last user.
   void evicted(BlockId block) { ++at(last_user(block)).stats.evicted_blocks; }
 
  private:

@@ -31,13 +31,15 @@ namespace prefillshare {
 /// synchronized. The lower half of BlockCache, which knows the device's blocks.
 class TierCache {
  public:
-  static constexpr std::int32_t kNoEntry = -1;
+  static constexpr std::int32_t kNoEntry = -1;  ///< no entry
 
+  /// What a copy was for: to a lower tier, back to the device, or from one lower tier to the next.
   enum class CopyKind : std::uint8_t { kNone, kOut, kIn, kDown };
+  /// A copy that has ended.
   struct Finished {
-    CopyKind kind = CopyKind::kNone;  // kNone: none has ended
-    BlockId block = kNoBlock;         // the device's, of kOut and kIn
-    bool ok = false;
+    CopyKind kind = CopyKind::kNone;  ///< kNone: none has ended
+    BlockId block = kNoBlock;         ///< the device's, of kOut and kIn
+    bool ok = false;                  ///< the content is where it should be
   };
 
   TierCache() = default;
@@ -113,10 +115,13 @@ class TierCache {
   [[nodiscard]] bool still_holds(std::int32_t e, std::uint64_t serial) const {
     return readable(e) && at(e).serial == serial;
   }
+  /// Whether the entry's content can be copied to the device now.
   [[nodiscard]] bool readable(std::int32_t entry) const {
     return at(entry).state == State::kReady || at(entry).state == State::kMoving;
   }
+  /// Names the prefix, as PrefixTree::serial_of().
   [[nodiscard]] std::uint64_t serial(std::int32_t entry) const { return at(entry).serial; }
+  /// Where its content lies.
   [[nodiscard]] BlockPlace place(std::int32_t entry) const { return at(entry).place; }
 
   /// The copy of a device block's content; kNoEntry if it has none, or none yet.
@@ -130,6 +135,7 @@ class TierCache {
     at(e).stamp = ++clock_;
     if (at(e).listed) keep(e, true);
   }
+  /// The device's block has the entry's content.
   void link(std::int32_t entry, BlockId block) {
     CODEGEMM_ASSERT(at(entry).block == kNoBlock);
     at(entry).block = block;
@@ -261,17 +267,21 @@ class TierCache {
   /// Roots whose hold start_out() was given and that entries no longer need; the caller releases and clears.
   [[nodiscard]] std::vector<TreeNode>& released_roots() noexcept { return released_roots_; }
 
-  [[nodiscard]] int tiers() const noexcept { return engine_->tiers(); }
+  [[nodiscard]] int tiers() const noexcept { return engine_->tiers(); }  ///< below the device
   /// Entries in a tier that can be read, or will be when their copy ends.
   [[nodiscard]] std::int64_t used_slots(int t) const {
     return tier(t).slots - std::ssize(tier(t).idle_slots);
   }
+  /// Begun, and not noted as finished.
   [[nodiscard]] std::int64_t copies_under_way() const noexcept {
     return std::ssize(copies_) - std::ssize(idle_copies_);
   }
+  /// Since the beginning.
   [[nodiscard]] std::int64_t offloaded_blocks() const noexcept { return offloaded_; }
-  [[nodiscard]] std::int64_t loaded_blocks() const noexcept { return loaded_; }
+  [[nodiscard]] std::int64_t loaded_blocks() const noexcept { return loaded_; }  ///< since the beginning
+  /// Since the beginning.
   [[nodiscard]] std::int64_t failed_copies() const noexcept { return failed_copies_; }
+  /// visit(tier, hash of the prefix before, hash of the prefix) for each entry that is readable().
   template <class Visit>
   void for_each_readable(Visit&& visit) const {
     for (std::int32_t e = 0; e < static_cast<std::int32_t>(entries_.size()); ++e) {
@@ -279,6 +289,7 @@ class TierCache {
     }
   }
 
+  /// visit(root) for each root that an entry holds.
   template <class Visit>
   void for_each_root(Visit&& visit) const {
     for (const Entry& entry : entries_) {

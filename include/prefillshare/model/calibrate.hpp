@@ -84,11 +84,11 @@ concept LayerReplacer = requires(R& replacer, const std::string& name, const Den
 /// it, behind the blocks replaced so far, and what the dense block makes there: of the dense model's own
 /// stream where the run corrects, else of the same inputs. [tokens][hidden_size], sequence after sequence.
 struct ReplacedBlock {
-  const ModelConfig& config;
-  std::int64_t index = 0;
-  std::span<const std::int64_t> lengths;  // tokens of each sequence
-  const float* inputs = nullptr;
-  const float* targets = nullptr;
+  const ModelConfig& config;              ///< of the model
+  std::int64_t index = 0;                 ///< of the block
+  std::span<const std::int64_t> lengths;  ///< tokens of each sequence
+  const float* inputs = nullptr;          ///< see above
+  const float* targets = nullptr;         ///< see above
 };
 
 /// A LayerReplacer that, where finishes() says so, also looks at each block as a whole: finish() may change
@@ -100,11 +100,12 @@ concept BlockFinisher = LayerReplacer<R> &&
   { replacer.finish(block, layer) } -> std::same_as<Status>;
 };
 
+/// What calibrate_blocks() may be told.
 struct CalibrationRunOptions {
   /// Layers are given weights corrected for the errors of those replaced before (corrected_weights()). Takes
   /// a second residual stream, that of the dense model, and about twice the time.
   bool correct = true;
-  double correction_damping = 0.1;
+  double correction_damping = 0.1;  ///< as in corrected_weights()
 };
 
 /// The residual stream of all calibration sequences between two blocks of a model. Blocks are replaced one

@@ -28,17 +28,20 @@ class CodeGemmLinear {
     CODEGEMM_ASSERT(bias_.empty() || static_cast<std::int64_t>(bias_.size()) == weights_.rows());
   }
 
-  [[nodiscard]] std::int64_t rows() const noexcept { return weights_.rows(); }
-  [[nodiscard]] std::int64_t cols() const noexcept { return weights_.cols(); }
+  [[nodiscard]] std::int64_t rows() const noexcept { return weights_.rows(); }  ///< N
+  [[nodiscard]] std::int64_t cols() const noexcept { return weights_.cols(); }  ///< K
+  /// Of the packed weights and the bias.
   [[nodiscard]] std::int64_t parameter_bytes() const noexcept {
     return static_cast<std::int64_t>(weights_.bytes() + bias_.size() * sizeof(float));
   }
-  [[nodiscard]] const codegemm::PackedMatrix& weights() const noexcept { return weights_; }
+  [[nodiscard]] const codegemm::PackedMatrix& weights() const noexcept { return weights_; }  ///< packed
 
+  /// As LinearLayer says.
   [[nodiscard]] std::size_t workspace_bytes(std::int64_t tokens, int workers) const {
     return codegemm::workspace_bytes(weights_, tokens, workers);
   }
 
+  /// Y = x W^T + bias.
   Status forward(MatrixView<const float> x, MatrixView<float> y, std::span<std::byte> workspace,
                  Executor& executor) const {
     if (Status status = codegemm::gemm(weights_, x, y, workspace, executor); !status.ok()) return status;

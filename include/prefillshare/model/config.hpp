@@ -17,23 +17,26 @@ namespace prefillshare {
 /// A decoder-only transformer of the Llama family: RMSNorm, grouped-query attention with rotate-half RoPE,
 /// SwiGLU. Covers Llama 2/3, SmolLM2, Mistral (full attention), Qwen2 (attention_bias) and Qwen3 (qk_norm).
 struct ModelConfig {
-  std::int64_t vocab_size = 0;
-  std::int64_t hidden_size = 0;
-  std::int64_t intermediate_size = 0;
-  std::int64_t layers = 0;
-  std::int64_t heads = 0;           // query heads
-  std::int64_t kv_heads = 0;        // divides heads
-  std::int64_t head_dim = 0;        // need not be hidden_size / heads
-  std::int64_t context_length = 0;  // tokens that the model was trained to see
-  double rms_epsilon = 1e-5;
-  RopeConfig rope;               // rope.head_dim = head_dim
-  bool tied_embeddings = false;  // the head is the embedding table
-  bool attention_bias = false;   // q, k and v have a bias
-  bool qk_norm = false;          // RMSNorm of each q and k head before RoPE
+  std::int64_t vocab_size = 0;         ///< tokens
+  std::int64_t hidden_size = 0;        ///< of the residual stream
+  std::int64_t intermediate_size = 0;  ///< between gate, up and down
+  std::int64_t layers = 0;             ///< blocks
+  std::int64_t heads = 0;              ///< query heads
+  std::int64_t kv_heads = 0;           ///< divides heads
+  std::int64_t head_dim = 0;           ///< need not be hidden_size / heads
+  std::int64_t context_length = 0;     ///< tokens that the model was trained to see
+  double rms_epsilon = 1e-5;           ///< added to the mean of squares
+  RopeConfig rope;                     ///< rope.head_dim = head_dim
+  bool tied_embeddings = false;        ///< the head is the embedding table
+  bool attention_bias = false;         ///< q, k and v have a bias
+  bool qk_norm = false;                ///< RMSNorm of each q and k head before RoPE
 
+  /// Rows of the q projection.
   [[nodiscard]] std::int64_t q_size() const noexcept { return heads * head_dim; }
+  /// Rows of the k and v projections.
   [[nodiscard]] std::int64_t kv_size() const noexcept { return kv_heads * head_dim; }
 
+  /// All of it is equal.
   friend bool operator==(const ModelConfig&, const ModelConfig&) = default;
 };
 

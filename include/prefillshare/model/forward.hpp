@@ -64,25 +64,27 @@ class ForwardWorkspace {
     return out;
   }
 
-  [[nodiscard]] std::int64_t max_tokens() const noexcept { return max_tokens_; }
+  [[nodiscard]] std::int64_t max_tokens() const noexcept { return max_tokens_; }  ///< tokens of a pass
+  /// Positions of a sequence.
   [[nodiscard]] std::int64_t max_context() const noexcept { return rope.positions(); }
+  /// Of the executor it was made for, at most.
   [[nodiscard]] int workers() const noexcept { return workers_; }
 
   /// Scratch of the layer that runs now, aligned to 64 bytes.
   [[nodiscard]] std::span<std::byte> scratch() noexcept { return scratch_.span(); }
 
-  // Aligned, so that vector and scalar code take the same elements on every run and give the same bits.
+  /// Aligned, so that vector and scalar code take the same elements on every run and give the same bits.
   using AlignedFloats = codegemm::AlignedBuffer<float>;
 
-  RopeTable rope;
-  AlignedFloats hidden;    // [tokens][hidden], the residual stream
-  AlignedFloats normed;    // [tokens][hidden]
-  AlignedFloats q;         // [tokens][heads][head_dim]
-  AlignedFloats k;         // [tokens][kv_heads][head_dim]
-  AlignedFloats v;         // [tokens][kv_heads][head_dim]
-  AlignedFloats attended;  // [tokens][heads][head_dim]
-  AlignedFloats gate;      // [tokens][intermediate]
-  AlignedFloats up;        // [tokens][intermediate]
+  RopeTable rope;          ///< of the model, for max_context() positions
+  AlignedFloats hidden;    ///< [tokens][hidden], the residual stream
+  AlignedFloats normed;    ///< [tokens][hidden]
+  AlignedFloats q;         ///< [tokens][heads][head_dim]
+  AlignedFloats k;         ///< [tokens][kv_heads][head_dim]
+  AlignedFloats v;         ///< [tokens][kv_heads][head_dim]
+  AlignedFloats attended;  ///< [tokens][heads][head_dim]
+  AlignedFloats gate;      ///< [tokens][intermediate]
+  AlignedFloats up;        ///< [tokens][intermediate]
 
  private:
   ForwardWorkspace() = default;
@@ -94,20 +96,21 @@ class ForwardWorkspace {
 
 /// Where a forward pass reads the past and writes its own KV: the blocks of one sequence, already reserved.
 struct KvTarget {
-  HostKvStorage* storage = nullptr;
-  std::span<const BlockId> blocks;  // cover positions 0 .. first_position + tokens - 1
-  std::int64_t first_position = 0;  // tokens that are in the cache already
+  HostKvStorage* storage = nullptr;  ///< where the blocks lie
+  std::span<const BlockId> blocks;   ///< cover positions 0 .. first_position + tokens - 1
+  std::int64_t first_position = 0;   ///< tokens that are in the cache already
 };
 
 /// One sequence's consecutive tokens in a pass over several sequences.
 struct ForwardItem {
-  std::span<const std::int32_t> tokens;
-  KvTarget kv;
+  std::span<const std::int32_t> tokens;  ///< at least one
+  KvTarget kv;                           ///< their sequence
 };
 
 /// What a forward pass calls with each layer's number once the KV of all its tokens stands in that layer's
 /// pages: a transport may send them while the next layer is computed. An error ends the pass.
 struct IgnoreLayers {
+  /// Goes on.
   Status operator()(int /*layer*/) const { return {}; }
 };
 

@@ -72,8 +72,9 @@ class DenseLinear {
     CODEGEMM_ASSERT(bias_.empty() || static_cast<std::int64_t>(bias_.size()) == rows);
   }
 
-  [[nodiscard]] std::int64_t rows() const noexcept { return rows_; }
-  [[nodiscard]] std::int64_t cols() const noexcept { return cols_; }
+  [[nodiscard]] std::int64_t rows() const noexcept { return rows_; }  ///< N
+  [[nodiscard]] std::int64_t cols() const noexcept { return cols_; }  ///< K
+  /// Of the weights and the bias.
   [[nodiscard]] std::int64_t parameter_bytes() const noexcept {
     return (rows_ * cols_ + static_cast<std::int64_t>(bias_.size())) *
            static_cast<std::int64_t>(sizeof(float));
@@ -86,12 +87,14 @@ class DenseLinear {
   [[nodiscard]] const std::shared_ptr<const std::vector<float>>& shared_weights() const noexcept {
     return weights_;
   }
-  [[nodiscard]] std::span<const float> bias() const noexcept { return bias_; }
+  [[nodiscard]] std::span<const float> bias() const noexcept { return bias_; }  ///< [N] or empty
 
+  /// As LinearLayer says.
   [[nodiscard]] std::size_t workspace_bytes(std::int64_t tokens, int workers) const {
     return tokens > kFewTokens ? codegemm::dense_workspace_bytes(rows_, cols_, tokens, workers) : 0;
   }
 
+  /// Y = x W^T + bias.
   Status forward(MatrixView<const float> x, MatrixView<float> y, std::span<std::byte> workspace,
                  Executor& executor) const {
     if (Status status = detail::check_linear(rows_, cols_, x, y); !status.ok()) return status;

@@ -18,27 +18,27 @@ namespace prefillshare {
 /// The seven linear layers and the norms of one block.
 template <LinearLayer Linear>
 struct LlamaLayer {
-  std::vector<float> input_norm;           // [hidden]
-  std::vector<float> post_attention_norm;  // [hidden]
-  std::vector<float> q_norm;               // [head_dim], with qk_norm only
-  std::vector<float> k_norm;               // [head_dim], with qk_norm only
-  Linear q;                                // [heads * head_dim][hidden]
-  Linear k;                                // [kv_heads * head_dim][hidden]
-  Linear v;                                // [kv_heads * head_dim][hidden]
-  Linear o;                                // [hidden][heads * head_dim]
-  Linear gate;                             // [intermediate][hidden]
-  Linear up;                               // [intermediate][hidden]
-  Linear down;                             // [hidden][intermediate]
+  std::vector<float> input_norm;           ///< [hidden]
+  std::vector<float> post_attention_norm;  ///< [hidden]
+  std::vector<float> q_norm;               ///< [head_dim], with qk_norm only
+  std::vector<float> k_norm;               ///< [head_dim], with qk_norm only
+  Linear q;                                ///< [heads * head_dim][hidden]
+  Linear k;                                ///< [kv_heads * head_dim][hidden]
+  Linear v;                                ///< [kv_heads * head_dim][hidden]
+  Linear o;                                ///< [hidden][heads * head_dim]
+  Linear gate;                             ///< [intermediate][hidden]
+  Linear up;                               ///< [intermediate][hidden]
+  Linear down;                             ///< [hidden][intermediate]
 };
 
 /// A whole model. Immutable once built and safe to read from many threads; modules share it by pointer.
 template <LinearLayer Linear>
 struct LlamaModel {
-  ModelConfig config;
-  std::shared_ptr<const std::vector<float>> embedding;  // [vocab][hidden]
-  std::vector<LlamaLayer<Linear>> layers;               // [config.layers]
-  std::vector<float> final_norm;                        // [hidden]
-  Linear head;                                          // [vocab][hidden]
+  ModelConfig config;                                   ///< shapes and kinds
+  std::shared_ptr<const std::vector<float>> embedding;  ///< [vocab][hidden]
+  std::vector<LlamaLayer<Linear>> layers;               ///< [config.layers]
+  std::vector<float> final_norm;                        ///< [hidden]
+  Linear head;                                          ///< [vocab][hidden]
 };
 
 /// Calls visit(name, layer) for each linear layer in the order of the forward pass, the head last. Names are

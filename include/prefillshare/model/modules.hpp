@@ -27,12 +27,13 @@ class PrefillModule {
   /// Called after each chunk with the tokens of this call that are done and their total.
   using Progress = std::function<void(std::int64_t done, std::int64_t total)>;
 
+  /// `key` names the model, its version and the tenant: caches are shared under equal keys only.
   PrefillModule(std::shared_ptr<const LlamaModel<Linear>> model, CacheKey key)
       : model_(std::move(model)), key_(std::move(key)) {}
 
-  [[nodiscard]] const LlamaModel<Linear>& model() const noexcept { return *model_; }
-  [[nodiscard]] const ModelConfig& config() const noexcept { return model_->config; }
-  [[nodiscard]] const CacheKey& key() const noexcept { return key_; }
+  [[nodiscard]] const LlamaModel<Linear>& model() const noexcept { return *model_; }   ///< frozen
+  [[nodiscard]] const ModelConfig& config() const noexcept { return model_->config; }  ///< of the model
+  [[nodiscard]] const CacheKey& key() const noexcept { return key_; }                  ///< of its caches
 
   /// Computes the next tokens of several base sequences in one pass and commits them: caches[i] is extended
   /// by chunks[i], for which it has blocks reserved. after_layer: see forward(); the pages of all of them
@@ -93,8 +94,8 @@ class PrefillModule {
 template <LinearLayer Linear>
 class DecodeModule {
  public:
-  [[nodiscard]] const LlamaModel<Linear>& model() const noexcept { return *model_; }
-  [[nodiscard]] const ModelConfig& config() const noexcept { return model_->config; }
+  [[nodiscard]] const LlamaModel<Linear>& model() const noexcept { return *model_; }   ///< what generates
+  [[nodiscard]] const ModelConfig& config() const noexcept { return model_->config; }  ///< of the model
 
   /// The place of one token at the end of `own` (a fork), for run(); `token` stays where it is until then.
   /// Errors: kInvalidArgument past the model's context length; as KvAllocator::append_private().
@@ -148,6 +149,7 @@ template <LinearLayer Decode>
   if (Status s = check_compatible(base, decode->config); !s.ok()) return s;
   return DecodeModule<Decode>(std::move(decode));
 }
+/// The same, named by its types.
 template <LinearLayer Base, LinearLayer Decode>
 [[nodiscard]] Result<DecodeModule<Decode>> factorize(const PrefillModule<Base>& base,
                                                      std::shared_ptr<const LlamaModel<Decode>> decode) {

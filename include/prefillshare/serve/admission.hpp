@@ -22,14 +22,14 @@ namespace prefillshare {
 
 /// Seconds on the caller's clock: nothing here reads one.
 using AdmissionTime = double;
-inline constexpr AdmissionTime kNoDeadline = std::numeric_limits<AdmissionTime>::infinity();
+inline constexpr AdmissionTime kNoDeadline = std::numeric_limits<AdmissionTime>::infinity();  ///< never
 
 /// What waits to begin.
 struct AdmissionRequest {
-  std::uint64_t id = 0;
-  TenantId tenant = kDefaultTenant;
-  std::int64_t blocks = 0;               // the most it will ever hold, its growth included
-  AdmissionTime deadline = kNoDeadline;  // not to begin at or after it
+  std::uint64_t id = 0;                  ///< the caller's, one for each request that waits
+  TenantId tenant = kDefaultTenant;      ///< whose it is
+  std::int64_t blocks = 0;               ///< the most it will ever hold, its growth included
+  AdmissionTime deadline = kNoDeadline;  ///< not to begin at or after it
 };
 
 /// Blocks that a decode call may come to hold, its answer included.
@@ -48,8 +48,9 @@ concept AdmissionOrder = requires(Order order, const AdmissionRequest& request, 
 
 /// As they came.
 struct ArrivalOrder {
+  /// All the same: by arrival.
   [[nodiscard]] double tag(const AdmissionRequest& /*request*/) const noexcept { return 0.0; }
-  void began(double /*tag*/) noexcept {}
+  void began(double /*tag*/) noexcept {}  ///< nothing to remember
 };
 static_assert(AdmissionOrder<ArrivalOrder>);
 
@@ -58,6 +59,8 @@ static_assert(AdmissionOrder<ArrivalOrder>);
 /// cost.
 class FairOrder {
  public:
+  /// Where the request stands in the order: the lowest first, equal ones by arrival. Asked once, on
+  /// arrival.
   [[nodiscard]] double tag(const AdmissionRequest& request) {
     double weight = 1.0;
     if (const auto found = weights_.find(request.tenant); found != weights_.end()) weight = found->second;
@@ -65,6 +68,7 @@ class FairOrder {
     last = std::max(last, now_) + static_cast<double>(std::max<std::int64_t>(request.blocks, 1)) / weight;
     return last;
   }
+  /// A request of that tag has begun.
   void began(double tag) noexcept { now_ = std::max(now_, tag); }
 
   /// kInvalidArgument unless above 0; kOutOfMemory.
@@ -83,23 +87,25 @@ class FairOrder {
 };
 static_assert(AdmissionOrder<FairOrder>);
 
+/// What an AdmissionQueue keeps to.
 struct AdmissionLimits {
-  std::int64_t blocks = 0;                                         // held by all that has begun, at most
-  std::int64_t begun = std::numeric_limits<std::int64_t>::max();   // at once, at most
-  std::int64_t queued = std::numeric_limits<std::int64_t>::max();  // more are refused
+  std::int64_t blocks = 0;                                         ///< held by all that has begun, at most
+  std::int64_t begun = std::numeric_limits<std::int64_t>::max();   ///< at once, at most
+  std::int64_t queued = std::numeric_limits<std::int64_t>::max();  ///< more are refused
 };
 
 /// What next() has taken out of the queue.
 struct Admission {
+  /// What became of the request.
   enum class Kind : std::uint8_t {
     kNone,      ///< nothing: the queue is empty, or its first request has no room now
     kAdmitted,  ///< begins: release() it when it has ended
     kExpired,   ///< its deadline has passed while it waited
     kRefused,   ///< `reserve` failed for good
   };
-  Kind kind = Kind::kNone;
-  AdmissionRequest request;
-  Status status;  // why, unless kNone or kAdmitted
+  Kind kind = Kind::kNone;   ///< what became of it
+  AdmissionRequest request;  ///< the request, unless kNone
+  Status status;             ///< why, unless kNone or kAdmitted
 };
 
 /// Admits requests as long as the blocks that they may come to hold are there, so that what has begun can
@@ -112,6 +118,7 @@ struct Admission {
 template <AdmissionOrder Order = ArrivalOrder>
 class AdmissionQueue {
  public:
+  /// An empty queue.
   explicit AdmissionQueue(const AdmissionLimits& limits, Order order = Order())
       : limits_(limits), order_(std::move(order)) {}
 
@@ -179,6 +186,7 @@ class AdmissionQueue {
     ++begun_;
     return out;
   }
+  /// The same, with nothing to reserve.
   [[nodiscard]] Admission next(AdmissionTime now) {
     return next(now, [](const AdmissionRequest&) { return Status(); });
   }
@@ -202,16 +210,17 @@ class AdmissionQueue {
   /// From now on; what has begun keeps what it has.
   void set_limits(const AdmissionLimits& limits) noexcept { limits_ = limits; }
 
-  [[nodiscard]] const AdmissionLimits& limits() const noexcept { return limits_; }
+  [[nodiscard]] const AdmissionLimits& limits() const noexcept { return limits_; }  ///< as given
+  /// waiting.
   [[nodiscard]] std::int64_t queued() const noexcept { return static_cast<std::int64_t>(queue_.size()); }
-  [[nodiscard]] std::int64_t begun() const noexcept { return begun_; }
+  [[nodiscard]] std::int64_t begun() const noexcept { return begun_; }  ///< begun and not yet over
   /// Blocks promised to what has begun.
   [[nodiscard]] std::int64_t held() const noexcept { return held_; }
   /// When next() should be called even if nothing else happens; kNoDeadline: never.
   [[nodiscard]] AdmissionTime next_deadline() const {
     return deadlines_.empty() ? kNoDeadline : deadlines_.begin()->first;
   }
-  [[nodiscard]] Order& order() noexcept { return order_; }
+  [[nodiscard]] Order& order() noexcept { return order_; }  ///< to set weights
 
  private:
   using Place = std::tuple<double, std::uint64_t, std::uint64_t>;  // tag, order of arrival, id

@@ -19,8 +19,10 @@ namespace prefillshare {
 template <MessageChannel Channel>
 class ChannelTransport {
  public:
+  /// To process `peer` of the channel, which outlives this.
   ChannelTransport(Channel& channel, int peer) : channel_(&channel), peer_(peer) {}
 
+  /// As PageTransport says: the pages are copied into one message.
   [[nodiscard]] Status send(const HostKvStorage& from, const PageRun& run) {
     if (Status s = detail::check_run(from, run); !s.ok()) return s;
     const KvShape& shape = from.shape();

@@ -19,12 +19,13 @@
 
 namespace prefillshare {
 
+/// What a DecodeServer may be told.
 struct DecodeServerOptions {
-  std::int64_t most_handoffs = 16;      // under way at once
-  KvTime handoff_time = 30000;          // a hand-off that takes longer is given up
-  std::int64_t messages_per_step = 64;  // read before the next token is decoded
-  HandoffId first_handoff = 1;          // another one each time that the process is started
-  WatchOptions watch;
+  std::int64_t most_handoffs = 16;      ///< under way at once
+  KvTime handoff_time = 30000;          ///< a hand-off that takes longer is given up
+  std::int64_t messages_per_step = 64;  ///< read before the next token is decoded
+  HandoffId first_handoff = 1;          ///< another one each time that the process is started
+  WatchOptions watch;                   ///< of the prefill processes
 };
 
 /// Serves whoever has said Hello: reserves blocks for its contexts, takes in their pages, decodes, sends the
@@ -69,10 +70,11 @@ class DecodeServer {
 
   /// No request of any kind is under way.
   [[nodiscard]] bool idle() const noexcept { return asks_.empty(); }
-  [[nodiscard]] bool knows(int peer) const { return watch_.knows(peer); }
-  [[nodiscard]] bool alive(int peer) const { return watch_.alive(peer); }
+  [[nodiscard]] bool knows(int peer) const { return watch_.knows(peer); }  ///< has said Hello
+  [[nodiscard]] bool alive(int peer) const { return watch_.alive(peer); }  ///< and was not lost since
   /// Prefill processes that have said Hello, and were not lost and have not left since.
   [[nodiscard]] std::int64_t living_peers() const { return watch_.living(); }
+  /// The hand-offs under way.
   [[nodiscard]] const HandoffTable<>& handoffs() const noexcept { return table_; }
   /// Why a peer was given up last; ok() when none was.
   [[nodiscard]] const Status& last_loss() const noexcept { return last_loss_; }

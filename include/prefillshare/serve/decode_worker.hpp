@@ -23,26 +23,27 @@ using ModuleId = std::int32_t;
 
 /// An answer that is wanted.
 struct DecodeRequest {
-  std::uint64_t id = 0;  // the caller's, one of its kind among those under way
-  ModuleId module = 0;
-  std::int32_t last_token = 0;            // of the context: the one that the base cache does not cover
-  std::int64_t max_tokens = 0;            // at least 1; memory for all of them is taken at the start
-  std::vector<std::int32_t> stop_tokens;  // end the answer; not part of it
-  KvTime deadline = kKvNever;             // by the clock of step()
+  std::uint64_t id = 0;                   ///< the caller's, one of its kind among those under way
+  ModuleId module = 0;                    ///< of the worker
+  std::int32_t last_token = 0;            ///< of the context: the one that the base cache does not cover
+  std::int64_t max_tokens = 0;            ///< at least 1; memory for all of them is taken at the start
+  std::vector<std::int32_t> stop_tokens;  ///< end the answer; not part of it
+  KvTime deadline = kKvNever;             ///< by the clock of step()
 };
 
 /// What happened to a request in a step. Every request ends with exactly one event that is not kToken.
 struct DecodeEvent {
+  /// What happened.
   enum class Kind : int {
     kToken,    ///< `token` is the answer's next
     kStopped,  ///< by a stop token
     kLength,   ///< by max_tokens; comes after the last kToken
     kFailed,   ///< see `status`: kCancelled (by cancel() or its deadline), or the forward pass's error
   };
-  std::uint64_t id = 0;
-  Kind kind = Kind::kToken;
-  std::int32_t token = 0;
-  Status status;
+  std::uint64_t id = 0;      ///< as in the request
+  Kind kind = Kind::kToken;  ///< what happened
+  std::int32_t token = 0;    ///< of kToken
+  Status status;             ///< of kFailed; else ok()
 };
 
 namespace detail {
@@ -142,7 +143,7 @@ class DecodeWorker {
     }
     return static_cast<ModuleId>(lanes_.size() - 1);
   }
-  [[nodiscard]] std::int64_t modules() const noexcept { return std::ssize(lanes_); }
+  [[nodiscard]] std::int64_t modules() const noexcept { return std::ssize(lanes_); }  ///< modules added
 
   /// Takes a request on the base cache of its context, of this worker's allocator, which the caller may keep
   /// or drop. Same pool as the prefill worker's: this is the hand-off, and no page moves. kExhausted: no
@@ -209,7 +210,8 @@ class DecodeWorker {
     return false;
   }
 
-  [[nodiscard]] std::int64_t active() const noexcept { return std::ssize(active_); }
+  [[nodiscard]] std::int64_t active() const noexcept { return std::ssize(active_); }  ///< requests under way
+  /// Most of them at once, since the beginning.
   [[nodiscard]] std::int64_t most_active() const noexcept { return most_active_; }
 
   /// One token for each request; how many there were.

@@ -66,8 +66,9 @@ class Handoff {
     return out;
   }
 
+  /// The other holds nothing.
   Handoff(Handoff&&) noexcept = default;
-  Handoff& operator=(Handoff other) noexcept {  // what was here goes with `other`
+  Handoff& operator=(Handoff other) noexcept {  ///< what was here goes with `other`
     std::swap(allocator_, other.allocator_);
     std::swap(sequence_, other.sequence_);
     std::swap(pages_, other.pages_);
@@ -78,8 +79,8 @@ class Handoff {
   }
   ~Handoff() { CODEGEMM_ASSERT(pages_.writing() == 0); }
 
-  [[nodiscard]] HandoffState state() const noexcept { return pages_.state(); }
-  [[nodiscard]] const HandoffPages& pages() const noexcept { return pages_; }
+  [[nodiscard]] HandoffState state() const noexcept { return pages_.state(); }  ///< where it stands
+  [[nodiscard]] const HandoffPages& pages() const noexcept { return pages_; }   ///< which pages have come
   /// Why it was aborted; ok() otherwise.
   [[nodiscard]] const Status& reason() const noexcept { return reason_; }
 

@@ -16,6 +16,7 @@
 
 namespace prefillshare {
 
+/// Where a hand-off stands.
 enum class HandoffState : int {
   kReserved,  ///< room for every page, and none has begun
   kFilling,   ///< some pages are being written or have arrived
@@ -23,6 +24,7 @@ enum class HandoffState : int {
   kAborted,   ///< will never be complete. Final.
 };
 
+/// As it is printed.
 [[nodiscard]] constexpr std::string_view to_string(HandoffState state) noexcept {
   switch (state) {
     case HandoffState::kReserved: return "reserved";
@@ -39,7 +41,9 @@ enum class HandoffState : int {
 class HandoffPages {
  public:
   HandoffPages() = default;  // no page: complete
+  /// The other has no page: complete.
   HandoffPages(HandoffPages&& other) noexcept { swap(other); }
+  /// The other has no page: complete.
   HandoffPages& operator=(HandoffPages&& other) noexcept {
     HandoffPages(std::move(other)).swap(*this);
     return *this;
@@ -65,11 +69,13 @@ class HandoffPages {
     return out;
   }
 
-  [[nodiscard]] HandoffState state() const noexcept { return state_; }
-  [[nodiscard]] std::int64_t layers() const noexcept { return layers_; }
-  [[nodiscard]] std::int64_t blocks() const noexcept { return blocks_; }
+  [[nodiscard]] HandoffState state() const noexcept { return state_; }    ///< of all pages together
+  [[nodiscard]] std::int64_t layers() const noexcept { return layers_; }  ///< of the model
+  [[nodiscard]] std::int64_t blocks() const noexcept { return blocks_; }  ///< of the sequence
+  /// One for each layer and block.
   [[nodiscard]] std::int64_t pages() const noexcept { return layers_ * blocks_; }
-  [[nodiscard]] std::int64_t arrived() const noexcept { return arrived_; }
+  [[nodiscard]] std::int64_t arrived() const noexcept { return arrived_; }  ///< pages written
+  /// Pages begun and not yet written.
   [[nodiscard]] std::int64_t writing() const noexcept { return writing_; }
 
   /// kInvalidArgument for pages that are not there, or none.

@@ -23,15 +23,15 @@ using HandoffId = std::uint64_t;
 
 /// Who asked for a hand-off and how long it may take.
 struct HandoffTerms {
-  std::int32_t source = 0;     // the prefill worker that sends it: aborted together when that one dies
-  KvTime deadline = kKvNever;  // by the caller's clock
+  std::int32_t source = 0;     ///< the prefill worker that sends it: aborted together when that one dies
+  KvTime deadline = kKvNever;  ///< by the caller's clock
 };
 
 /// What the sender must know.
 struct HandoffGrant {
-  HandoffId id = 0;
-  std::int64_t cached_tokens = 0;   // there already: send what follows
-  std::int64_t missing_blocks = 0;  // of them each layer is to be sent
+  HandoffId id = 0;                 ///< to be sent along with every page
+  std::int64_t cached_tokens = 0;   ///< there already: send what follows
+  std::int64_t missing_blocks = 0;  ///< of them each layer is to be sent
 };
 
 /// The hand-offs under way at one decode worker. A call with the number of one that is over, taken or was
@@ -179,6 +179,7 @@ class HandoffTable {
     return std::ssize(entries_);
   }
 
+  /// Every block accounted for. For tests.
   [[nodiscard]] Status check_invariants() const {
     const Guard guard(lock_);
     for (const auto& [id, entry] : entries_) {

@@ -32,6 +32,7 @@ namespace detail {
 /// Random Trees (STOC 1997); Mirrokni et al., Consistent Hashing with Bounded Loads (arXiv 1608.01350).
 class HashRing {
  public:
+  /// `points` of each worker on the ring: more make shares more even.
   explicit HashRing(int points = 64) : points_(std::max(points, 1)) {}
 
   /// The workers that are up now. kOutOfMemory.
@@ -70,7 +71,7 @@ class HashRing {
     return kNoWorker;
   }
 
-  [[nodiscard]] std::size_t size() const noexcept { return ring_.size(); }
+  [[nodiscard]] std::size_t size() const noexcept { return ring_.size(); }  ///< points of all workers
 
  private:
   struct Point {

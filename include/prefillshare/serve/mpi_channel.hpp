@@ -46,7 +46,7 @@ namespace prefillshare {
 /// rank.
 class MpiChannel {
  public:
-  static constexpr int kTag = 1;
+  static constexpr int kTag = 1;  ///< of the channel's messages
 
   /// Collective over `comm`, which it does not use itself: a duplicate, which returns errors, carries the
   /// messages.
@@ -67,6 +67,7 @@ class MpiChannel {
     return out;
   }
 
+  /// The other may only be destroyed.
   MpiChannel(MpiChannel&& other) noexcept
       : comm_(std::exchange(other.comm_, MPI_COMM_NULL)),
         rank_(other.rank_),
@@ -89,8 +90,8 @@ class MpiChannel {
     if (!any_given_up_) MPI_Comm_free(&comm_);
   }
 
-  [[nodiscard]] int rank() const noexcept { return rank_; }
-  [[nodiscard]] int size() const noexcept { return static_cast<int>(peers_.size()); }
+  [[nodiscard]] int rank() const noexcept { return rank_; }                            ///< of this process
+  [[nodiscard]] int size() const noexcept { return static_cast<int>(peers_.size()); }  ///< processes
   /// The channel's own communicator. Messages of tag kTag on it are the channel's.
   [[nodiscard]] MPI_Comm comm() const noexcept { return comm_; }
 
@@ -112,6 +113,7 @@ class MpiChannel {
     return progress_sends();
   }
 
+  /// As MessageChannel says: the sender's rank, or nothing where no message has come.
   [[nodiscard]] Result<std::optional<int>> receive(Message& message) {
     if (Status s = progress_sends(); !s.ok()) return s;
     if (Status s = start_receives(); !s.ok()) return s;
@@ -132,6 +134,7 @@ class MpiChannel {
     return std::optional<int>();
   }
 
+  /// As MessageChannel says.
   [[nodiscard]] std::int64_t queued_bytes(int peer) const {
     return peer >= 0 && peer < size() ? peers_[static_cast<std::size_t>(peer)].queued_bytes : 0;
   }
@@ -139,6 +142,7 @@ class MpiChannel {
   /// A peer was given up: MPI_Finalize may not return.
   [[nodiscard]] bool any_given_up() const noexcept { return any_given_up_; }
 
+  /// As MessageChannel says.
   void give_up(int peer) {
     if (peer < 0 || peer >= size() || state(peer).given_up) return;
     state(peer).given_up = true;

@@ -22,22 +22,23 @@ namespace prefillshare {
 
 /// An answer that is wanted of a decode process.
 struct ServeRequest {
-  std::uint64_t id = 0;  // the caller's; each attempt gets another one
-  int process = 0;       // of the channel
-  ModuleId module = 0;
-  std::vector<std::int32_t> context;  // at least one token
-  std::int64_t max_tokens = 0;
-  std::vector<std::int32_t> stop_tokens;
-  KvTime time_limit = 0;  // 0: none
+  std::uint64_t id = 0;                   ///< the caller's; each attempt gets another one
+  int process = 0;                        ///< of the channel
+  ModuleId module = 0;                    ///< of the process
+  std::vector<std::int32_t> context;      ///< at least one token
+  std::int64_t max_tokens = 0;            ///< of the answer
+  std::vector<std::int32_t> stop_tokens;  ///< end the answer
+  KvTime time_limit = 0;                  ///< 0: none
 };
 
 /// As a DecodeEvent, and with the status of all that can fail on the way: kIoError when the decode process
 /// was lost (ask another one; the base cache is still here), kExhausted when it has no room now.
 using ServeEvent = DecodeEvent;
 
+/// What a PrefillServer may be told.
 struct PrefillServerOptions {
-  std::int64_t most_queued_bytes = std::int64_t{64} << 20;  // to one process, before it is asked for more
-  WatchOptions watch;
+  std::int64_t most_queued_bytes = std::int64_t{64} << 20;  ///< to one process, before it is asked for more
+  WatchOptions watch;                                       ///< of the decode processes
 };
 
 /// One request's way: asked, granted (blocks are reserved over there), prefilled and sent layer by layer,
@@ -47,6 +48,7 @@ struct PrefillServerOptions {
 template <LinearLayer Base, MessageChannel Channel>
 class PrefillServer {
  public:
+  /// All four outlive the server; the worker is its own.
   PrefillServer(const PrefillModule<Base>& module, PrefillWorker<Base>& worker, HostKvStorage& storage,
                 Channel& channel, const PrefillServerOptions& options = {})
       : module_(&module),

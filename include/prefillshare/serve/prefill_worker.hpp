@@ -18,37 +18,38 @@ namespace prefillshare {
 
 /// A base cache that is wanted.
 struct PrefillJob {
-  std::uint64_t id = 0;              // the caller's, one of its kind among those under way
-  std::vector<std::int32_t> tokens;  // what the cache is to cover: a context but for its last token
-  Sequence cache;                    // the session's, of a prefix of `tokens`; closed: taken from the tree
-  std::int64_t pages_from = 0;       // pages of whole blocks from this token on are announced as they fill
-  TenantId tenant = kDefaultTenant;
-  KvTime deadline = kKvNever;  // by the clock of step()
+  std::uint64_t id = 0;              ///< the caller's, one of its kind among those under way
+  std::vector<std::int32_t> tokens;  ///< what the cache is to cover: a context but for its last token
+  Sequence cache;                    ///< the session's, of a prefix of `tokens`; closed: taken from the tree
+  std::int64_t pages_from = 0;       ///< pages of whole blocks from this token on are announced as they fill
+  TenantId tenant = kDefaultTenant;  ///< whose blocks they are
+  KvTime deadline = kKvNever;        ///< by the clock of step()
 };
 
 /// How a job ended. With an error the cache holds what was done until then, and is to be used or dropped.
 struct PrefillResult {
-  std::uint64_t id = 0;
-  Status status;  // kCancelled when cancelled or late; the announcer's; the forward pass's
-  Sequence cache;
-  std::int64_t computed_tokens = 0;
-  std::int64_t reused_tokens = 0;  // found in the session's cache and in the tree
+  std::uint64_t id = 0;  ///< of the job
+  Status status;         ///< kCancelled when cancelled or late; the announcer's; the forward pass's
+  Sequence cache;        ///< what was computed, the session's to keep
+  std::int64_t computed_tokens = 0;  ///< by this job
+  std::int64_t reused_tokens = 0;    ///< found in the session's cache and in the tree
 };
 
 /// Pages that will not change any more: one layer of some blocks. To be sent, copied or counted by whoever is
 /// told; they may be written again when the call returns and the job's cache is dropped.
 struct PagesReady {
-  std::uint64_t job = 0;
-  int layer = 0;
-  std::int64_t first_block = 0;     // of the cache: holds the tokens from first_block * block_tokens on
-  std::span<const BlockId> blocks;  // in the worker's storage
-  std::int64_t last_tokens = 0;     // tokens in the last of them; the others are full
+  std::uint64_t job = 0;            ///< its id
+  int layer = 0;                    ///< of the model
+  std::int64_t first_block = 0;     ///< of the cache: holds the tokens from first_block * block_tokens on
+  std::span<const BlockId> blocks;  ///< in the worker's storage
+  std::int64_t last_tokens = 0;     ///< tokens in the last of them; the others are full
 };
 
+/// What a PrefillWorker may be told.
 struct PrefillOptions {
-  std::int64_t chunk_tokens = 256;  // computed in one step, over all jobs
-  std::int64_t most_running = 4;    // jobs that share a step
-  std::int64_t most_waiting = 256;
+  std::int64_t chunk_tokens = 256;  ///< computed in one step, over all jobs
+  std::int64_t most_running = 4;    ///< jobs that share a step
+  std::int64_t most_waiting = 256;  ///< jobs; more are refused
 };
 
 /// Runs a prefill module for many jobs, in the caller's thread: nothing happens but in step(). Jobs start in
@@ -132,8 +133,10 @@ class PrefillWorker {
     return mark(running_) || mark(waiting_);
   }
 
+  /// Jobs that share the steps.
   [[nodiscard]] std::int64_t running() const noexcept { return std::ssize(running_); }
-  [[nodiscard]] std::int64_t waiting() const noexcept { return std::ssize(waiting_); }
+  [[nodiscard]] std::int64_t waiting() const noexcept { return std::ssize(waiting_); }  ///< jobs behind them
+  /// Nothing to do.
   [[nodiscard]] bool idle() const noexcept { return running_.empty() && waiting_.empty(); }
 
   /// Starts what can start and computes one chunk. The tokens computed; 0 with jobs waiting means that the

@@ -43,7 +43,7 @@ class PrefixIndex {
 
   /// Words of a set of workers as load() gives it.
   [[nodiscard]] std::size_t words() const noexcept { return words_; }
-  [[nodiscard]] WorkerId workers() const noexcept { return workers_; }
+  [[nodiscard]] WorkerId workers() const noexcept { return workers_; }  ///< of the index
   /// Prefixes that some worker holds.
   [[nodiscard]] std::int64_t size() const noexcept { return size_; }
 
@@ -84,6 +84,7 @@ class PrefixIndex {
     return true;
   }
 
+  /// Whether the worker holds the prefix of that hash.
   [[nodiscard]] bool holds(std::uint64_t hash, WorkerId worker) const {
     const Slot& slot = slots_[place_of(hash)];
     return slot.count > 0 && holds(slot, worker);

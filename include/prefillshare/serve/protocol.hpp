@@ -32,6 +32,7 @@
 
 namespace prefillshare {
 
+/// The first number of every message.
 enum class MessageKind : std::uint32_t {
   kHello = 1,
   kAsk,
@@ -46,47 +47,51 @@ enum class MessageKind : std::uint32_t {
 
 /// Who makes the cache, and what its pages are.
 struct HelloMessage {
-  ModelConfig config;
-  CacheKey key;
-  std::int32_t block_tokens = 0;
+  ModelConfig config;             ///< of the base model
+  CacheKey key;                   ///< of its cache
+  std::int32_t block_tokens = 0;  ///< tokens of a block
 };
 
+/// A request for an answer.
 struct AskMessage {
-  std::uint64_t id = 0;  // the asker's, one of its kind among those it has under way
-  std::int32_t module = 0;
-  std::int64_t max_tokens = 0;
-  std::int64_t time_limit = 0;  // from arrival, by the receiver's clock; 0: none
-  std::vector<std::int32_t> stop_tokens;
-  std::vector<std::int32_t> context;  // at least one token; the base cache covers all but the last
+  std::uint64_t id = 0;                   ///< the asker's, one of its kind among those it has under way
+  std::int32_t module = 0;                ///< of the receiver
+  std::int64_t max_tokens = 0;            ///< of the answer
+  std::int64_t time_limit = 0;            ///< from arrival, by the receiver's clock; 0: none
+  std::vector<std::int32_t> stop_tokens;  ///< end the answer
+  std::vector<std::int32_t> context;      ///< at least one token; the base cache covers all but the last
 };
 
+/// The receiver has room: send the pages that are missing.
 struct GrantMessage {
-  std::uint64_t id = 0;
-  HandoffId handoff = 0;
-  std::int64_t cached_tokens = 0;
-  std::int64_t missing_blocks = 0;
+  std::uint64_t id = 0;             ///< of the Ask
+  HandoffId handoff = 0;            ///< to be sent along with the pages
+  std::int64_t cached_tokens = 0;   ///< there already
+  std::int64_t missing_blocks = 0;  ///< to be sent
 };
 
 /// The numbers before the pages themselves: for each block K [tokens][kv_heads][head_dim], then V, fp32.
 struct PagesHeader {
-  HandoffId handoff = 0;
-  std::int32_t layer = 0;
-  std::int64_t first = 0;
-  std::int64_t count = 0;
-  std::int64_t last_tokens = 0;
+  HandoffId handoff = 0;         ///< of the Grant
+  std::int32_t layer = 0;        ///< of the model
+  std::int64_t first = 0;        ///< block of the hand-off that the first one is sent for
+  std::int64_t count = 0;        ///< blocks
+  std::int64_t last_tokens = 0;  ///< tokens in the last of them
 };
 
+/// One token of an answer.
 struct TokenMessage {
-  std::uint64_t id = 0;
-  std::int32_t token = 0;
+  std::uint64_t id = 0;    ///< of the Ask
+  std::int32_t token = 0;  ///< the answer's next
 };
 
 /// How an Ask ended; once for each.
 struct EndMessage {
+  /// How it ended.
   enum class Kind : std::int32_t { kStopped = 0, kLength = 1, kFailed = 2 };
-  std::uint64_t id = 0;
-  Kind kind = Kind::kFailed;
-  Status status;  // not ok() exactly if kFailed
+  std::uint64_t id = 0;       ///< of the Ask
+  Kind kind = Kind::kFailed;  ///< how it ended
+  Status status;              ///< not ok() exactly if kFailed
 };
 
 namespace detail {
@@ -184,6 +189,7 @@ template <class M>
 
 }  // namespace detail
 
+/// Writes a whole message; what was in `out` is lost.
 inline void write_message(const HelloMessage& hello, Message& out) {
   detail::MessageWriter writer = detail::begin_message(out, MessageKind::kHello);
   const ModelConfig& c = hello.config;
@@ -200,6 +206,7 @@ inline void write_message(const HelloMessage& hello, Message& out) {
   writer.text(hello.key.tenant_salt);
   writer.number(hello.block_tokens);
 }
+/// kCorruptData, with what is wrong, for anything but a whole and valid message of this kind.
 [[nodiscard]] inline Result<HelloMessage> read_hello(std::span<const std::byte> message) {
   detail::MessageReader reader = detail::body_of(message);
   HelloMessage out;
@@ -222,9 +229,11 @@ inline void write_message(const HelloMessage& hello, Message& out) {
   return out;
 }
 
+/// Writes a whole message; what was in `out` is lost.
 inline void write_message(const AskMessage& ask, Message& out) {
   detail::write_fields(MessageKind::kAsk, ask, out);
 }
+/// kCorruptData, as read_hello().
 [[nodiscard]] inline Result<AskMessage> read_ask(std::span<const std::byte> message) {
   detail::MessageReader reader = detail::body_of(message);
   AskMessage out;
@@ -234,9 +243,11 @@ inline void write_message(const AskMessage& ask, Message& out) {
   return out;
 }
 
+/// Writes a whole message; what was in `out` is lost.
 inline void write_message(const GrantMessage& grant, Message& out) {
   detail::write_fields(MessageKind::kGrant, grant, out);
 }
+/// kCorruptData, as read_hello().
 [[nodiscard]] inline Result<GrantMessage> read_grant(std::span<const std::byte> message) {
   detail::MessageReader reader = detail::body_of(message);
   GrantMessage out;
@@ -251,9 +262,10 @@ inline void write_message(const GrantMessage& grant, Message& out) {
 inline void write_message(const PagesHeader& pages, Message& out) {
   detail::write_fields(MessageKind::kPages, pages, out);
 }
+/// A message of pages as it was read.
 struct PagesMessage {
-  PagesHeader header;
-  std::span<const std::byte> pages;  // within the message
+  PagesHeader header;                ///< what they are
+  std::span<const std::byte> pages;  ///< within the message
 };
 /// That there are as many bytes as the header says, for pages of `shape`, is checked.
 [[nodiscard]] inline Result<PagesMessage> read_pages(std::span<const std::byte> message,
@@ -275,9 +287,11 @@ struct PagesMessage {
   return out;
 }
 
+/// Writes a whole message: the Ask of that id is no longer wanted.
 inline void write_cancel(std::uint64_t id, Message& out) {
   detail::begin_message(out, MessageKind::kCancel).number(id);
 }
+/// kCorruptData, as read_hello(); else the Ask's id.
 [[nodiscard]] inline Result<std::uint64_t> read_cancel(std::span<const std::byte> message) {
   detail::MessageReader reader = detail::body_of(message);
   std::uint64_t id = 0;
@@ -285,9 +299,11 @@ inline void write_cancel(std::uint64_t id, Message& out) {
   return id;
 }
 
+/// Writes a whole message; what was in `out` is lost.
 inline void write_message(const TokenMessage& token, Message& out) {
   detail::write_fields(MessageKind::kToken, token, out);
 }
+/// kCorruptData, as read_hello().
 [[nodiscard]] inline Result<TokenMessage> read_token(std::span<const std::byte> message) {
   detail::MessageReader reader = detail::body_of(message);
   TokenMessage out;
@@ -297,6 +313,7 @@ inline void write_message(const TokenMessage& token, Message& out) {
   return out;
 }
 
+/// Writes a whole message; what was in `out` is lost.
 inline void write_message(const EndMessage& end, Message& out) {
   detail::MessageWriter writer = detail::begin_message(out, MessageKind::kEnd);
   writer.number(end.id);
@@ -304,6 +321,7 @@ inline void write_message(const EndMessage& end, Message& out) {
   writer.number(static_cast<std::int32_t>(end.status.code()));
   writer.text(end.status.message());
 }
+/// kCorruptData, as read_hello().
 [[nodiscard]] inline Result<EndMessage> read_end(std::span<const std::byte> message) {
   detail::MessageReader reader = detail::body_of(message);
   EndMessage out;

@@ -25,24 +25,26 @@ namespace prefillshare {
 /// One attempt at a request. A later attempt at the same request makes earlier tickets void, so whatever a
 /// worker that was thought dead still says about it is refused: nothing is answered twice.
 struct Ticket {
-  RequestId request = 0;
-  std::uint64_t attempt = 0;
+  RequestId request = 0;      ///< which request
+  std::uint64_t attempt = 0;  ///< from 1 on, another number each time
 
+  /// The same attempt.
   friend bool operator==(const Ticket&, const Ticket&) = default;
 };
 
 /// Where an attempt goes.
 struct Route {
-  Ticket ticket;
-  WorkerId worker = kNoWorker;
-  std::uint64_t epoch = 0;         // of the worker: to be sent along, so that a restarted one refuses
-  std::int64_t cached_tokens = 0;  // that the worker is believed to have, whole blocks
-  double seconds = 0.0;            // of the prefill, estimated
+  Ticket ticket;                   ///< to be given back when the attempt ends
+  WorkerId worker = kNoWorker;     ///< where it goes
+  std::uint64_t epoch = 0;         ///< of the worker: to be sent along, so that a restarted one refuses
+  std::int64_t cached_tokens = 0;  ///< that the worker is believed to have, whole blocks
+  double seconds = 0.0;            ///< of the prefill, estimated
 };
 
+/// What a Router may be told.
 struct RouterOptions {
-  WorkerId workers = 0;   // numbers 0 .. workers - 1 may be added
-  int block_tokens = 16;  // of the caches whose events are observed
+  WorkerId workers = 0;   ///< numbers 0 .. workers - 1 may be added
+  int block_tokens = 16;  ///< of the caches whose events are observed
 };
 
 /// The requests of one pool of workers, from route() to finish(). Each attempt depends on its worker until
@@ -202,27 +204,31 @@ class Router {
 
   // --- Caches: see WorkerCaches ---
 
+  /// WorkerCaches::observe().
   [[nodiscard]] Result<CacheSync> observe(WorkerId worker, std::uint64_t epoch,
                                           std::span<const KvEvent> events) {
     return caches_.observe(worker, epoch, events);
   }
+  /// WorkerCaches::resync().
   [[nodiscard]] Result<CacheSync> resync(WorkerId worker, std::uint64_t epoch,
                                          std::span<const KvEvent> cached, std::uint64_t next) {
     return caches_.resync(worker, epoch, cached, next);
   }
+  /// WorkerCaches::follow().
   template <class Snapshot>
   [[nodiscard]] Result<CacheSync> follow(WorkerId worker, std::uint64_t epoch, const EventLog& log,
                                          Snapshot&& snapshot) {
     return caches_.follow(worker, epoch, log, std::forward<Snapshot>(snapshot));
   }
 
-  [[nodiscard]] const WorkerTable& workers() const noexcept { return table_; }
-  [[nodiscard]] const WorkerCaches& caches() const noexcept { return caches_; }
-  [[nodiscard]] const Policy& policy() const noexcept { return policy_; }
+  [[nodiscard]] const WorkerTable& workers() const noexcept { return table_; }   ///< to look at
+  [[nodiscard]] const WorkerCaches& caches() const noexcept { return caches_; }  ///< to look at
+  [[nodiscard]] const Policy& policy() const noexcept { return policy_; }        ///< to look at
   /// Requests in the router, orphans included.
   [[nodiscard]] std::int64_t requests() const noexcept { return static_cast<std::int64_t>(flights_.size()); }
+  /// Of these, those whose worker died.
   [[nodiscard]] std::int64_t orphaned() const noexcept { return orphaned_; }
-  [[nodiscard]] std::int64_t finished() const noexcept { return finished_; }
+  [[nodiscard]] std::int64_t finished() const noexcept { return finished_; }  ///< since the beginning
 
   /// Recounts load and orphans from the requests. O(requests + workers).
   [[nodiscard]] Status check_invariants() const {

@@ -23,15 +23,17 @@
 
 namespace prefillshare {
 
+/// The caller's number of a request.
 using RequestId = std::uint64_t;
+/// The caller's number of a session.
 using SessionId = std::uint64_t;
 
 /// What a router must know of a request.
 struct RouteRequest {
-  RequestId request = 0;  // one number for each; asking again after a failure uses the same
-  SessionId session = 0;
-  std::int64_t tokens = 0;                // of the prompt
-  std::span<const std::uint64_t> prefix;  // prefix_hashes() of it; may be empty, then nothing is matched
+  RequestId request = 0;                  ///< one number for each; asking again after a failure uses the same
+  SessionId session = 0;                  ///< requests of one session have one number
+  std::int64_t tokens = 0;                ///< of the prompt
+  std::span<const std::uint64_t> prefix;  ///< prefix_hashes() of it; may be empty, then nothing is matched
 };
 
 /// Estimates the seconds that a worker takes to prefill `tokens` after `context` tokens that it has already.
@@ -43,10 +45,11 @@ concept PrefillCost = requires(const Cost cost, std::int64_t tokens) {
 /// Linear layers by the token, attention by pairs of tokens. The numbers are the caller's to measure; with
 /// the default, load is counted in tokens.
 struct LinearPrefillCost {
-  double seconds_per_token = 1.0;
-  double seconds_per_pair = 0.0;
-  double seconds_per_request = 0.0;
+  double seconds_per_token = 1.0;    ///< linear layers
+  double seconds_per_pair = 0.0;     ///< attention, for a token and a token that it sees
+  double seconds_per_request = 0.0;  ///< whatever its length
 
+  /// Seconds for `tokens` behind a context of `context` tokens.
   [[nodiscard]] constexpr double operator()(std::int64_t tokens, std::int64_t context) const noexcept {
     const auto n = static_cast<double>(tokens);
     return seconds_per_request + n * seconds_per_token +
@@ -57,10 +60,10 @@ struct LinearPrefillCost {
 /// What a rule may look at.
 template <PrefillCost Cost>
 struct RouteContext {
-  const WorkerTable& workers;
-  std::span<const PrefixMatch> matches;  // with kUsesPrefixes; workers that are not up may be among them
-  int block_tokens = 1;
-  const Cost& cost;
+  const WorkerTable& workers;            ///< all workers
+  std::span<const PrefixMatch> matches;  ///< with kUsesPrefixes; workers that are not up may be among them
+  int block_tokens = 1;                  ///< tokens of a block
+  const Cost& cost;                      ///< estimates a prefill
 };
 
 /// A rule. choose() names a worker that is up, kNoWorker if there is none; it may remember sessions, and
@@ -118,8 +121,9 @@ template <class CostOf>
 /// One after the other.
 class RoundRobinRouting {
  public:
-  static constexpr bool kUsesPrefixes = false;
+  static constexpr bool kUsesPrefixes = false;  ///< does not ask what is cached
 
+  /// As RoutingPolicy says.
   template <PrefillCost Cost>
   [[nodiscard]] Result<WorkerId> choose(const RouteRequest& /*request*/, const RouteContext<Cost>& context) {
     for (WorkerId i = 0; i < context.workers.size(); ++i) {
@@ -130,8 +134,8 @@ class RoundRobinRouting {
     }
     return kNoWorker;
   }
-  [[nodiscard]] Status changed(const WorkerTable& /*workers*/) { return {}; }
-  void ended(SessionId /*session*/) {}
+  [[nodiscard]] Status changed(const WorkerTable& /*workers*/) { return {}; }  ///< nothing depends on them
+  void ended(SessionId /*session*/) {}  ///< nothing is kept of a session
 
  private:
   WorkerId next_ = 0;
@@ -141,15 +145,16 @@ static_assert(RoutingPolicy<RoundRobinRouting>);
 /// The least work in the queue; for decode workers too, where nothing is matched.
 class LeastLoadedRouting {
  public:
-  static constexpr bool kUsesPrefixes = false;
+  static constexpr bool kUsesPrefixes = false;  ///< does not ask what is cached
 
+  /// As RoutingPolicy says.
   template <PrefillCost Cost>
   [[nodiscard]] Result<WorkerId> choose(const RouteRequest& request, const RouteContext<Cost>& context) {
     return detail::cheapest(context.workers, request.session,
                             [](WorkerId /*worker*/, const WorkerView& view) { return view.load(); });
   }
-  [[nodiscard]] Status changed(const WorkerTable& /*workers*/) { return {}; }
-  void ended(SessionId /*session*/) {}
+  [[nodiscard]] Status changed(const WorkerTable& /*workers*/) { return {}; }  ///< nothing depends on them
+  void ended(SessionId /*session*/) {}  ///< nothing is kept of a session
 };
 static_assert(RoutingPolicy<LeastLoadedRouting>);
 
@@ -157,10 +162,12 @@ static_assert(RoutingPolicy<LeastLoadedRouting>);
 /// requests, rounded up; a session whose worker is full goes to the next on the ring.
 class HashRouting {
  public:
-  static constexpr bool kUsesPrefixes = false;
+  static constexpr bool kUsesPrefixes = false;  ///< does not ask what is cached
 
+  /// A worker has at most `bound` times the mean number of requests; `points` as HashRing.
   explicit HashRouting(double bound = 1.25, int points = 64) : bound_(std::max(bound, 1.0)), ring_(points) {}
 
+  /// As RoutingPolicy says.
   template <PrefillCost Cost>
   [[nodiscard]] Result<WorkerId> choose(const RouteRequest& request, const RouteContext<Cost>& context) {
     std::int64_t requests = 1;  // this one is counted
@@ -173,8 +180,9 @@ class HashRouting {
       return static_cast<double>(context.workers[worker].requests + 1) <= most;
     });
   }
+  /// The ring is made anew.
   [[nodiscard]] Status changed(const WorkerTable& workers) { return ring_.rebuild(workers); }
-  void ended(SessionId /*session*/) {}
+  void ended(SessionId /*session*/) {}  ///< nothing is kept of a session
 
  private:
   double bound_;
@@ -188,10 +196,12 @@ static_assert(RoutingPolicy<HashRouting>);
 template <RoutingPolicy Placement = HashRouting>
 class StickyRouting {
  public:
-  static constexpr bool kUsesPrefixes = Placement::kUsesPrefixes;
+  static constexpr bool kUsesPrefixes = Placement::kUsesPrefixes;  ///< what the placement asks
 
+  /// `placement` chooses where a session begins.
   explicit StickyRouting(Placement placement = Placement()) : placement_(std::move(placement)) {}
 
+  /// As RoutingPolicy says: where the session was, if that worker is up.
   template <PrefillCost Cost>
   [[nodiscard]] Result<WorkerId> choose(const RouteRequest& request, const RouteContext<Cost>& context) {
     const auto found = worker_of_.find(request.session);
@@ -206,7 +216,9 @@ class StickyRouting {
     }
     return placed;
   }
+  /// Of the placement.
   [[nodiscard]] Status changed(const WorkerTable& workers) { return placement_.changed(workers); }
+  /// The session is forgotten.
   void ended(SessionId session) {
     worker_of_.erase(session);
     placement_.ended(session);
@@ -230,12 +242,13 @@ static_assert(RoutingPolicy<StickyRouting<>>);
 /// O(workers).
 class PrefixRouting {
  public:
-  static constexpr bool kUsesPrefixes = true;
+  static constexpr bool kUsesPrefixes = true;  ///< asks what is cached where
 
   /// 1 is best for this request alone; but what is computed twice delays all others and fills a second cache,
   /// so under load more is better for all. Less spreads.
   explicit PrefixRouting(double weight = 2.0) : weight_(weight) {}
 
+  /// As RoutingPolicy says.
   template <PrefillCost Cost>
   [[nodiscard]] Result<WorkerId> choose(const RouteRequest& request, const RouteContext<Cost>& context) {
     const auto workers = static_cast<std::size_t>(context.workers.size());
@@ -255,8 +268,8 @@ class PrefixRouting {
     for (const PrefixMatch& match : context.matches) at(match.worker) = 0;
     return best;
   }
-  [[nodiscard]] Status changed(const WorkerTable& /*workers*/) { return {}; }
-  void ended(SessionId /*session*/) {}
+  [[nodiscard]] Status changed(const WorkerTable& /*workers*/) { return {}; }  ///< nothing depends on them
+  void ended(SessionId /*session*/) {}  ///< nothing is kept of a session
 
  private:
   /// A match may name a worker that the table has not: matched_ covers the table, others are not asked for.

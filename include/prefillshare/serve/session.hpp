@@ -19,28 +19,28 @@ namespace prefillshare {
 
 /// What a session works with. All of it is the caller's and outlives the session; one call at a time.
 struct SessionResources {
-  KvAllocator* allocator = nullptr;
-  HostKvStorage* storage = nullptr;
-  ForwardWorkspace* prefill_workspace = nullptr;  // made for the base; its size is the prefill chunk
-  Executor* executor = nullptr;
+  KvAllocator* allocator = nullptr;               ///< of all caches
+  HostKvStorage* storage = nullptr;               ///< the allocator's blocks lie here
+  ForwardWorkspace* prefill_workspace = nullptr;  ///< made for the base; its size is the prefill chunk
+  Executor* executor = nullptr;                   ///< the threads
 };
 
 /// When a decode call ends.
 struct DecodeLimits {
-  std::int64_t max_tokens = 0;
-  std::span<const std::int32_t> stop_tokens;  // end the call; not part of its output
+  std::int64_t max_tokens = 0;                ///< of the call's output
+  std::span<const std::int32_t> stop_tokens;  ///< end the call; not part of its output
 };
 
 /// One decode call: what it made and what it cost.
 struct Generation {
-  std::vector<std::int32_t> tokens;
-  bool stopped = false;               // by a stop token or by the caller, rather than by max_tokens
-  std::int64_t prefilled_tokens = 0;  // computed by the base for this call
-  std::int64_t reused_tokens = 0;     // of the base cache, found there
-  double prefill_seconds = 0.0;
-  double first_token_seconds = 0.0;  // from the call to its first token, the prefill included
-  double decode_seconds = 0.0;       // all steps of the decode module
-  std::int64_t kv_bytes = 0;  // held by the allocator at the end of the call, the call's own tail included
+  std::vector<std::int32_t> tokens;   ///< the output, without a stop token
+  bool stopped = false;               ///< by a stop token or by the caller, rather than by max_tokens
+  std::int64_t prefilled_tokens = 0;  ///< computed by the base for this call
+  std::int64_t reused_tokens = 0;     ///< of the base cache, found there
+  double prefill_seconds = 0.0;       ///< of the base
+  double first_token_seconds = 0.0;   ///< from the call to its first token, the prefill included
+  double decode_seconds = 0.0;        ///< all steps of the decode module
+  std::int64_t kv_bytes = 0;  ///< held by the allocator at the end of the call, the call's own tail included
 };
 
 /// The context of one session, shared by all agents that take turns on it.
@@ -51,6 +51,7 @@ struct Generation {
 template <LinearLayer Base>
 class SharedSession {
  public:
+  /// An empty context. The module outlives the session.
   SharedSession(const PrefillModule<Base>& base, const SessionResources& resources)
       : base_(&base), resources_(resources) {}
 
@@ -59,6 +60,7 @@ class SharedSession {
     context_.insert(context_.end(), tokens.begin(), tokens.end());
   }
 
+  /// All that was appended so far.
   [[nodiscard]] std::span<const std::int32_t> context() const noexcept { return context_; }
 
   /// Tokens that the base cache covers now.

@@ -18,12 +18,13 @@ namespace prefillshare {
 
 /// One layer's pages of some blocks, on their way to a hand-off.
 struct PageRun {
-  HandoffId handoff = 0;
-  int layer = 0;
-  std::int64_t first = 0;           // block of the hand-off that blocks[0] is sent for
-  std::span<const BlockId> blocks;  // in the sender's storage
-  std::int64_t last_tokens = 0;     // tokens in the last of them; the others are full
+  HandoffId handoff = 0;            ///< as granted by the receiver
+  int layer = 0;                    ///< of the model
+  std::int64_t first = 0;           ///< block of the hand-off that blocks[0] is sent for
+  std::span<const BlockId> blocks;  ///< in the sender's storage
+  std::int64_t last_tokens = 0;     ///< tokens in the last of them; the others are full
 
+  /// Tokens in blocks[i].
   [[nodiscard]] std::int64_t tokens_in(std::size_t i, int block_tokens) const noexcept {
     return i + 1 == blocks.size() ? last_tokens : block_tokens;
   }

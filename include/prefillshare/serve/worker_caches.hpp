@@ -46,9 +46,10 @@ template <BlockHash Hash = ChainHash>
 
 /// How many blocks of a request's prefix, from the first on and with no gap, a worker has or will have.
 struct PrefixMatch {
-  WorkerId worker = kNoWorker;
-  std::int32_t blocks = 0;
+  WorkerId worker = kNoWorker;  ///< which worker
+  std::int32_t blocks = 0;      ///< the prefix's length in blocks
 
+  /// Both are equal.
   friend bool operator==(const PrefixMatch&, const PrefixMatch&) = default;
 };
 
@@ -59,6 +60,7 @@ enum class CacheSync : std::uint8_t {
   kOtherEpoch,  ///< of a worker that has died since, or was not added: not taken
 };
 
+/// As it is printed.
 [[nodiscard]] constexpr std::string_view to_string(CacheSync sync) noexcept {
   switch (sync) {
     case CacheSync::kCurrent: return "current";
@@ -206,9 +208,11 @@ class WorkerCaches {
     return {};
   }
 
+  /// By the workers' own events.
   [[nodiscard]] const PrefixIndex& confirmed() const noexcept { return confirmed_; }
+  /// Of requests that are on their way.
   [[nodiscard]] const PrefixIndex& expected() const noexcept { return expected_; }
-  [[nodiscard]] WorkerId workers() const noexcept { return confirmed_.workers(); }
+  [[nodiscard]] WorkerId workers() const noexcept { return confirmed_.workers(); }  ///< of the tables
   /// The number of the event that the worker's log is to be read on from.
   [[nodiscard]] std::uint64_t next_event(WorkerId worker) const { return source(worker).next; }
 

@@ -17,9 +17,10 @@ namespace prefillshare {
 
 /// Small numbers from 0 on: tables are indexed by them. A worker that is started again keeps its number.
 using WorkerId = std::int32_t;
-inline constexpr WorkerId kNoWorker = -1;
-inline constexpr WorkerId kMostWorkers = WorkerId{1} << 20;
+inline constexpr WorkerId kNoWorker = -1;                    ///< no worker
+inline constexpr WorkerId kMostWorkers = WorkerId{1} << 20;  ///< of a table
 
+/// What may be sent to a worker.
 enum class WorkerState : std::uint8_t {
   kAbsent,    ///< was never added
   kDown,      ///< dead: what it was doing is to be done elsewhere
@@ -27,6 +28,7 @@ enum class WorkerState : std::uint8_t {
   kUp,
 };
 
+/// As it is printed.
 [[nodiscard]] constexpr std::string_view to_string(WorkerState state) noexcept {
   switch (state) {
     case WorkerState::kAbsent: return "absent";
@@ -37,30 +39,37 @@ enum class WorkerState : std::uint8_t {
   return "unknown";
 }
 
+/// What is known of a worker.
 struct WorkerView {
-  WorkerState state = WorkerState::kAbsent;
-  std::uint64_t epoch = 0;        // another number each time the worker starts
-  std::int64_t requests = 0;      // routed here and not done with
-  double queued_seconds = 0.0;    // of these, the work that is not done, estimated
-  double reported_seconds = 0.0;  // what the worker says it has besides
+  WorkerState state = WorkerState::kAbsent;  ///< whether requests may go to it
+  std::uint64_t epoch = 0;                   ///< another number each time the worker starts
+  std::int64_t requests = 0;                 ///< routed here and not done with
+  double queued_seconds = 0.0;               ///< of these, the work that is not done, estimated
+  double reported_seconds = 0.0;             ///< what the worker says it has besides
 
+  /// Seconds of work before it.
   [[nodiscard]] constexpr double load() const noexcept { return queued_seconds + reported_seconds; }
 };
 
 /// Indexed by WorkerId. Changes are counted, so that a policy knows when what it derived is old.
 class WorkerTable {
  public:
-  [[nodiscard]] std::span<const WorkerView> workers() const noexcept { return workers_; }
+  [[nodiscard]] std::span<const WorkerView> workers() const noexcept { return workers_; }  ///< by number
+  /// Numbers given out.
   [[nodiscard]] WorkerId size() const noexcept { return static_cast<WorkerId>(workers_.size()); }
+  /// Was added.
   [[nodiscard]] bool contains(WorkerId id) const noexcept {
     return id >= 0 && id < size() && (*this)[id].state != WorkerState::kAbsent;
   }
+  /// Takes requests.
   [[nodiscard]] bool up(WorkerId id) const noexcept {
     return id >= 0 && id < size() && (*this)[id].state == WorkerState::kUp;
   }
+  /// A number below size().
   [[nodiscard]] const WorkerView& operator[](WorkerId id) const noexcept {
     return workers_[static_cast<std::size_t>(id)];
   }
+  /// A number below size().
   [[nodiscard]] WorkerView& operator[](WorkerId id) noexcept {
     return workers_[static_cast<std::size_t>(id)];
   }
@@ -87,6 +96,7 @@ class WorkerTable {
     ++version_;
     return {};
   }
+  /// Counts as a change unless it is the state already.
   void set_state(WorkerId id, WorkerState state) noexcept {
     if ((*this)[id].state == state) return;
     (*this)[id].state = state;

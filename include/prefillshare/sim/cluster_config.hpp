@@ -28,6 +28,7 @@ enum class CacheSharing : std::uint8_t {
   kShared,
 };
 
+/// As it is printed.
 [[nodiscard]] constexpr std::string_view to_string(CacheSharing sharing) noexcept {
   switch (sharing) {
     case CacheSharing::kPerModule: return "per module";
@@ -39,31 +40,32 @@ enum class CacheSharing : std::uint8_t {
 
 /// A worker that dies, and comes back empty.
 struct SimFault {
+  /// Which kind of worker.
   enum class Side : std::uint8_t { kPrefill, kDecode };
-  Side side = Side::kPrefill;
-  std::int32_t worker = 0;
-  double down = 0.0;  // seconds
-  double up = std::numeric_limits<double>::infinity();
+  Side side = Side::kPrefill;                           ///< which kind
+  std::int32_t worker = 0;                              ///< its number
+  double down = 0.0;                                    ///< seconds
+  double up = std::numeric_limits<double>::infinity();  ///< seconds; never, if not set
 };
 
 /// Decode worker i serves module i % modules.
 struct ClusterConfig {
-  CacheSharing sharing = CacheSharing::kShared;
-  std::int32_t modules = 4;
-  std::int32_t prefill_workers = 4;
-  std::int32_t decode_workers = 4;
-  int block_tokens = 16;
-  std::int64_t prefill_blocks = 0;  // of each worker
-  std::int64_t decode_blocks = 0;
-  double kv_bytes_per_token = 0.0;
-  CostModel cost;
-  std::int64_t chunk_tokens = 2048;  // of a prefill step, of all its requests together
-  std::int32_t most_batch = 256;     // sequences in a decode step
+  CacheSharing sharing = CacheSharing::kShared;  ///< who shares a cache
+  std::int32_t modules = 4;                      ///< decode modules
+  std::int32_t prefill_workers = 4;              ///< on the prefill side
+  std::int32_t decode_workers = 4;               ///< on the decode side
+  int block_tokens = 16;                         ///< tokens of a block
+  std::int64_t prefill_blocks = 0;               ///< of each worker
+  std::int64_t decode_blocks = 0;                ///< of each worker
+  double kv_bytes_per_token = 0.0;               ///< of all layers
+  CostModel cost;                                ///< how long steps take
+  std::int64_t chunk_tokens = 2048;              ///< of a prefill step, of all its requests together
+  std::int32_t most_batch = 256;                 ///< sequences in a decode step
 
-  // Sessions: at most `most_sessions` at once, the others wait, at most `most_queued` of them.
+  /// Sessions: at most `most_sessions` at once, the others wait, at most `most_queued` of them.
   std::int64_t most_sessions = std::numeric_limits<std::int64_t>::max();
-  std::int64_t most_queued = std::numeric_limits<std::int64_t>::max();
-  double session_patience = std::numeric_limits<double>::infinity();  // seconds in that queue
+  std::int64_t most_queued = std::numeric_limits<std::int64_t>::max();  ///< sessions
+  double session_patience = std::numeric_limits<double>::infinity();    ///< seconds in that queue
   /// Sessions together may have contexts of so many times the blocks of the prefill workers that keep them.
   double session_blocks_share = std::numeric_limits<double>::infinity();
   /// A call begins its prefill when the decode worker has set aside all the blocks that it may ever need.
@@ -74,11 +76,11 @@ struct ClusterConfig {
   /// back at so many bytes a second. 0: it stays where it is.
   double staging_bytes_per_second = 0.0;
 
-  std::vector<double> prefill_speed;  // [prefill_workers] or empty: 1.0; 0.5 takes twice as long
-  std::vector<double> decode_speed;
-  std::vector<SimFault> faults;
-  double sample_seconds = 1.0;
-  std::int64_t event_ring = 4096;  // events that a prefill worker's log keeps
+  std::vector<double> prefill_speed;  ///< [prefill_workers] or empty: 1.0; 0.5 takes twice as long
+  std::vector<double> decode_speed;   ///< [decode_workers] or empty, as prefill_speed
+  std::vector<SimFault> faults;       ///< workers that die
+  double sample_seconds = 1.0;        ///< from one sample of the memory in use to the next
+  std::int64_t event_ring = 4096;     ///< events that a prefill worker's log keeps
 };
 
 /// Blocks of KV that fit beside the weights.

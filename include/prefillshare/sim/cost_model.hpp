@@ -16,10 +16,11 @@ namespace prefillshare {
 
 /// Seconds over two axes, linear between the points and beyond the last of them.
 struct StepTable {
-  std::vector<double> x;        // ascending
-  std::vector<double> y;        // ascending
-  std::vector<double> seconds;  // [x][y]
+  std::vector<double> x;        ///< ascending
+  std::vector<double> y;        ///< ascending
+  std::vector<double> seconds;  ///< [x][y]
 
+  /// Seconds at that point: linear between the table's points, and beyond its ends by the two points there.
   [[nodiscard]] double operator()(double at_x, double at_y) const noexcept {
     const std::size_t i = cell(x, at_x);
     const std::size_t j = cell(y, at_y);
@@ -65,12 +66,12 @@ struct StepTable {
 
 /// One worker of each kind, and the wire between them.
 struct CostModel {
-  StepTable prefill;  // x: tokens of the chunk, from 0 (what a step costs by itself); y: tokens before it
-  StepTable decode;   // x: sequences in the batch; y: tokens of all their contexts together
-  double link_seconds = 0.0;            // each transfer, besides its bytes
-  double link_bytes_per_second = 1e12;  // out of a prefill worker, and into a decode worker
+  StepTable prefill;  ///< x: tokens of the chunk, from 0 (what a step costs by itself); y: tokens before it
+  StepTable decode;   ///< x: sequences in the batch; y: tokens of all their contexts together
+  double link_seconds = 0.0;            ///< each transfer, besides its bytes
+  double link_bytes_per_second = 1e12;  ///< out of a prefill worker, and into a decode worker
   int overlapped_layers =
-      0;  // a transfer runs along with the prefill but for one layer of so many; 0: after it
+      0;  ///< a transfer runs along with the prefill but for one layer of so many; 0: after it
 
   /// Of a step over one chunk.
   [[nodiscard]] double prefill_seconds(std::int64_t tokens, std::int64_t context) const noexcept {
@@ -96,6 +97,7 @@ struct CostModel {
   }
 };
 
+/// kInvalidArgument for a table that cannot be, named in the text.
 [[nodiscard]] inline Status validate(const CostModel& cost) {
   if (Status s = validate(cost.prefill, "prefill"); !s.ok()) return s;
   if (Status s = validate(cost.decode, "decode"); !s.ok()) return s;
@@ -106,8 +108,9 @@ struct CostModel {
 
 /// For a Router: what a prompt costs, by the table.
 struct TablePrefillCost {
-  const CostModel* model = nullptr;
+  const CostModel* model = nullptr;  ///< the table; outlives this
 
+  /// Seconds for `tokens` behind a context of `context` tokens.
   [[nodiscard]] double operator()(std::int64_t tokens, std::int64_t context) const noexcept {
     return model->prefill_seconds(tokens, context);
   }
@@ -115,18 +118,18 @@ struct TablePrefillCost {
 
 /// A card and a model in a few numbers, for a roofline: a model of a machine, not a measurement of one.
 struct RooflineSpec {
-  double flop_per_second = 0.0;  // dense, of the type computed in
-  double bytes_per_second = 0.0;
-  double compute_share = 0.5;         // of these, what a prefill reaches
-  double memory_share = 0.8;          // and what a decode step reaches
-  double prefill_step_seconds = 0.0;  // of a step besides
-  double decode_step_seconds = 0.0;
-  double parameters = 0.0;
-  double weight_bytes = 0.0;
-  double kv_bytes_per_token = 0.0;
-  int layers = 0;
-  int heads = 0;
-  int head_dim = 0;
+  double flop_per_second = 0.0;       ///< dense, of the type computed in
+  double bytes_per_second = 0.0;      ///< of its memory
+  double compute_share = 0.5;         ///< of these, what a prefill reaches
+  double memory_share = 0.8;          ///< and what a decode step reaches
+  double prefill_step_seconds = 0.0;  ///< of a step besides
+  double decode_step_seconds = 0.0;   ///< of a step besides
+  double parameters = 0.0;            ///< of the model
+  double weight_bytes = 0.0;          ///< all that a step reads of them
+  double kv_bytes_per_token = 0.0;    ///< of all layers
+  int layers = 0;                     ///< of the model
+  int heads = 0;                      ///< of Q
+  int head_dim = 0;                   ///< elements of a head
 };
 
 /// Llama-3.1-8B in 16 bits on an A100-SXM4-80GB: 312 TFLOP/s and 2,039 GB/s (NVIDIA's data sheet), 8.03e9

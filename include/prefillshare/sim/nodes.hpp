@@ -27,6 +27,7 @@
 
 namespace prefillshare {
 
+/// The allocator of a simulated worker: blocks with nothing behind them.
 using SimAllocator = BasicKvAllocator<NoKvStorage>;
 
 namespace detail {

@@ -23,8 +23,10 @@ namespace prefillshare {
 /// The same numbers everywhere, from a seed (splitmix64).
 class SimRandom {
  public:
+  /// The same seed, the same numbers.
   explicit SimRandom(std::uint64_t seed) : state_(seed) {}
 
+  /// All 64 bits.
   [[nodiscard]] std::uint64_t next() noexcept {
     const std::uint64_t z = detail::scramble(state_);
     state_ += 0x9E3779B97F4A7C15ULL;
@@ -36,6 +38,7 @@ class SimRandom {
   [[nodiscard]] std::int64_t between(std::int64_t low, std::int64_t high) noexcept {
     return low + static_cast<std::int64_t>(uniform() * static_cast<double>(high - low + 1));
   }
+  /// Exponentially distributed.
   [[nodiscard]] double exponential(double mean) noexcept { return -mean * std::log1p(-uniform()); }
 
  private:
@@ -44,32 +47,33 @@ class SimRandom {
 
 /// One decode call.
 struct CallPlan {
-  std::int32_t module = 0;   // the decode module, that is the agent
-  std::int32_t context = 0;  // tokens of the prompt: all of the session so far
-  std::int32_t output = 0;   // tokens to generate, at least 1
-  float think_seconds = 0;   // from the end of the call before to this call
+  std::int32_t module = 0;   ///< the decode module, that is the agent
+  std::int32_t context = 0;  ///< tokens of the prompt: all of the session so far
+  std::int32_t output = 0;   ///< tokens to generate, at least 1
+  float think_seconds = 0;   ///< from the end of the call before to this call
 };
 
 /// One session: calls one after the other, each on a context that begins with the one before.
 struct SessionPlan {
-  double arrival = 0.0;  // seconds
-  TenantId tenant = kDefaultTenant;
-  std::int32_t calls = 0;
-  std::int64_t first_call = 0;     // in Workload::calls
-  std::int32_t shared_tokens = 0;  // at the start, the same in all sessions of this prompt
-  std::int32_t prompt = 0;         // which one that is
-  std::int64_t first_block = -1;   // in Workload::blocks, of a trace; -1: the session's own text
-  std::int32_t blocks = 0;
+  double arrival = 0.0;              ///< seconds
+  TenantId tenant = kDefaultTenant;  ///< whose it is
+  std::int32_t calls = 0;            ///< calls one after the other
+  std::int64_t first_call = 0;       ///< in Workload::calls
+  std::int32_t shared_tokens = 0;    ///< at the start, the same in all sessions of this prompt
+  std::int32_t prompt = 0;           ///< which one that is
+  std::int64_t first_block = -1;     ///< in Workload::blocks, of a trace; -1: the session's own text
+  std::int32_t blocks = 0;           ///< of them, from first_block on
 };
 
 /// In the order of arrival.
 struct Workload {
-  std::string name;
-  std::int32_t modules = 1;
-  std::vector<SessionPlan> sessions;
-  std::vector<CallPlan> calls;
-  std::vector<std::int32_t> blocks;  // of traces: equal numbers in equal places, equal text
+  std::string name;                   ///< for reports
+  std::int32_t modules = 1;           ///< decode modules that are called
+  std::vector<SessionPlan> sessions;  ///< in the order of arrival
+  std::vector<CallPlan> calls;        ///< session after session
+  std::vector<std::int32_t> blocks;   ///< of traces: equal numbers in equal places, equal text
 
+  /// The calls of one of the sessions.
   [[nodiscard]] std::span<const CallPlan> calls_of(const SessionPlan& session) const {
     return std::span(calls).subspan(static_cast<std::size_t>(session.first_call),
                                     static_cast<std::size_t>(session.calls));
@@ -123,19 +127,19 @@ struct Workload {
 
 /// What one agent adds to the context each time it is called.
 struct AgentStep {
-  std::int32_t output = 0;       // tokens that it generates
-  std::int32_t observation = 0;  // tokens that come after them: a tool's answer, an instruction
+  std::int32_t output = 0;       ///< tokens that it generates
+  std::int32_t observation = 0;  ///< tokens that come after them: a tool's answer, an instruction
 };
 
 /// Sessions of one kind. All agents are called in turn, each turn.
 struct AgentPattern {
-  std::string name;
-  std::vector<AgentStep> agents;
-  std::int32_t prompt_tokens = 0;  // the first call's context
-  std::int32_t shared_tokens = 0;  // of these, the same in all sessions
-  std::int32_t fewest_turns = 1;
-  std::int32_t most_turns = 1;
-  double think_seconds = 0.0;  // before each call but the first
+  std::string name;                ///< for reports
+  std::vector<AgentStep> agents;   ///< called in turn
+  std::int32_t prompt_tokens = 0;  ///< the first call's context
+  std::int32_t shared_tokens = 0;  ///< of these, the same in all sessions
+  std::int32_t fewest_turns = 1;   ///< each agent is called once a turn
+  std::int32_t most_turns = 1;     ///< drawn evenly between the two
+  double think_seconds = 0.0;      ///< before each call but the first
 };
 
 /// Reasoning and tools: short answers, long observations. The paper gives no lengths; these are chosen so

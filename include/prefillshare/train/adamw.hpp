@@ -20,13 +20,15 @@
 
 namespace prefillshare {
 
+/// The numbers of Loshchilov and Hutter's AdamW.
 struct AdamWOptions {
-  double beta1 = 0.9;
-  double beta2 = 0.999;
-  double epsilon = 1e-8;
+  double beta1 = 0.9;         ///< of the mean gradient
+  double beta2 = 0.999;       ///< of the mean square
+  double epsilon = 1e-8;      ///< added to the root
   double weight_decay = 0.1;  ///< of the learning rate; acts on matrices only
 };
 
+/// How the learning rate goes down.
 enum class RateSchedule : std::uint8_t {
   kConstant,
   kCosine,  ///< falls to zero along half a cosine
@@ -48,6 +50,7 @@ enum class RateSchedule : std::uint8_t {
 template <TrainScalar T>
 class AdamW {
  public:
+  /// Moments of zero for each of these parameters, in their order.
   explicit AdamW(const ParameterList<T>& parameters, const AdamWOptions& options = {}) : options_(options) {
     for (const Parameter<T>& p : parameters) {
       first_.emplace_back(p.value.size());
@@ -84,10 +87,10 @@ class AdamW {
 
   /// Updates so far; what a resumed run sets back.
   [[nodiscard]] std::int64_t steps() const noexcept { return steps_; }
-  void set_steps(std::int64_t steps) noexcept { steps_ = steps; }
+  void set_steps(std::int64_t steps) noexcept { steps_ = steps; }  ///< what steps() returns from now on
   /// The moments, parameter by parameter.
   [[nodiscard]] std::vector<Tensor<T>>& first() noexcept { return first_; }
-  [[nodiscard]] std::vector<Tensor<T>>& second() noexcept { return second_; }
+  [[nodiscard]] std::vector<Tensor<T>>& second() noexcept { return second_; }  ///< mean squares
 
  private:
   AdamWOptions options_;

@@ -22,12 +22,12 @@ namespace prefillshare {
 /// come `prefix` tokens whose keys (after RoPE) and values somebody else made: constants without a gradient.
 template <TrainScalar T>
 struct Segment {
-  std::int64_t first = 0;
-  std::int64_t count = 0;
-  std::int64_t prefix = 0;
-  std::int64_t prefix_stride = 0;  // tokens of one layer in keys and values, at least prefix
-  const T* keys = nullptr;         // [layers][prefix_stride][kv_heads * head_dim]
-  const T* values = nullptr;       // the same
+  std::int64_t first = 0;          ///< row of its first token
+  std::int64_t count = 0;          ///< rows
+  std::int64_t prefix = 0;         ///< tokens before them
+  std::int64_t prefix_stride = 0;  ///< tokens of one layer in keys and values, at least prefix
+  const T* keys = nullptr;         ///< [layers][prefix_stride][kv_heads * head_dim]
+  const T* values = nullptr;       ///< the same
 };
 
 namespace detail {

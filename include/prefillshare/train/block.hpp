@@ -24,43 +24,47 @@ namespace prefillshare {
 
 /// The linear layers of a block, in the order of the forward pass.
 enum class BlockLinear : std::uint8_t { kQ, kK, kV, kO, kGate, kUp, kDown };
-inline constexpr std::size_t kBlockLinears = 7;
+inline constexpr std::size_t kBlockLinears = 7;  ///< layers of a block
 
 /// y = x weight^T + bias, in memory that belongs to somebody else. bias is null or [weight.rows].
 template <TrainScalar T>
 struct LinearWeights {
-  MatrixView<const T> weight;  // [N][K]
-  const T* bias = nullptr;
+  MatrixView<const T> weight;  ///< [N][K]
+  const T* bias = nullptr;     ///< [N], or null
 };
 
 /// Where gradients are added; null where none is wanted.
 template <TrainScalar T>
 struct LinearGradients {
-  T* weight = nullptr;  // [N][K]
-  T* bias = nullptr;    // [N]
+  T* weight = nullptr;  ///< [N][K]
+  T* bias = nullptr;    ///< [N]
 };
 
+/// What one block computes with; all memory is somebody else's.
 template <TrainScalar T>
 struct BlockWeights {
-  const T* input_norm = nullptr;           // [hidden]
-  const T* post_attention_norm = nullptr;  // [hidden]
-  const T* q_norm = nullptr;               // [head_dim], with qk_norm only
-  const T* k_norm = nullptr;
-  std::array<LinearWeights<T>, kBlockLinears> linears;
+  const T* input_norm = nullptr;                        ///< [hidden]
+  const T* post_attention_norm = nullptr;               ///< [hidden]
+  const T* q_norm = nullptr;                            ///< [head_dim], with qk_norm only
+  const T* k_norm = nullptr;                            ///< [head_dim], with qk_norm only
+  std::array<LinearWeights<T>, kBlockLinears> linears;  ///< by BlockLinear
 
+  /// One of the layers.
   [[nodiscard]] const LinearWeights<T>& operator[](BlockLinear which) const {
     return linears[static_cast<std::size_t>(which)];
   }
 };
 
+/// Where one block's gradients are added; null where none is wanted.
 template <TrainScalar T>
 struct BlockGradients {
-  T* input_norm = nullptr;
-  T* post_attention_norm = nullptr;
-  T* q_norm = nullptr;
-  T* k_norm = nullptr;
-  std::array<LinearGradients<T>, kBlockLinears> linears;
+  T* input_norm = nullptr;                                ///< as BlockWeights
+  T* post_attention_norm = nullptr;                       ///< as BlockWeights
+  T* q_norm = nullptr;                                    ///< as BlockWeights
+  T* k_norm = nullptr;                                    ///< as BlockWeights
+  std::array<LinearGradients<T>, kBlockLinears> linears;  ///< by BlockLinear
 
+  /// One of the layers.
   [[nodiscard]] LinearGradients<T>& operator[](BlockLinear which) {
     return linears[static_cast<std::size_t>(which)];
   }

@@ -25,9 +25,10 @@ namespace prefillshare {
 
 /// What a decode module learns: after `prompt` comes `target`, which ends with the token that ends a turn.
 struct TrainingExample {
-  std::vector<std::int32_t> prompt;
-  std::vector<std::int32_t> target;
+  std::vector<std::int32_t> prompt;  ///< what the module is given
+  std::vector<std::int32_t> target;  ///< what it is to answer
 
+  /// Of both together.
   [[nodiscard]] std::int64_t tokens() const noexcept {
     return static_cast<std::int64_t>(prompt.size() + target.size());
   }
@@ -62,9 +63,9 @@ struct TrainingExample {
 
 /// Keys (after RoPE) and values that the base made of some tokens: [layers][tokens][kv_heads * head_dim].
 struct BaseKv {
-  std::int64_t tokens = 0;
-  std::vector<float> keys;
-  std::vector<float> values;
+  std::int64_t tokens = 0;    ///< of the prompt
+  std::vector<float> keys;    ///< see above
+  std::vector<float> values;  ///< see above
 };
 
 /// The frozen base of a fine-tuning: runs prompts by the same forward pass that serves them.
@@ -91,7 +92,7 @@ class FrozenBase {
     return out;
   }
 
-  [[nodiscard]] const ModelConfig& config() const noexcept { return model_->config; }
+  [[nodiscard]] const ModelConfig& config() const noexcept { return model_->config; }  ///< of the base
 
   /// The base cache of `tokens`. Errors of forward(); kOutOfMemory.
   [[nodiscard]] Result<BaseKv> run(std::span<const std::int32_t> tokens, Executor& executor) {

@@ -24,10 +24,10 @@ namespace prefillshare {
 /// rows in order, without gaps.
 template <TrainScalar T>
 struct LossBatch {
-  std::vector<std::int32_t> tokens;  // [rows]
-  std::vector<Segment<T>> segments;
-  std::vector<std::int64_t> loss_rows;  // ascending
-  std::vector<std::int32_t> labels;     // [loss_rows]: the next token at each of them
+  std::vector<std::int32_t> tokens;     ///< [rows]
+  std::vector<Segment<T>> segments;     ///< the rows cut into sequences
+  std::vector<std::int64_t> loss_rows;  ///< ascending
+  std::vector<std::int32_t> labels;     ///< [loss_rows]: the next token at each of them
 };
 
 /// The memory of passes of up to `rows` rows: one block's activations and the residual stream between blocks.
@@ -81,8 +81,10 @@ class TrainPass {
     }
   }
 
-  [[nodiscard]] std::int64_t max_rows() const noexcept { return max_rows_; }
+  [[nodiscard]] std::int64_t max_rows() const noexcept { return max_rows_; }  ///< of a batch
+  /// Positions of a sequence, its prefix included.
   [[nodiscard]] std::int64_t max_context() const noexcept { return rope_->positions(); }
+  /// For TrainableModel.
   [[nodiscard]] detail::Products<T>& products() noexcept { return block_->products(); }
 
  private:

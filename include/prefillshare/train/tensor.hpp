@@ -53,25 +53,32 @@ template <TrainScalar T>
 class Tensor {
  public:
   Tensor() = default;
+  /// So many zeros.
   explicit Tensor(std::int64_t size) { resize(size); }
 
   /// Loses the old values.
   void resize(std::int64_t size) { values_ = Values(static_cast<std::size_t>(size), T{0}); }
-  void zero() noexcept { std::fill(values_.begin(), values_.end(), T{0}); }
+  void zero() noexcept { std::fill(values_.begin(), values_.end(), T{0}); }  ///< sets all values to 0
 
+  /// values.
   [[nodiscard]] std::int64_t size() const noexcept { return static_cast<std::int64_t>(values_.size()); }
-  [[nodiscard]] bool empty() const noexcept { return values_.empty(); }
+  [[nodiscard]] bool empty() const noexcept { return values_.empty(); }  ///< no values
+  /// The first value; the memory is the tensor's.
   [[nodiscard]] T* data() noexcept { return values_.data(); }
-  [[nodiscard]] const T* data() const noexcept { return values_.data(); }
-  [[nodiscard]] std::span<T> span() noexcept { return values_; }
-  [[nodiscard]] std::span<const T> span() const noexcept { return values_; }
+  [[nodiscard]] const T* data() const noexcept { return values_.data(); }     ///< the same, to read from
+  [[nodiscard]] std::span<T> span() noexcept { return values_; }              ///< all values
+  [[nodiscard]] std::span<const T> span() const noexcept { return values_; }  ///< all values, to read from
+  /// Value i, unchecked.
   [[nodiscard]] T& operator[](std::int64_t i) noexcept { return values_[static_cast<std::size_t>(i)]; }
+  /// Value i, unchecked.
   [[nodiscard]] const T& operator[](std::int64_t i) const noexcept {
     return values_[static_cast<std::size_t>(i)];
   }
+  /// The first values as [count][width].
   [[nodiscard]] MatrixView<T> rows(std::int64_t count, std::int64_t width) noexcept {
     return MatrixView<T>(data(), count, width);
   }
+  /// The first values as [count][width], to read from.
   [[nodiscard]] MatrixView<const T> rows(std::int64_t count, std::int64_t width) const noexcept {
     return MatrixView<const T>(data(), count, width);
   }

@@ -28,11 +28,11 @@ namespace prefillshare {
 /// One tensor that training changes.
 template <TrainScalar T>
 struct Parameter {
-  std::string name;  // of the checkpoint: "model.layers.3.mlp.up_proj.weight"
-  std::vector<std::int64_t> shape;
-  bool decay = false;  // whether weight decay acts on it: matrices, not norms, biases and scales
-  Tensor<T> value;
-  Tensor<T> gradient;
+  std::string name;                 ///< of the checkpoint: "model.layers.3.mlp.up_proj.weight"
+  std::vector<std::int64_t> shape;  ///< as in the checkpoint
+  bool decay = false;  ///< whether weight decay acts on it: matrices, not norms, biases and scales
+  Tensor<T> value;     ///< in the order of the checkpoint
+  Tensor<T> gradient;  ///< the same shape
 };
 
 /// Parameters keep their addresses while more are added.
@@ -294,13 +294,14 @@ class TrainableLinear {
     return out;
   }
 
-  [[nodiscard]] std::int64_t rows() const noexcept { return rows_; }
-  [[nodiscard]] std::int64_t cols() const noexcept { return cols_; }
+  [[nodiscard]] std::int64_t rows() const noexcept { return rows_; }  ///< N
+  [[nodiscard]] std::int64_t cols() const noexcept { return cols_; }  ///< K
   /// Whether materialize() writes to its scratch, and gradients() to its.
   [[nodiscard]] bool composed() const noexcept { return a_ != nullptr || codes_ != nullptr; }
   /// Null where the weights are not codes.
   [[nodiscard]] const detail::CodebookWeights<T>* codes() const noexcept { return codes_.get(); }
 
+  /// The weights to multiply by; in `scratch` if they are not kept as they are.
   [[nodiscard]] LinearWeights<T> materialize(T* scratch, detail::Products<T>& products) const {
     LinearWeights<T> out;
     out.bias = bias_ != nullptr ? bias_->value.data() : frozen_bias_.empty() ? nullptr : frozen_bias_.data();

@@ -24,8 +24,9 @@
 
 namespace prefillshare {
 
+/// Deltas of low rank (LoRA) beside frozen weights.
 struct LowRankOptions {
-  std::int64_t rank = 8;
+  std::int64_t rank = 8;   ///< of each delta
   double alpha = 16.0;     ///< the delta is alpha / rank * B A
   std::uint64_t seed = 1;  ///< of A; B is zero at first
 };
@@ -112,20 +113,24 @@ class TrainableModel {
     });
   }
 
-  [[nodiscard]] const ModelConfig& config() const noexcept { return model_->config; }
-  [[nodiscard]] ParameterList<T>& parameters() noexcept { return parameters_; }
+  [[nodiscard]] const ModelConfig& config() const noexcept { return model_->config; }  ///< of the model
+  [[nodiscard]] ParameterList<T>& parameters() noexcept { return parameters_; }  ///< all that is trained
+  /// All that is trained.
   [[nodiscard]] const ParameterList<T>& parameters() const noexcept { return parameters_; }
+  /// Numbers in parameters().
   [[nodiscard]] std::int64_t parameter_count() const noexcept {
     std::int64_t count = 0;
     for (const Parameter<T>& p : parameters_) count += p.value.size();
     return count;
   }
+  /// Before each step.
   void zero_gradients() noexcept {
     for (Parameter<T>& p : parameters_) p.gradient.zero();
   }
 
   // What a pass over the model asks for.
 
+  /// [vocab][hidden]
   [[nodiscard]] const T* embedding() const noexcept {
     return embedding_ != nullptr ? embedding_->value.data() : frozen_embedding_.data();
   }
@@ -133,24 +138,29 @@ class TrainableModel {
   [[nodiscard]] T* embedding_gradient() noexcept {
     return embedding_ != nullptr ? embedding_->gradient.data() : nullptr;
   }
-  [[nodiscard]] const T* final_norm() const noexcept { return norm_value(final_norm_); }
+  [[nodiscard]] const T* final_norm() const noexcept { return norm_value(final_norm_); }  ///< [hidden]
+  /// [hidden], or null.
   [[nodiscard]] T* final_norm_gradient() noexcept { return norm_gradient(final_norm_); }
 
+  /// The output layer's weights, [vocab][hidden].
   [[nodiscard]] LinearWeights<T> head(detail::Products<T>& products) {
     const ModelConfig& c = config();
     if (c.tied_embeddings) return {MatrixView<const T>(embedding(), c.vocab_size, c.hidden_size), nullptr};
     if (has_head()) return linears_.back().materialize(grown(head_scratch_, linears_.back()), products);
     return {MatrixView<const T>(frozen_head_.data(), c.vocab_size, c.hidden_size), nullptr};
   }
+  /// Where the output layer's gradients are added.
   [[nodiscard]] LinearGradients<T> head_gradients() {
     if (config().tied_embeddings) return {embedding_gradient(), nullptr};
     if (has_head()) return linears_.back().gradients(grown(head_gradient_, linears_.back()));
     return {};
   }
+  /// After a pass: the output layer's gradients go on to its parameters.
   void collect_head(detail::Products<T>& products) {
     if (has_head()) linears_.back().pull_back(head_gradient_.data(), products);
   }
 
+  /// The weights of one block; valid until the next block is asked for.
   [[nodiscard]] BlockWeights<T> block(std::int64_t index, detail::Products<T>& products) {
     BlockWeights<T> out;
     const Norms& norms = norms_[static_cast<std::size_t>(index)];
@@ -164,6 +174,7 @@ class TrainableModel {
     }
     return out;
   }
+  /// Where that block's gradients are added.
   [[nodiscard]] BlockGradients<T> block_gradients(std::int64_t index) {
     BlockGradients<T> out;
     Norms& norms = norms_[static_cast<std::size_t>(index)];

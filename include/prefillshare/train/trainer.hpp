@@ -24,28 +24,30 @@
 
 namespace prefillshare {
 
+/// How a decode module is trained.
 struct TrainOptions {
-  std::int64_t steps = 100;
-  std::int64_t batch = 16;  ///< examples of a step
+  std::int64_t steps = 100;  ///< updates, those of an earlier run included
+  std::int64_t batch = 16;   ///< examples of a step
   std::int64_t pass_tokens =
       2048;  ///< rows computed at once; a step takes as many passes as its examples need
-  std::int64_t max_tokens = 1024;  ///< of prompt and target together
-  double sharing = 1.0;            ///< share of the prompt read from the base: shared_tokens()
-  double rate = 2e-5;              ///< highest learning rate
-  double warmup = 0.03;            ///< share of the steps
-  RateSchedule schedule = RateSchedule::kCosine;
-  double clip = 0.0;  ///< highest norm of the gradient; 0: none
-  AdamWOptions adam;
-  std::uint64_t seed = 1;  ///< of the order of the examples
+  std::int64_t max_tokens = 1024;                 ///< of prompt and target together
+  double sharing = 1.0;                           ///< share of the prompt read from the base: shared_tokens()
+  double rate = 2e-5;                             ///< highest learning rate
+  double warmup = 0.03;                           ///< share of the steps
+  RateSchedule schedule = RateSchedule::kCosine;  ///< from the highest rate on
+  double clip = 0.0;                              ///< highest norm of the gradient; 0: none
+  AdamWOptions adam;                              ///< the optimizer's
+  std::uint64_t seed = 1;                         ///< of the order of the examples
 };
 
+/// How far a training run is.
 struct TrainProgress {
-  std::int64_t step = 0;  // done
-  std::int64_t steps = 0;
-  double loss = 0.0;  // mean over the step's target tokens, before its update
-  double rate = 0.0;
-  double tokens_per_second = 0.0;  // prompt and target, of this run
-  double seconds_left = 0.0;
+  std::int64_t step = 0;           ///< done
+  std::int64_t steps = 0;          ///< of the run
+  double loss = 0.0;               ///< mean over the step's target tokens, before its update
+  double rate = 0.0;               ///< learning rate of this step
+  double tokens_per_second = 0.0;  ///< prompt and target, of this run
+  double seconds_left = 0.0;       ///< of the run, at this speed
 };
 
 namespace detail {
@@ -134,7 +136,7 @@ class Trainer {
 
   /// Steps done, those of an earlier run included.
   [[nodiscard]] std::int64_t steps_done() const noexcept { return optimizer_.steps(); }
-  [[nodiscard]] bool done() const noexcept { return steps_done() >= options_.steps; }
+  [[nodiscard]] bool done() const noexcept { return steps_done() >= options_.steps; }  ///< all steps are done
 
   /// One step. kInvalidArgument where a loss or a gradient is not finite: the message names the step and the
   /// example or the parameter, and the parameters are those of the last good step. Other errors as those of
@@ -209,6 +211,7 @@ class Trainer {
     return {};
   }
 
+  /// All that a resumed run needs, in one file that replaces the old one when it is whole.
   [[nodiscard]] Status save(const std::string& path) {
     return save_state(path, run_, model_->parameters(), optimizer_);
   }

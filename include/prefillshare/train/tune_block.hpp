@@ -26,6 +26,7 @@
 
 namespace prefillshare {
 
+/// How a quantized block is tuned.
 struct BlockTuneOptions {
   int steps = 16;              ///< of Adam; 0 leaves the block as it is
   double rate = 1e-3;          ///< highest learning rate, in shares of each tensor's root mean square
@@ -36,26 +37,26 @@ struct BlockTuneOptions {
 
 /// Mean over tokens of |y - target|^2 / |target|^2 on the held-out sequences, fp16 rounding included.
 struct BlockTuneReport {
-  double before = 0.0;
-  double after = 0.0;  // of what was returned
-  bool kept = false;   // whether a tuned block is what was returned
-  float share = 0.0F;  // of the way that Adam went, as kept
+  double before = 0.0;  ///< of what was given
+  double after = 0.0;   ///< of what was returned
+  bool kept = false;    ///< whether a tuned block is what was returned
+  float share = 0.0F;   ///< of the way that Adam went, as kept
 };
 
 /// What a block reads and is to give: [tokens][hidden_size] each, sequence after sequence.
 struct BlockStream {
-  std::span<const std::int64_t> lengths;  // tokens of each sequence
-  const float* inputs = nullptr;
-  const float* targets = nullptr;
+  std::span<const std::int64_t> lengths;  ///< tokens of each sequence
+  const float* inputs = nullptr;          ///< of the block
+  const float* targets = nullptr;         ///< what it is to give
 };
 
 /// A quantized block: its layers in the order of BlockLinear, and its norms (head norms may be empty).
 struct QuantizedBlock {
-  std::vector<codegemm::QuantizedMatrix> linears;
-  std::vector<float> input_norm;
-  std::vector<float> post_attention_norm;
-  std::vector<float> q_norm;
-  std::vector<float> k_norm;
+  std::vector<codegemm::QuantizedMatrix> linears;  ///< by BlockLinear
+  std::vector<float> input_norm;                   ///< [hidden_size]
+  std::vector<float> post_attention_norm;          ///< [hidden_size]
+  std::vector<float> q_norm;                       ///< [head_dim] or empty
+  std::vector<float> k_norm;                       ///< [head_dim] or empty
 };
 
 namespace detail {

@@ -7,10 +7,12 @@
 namespace codegemm::test {
 namespace {
 
+// [guide: cuda_lists]
 struct Configs {
   using Gather = config_list<>;
   using Fused = cuda::MoreFusedConfigs;
 };
+// [guide: end]
 
 TEST_CASE("cuda gemm: every vector length and number of codebooks on tensor cores", "[gpu]") {
   const cuda::Device device = gpu_or_skip();

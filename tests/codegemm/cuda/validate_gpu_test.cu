@@ -139,6 +139,30 @@ TEST_CASE("cuda validate: devices and configurations") {
   CHECK(cuda::validate<OneConfig<cuda::GatherM1V4G128>>(f.good, kHopper).ok());
 }
 
+// [guide: cuda_row]
+// m1v8b6g64, which has no row of its own in the library's list.
+struct GatherM1V8B6G64 {
+  static constexpr int kVecLen = 8, kCodebooks = 1, kCodeBits = 6, kSets = 2, kScaleSteps = 2;
+  static constexpr int kThreads = 512, kPassTokens = 1;
+};
+struct OwnConfigs {
+  using Gather = config_list<GatherM1V8B6G64>;
+  using Fused = config_list<>;
+};
+// [guide: end]
+
+TEST_CASE("cuda validate: a configuration of one's own") {
+  Rng rng(2);
+  const auto packed = cuda::pack(random_matrix({8, 1, 6, 64}, 48, 512, rng).view());
+  REQUIRE(packed.ok());
+  Fixture f;
+  Problem p = f.good;
+  p.weights = packed->view(address<void>(4096));
+  CHECK(cuda::validate<OwnConfigs>(p, kHopper).ok());
+  CHECK(cuda::regime_of<OwnConfigs>(p, kHopper) == cuda::Regime::kGather);
+  expect<OwnConfigs>(f.good, StatusCode::kUnsupported, "no configuration for m1v4g128");
+}
+
 TEST_CASE("cuda validate: the workspace") {
   Fixture f;
   CHECK(cuda::workspace_bytes(f.good, kHopper) == 0);

@@ -46,12 +46,14 @@ TEST_CASE("a decode module must fit the base's cache, and the message names all 
     other.rope.head_dim = 16;
     other.rope.theta = 500000.0;
     other.qk_norm = true;
+    // [guide: factorize]
     const auto made = factorize(module, random_model(other, 4));
     REQUIRE_FALSE(made.ok());
     CHECK(made.status().code() == StatusCode::kIncompatible);
     check_names(made.status(),
                 {"vocab_size: base 61, decode 62", "layers: base 2, decode 3", "kv_heads: base 2, decode 3",
                  "head_dim: base 8, decode 16", "rope theta: base 10000, decode 500000", "qk_norm"});
+    // [guide: end]
   }
   SECTION("RoPE scaling is part of the cache") {
     ModelConfig other = base;

@@ -118,6 +118,7 @@ TEST_CASE("a second session on the same document finds its prefill in the tree")
   REQUIRE(first.greedy(3).ok());
 
   prompt.back() = (prompt.back() + 1) % 61;  // same document, other question
+  // [guide: session]
   SharedSession<DenseLinear> second(first.base, first.resources());
   second.append(prompt);
   const Result<Generation> made = second.decode(
@@ -126,6 +127,7 @@ TEST_CASE("a second session on the same document finds its prefill in the tree")
   REQUIRE(made.ok());
   CHECK(made->reused_tokens == 64);
   CHECK(made->prefilled_tokens == 5);
+  // [guide: end]
 
   DenseSession fresh(base, task, 64, 256, 24, serial);
   fresh.session.append(prompt);

@@ -139,9 +139,11 @@ TEST_CASE("pages are announced once each, before the job ends, and a second pool
               for (std::int64_t i = 0; i < std::ssize(pages.blocks); ++i) {
                 REQUIRE(seen.insert({pages.layer, pages.first_block + i}).second);
               }
+              // [guide: announce]
               return transport.send(prefill.cache.storage,
                                     {grant.id, pages.layer, pages.first_block - grant.cached_tokens / 16,
                                      pages.blocks, pages.last_tokens});
+              // [guide: end]
             },
             [&](PrefillResult&& result) {
               INFO(result.status.message());

@@ -27,14 +27,16 @@ struct CentroidTable {
   static_assert(V == 2 || V == 4 || V == 8 || V == 16, "codegemm: CentroidTable V must be 2, 4, 8 or 16");
   static_assert(Codebooks >= 1 && Codebooks <= 4, "codegemm: CentroidTable Codebooks must be 1 to 4");
 
-  static constexpr int kHalves = V == 16 ? 2 : 1;      // planes of a centroid
-  static constexpr int kEntryBytes = 2 * V / kHalves;  // of a copy
-  static constexpr int kPlanes = Codebooks * kHalves;
-  static constexpr int kPlaneBytes = kPlanes > 4 ? 64 : 128;
-  static constexpr int kPlanesOfRow = 256 / kPlaneBytes;
-  static constexpr int kCopies = kPlaneBytes / kEntryBytes;
+  static constexpr int kHalves = V == 16 ? 2 : 1;             ///< planes of a centroid
+  static constexpr int kEntryBytes = 2 * V / kHalves;         ///< of a copy
+  static constexpr int kPlanes = Codebooks * kHalves;         ///< planes of all codebooks
+  static constexpr int kPlaneBytes = kPlanes > 4 ? 64 : 128;  ///< bytes of a plane
+  static constexpr int kPlanesOfRow = 256 / kPlaneBytes;      ///< planes beside each other in 256 bytes
+  static constexpr int kCopies = kPlaneBytes / kEntryBytes;   ///< copies of a centroid in its plane
+  /// Rows of 256 bytes that one code takes.
   static constexpr int kRowSets = (kPlanes + kPlanesOfRow - 1) / kPlanesOfRow;
 
+  /// Bytes of shared memory for codes of `bits` bits.
   [[nodiscard]] static __host__ __device__ constexpr int bytes(int bits) { return kRowSets * (256 << bits); }
 
   /// Byte offset of a plane for codes of 8 bits or less, whatever b is: tables of b < 8 have the same offsets

@@ -17,13 +17,15 @@ namespace codegemm::cuda {
 
 /// Activations of one token, fp16 or bf16, as bits. Reads beyond `cols` give 0.
 struct Activations {
-  const std::uint16_t* x = nullptr;  // [cols]
-  int cols = 0;
-  bool bf16 = false;
+  const std::uint16_t* x = nullptr;  ///< [cols]
+  int cols = 0;                      ///< activations
+  bool bf16 = false;                 ///< bf16 instead of fp16
 
+  /// The bits of activation k; 0 beyond cols.
   [[nodiscard]] __device__ __forceinline__ std::uint16_t bits(int k) const {
     return k < cols ? x[k] : std::uint16_t{0};
   }
+  /// What such bits stand for.
   [[nodiscard]] __device__ __forceinline__ float value(std::uint16_t bits) const {
     return bf16 ? __uint_as_float(static_cast<unsigned>(bits) << 16) : __half2float(__ushort_as_half(bits));
   }
@@ -47,10 +49,10 @@ struct Psumbook {
                 "codegemm: Psumbook Sets must be a multiple of Codebooks");
   static_assert(Tokens >= 1, "codegemm: Psumbook Tokens must be 1 or more");
 
-  static constexpr int kColumns = 32 * Sets;
-  static constexpr int kSegmentsPerLane = Sets / Codebooks;
-  static constexpr int kSegments = 32 * kSegmentsPerLane;  // k covered: kSegments * v
-  static constexpr int kPlanes = Sets * Tokens;
+  static constexpr int kColumns = 32 * Sets;                 ///< columns of a granule
+  static constexpr int kSegmentsPerLane = Sets / Codebooks;  ///< segments that a lane owns
+  static constexpr int kSegments = 32 * kSegmentsPerLane;    ///< k covered: kSegments * v
+  static constexpr int kPlanes = Sets * Tokens;              ///< one for each set and token
 
   /// Bytes of shared memory for codes of `bits` bits (4 to 8).
   [[nodiscard]] static __host__ __device__ constexpr int bytes(int bits) {
@@ -61,18 +63,18 @@ struct Psumbook {
     return (token * Sets + p) / 2 * 65536 + (token * Sets + p) % 2 * 128;
   }
 
-  // k8 steps of one inner product; a v of 2 or 4 fills a half step.
+  /// k8 steps of one inner product; a v of 2 or 4 fills a half step.
   static constexpr int kSteps = V == 16 ? 2 : 1;
-  static constexpr bool kHalfStep = V == 2 || V == 4;
+  static constexpr bool kHalfStep = V == 2 || V == 4;  ///< only half of a k8 step is used
 
   /// What a thread holds of 8 centroids: the B operand of the product. Kept as they were loaded, so that
   /// nothing waits for them before they are used.
   struct Centroids {
-    std::uint16_t b[kSteps][2];
+    std::uint16_t b[kSteps][2];  ///< two values each
   };
   /// What a thread holds of a position's 32 segments: the A operand, as the bits that were loaded.
   struct Segments {
-    std::uint16_t a[2][kSteps][4];
+    std::uint16_t a[2][kSteps][4];  ///< [rows][steps][values]
   };
 
   /// Centroids 8 * block .. 8 * block + 7 of one codebook.

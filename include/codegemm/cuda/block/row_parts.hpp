@@ -22,18 +22,22 @@ using PartTiles = std::array<std::int32_t, kMaxParts + 1>;
 /// takes rows of the first half of the matrix, and whoever works on the second half takes those `half_tiles`
 /// further on.
 struct RowBlocks {
-  std::int32_t first_tile[kMaxParts + 1] = {};
-  std::int32_t first_block[kMaxParts + 1] = {};
-  std::int32_t tiles_per_block = 0;
-  std::int32_t half_tiles = 0;  // 0: no halves
-  std::int32_t half_part = 0;   // what is added to the part in the second half
+  std::int32_t first_tile[kMaxParts + 1] = {};   ///< of each part, as PartTiles
+  std::int32_t first_block[kMaxParts + 1] = {};  ///< of each part, then the number of all blocks
+  std::int32_t tiles_per_block = 0;              ///< row tiles of a block; a part's last block may have fewer
+  std::int32_t half_tiles = 0;                   ///< 0: no halves
+  std::int32_t half_part = 0;                    ///< what is added to the part in the second half
 
+  /// The row tiles of one block: the part, its first row tile of the whole matrix, and how many.
   struct Block {
-    int part, tile, tiles;
+    /// @{ See above.
+    int part, tile, tiles;  /// @}
   };
 
+  /// Blocks to launch.
   [[nodiscard]] CODEGEMM_HOST_DEVICE constexpr int blocks() const { return first_block[kMaxParts]; }
 
+  /// The tiles of block i, in the first (0) or second (1) half.
   [[nodiscard]] CODEGEMM_HOST_DEVICE constexpr Block block(int i, int half = 0) const {
     int part = 0;
     for (int p = 1; p < kMaxParts; ++p) part += i >= first_block[p] ? 1 : 0;

@@ -8,7 +8,7 @@
 
 namespace codegemm::cuda {
 
-inline constexpr int kTileRows = 16;
+inline constexpr int kTileRows = 16;  ///< rows of a tile
 
 /// The slot of row `row` (0..15) in lane `lane` (0..31), and, being an involution, the row of a slot. The
 /// four low bits of the lane, reversed, flip the row: in each step of the transposing sum over lanes every

@@ -20,15 +20,15 @@ enum class KvLayout {
 /// bytes, strides are multiples of 8 elements. Owns nothing.
 template <class T>
 struct KvPages {
-  T* k = nullptr;  // device memory
-  T* v = nullptr;
-  std::int64_t page_stride = 0;  // elements
-  std::int64_t token_stride = 0;
-  std::int64_t head_stride = 0;
-  std::int32_t pages = 0;
-  int page_size = 0;  // tokens, 1 to kMaxPageSize
-  int kv_heads = 0;
-  int head_dim = 0;
+  T* k = nullptr;                 ///< device memory
+  T* v = nullptr;                 ///< device memory
+  std::int64_t page_stride = 0;   ///< elements
+  std::int64_t token_stride = 0;  ///< from a slot to the next
+  std::int64_t head_stride = 0;   ///< from a head to the next
+  std::int32_t pages = 0;         ///< in the pool
+  int page_size = 0;              ///< tokens, 1 to kMaxPageSize
+  int kv_heads = 0;               ///< heads of K and of V
+  int head_dim = 0;               ///< elements of a head
 
   /// A view to read from, out of one to write to.
   operator KvPages<const T>() const {  // NOLINT(google-explicit-constructor): as T* becomes const T*
@@ -36,7 +36,7 @@ struct KvPages {
   }
 };
 
-inline constexpr int kMaxPageSize = 64;
+inline constexpr int kMaxPageSize = 64;  ///< tokens of a page at most
 
 /// Pages that hold K and V one after the other: [pages][2][page_size][kv_heads][head_dim] (NHD), or
 /// [pages][2][kv_heads][page_size][head_dim] (HND).
@@ -61,12 +61,12 @@ template <class T>
 /// after it has changed. Sequence i holds page_size * (pages - 1) + last_page_len[i] tokens, or none if it
 /// has no pages. At most kMaxContext tokens a sequence; page numbers below KvPages::pages.
 struct PageTableView {
-  const std::int32_t* indptr = nullptr;         // [sequences + 1]
-  const std::int32_t* indices = nullptr;        // [indptr[sequences]]
-  const std::int32_t* last_page_len = nullptr;  // [sequences], 1 to page_size
-  int sequences = 0;
+  const std::int32_t* indptr = nullptr;         ///< [sequences + 1]
+  const std::int32_t* indices = nullptr;        ///< [indptr[sequences]]
+  const std::int32_t* last_page_len = nullptr;  ///< [sequences], 1 to page_size
+  int sequences = 0;                            ///< sequences of the batch
 };
 
-inline constexpr std::int64_t kMaxContext = (std::int64_t{1} << 26) - 1;
+inline constexpr std::int64_t kMaxContext = (std::int64_t{1} << 26) - 1;  ///< tokens of a sequence at most
 
 }  // namespace prefillshare::cuda

@@ -27,16 +27,17 @@ using codegemm::Status;
 using codegemm::StatusCode;
 using codegemm::cuda::Device;
 
-inline constexpr std::size_t kWorkspaceAlignment = 256;
-inline constexpr int kMaxSequences = 1 << 16;
-inline constexpr int kMaxHeads = 1024;
-inline constexpr std::int64_t kMaxQueryTokens = std::int64_t{1} << 20;
+inline constexpr std::size_t kWorkspaceAlignment = 256;                 ///< bytes, of the workspace's address
+inline constexpr int kMaxSequences = 1 << 16;                           ///< of a call
+inline constexpr int kMaxHeads = 1024;                                  ///< of Q
+inline constexpr std::int64_t kMaxQueryTokens = std::int64_t{1} << 20;  ///< of a call
 
 /// A head size that the attention kernels are made for.
 template <int HeadDim>
 struct HeadSize {
-  static constexpr int kHeadDim = HeadDim;
+  static constexpr int kHeadDim = HeadDim;  ///< elements of a head
 };
+/// The sizes of a head that have kernels of their own.
 using HeadSizes = codegemm::config_list<HeadSize<128>, HeadSize<64>, HeadSize<96>>;
 
 namespace detail {

@@ -19,13 +19,14 @@ enum class SharedPath {
 /// The crossover, measured on an H100 by the suite kv-gpu with 2 to 64 sequences of 4 and 8 query heads a K/V
 /// head: below, sharing costs up to a fifth or gains up to a fifth; from here on it gains.
 inline constexpr int kMinSharedSequences = 2;
+/// The same for the tokens they share.
 inline constexpr int kMinSharedTokens = 1024;
 
 /// Choices of one call; the defaults fit an H100.
 struct DecodeTuning {
-  SharedPath shared = SharedPath::kAuto;
-  int min_shared_sequences = kMinSharedSequences;
-  int min_shared_tokens = kMinSharedTokens;
+  SharedPath shared = SharedPath::kAuto;           ///< which way
+  int min_shared_sequences = kMinSharedSequences;  ///< for kAuto
+  int min_shared_tokens = kMinSharedTokens;        ///< for kAuto
   int min_tiles = 1;  ///< tiles of 64 keys that a block gets at least, 1 to 1024: fewer parts to merge
   /// Time of a shared tile with more than 64 query rows, in percent of other tiles', 100 to 1000.
   int many_rows_cost = 130;
