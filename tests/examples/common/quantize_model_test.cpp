@@ -247,7 +247,7 @@ TEST_CASE("a quantized model is written in either format and read as the dequant
     float row[24];
     REQUIRE(again->read_rows("model.embed_tokens.weight", 7, 1, row).ok());
     for (std::size_t d = 0; d < 24; ++d) {
-      const float want = (*model->embedding)[static_cast<std::size_t>(7 * 24 + d)];
+      const float want = (*model->embedding)[std::size_t{7} * 24 + d];
       CHECK(row[d] == codegemm::Half::from_float(want).to_float());
     }
   }
