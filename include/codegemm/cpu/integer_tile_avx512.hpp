@@ -27,7 +27,7 @@ using SumChunk = void (*)(const std::int32_t* x, const std::int32_t* w, std::int
                           std::int32_t* sums);
 
 // Two pairs at a time, into sums of their own: six alone would wait for each other. The arrays are registers.
-#define CODEGEMM_SIX_TOKENS _Pragma("GCC unroll 6") for (int t = 0; t < 6; ++t)
+#define CODEGEMM_SIX_TOKENS _Pragma("GCC unroll 6") for (std::int64_t t = 0; t < 6; ++t)
 #define CODEGEMM_SUM_CHUNK(add_products)                                                                     \
   __m512i even[6];                                                                                           \
   __m512i odd[6];                                                                                            \
@@ -74,7 +74,7 @@ CODEGEMM_TARGET_AVX512 void multiply_pairs_avx512(const IntegerTileArgs& a) {
     kSumChunk(a.x + at * 6, a.w + at * 16, (end - k) / 2, sums);
     const std::int64_t unit = (k - a.first_k) / CpuTiles::kIntegerUnit;
     const __m512 w_step = _mm512_loadu_ps(a.w_steps + unit * a.ld_steps);
-    for (int t = 0; t < 6; ++t) {
+    for (std::int64_t t = 0; t < 6; ++t) {
       const __m512 step = _mm512_mul_ps(_mm512_set1_ps(a.x_steps[unit * 6 + t]), w_step);
       __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + 16 * t)), step);
       float* const c = a.c + t * a.stride;
