@@ -35,7 +35,7 @@ int main() {
     forks.push_back(allocator->fork(context).value());
     if (!allocator->append_private(forks.back(), 40).ok()) return 1;
   }
-  // For the engine's attention: which blocks hold whose tokens. 3 times 65 of them, shared ones named 3 times.
+  // For the engine's attention: which blocks hold whose tokens. 3 times 65, shared ones named 3 times.
   PageTable table;
   const Sequence* const batch[] = {&forks[0], &forks[1], &forks[2]};
   if (!export_page_table(batch, table).ok() || table.indices.size() != 195) return 1;

@@ -17,25 +17,25 @@ namespace codegemm::cuda {
 
 /// The grid is (splits, blocks); the splits are a cluster.
 struct FusedMmaPlan {
-  int splits = 0;  // 0: does not fit
-  int blocks = 0;
-  int tiles_per_block = 0;
-  int slabs_per_split = 0;
-  std::size_t shared_bytes = 0;
-  double cost = 0.0;  // estimated cycles
+  int splits = 0;                ///< 0: does not fit
+  int blocks = 0;                ///< of rows
+  int tiles_per_block = 0;       ///< row tiles
+  int slabs_per_split = 0;       ///< slabs of K
+  std::size_t shared_bytes = 0;  ///< of a block
+  double cost = 0.0;             ///< estimated cycles
 };
 
 /// What plan_fused_mma() knows of a kernel and a card.
 struct FusedMmaLimits {
-  int multiprocessors = 0;
-  std::size_t shared_bytes = 0;
-  std::array<int, 9> clusters = {};  // as Device::clusters
-  std::size_t table_bytes = 0;
-  std::size_t sum_bytes = 0;  // of the warps
-  int tokens = 0;             // of a pass, padded
-  int warps = 0;
-  bool halves = false;  // SwiGLU
-  int slab_cycles = 0;  // of a warp's slab of a tile: wavefronts of 128 bytes of shared memory
+  int multiprocessors = 0;           ///< of the card
+  std::size_t shared_bytes = 0;      ///< of a block at most
+  std::array<int, 9> clusters = {};  ///< as Device::clusters
+  std::size_t table_bytes = 0;       ///< a block's codebooks
+  std::size_t sum_bytes = 0;         ///< of the warps
+  int tokens = 0;                    ///< of a pass, padded
+  int warps = 0;                     ///< of a block
+  bool halves = false;               ///< SwiGLU
+  int slab_cycles = 0;               ///< of a warp's slab of a tile: wavefronts of 128 bytes of shared memory
 };
 
 /// The cheapest grid by a rough count of cycles. Shared memory is what a multiprocessor runs out of: lookups,

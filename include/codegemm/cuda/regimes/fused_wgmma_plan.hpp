@@ -16,31 +16,31 @@ namespace codegemm::cuda {
 
 /// Clusters of two blocks go over token_blocks * row blocks * splits products.
 struct FusedWgmmaPlan {
-  int token_tile = 0;  // 0: does not fit
-  int splits = 0;
-  int token_blocks = 0;
-  int row_tiles = 0;  // of a row block
-  int clusters = 0;
-  int slabs = 0;
-  int slabs_per_split = 0;
-  int x_stages = 0;
-  int code_stages = 0;
-  std::size_t shared_bytes = 0;
-  std::size_t partial_bytes = 0;  // of the splits
-  double cost = 0.0;              // estimated cycles
+  int token_tile = 0;             ///< 0: does not fit
+  int splits = 0;                 ///< parts of K
+  int token_blocks = 0;           ///< blocks of tokens
+  int row_tiles = 0;              ///< of a row block
+  int clusters = 0;               ///< to launch
+  int slabs = 0;                  ///< along K
+  int slabs_per_split = 0;        ///< of them
+  int x_stages = 0;               ///< activations under way
+  int code_stages = 0;            ///< codes under way
+  std::size_t shared_bytes = 0;   ///< of a block
+  std::size_t partial_bytes = 0;  ///< of the splits
+  double cost = 0.0;              ///< estimated cycles
 };
 
 /// What plan_fused_wgmma() knows of a kernel and a card.
 struct FusedWgmmaLimits {
-  int cluster_pairs = 0;  // clusters of two that run at once
-  std::size_t shared_bytes = 0;
-  std::size_t table_bytes = 0;
-  std::size_t code_stage_bytes = 0;
-  std::size_t other_bytes = 0;  // barriers, and sums on their way out
-  int max_stages = 0;
-  int lane_span = 0;
-  int codebooks = 0;
-  bool halves = false;  // SwiGLU
+  int cluster_pairs = 0;             ///< clusters of two that run at once
+  std::size_t shared_bytes = 0;      ///< of a block at most
+  std::size_t table_bytes = 0;       ///< a block's codebooks
+  std::size_t code_stage_bytes = 0;  ///< of one stage
+  std::size_t other_bytes = 0;       ///< barriers, and sums on their way out
+  int max_stages = 0;                ///< of activations and of codes
+  int lane_span = 0;                 ///< weights of a row that a lane owns
+  int codebooks = 0;                 ///< of the format
+  bool halves = false;               ///< SwiGLU
 };
 
 /// The cheapest plan by a rough count of cycles; at most 32 MiB of partial sums.

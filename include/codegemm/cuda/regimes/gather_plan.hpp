@@ -18,15 +18,15 @@ namespace codegemm::cuda {
 /// The grid of a gather kernel, (ranks, chunks, groups): splits * groups blocks along K for each range of
 /// rows.
 struct GatherPlan {
-  bool cluster = false;  // the splits are the blocks of a cluster, else there is one
-  int splits = 0;
-  int ranks = 0;  // blocks of a cluster: the splits, with SwiGLU of both halves
-  int chunks = 0;
-  int groups = 0;
-  int granules_per_block = 0;
-  int tiles_per_block = 0;
-  std::size_t shared_bytes = 0;
-  double cost = 0.0;  // estimated cycles
+  bool cluster = false;          ///< the splits are the blocks of a cluster, else there is one
+  int splits = 0;                ///< parts of K, of each group
+  int ranks = 0;                 ///< blocks of a cluster: the splits, with SwiGLU of both halves
+  int chunks = 0;                ///< ranges of rows
+  int groups = 0;                ///< along K, each of so many splits
+  int granules_per_block = 0;    ///< granules of K
+  int tiles_per_block = 0;       ///< row tiles
+  std::size_t shared_bytes = 0;  ///< of a block
+  double cost = 0.0;             ///< estimated cycles
 
   /// The sums of every group, after the counters.
   [[nodiscard]] std::size_t workspace_bytes(const PackedLayout& l, int tokens) const {
@@ -38,14 +38,14 @@ struct GatherPlan {
 
 /// What plan_gather() knows of a kernel and a card.
 struct GatherLimits {
-  int multiprocessors = 0;
-  std::size_t shared_bytes = 0;  // of a block at most
+  int multiprocessors = 0;       ///< of the card
+  std::size_t shared_bytes = 0;  ///< of a block at most
   std::array<int, 9> clusters =
-      {};  // [size]: how many clusters of that size run at once, one block a multiprocessor
-  std::size_t table_bytes = 0;  // a block's Psumbook
-  int tokens = 1;               // of a pass
-  int warps = 1;                // of a block
-  bool halves = false;          // SwiGLU
+      {};  ///< [size]: how many clusters of that size run at once, one block a multiprocessor
+  std::size_t table_bytes = 0;  ///< a block's Psumbook
+  int tokens = 1;               ///< of a pass
+  int warps = 1;                ///< of a block
+  bool halves = false;          ///< SwiGLU
 };
 
 /// The cheapest grid by a rough count of cycles, or none (splits 0): a block builds a Psumbook for each of

@@ -13,23 +13,24 @@ namespace prefillshare::cuda {
 
 /// Query rows of one K/V head: row r is head first_head + r % group of token first_token + r / group.
 struct QueryRows {
-  const std::uint16_t* q = nullptr;  // [tokens][stride]
-  std::int64_t stride = 0;
-  std::int64_t first_token = 0;
-  int first_head = 0;
-  int group = 1;
-  int first_row = 0;  // of this block
-  int rows = 0;       // rows from here on do not exist
+  const std::uint16_t* q = nullptr;  ///< [tokens][stride]
+  std::int64_t stride = 0;           ///< elements from a token to the next
+  std::int64_t first_token = 0;      ///< of these rows
+  int first_head = 0;                ///< of these rows
+  int group = 1;                     ///< query heads of a K/V head
+  int first_row = 0;                 ///< of this block
+  int rows = 0;                      ///< rows from here on do not exist
 };
 
 /// What a warp knows of its rows after some keys, in mma's fragments: of row tile i, this lane has the rows
 /// lane / 4 and lane / 4 + 8. `sum` is of this lane's keys alone until finish().
 template <class Shape>
 struct AttendState {
-  float out[Shape::kRowTiles][Shape::kHeadDim / 8][4];  // sum of weight * V
-  float top[Shape::kRowTiles][2];                       // largest score, not yet scaled
-  float sum[Shape::kRowTiles][2];                       // of weights
+  float out[Shape::kRowTiles][Shape::kHeadDim / 8][4];  ///< sum of weight * V
+  float top[Shape::kRowTiles][2];                       ///< largest score, not yet scaled
+  float sum[Shape::kRowTiles][2];                       ///< of weights
 
+  /// Before the first keys.
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int r = 0; r < Shape::kRowTiles; ++r) {
@@ -45,6 +46,7 @@ struct AttendState {
       }
     }
   }
+  /// After the last ones: `sum` is of all lanes' keys.
   __device__ __forceinline__ void finish() {
 #pragma unroll
     for (int r = 0; r < Shape::kRowTiles; ++r) {
@@ -59,9 +61,9 @@ struct AttendState {
 
 /// Which keys rows see: from `begin`, a row sees those below its own limit. Below `whole` all rows see all.
 struct KeyRange {
-  int begin = 0;
-  int end = 0;  // keys from here on are not read
-  int whole = 0;
+  int begin = 0;  ///< the first key
+  int end = 0;    ///< keys from here on are not read
+  int whole = 0;  ///< keys that all rows see
 };
 
 namespace detail {

@@ -20,38 +20,40 @@ inline constexpr int kTileKeys = 64;
 template <ScalarType Type, int HeadDim, int WarpsM, int WarpsN, int RowTiles, int Stages>
 struct AttendShape {
   static_assert(HeadDim % 16 == 0, "prefillshare: AttendShape HeadDim must be a multiple of 16");
-  static constexpr ScalarType kType = Type;
-  static constexpr int kHeadDim = HeadDim;
-  static constexpr int kWarpsM = WarpsM;
-  static constexpr int kWarpsN = WarpsN;
-  static constexpr int kRowTiles = RowTiles;
-  static constexpr int kStages = Stages;
-  static constexpr int kWarps = WarpsM * WarpsN;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kWarpRows = 16 * RowTiles;
-  static constexpr int kRows = kWarpRows * WarpsM;      // query rows of a block
-  static constexpr int kWarpKeys = kTileKeys / WarpsN;  // keys of a tile that one warp multiplies
-  static constexpr int kSlice = kTileKeys / kWarps;     // keys of a tile that one warp loads
-  static constexpr bool kQueriesInShared = RowTiles > 1;
-  // Decoding waits for memory, so that there is time to multiply by what bf16 leaves of a weight, too.
+  static constexpr ScalarType kType = Type;               ///< of the cache
+  static constexpr int kHeadDim = HeadDim;                ///< elements of a head
+  static constexpr int kWarpsM = WarpsM;                  ///< warps beside each other along the query rows
+  static constexpr int kWarpsN = WarpsN;                  ///< warps beside each other along the keys
+  static constexpr int kRowTiles = RowTiles;              ///< of 16 query rows, of a warp
+  static constexpr int kStages = Stages;                  ///< tiles of keys under way
+  static constexpr int kWarps = WarpsM * WarpsN;          ///< of a block
+  static constexpr int kThreads = 32 * kWarps;            ///< of a block
+  static constexpr int kWarpRows = 16 * RowTiles;         ///< query rows of a warp
+  static constexpr int kRows = kWarpRows * WarpsM;        ///< query rows of a block
+  static constexpr int kWarpKeys = kTileKeys / WarpsN;    ///< keys of a tile that one warp multiplies
+  static constexpr int kSlice = kTileKeys / kWarps;       ///< keys of a tile that one warp loads
+  static constexpr bool kQueriesInShared = RowTiles > 1;  ///< else in registers
+  /// Decoding waits for memory, so that there is time to multiply by what bf16 leaves of a weight, too.
   static constexpr bool kExactWeights = Type == ScalarType::kBFloat16 && RowTiles == 1;
+  /// Of a row in shared memory: padded, so that rows lie in different banks.
   static constexpr int kRowBytes = HeadDim * 2 + 16;
-  static constexpr int kTileBytes = kTileKeys * kRowBytes;  // of K or of V
-  static constexpr int kQueriesAt = kStages * 2 * kTileBytes;
+  static constexpr int kTileBytes = kTileKeys * kRowBytes;     ///< of K or of V
+  static constexpr int kQueriesAt = kStages * 2 * kTileBytes;  ///< bytes, from the beginning of shared memory
+  /// Of a block.
   static constexpr int kSharedBytes = kQueriesAt + (kQueriesInShared ? kRows * kRowBytes : 0);
   static_assert(kSlice % 8 == 0 && kSlice <= 32, "prefillshare: AttendShape needs 2, 4 or 8 warps");
 };
 
 /// Where one K/V head's rows lie. Strides in elements of 2 bytes.
 struct KvSource {
-  const std::uint16_t* k = nullptr;
-  const std::uint16_t* v = nullptr;
-  std::int64_t page_stride = 0;
-  std::int64_t token_stride = 0;
-  std::int64_t head_stride = 0;
-  unsigned page_magic = 0;  // see page_of()
-  int page_size = 0;
-  int pages = 0;
+  const std::uint16_t* k = nullptr;  ///< K, as bits
+  const std::uint16_t* v = nullptr;  ///< V, as bits
+  std::int64_t page_stride = 0;      ///< from a page to the next
+  std::int64_t token_stride = 0;     ///< from a slot to the next
+  std::int64_t head_stride = 0;      ///< from a head to the next
+  unsigned page_magic = 0;           ///< see page_of()
+  int page_size = 0;                 ///< tokens
+  int pages = 0;                     ///< in the pool
 };
 
 /// ceil(2^32 / size): key * magic / 2^32 is key / size for every key below 2^26 and size from 2 to 64.
