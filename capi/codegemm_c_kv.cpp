@@ -15,6 +15,7 @@
 #include <vector>
 
 #include <capi/boundary.hpp>
+#include <codegemm/base/macros.hpp>
 #include <codegemm/base/status.hpp>
 #include <prefillshare/kv/allocator.hpp>
 #include <prefillshare/kv/cache_key.hpp>
@@ -112,13 +113,13 @@ codegemm_c_status codegemm_c_kv_create(const codegemm_c_kv_options* options, cod
                              options->element_bytes, ", expected 1 to 8, reserved is ", options->reserved,
                              ", expected 0");
     }
-    const std::int64_t most = std::min<std::int64_t>(
-        std::numeric_limits<std::int32_t>::max() - 1,
-        std::numeric_limits<std::int64_t>::max() / shape.bytes_per_block(options->element_bytes));
+    const std::int64_t block_bytes = shape.bytes_per_block(options->element_bytes);
+    CODEGEMM_ASSERT(block_bytes > 0);  // and below 2^62, by validate()
+    const std::int64_t most = std::min<std::int64_t>(std::numeric_limits<std::int32_t>::max() - 1,
+                                                     std::numeric_limits<std::int64_t>::max() / block_bytes);
     if (options->blocks < 0 || options->blocks > most) {
       return codegemm::error(StatusCode::kInvalidArgument, "options: blocks is ", options->blocks,
-                             ", expected 0 to ", most, " of ", shape.bytes_per_block(options->element_bytes),
-                             " bytes");
+                             ", expected 0 to ", most, " of ", block_bytes, " bytes");
     }
     auto inside = std::make_shared<Inside>(*options, shape);
     auto allocator = Allocator::create(inside->storage);
