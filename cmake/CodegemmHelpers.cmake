@@ -51,6 +51,24 @@ function(codegemm_own target)
   set_target_properties(${target} PROPERTIES CXX_EXTENSIONS OFF CUDA_EXTENSIONS OFF)
 endfunction()
 
+# The CPU kernels, compiled once for whatever this project builds for itself.
+function(codegemm_add_cpu_kernels)
+  if(TARGET codegemm_cpu_kernels)
+    return()
+  endif()
+  add_library(codegemm_cpu_kernels STATIC ${PROJECT_SOURCE_DIR}/cmake/cpu_kernels.cpp)
+  target_link_libraries(codegemm_cpu_kernels PUBLIC codegemm::codegemm)
+  target_compile_definitions(codegemm_cpu_kernels INTERFACE CODEGEMM_PRECOMPILED)
+  # The shared library takes them in, too, and shows none of them.
+  set_target_properties(codegemm_cpu_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden
+                        VISIBILITY_INLINES_HIDDEN ON)
+  if(CODEGEMM_BUILD_TESTS)
+    codegemm_own(codegemm_cpu_kernels ASSERTS)
+  else()
+    codegemm_own(codegemm_cpu_kernels)
+  endif()
+endfunction()
+
 # Everything a test, example or benchmark may use. One interface target, so that globbed programs need no
 # lists of their own.
 function(codegemm_add_program_libraries)
@@ -66,14 +84,7 @@ function(codegemm_add_program_libraries)
     message(FATAL_ERROR "The examples need PCRE2 (8-bit), which was not found.\n"
                         "On Debian or Ubuntu: apt-get install libpcre2-dev")
   endif()
-  add_library(codegemm_cpu_kernels STATIC ${PROJECT_SOURCE_DIR}/cmake/cpu_kernels.cpp)
-  target_link_libraries(codegemm_cpu_kernels PUBLIC codegemm::codegemm)
-  target_compile_definitions(codegemm_cpu_kernels INTERFACE CODEGEMM_PRECOMPILED)
-  if(CODEGEMM_BUILD_TESTS)
-    codegemm_own(codegemm_cpu_kernels ASSERTS)
-  else()
-    codegemm_own(codegemm_cpu_kernels)
-  endif()
+  codegemm_add_cpu_kernels()
   add_library(codegemm_programs INTERFACE)
   target_include_directories(codegemm_programs INTERFACE ${PROJECT_SOURCE_DIR}/examples)
   target_include_directories(codegemm_programs SYSTEM INTERFACE ${CODEGEMM_PCRE2_INCLUDE})

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# Install rules. Two packages: codegemm (components io, cuda) and prefillshare (components mpi, cuda). A component
+# Install rules. Two packages: codegemm (components io, cuda, c) and prefillshare (components mpi, cuda). A component
 # has an export file of its own, read only when it is asked for: a user of the CPU parts alone needs neither
 # nlohmann-json nor CUDA.
 include_guard(GLOBAL)
@@ -31,6 +31,10 @@ set(codegemm_targets codegemm)
 set(prefillshare_targets prefillshare)
 if(TARGET codegemm_io)
   list(APPEND codegemm_targets codegemm_io)
+endif()
+if(TARGET codegemm_c)
+  list(APPEND codegemm_targets codegemm_c)
+  install(FILES ${PROJECT_SOURCE_DIR}/capi/codegemm_c.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 endif()
 if(TARGET prefillshare_mpi)
   list(APPEND prefillshare_targets prefillshare_mpi)

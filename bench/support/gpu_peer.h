@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * bench/support/gpu_peer.h - what another implementation exports to be timed beside ours, in the same run, on the same
- * weights: a shared library with these three functions, loaded by `codegemm-gpu --peer NAME=LIBRARY`. C, so that it
- * may be built by anything. Peers live outside this repository.
+ * bench/support/gpu_peer.h - what another implementation exports to be timed beside ours, in the same run, on
+ * the same weights: a shared library with these three functions, loaded by
+ * `codegemm-gpu --peer NAME=LIBRARY`. C, so that it may be built by anything. Peers live elsewhere.
  */
 #ifndef CODEGEMM_BENCH_GPU_PEER_H
 #define CODEGEMM_BENCH_GPU_PEER_H
@@ -22,8 +22,8 @@ struct codegemm_peer_matrix {
 
 /* Puts the weights on the device, `copies` times at different places. NULL: this matrix is not supported. */
 void* codegemm_peer_create(const struct codegemm_peer_matrix* matrix, int copies);
-/* Enqueues y[tokens][N] = x[tokens][K] W^T in fp16 on the stream, with the given copy. Not 0: not supported. It may
- * be captured into a graph. */
+/* Enqueues y[tokens][N] = x[tokens][K] W^T in fp16 on the stream, with the given copy. Not 0: not supported.
+ * It may be captured into a graph. */
 int codegemm_peer_run(void* handle, int copy, const void* x, void* y, int tokens, void* stream);
 void codegemm_peer_destroy(void* handle);
 

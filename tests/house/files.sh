@@ -39,20 +39,20 @@ for file in "${files[@]}"; do
   esac
   case $file in
     examples/data/* | tests/data/*) ;;  # text to be read by a tokenizer may hold any word
-    *.hpp | *.cuh | *.cpp | *.cu | *.py | *.cmake | *CMakeLists.txt | *.md | scripts/* | *.sh) code+=("$file") ;;
+    *.hpp | *.cuh | *.cpp | *.cu | *.h | *.c | *.py | *.cmake | *CMakeLists.txt | *.md | scripts/* | *.sh) code+=("$file") ;;
   esac
   case $file in
-    *.hpp | *.cuh | *.cpp | *.cu) sources+=("$file") ;;
+    *.hpp | *.cuh | *.cpp | *.cu | *.h | *.c) sources+=("$file") ;;
   esac
   case $file in
-    include/*.hpp | include/*.cuh | examples/common/*.hpp) headers+=("$file") ;;
+    include/*.hpp | include/*.cuh | examples/common/*.hpp | capi/*.hpp) headers+=("$file") ;;
   esac
   case $file in
     include/codegemm/base/macros.hpp) ;;
     include/*.hpp | include/*.cuh) library+=("$file") ;;
   esac
   case $file in
-    tests/*.cpp | tests/*.cu | tests/*.py) tests+=("$file") ;;
+    tests/*.cpp | tests/*.cu | tests/*.c | tests/*.py) tests+=("$file") ;;
   esac
 done
 

@@ -4,17 +4,18 @@
 # layering.sh ROOT: arrows point down only.
 #
 #   examples -> prefillshare -> codegemm -> codegemm/base
+#   capi -> prefillshare/kv, and of codegemm what multiplies; capi/codegemm_c.h, which is C, includes none of these
 #   prefillshare:  sim -> serve -> model, train -> model, model -> attention -> kv -> files beside these folders
 #   codegemm:      io, quantize -> core (format, pack, gemm, ...) -> cpu, cuda -> base
 #
-# Reads every #include of include/ and examples/, whatever #if it stands under. A .hpp compiles without CUDA, so it
+# Reads every #include of include/, examples/ and capi/, whatever #if it stands under. A .hpp compiles without CUDA, so it
 # includes no .cuh and no CUDA header; only codegemm/io and the examples know JSON.
 set -euo pipefail
 
 root=${1:?usage: layering.sh ROOT}
 cd "$root"
 
-find include examples -type f \( -name '*.hpp' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' \) | LC_ALL=C sort |
+find include examples capi -type f \( -name '*.hpp' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' \) | LC_ALL=C sort |
   xargs awk '
   # The layer of a path as an #include spells it.
   function layer(path,   part) {
@@ -25,6 +26,8 @@ find include examples -type f \( -name '*.hpp' -o -name '*.cuh' -o -name '*.cpp'
       return part[3] == "" ? "codegemm/core" : "codegemm/" part[2]
     }
     if (part[1] == "prefillshare") return part[3] == "" ? "prefillshare/base" : "prefillshare/" part[2]
+    if (path == "codegemm_c.h") return "capi/codegemm_c.h"
+    if (part[1] == "capi") return "capi"
     if (part[1] == "common") return "examples/common"
     if (part[1] == "support") return "tests"
     return "elsewhere"
@@ -45,12 +48,15 @@ find include examples -type f \( -name '*.hpp' -o -name '*.cuh' -o -name '*.cpp'
     may["prefillshare/sim"] = may["prefillshare/serve"] "prefillshare/sim "
     may["examples/common"] = may["prefillshare/serve"] "prefillshare/train prefillshare/sim examples/common "
     may["examples"] = may["examples/common"]
+    may["capi/codegemm_c.h"] = " "
+    may["capi"] = core "prefillshare/base prefillshare/kv capi capi/codegemm_c.h "
   }
   function fault(text) { print FILENAME ":" FNR ": " text; faults++ }
 
   FNR == 1 {
     from = FILENAME
     if (from ~ /^include\//) { sub(/^include\//, "", from); from = layer(from) }
+    else if (from ~ /^capi\//) from = from ~ /\.h$/ ? "capi/codegemm_c.h" : "capi"
     else from = from ~ /^examples\/common\// ? "examples/common" : "examples"
     if (!(from in may)) fault("is in a folder that has no layer: add it to tests/house/layering.sh")
   }

@@ -10,8 +10,8 @@ trap 'rm -rf "$tree"' EXIT
 
 # plant FILE INCLUDE...: the file with those lines, in a fresh tree.
 plant() {
-  rm -rf "$tree/include" "$tree/examples"
-  mkdir -p "$tree/include" "$tree/examples" "$(dirname "$tree/$1")"
+  rm -rf "$tree/include" "$tree/examples" "$tree/capi"
+  mkdir -p "$tree/include" "$tree/examples" "$tree/capi" "$(dirname "$tree/$1")"
   printf '#include %s\n' "${@:2}" >"$tree/$1"
 }
 fails=0
@@ -42,6 +42,8 @@ accepts include/codegemm/cuda/kernels/gemv.cuh '<cuda_fp16.h>' '<cub/cub.cuh>' '
 accepts include/prefillshare/sim/cluster.hpp '<prefillshare/serve/router.hpp>' '<prefillshare/kv/allocator.hpp>'
 accepts include/prefillshare/kv/shape.hpp '<prefillshare/vocabulary.hpp>'
 accepts examples/03_shared_prefill.cpp '<common/gguf.hpp>' '<prefillshare/serve/pipeline.hpp>' '<nlohmann/json.hpp>'
+accepts capi/codegemm_c_kv.cpp '<codegemm_c.h>' '<capi/boundary.hpp>' '<prefillshare/kv/allocator.hpp>'
+accepts capi/codegemm_c.h '<stddef.h>' '<stdint.h>'
 
 refuses include/codegemm/gemm.hpp '<prefillshare/kv/shape.hpp>'
 refuses include/codegemm/base/status.hpp '<codegemm/format.hpp>'
@@ -63,6 +65,11 @@ refuses include/codegemm/pack.hpp '"format.hpp"'
 refuses include/codegemm/gemm.hpp '<cuda_runtime.h>'
 refuses include/codegemm/gemm.hpp '<codegemm/gemm.cuh>'
 refuses include/prefillshare/kv/storage.hpp '<cub/block/block_scan.cuh>'
+refuses include/codegemm/gemm.hpp '<codegemm_c.h>'
+refuses capi/codegemm_c.cpp '<prefillshare/serve/session.hpp>'
+refuses capi/codegemm_c.cpp '<codegemm/io/safetensors.hpp>'
+refuses capi/codegemm_c.h '<codegemm/format.hpp>'
+refuses capi/codegemm_c.h '<capi/boundary.hpp>'
 refuses include/prefillshare/nowhere/thing.hpp '<vector>'
 
 ((fails == 0)) && echo "layering.sh finds what it must"

@@ -6,6 +6,9 @@
 #include <codegemm/io/quoted.hpp>
 #include <codegemm/version.hpp>
 #include <prefillshare/kv/shape.hpp>
+#if defined(CONSUMER_HAS_C)
+#include <codegemm_c.h>
+#endif
 
 #include <atomic>
 #include <cstdio>
@@ -20,6 +23,10 @@ int main() {
   std::atomic<int> done{0};
   codegemm::parallel_for(pool, 8, [&](std::int64_t, int) { ++done; });
   if (done != 8) return 1;
+
+#if defined(CONSUMER_HAS_C)
+  if (codegemm_c_abi_version() != CODEGEMM_C_ABI_VERSION) return 1;
+#endif
 
   std::printf("codegemm %d.%d.%d, format %s, %lld KV bytes a token\n", CODEGEMM_VERSION_MAJOR,
               CODEGEMM_VERSION_MINOR, CODEGEMM_VERSION_PATCH,

@@ -24,8 +24,9 @@ namespace codegemm {
 /// One run() at a time. Tasks are handed out one by one, so uneven tasks balance themselves.
 class ThreadPool final : public Executor {
  public:
-  /// At least one worker; 0 or less means one for each hardware thread.
-  explicit ThreadPool(int threads = 0) {
+  /// At least one worker; 0 or less means one for each hardware thread. std::system_error where the system
+  /// gives no more threads; those that have begun are ended first.
+  explicit ThreadPool(int threads = 0) : ThreadPool(NoThreads{}) {
     if (threads <= 0) threads = static_cast<int>(std::thread::hardware_concurrency());
     if (threads < 1) threads = 1;
     threads_.reserve(static_cast<std::size_t>(threads - 1));
@@ -70,6 +71,10 @@ class ThreadPool final : public Executor {
  private:
   static constexpr int kPollsBeforeSleep = 20000;  // some tens of microseconds
   static constexpr int kPausesBeforeYield = 2000;  // a preempted worker needs this core
+
+  // After this constructor there is a pool, and if starting a thread fails its destructor runs.
+  struct NoThreads {};
+  explicit ThreadPool(NoThreads) {}
 
   static void pause(int spins) {
     if (spins > kPausesBeforeYield) {
