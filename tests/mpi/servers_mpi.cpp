@@ -243,6 +243,7 @@ int run(std::uint64_t seed, std::int64_t dies_at, bool floods) {
   if (channel.size() != kProcesses) throw examples::UserError("needs mpirun -n 4");
   const Model base = random_model(config(), seed);
   std::vector<Model> tasks;
+  tasks.reserve(kModules);
   for (int i = 0; i < kModules; ++i)
     tasks.push_back(random_model(config(), seed * 10 + static_cast<std::uint64_t>(i)));
   if (channel.rank() == 0) {
