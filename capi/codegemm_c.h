@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/*
+/**
+ * @file
  * codegemm_c.h - both libraries from C and from everything that can call C: products with codebook-quantized
  * weights on the CPU and the GPU, and the KV block allocator with its page table. C99 and C++, no other
  * header of the project.
@@ -28,6 +29,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/** @def CODEGEMM_C_API
+ * What the shared library shows. */
 #if defined(_WIN32) && defined(CODEGEMM_C_BUILDING)
 #define CODEGEMM_C_API __declspec(dllexport)
 #elif defined(_WIN32)
@@ -44,6 +47,7 @@ extern "C" {
 
 /* ---- Version and errors -------------------------------------------------------------------------------- */
 
+/** Of this header; see ABI above. */
 #define CODEGEMM_C_ABI_VERSION 1
 
 /**
@@ -57,6 +61,7 @@ CODEGEMM_C_API const char* codegemm_c_version(void);
 /** 0, or why not: a value of enum codegemm_c_status_code. */
 typedef int32_t codegemm_c_status;
 
+/** Values of codegemm_c_status. */
 enum codegemm_c_status_code {
   CODEGEMM_C_OK = 0,
   CODEGEMM_C_INVALID_ARGUMENT = 1,    /**< a number or combination that no call of this function accepts */
@@ -96,10 +101,10 @@ CODEGEMM_C_API int32_t codegemm_c_last_native_error(void);
  * of a row (a multiple of v), or for a whole row (-1). This struct does not grow.
  */
 typedef struct codegemm_c_format {
-  int32_t v;
-  int32_t m;
-  int32_t b;
-  int32_t g;
+  int32_t v; /**< weights that one code stands for */
+  int32_t m; /**< codebooks */
+  int32_t b; /**< bits of a code */
+  int32_t g; /**< weights of a row that share a scale, or -1 */
 } codegemm_c_format;
 
 /** Room that every format's name fits into, with its end. */
@@ -125,10 +130,10 @@ CODEGEMM_C_API codegemm_c_status codegemm_c_validate_format(const codegemm_c_for
  * columns are inputs; K is a multiple of v. Arrays of no element may be NULL.
  */
 typedef struct codegemm_c_matrix {
-  size_t struct_size; /**< sizeof(codegemm_c_matrix) */
-  codegemm_c_format format;
-  int64_t rows; /**< N */
-  int64_t cols; /**< K */
+  size_t struct_size;       /**< sizeof(codegemm_c_matrix) */
+  codegemm_c_format format; /**< how the weights are quantized */
+  int64_t rows;             /**< N */
+  int64_t cols;             /**< K */
   /** [m][ceil((K / v) / codes in a word)][N]: 4 codes of 8 bits in a word for b <= 8, else 2 of 16; lowest
    * bits first along K, what is over is 0. */
   const uint32_t* codes;
@@ -165,16 +170,20 @@ typedef struct codegemm_c_packed codegemm_c_packed;
  * codegemm_c_packed_destroy() frees it.
  */
 CODEGEMM_C_API codegemm_c_status codegemm_c_pack(const codegemm_c_matrix* matrix, codegemm_c_packed** packed);
+/** Frees it. */
 CODEGEMM_C_API void codegemm_c_packed_destroy(codegemm_c_packed* packed);
 
-/** N, K, and the bytes of memory held; -1 for NULL. */
+/** N; -1 for NULL. */
 CODEGEMM_C_API int64_t codegemm_c_packed_rows(const codegemm_c_packed* packed);
+/** K; -1 for NULL. */
 CODEGEMM_C_API int64_t codegemm_c_packed_cols(const codegemm_c_packed* packed);
+/** Bytes of memory held; -1 for NULL. */
 CODEGEMM_C_API int64_t codegemm_c_packed_bytes(const codegemm_c_packed* packed);
 
 /** Threads that products run on: the one that calls, and others that live as long as the executor. */
 typedef struct codegemm_c_executor codegemm_c_executor;
 
+/** Threads of an executor at most. */
 #define CODEGEMM_C_MAX_THREADS 1024
 
 /**
@@ -182,6 +191,7 @@ typedef struct codegemm_c_executor codegemm_c_executor;
  * where the system gives no thread; OUT_OF_MEMORY. codegemm_c_executor_destroy() ends the threads.
  */
 CODEGEMM_C_API codegemm_c_status codegemm_c_executor_create(int32_t threads, codegemm_c_executor** executor);
+/** Ends the threads. */
 CODEGEMM_C_API void codegemm_c_executor_destroy(codegemm_c_executor* executor);
 
 /** How many there are, the calling one among them; -1 for NULL. */
@@ -221,7 +231,9 @@ CODEGEMM_C_API codegemm_c_status codegemm_c_gemm(const codegemm_c_packed* packed
  */
 CODEGEMM_C_API int32_t codegemm_c_has_cuda(void);
 
+/** Matrices that can be merged along N. */
 #define CODEGEMM_C_CUDA_MAX_PARTS 4
+/** Bytes: alignment of packed weights and workspaces in device memory. */
 #define CODEGEMM_C_CUDA_ALIGNMENT 256
 
 /**
@@ -230,10 +242,10 @@ CODEGEMM_C_API int32_t codegemm_c_has_cuda(void);
  * file: a library of another layout_version refuses them.
  */
 typedef struct codegemm_c_cuda_weights {
-  size_t struct_size; /**< sizeof(codegemm_c_cuda_weights) */
-  int32_t layout_version;
-  int32_t parts; /**< matrices that are merged along N, each with codebooks of its own */
-  codegemm_c_format format;
+  size_t struct_size;       /**< sizeof(codegemm_c_cuda_weights) */
+  int32_t layout_version;   /**< of the packed bytes */
+  int32_t parts;            /**< matrices that are merged along N, each with codebooks of its own */
+  codegemm_c_format format; /**< of all parts */
   int64_t part_rows[CODEGEMM_C_CUDA_MAX_PARTS]; /**< N of each part, 0 beyond the last */
   int64_t cols;                                 /**< K of all */
   int32_t sets;                                 /**< columns of codes that a lane owns */
@@ -275,10 +287,13 @@ typedef struct codegemm_c_cuda_device codegemm_c_cuda_device;
  */
 CODEGEMM_C_API codegemm_c_status codegemm_c_cuda_query_device(int32_t number,
                                                               codegemm_c_cuda_device** device);
+/** Frees it. */
 CODEGEMM_C_API void codegemm_c_cuda_device_destroy(codegemm_c_cuda_device* device);
 
+/** Types of numbers in device memory. */
 enum codegemm_c_type { CODEGEMM_C_FP16 = 1, CODEGEMM_C_BF16 = 2, CODEGEMM_C_FP32 = 3 };
 
+/** What is done to the sums. */
 enum codegemm_c_activation {
   CODEGEMM_C_NO_ACTIVATION = 0,
   /** y = silu(gate) * up, of N / 2 columns: gate is the first half of the rows of W, up the second. N is a
@@ -286,6 +301,7 @@ enum codegemm_c_activation {
   CODEGEMM_C_SWIGLU = 1
 };
 
+/** Bits of codegemm_c_cuda_problem::flags. */
 enum codegemm_c_cuda_flags {
   /** The kernel waits for the one before it in the stream before it reads anything. Without it only the
    * weights may be read early: set it where that kernel writes them. */
@@ -297,20 +313,20 @@ enum codegemm_c_cuda_flags {
  * that are not set then mean none.
  */
 typedef struct codegemm_c_cuda_problem {
-  size_t struct_size; /**< sizeof(codegemm_c_cuda_problem) */
-  const codegemm_c_cuda_weights* weights;
-  int64_t tokens;
-  const void* x;           /**< [tokens][K], x_type */
-  int64_t x_stride;        /**< elements from one token to the next, >= K */
-  void* y;                 /**< [tokens][N], y_type; must not overlap x */
-  int64_t y_stride;        /**< elements, >= the columns of y */
-  const void* bias;        /**< [N], y_type, or NULL */
-  const void* residual;    /**< as y, is added, or NULL; may be y itself */
-  int64_t residual_stride; /**< elements, >= the columns of y */
-  int32_t x_type;          /**< enum codegemm_c_type: CODEGEMM_C_FP16 or _BF16 */
-  int32_t y_type;          /**< enum codegemm_c_type */
-  int32_t activation;      /**< enum codegemm_c_activation */
-  uint32_t flags;          /**< enum codegemm_c_cuda_flags, added */
+  size_t struct_size;                     /**< sizeof(codegemm_c_cuda_problem) */
+  const codegemm_c_cuda_weights* weights; /**< in host memory; what they name is on the device */
+  int64_t tokens;                         /**< rows of x and of y */
+  const void* x;                          /**< [tokens][K], x_type */
+  int64_t x_stride;                       /**< elements from one token to the next, >= K */
+  void* y;                                /**< [tokens][N], y_type; must not overlap x */
+  int64_t y_stride;                       /**< elements, >= the columns of y */
+  const void* bias;                       /**< [N], y_type, or NULL */
+  const void* residual;                   /**< as y, is added, or NULL; may be y itself */
+  int64_t residual_stride;                /**< elements, >= the columns of y */
+  int32_t x_type;                         /**< enum codegemm_c_type: CODEGEMM_C_FP16 or _BF16 */
+  int32_t y_type;                         /**< enum codegemm_c_type */
+  int32_t activation;                     /**< enum codegemm_c_activation */
+  uint32_t flags;                         /**< enum codegemm_c_cuda_flags, added */
 } codegemm_c_cuda_problem;
 
 /**
@@ -369,17 +385,18 @@ typedef struct codegemm_c_kv_sequence codegemm_c_kv_sequence;
 typedef int32_t (*codegemm_c_kv_copy_block)(void* context, int32_t destination, int32_t source,
                                             int32_t tokens);
 
+/** What codegemm_c_kv_create() needs: the pages' shape, and the function that copies a block. */
 typedef struct codegemm_c_kv_options {
-  size_t struct_size; /**< sizeof(codegemm_c_kv_options) */
-  int64_t blocks;     /**< 0 to 2^31 - 2 */
-  int32_t layers;
-  int32_t kv_heads; /**< heads of K and of V, after grouping */
-  int32_t head_dim;
-  int32_t block_tokens;  /**< tokens in a block, 1 to 4096 */
-  int32_t element_bytes; /**< of one number in the pages, 1 to 8; for the bytes in statistics */
-  int32_t reserved;      /**< 0 */
-  codegemm_c_kv_copy_block copy_block;
-  void* context; /**< for copy_block; may be NULL */
+  size_t struct_size;                  /**< sizeof(codegemm_c_kv_options) */
+  int64_t blocks;                      /**< 0 to 2^31 - 2 */
+  int32_t layers;                      /**< of the model */
+  int32_t kv_heads;                    /**< heads of K and of V, after grouping */
+  int32_t head_dim;                    /**< numbers in a head */
+  int32_t block_tokens;                /**< tokens in a block, 1 to 4096 */
+  int32_t element_bytes;               /**< of one number in the pages, 1 to 8; for the bytes in statistics */
+  int32_t reserved;                    /**< 0 */
+  codegemm_c_kv_copy_block copy_block; /**< copies the first tokens of one block over another's */
+  void* context;                       /**< for copy_block; may be NULL */
 } codegemm_c_kv_options;
 
 /** INVALID_ARGUMENT, with the number that cannot be; OUT_OF_MEMORY. codegemm_c_kv_destroy() gives it back. */
@@ -445,8 +462,9 @@ CODEGEMM_C_API codegemm_c_status codegemm_c_kv_truncate(codegemm_c_kv_sequence* 
 /** Gives a sequence and its blocks back. */
 CODEGEMM_C_API void codegemm_c_kv_release(codegemm_c_kv_sequence* sequence);
 
-/** Tokens whose K and V are there; tokens that can follow with no further block; -1 for NULL. */
+/** Tokens whose K and V are there; -1 for NULL. */
 CODEGEMM_C_API int64_t codegemm_c_kv_length(const codegemm_c_kv_sequence* sequence);
+/** Tokens that can follow with no further block; -1 for NULL. */
 CODEGEMM_C_API int64_t codegemm_c_kv_reserved(const codegemm_c_kv_sequence* sequence);
 
 /**
@@ -474,15 +492,15 @@ CODEGEMM_C_API codegemm_c_status codegemm_c_kv_page_table(const codegemm_c_kv_se
 
 /** total = free + cached + in_use, in_use = shared + private_blocks. */
 typedef struct codegemm_c_kv_stats {
-  size_t struct_size; /**< sizeof(codegemm_c_kv_stats) */
-  int64_t total_blocks;
-  int64_t free_blocks;    /**< hold nothing */
-  int64_t cached_blocks;  /**< used by no sequence, may be evicted */
-  int64_t in_use_blocks;  /**< used by one sequence or more */
-  int64_t shared_blocks;  /**< of these, by two or more */
-  int64_t private_blocks; /**< of these, by one */
-  int64_t sequences;      /**< open */
-  int64_t bytes_per_block;
+  size_t struct_size;      /**< sizeof(codegemm_c_kv_stats) */
+  int64_t total_blocks;    /**< of the pool */
+  int64_t free_blocks;     /**< hold nothing */
+  int64_t cached_blocks;   /**< used by no sequence, may be evicted */
+  int64_t in_use_blocks;   /**< used by one sequence or more */
+  int64_t shared_blocks;   /**< of these, by two or more */
+  int64_t private_blocks;  /**< of these, by one */
+  int64_t sequences;       /**< open */
+  int64_t bytes_per_block; /**< of the pages */
   /* Counted from the allocator's beginning. */
   int64_t hit_tokens;     /**< looked up and found */
   int64_t miss_tokens;    /**< looked up and not found */
