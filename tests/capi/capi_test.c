@@ -279,30 +279,6 @@ static void test_executors(void) {
   CHECK(codegemm_c_executor_threads(NULL) == -1);
 }
 
-/* The system gives some threads and then no more: those that run are ended, and an error comes out. */
-static void test_too_few_threads(void) {
-  struct rlimit before, low;
-  codegemm_c_executor* executor = NULL;
-  codegemm_c_status status = CODEGEMM_C_OK;
-  FILE* file = fopen("/proc/self/statm", "r");
-  unsigned long pages = 0;
-  const int known = file != NULL && fscanf(file, "%lu", &pages) == 1;
-  if (file != NULL) fclose(file);
-  if (TEST_SANITIZED || !known) {
-    printf("capi_test: no test of a lack of threads: %s\n", known ? "a sanitizer" : "no /proc");
-    return;
-  }
-  REQUIRE(getrlimit(RLIMIT_AS, &before) == 0);
-  low = before;
-  low.rlim_cur = (rlim_t)pages * (rlim_t)sysconf(_SC_PAGESIZE) + ((rlim_t)100 << 20);
-  REQUIRE(setrlimit(RLIMIT_AS, &low) == 0);
-  status = codegemm_c_executor_create(1000, &executor); /* with stacks of 8 MiB, some 12 of them fit */
-  REQUIRE(setrlimit(RLIMIT_AS, &before) == 0);
-  CHECK(executor == NULL);
-  CHECK(status == CODEGEMM_C_IO_ERROR || status == CODEGEMM_C_OUT_OF_MEMORY);
-  CHECK(status != CODEGEMM_C_IO_ERROR || codegemm_c_last_native_error() != 0);
-}
-
 typedef struct product {
   const codegemm_c_packed* packed;
   codegemm_c_executor* executor;
@@ -711,6 +687,36 @@ static codegemm_c_kv_options kv_options(pages* p) {
   return options;
 }
 
+/* The system gives some threads and then no more: those that run are ended, and an error comes out. So it
+ * does where memory is short. */
+static void test_limits(void) {
+  struct rlimit before, low;
+  codegemm_c_executor* executor = NULL;
+  codegemm_c_status status = CODEGEMM_C_OK, no_memory = CODEGEMM_C_OK;
+  pages p = {0, 0, 0, 0, 0};
+  codegemm_c_kv_options options = kv_options(&p);
+  codegemm_c_kv* kv = NULL;
+  FILE* file = fopen("/proc/self/statm", "r");
+  unsigned long size = 0;
+  const int known = file != NULL && fscanf(file, "%lu", &size) == 1;
+  if (file != NULL) fclose(file);
+  if (TEST_SANITIZED || !known) {
+    printf("capi_test: no test of a lack of threads and memory: %s\n", known ? "a sanitizer" : "no /proc");
+    return;
+  }
+  options.blocks = INT64_C(1) << 30;
+  REQUIRE(getrlimit(RLIMIT_AS, &before) == 0);
+  low = before;
+  low.rlim_cur = (rlim_t)size * (rlim_t)sysconf(_SC_PAGESIZE) + ((rlim_t)100 << 20);
+  REQUIRE(setrlimit(RLIMIT_AS, &low) == 0);
+  status = codegemm_c_executor_create(1000, &executor); /* with stacks of 8 MiB, some 12 of them fit */
+  no_memory = codegemm_c_kv_create(&options, &kv);
+  REQUIRE(setrlimit(RLIMIT_AS, &before) == 0);
+  CHECK(executor == NULL);
+  CHECK(status == CODEGEMM_C_IO_ERROR || status == CODEGEMM_C_OUT_OF_MEMORY);
+  CHECK(no_memory == CODEGEMM_C_OUT_OF_MEMORY && kv == NULL && codegemm_c_last_native_error() == 0);
+}
+
 static void test_kv_errors(void) {
   pages p = {0, 0, 0, 0, 0};
   codegemm_c_kv_options options = kv_options(&p);
@@ -955,7 +961,7 @@ int main(void) {
   test_formats();
   test_pack();
   test_executors();
-  test_too_few_threads();
+  test_limits();
   test_gemm("m2v4b4g32", 96, 256, 1);  /* looked up in registers on every machine that can */
   test_gemm("m1v4g128", 65, 256, 3);   /* a Psumbook of several tokens; rows that fill no block */
   test_gemm("m2v8g-1", 80, 128, 1);    /* one scale a row */
