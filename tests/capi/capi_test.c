@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * tests/capi/capi_test.c - all of the C API but running on a GPU, from plain C99.
+ * tests/capi/capi_test.c - the C API from plain C99, on the CPU and, where there is one, on a GPU.
  */
 #define _POSIX_C_SOURCE 200809L
 
@@ -15,6 +15,9 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <unistd.h>
+#if defined(TEST_CUDA)
+#include <cuda_runtime_api.h>
+#endif
 
 /* Sanitizers keep terabytes of addresses for themselves. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -276,30 +279,6 @@ static void test_executors(void) {
   CHECK(codegemm_c_executor_threads(NULL) == -1);
 }
 
-/* The system gives some threads and then no more: those that run are ended, and an error comes out. */
-static void test_too_few_threads(void) {
-  struct rlimit before, low;
-  codegemm_c_executor* executor = NULL;
-  codegemm_c_status status = CODEGEMM_C_OK;
-  FILE* file = fopen("/proc/self/statm", "r");
-  unsigned long pages = 0;
-  const int known = file != NULL && fscanf(file, "%lu", &pages) == 1;
-  if (file != NULL) fclose(file);
-  if (TEST_SANITIZED || !known) {
-    printf("capi_test: no test of a lack of threads: %s\n", known ? "a sanitizer" : "no /proc");
-    return;
-  }
-  REQUIRE(getrlimit(RLIMIT_AS, &before) == 0);
-  low = before;
-  low.rlim_cur = (rlim_t)pages * (rlim_t)sysconf(_SC_PAGESIZE) + ((rlim_t)100 << 20);
-  REQUIRE(setrlimit(RLIMIT_AS, &low) == 0);
-  status = codegemm_c_executor_create(1000, &executor); /* with stacks of 8 MiB, some 12 of them fit */
-  REQUIRE(setrlimit(RLIMIT_AS, &before) == 0);
-  CHECK(executor == NULL);
-  CHECK(status == CODEGEMM_C_IO_ERROR || status == CODEGEMM_C_OUT_OF_MEMORY);
-  CHECK(status != CODEGEMM_C_IO_ERROR || codegemm_c_last_native_error() != 0);
-}
-
 typedef struct product {
   const codegemm_c_packed* packed;
   codegemm_c_executor* executor;
@@ -534,6 +513,8 @@ static void test_cuda_packing(void) {
           NULL);
   } else {
     FAILS(codegemm_c_cuda_validate(NULL, NULL), CODEGEMM_C_NULL_POINTER, "problem", NULL, NULL);
+    FAILS(codegemm_c_cuda_query_device(1000, &device), CODEGEMM_C_CUDA_ERROR, "cuda", NULL, NULL);
+    CHECK(device == NULL && codegemm_c_last_native_error() != 0);
   }
   codegemm_c_cuda_device_destroy(NULL);
   free(buffer);
@@ -541,6 +522,137 @@ static void test_cuda_packing(void) {
   free_matrix(&parts[0]);
   free_matrix(&parts[1]);
 }
+
+#if defined(TEST_CUDA)
+static void* to_device(const void* from, size_t bytes) {
+  void* to = NULL;
+  REQUIRE(cudaMalloc(&to, bytes > 0 ? bytes : 1) == cudaSuccess);
+  if (from != NULL) REQUIRE(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice) == cudaSuccess);
+  if (from == NULL) REQUIRE(cudaMemset(to, 0, bytes) == cudaSuccess);
+  return to;
+}
+
+/* One product of the two merged matrices, gate and up or not, against a double reference. */
+static void multiply_on_gpu(const codegemm_c_cuda_device* device, const codegemm_c_matrix* parts,
+                            const codegemm_c_cuda_weights* weights, int64_t tokens, int32_t activation) {
+  enum { kRows = 64, kHalf = 32, kCols = 256, kStride = 72 };
+  codegemm_c_cuda_problem problem, other;
+  const int64_t columns = activation == CODEGEMM_C_SWIGLU ? kHalf : kRows;
+  uint16_t* x = malloc((size_t)(tokens * kCols) * sizeof(*x));
+  float* y = malloc((size_t)(tokens * kStride) * sizeof(*y));
+  float bias[kRows];
+  size_t bytes = 77, planned = 78;
+  void* workspace = NULL;
+  double error = 0.0, norm = 0.0;
+  int64_t i = 0, t = 0, n = 0, k = 0;
+  REQUIRE(x != NULL && y != NULL);
+  for (i = 0; i < tokens * kCols; ++i)
+    x[i] = (uint16_t)((next_number() & 0x83FFU) | (12U + next_number() % 3U) << 10);
+  for (i = 0; i < tokens * kStride; ++i) y[i] = NAN;
+  for (i = 0; i < kRows; ++i) bias[i] = (float)(next_number() % 100) / 50.0F - 1.0F;
+
+  memset(&problem, 0, sizeof(problem));
+  problem.struct_size = sizeof(problem);
+  problem.weights = weights;
+  problem.tokens = tokens;
+  problem.x_stride = kCols;
+  problem.y_stride = kStride;
+  problem.x_type = CODEGEMM_C_FP16;
+  problem.y_type = CODEGEMM_C_FP32;
+  problem.activation = activation;
+  REQUIRE(codegemm_c_cuda_workspace_bytes(&problem, device, &planned) == CODEGEMM_C_OK);
+  FAILS(codegemm_c_cuda_validate(&problem, device), CODEGEMM_C_NULL_POINTER, "x", NULL, NULL);
+  problem.x = to_device(x, (size_t)(tokens * kCols) * sizeof(*x));
+  problem.y = to_device(y, (size_t)(tokens * kStride) * sizeof(*y));
+  problem.bias = to_device(bias, sizeof(bias));
+  REQUIRE(codegemm_c_cuda_validate(&problem, device) == CODEGEMM_C_OK);
+  REQUIRE(codegemm_c_cuda_workspace_bytes(&problem, device, &bytes) == CODEGEMM_C_OK);
+  CHECK(bytes == planned);
+
+  other = problem;
+  other.x_type = CODEGEMM_C_FP32;
+  FAILS(codegemm_c_cuda_validate(&other, device), CODEGEMM_C_INVALID_ARGUMENT, "x_type is 3", NULL, NULL);
+  other = problem;
+  other.y_type = 0;
+  FAILS(codegemm_c_cuda_validate(&other, device), CODEGEMM_C_INVALID_ARGUMENT, "y_type is 0", NULL, NULL);
+  other = problem;
+  other.flags = 2;
+  FAILS(codegemm_c_cuda_validate(&other, device), CODEGEMM_C_INVALID_ARGUMENT, "flags is 2", NULL, NULL);
+  other = problem;
+  other.y_stride = columns - 1;
+  FAILS(codegemm_c_cuda_run(&other, device, NULL, 0, NULL), CODEGEMM_C_INVALID_ARGUMENT, "y has stride", NULL,
+        NULL);
+  FAILS(codegemm_c_cuda_run(&problem, NULL, NULL, 0, NULL), CODEGEMM_C_NULL_POINTER, "device", NULL, NULL);
+
+  workspace = to_device(NULL, bytes);
+  if (bytes > 0) {
+    FAILS(codegemm_c_cuda_run(&problem, device, workspace, bytes - 1, NULL), CODEGEMM_C_WORKSPACE_TOO_SMALL,
+          "needs", NULL, NULL);
+  }
+  problem.flags = tokens == 1 ? CODEGEMM_C_CUDA_NO_OVERLAP : 0;
+  REQUIRE(codegemm_c_cuda_run(&problem, device, workspace, bytes, NULL) == CODEGEMM_C_OK);
+  REQUIRE(cudaMemcpy(y, problem.y, (size_t)(tokens * kStride) * sizeof(*y), cudaMemcpyDeviceToHost) ==
+          cudaSuccess);
+  for (t = 0; t < tokens; ++t) {
+    double sums[kRows];
+    for (n = 0; n < kRows; ++n) {
+      sums[n] = (double)bias[n];
+      for (k = 0; k < kCols; ++k) {
+        sums[n] += half_value(x[t * kCols + k]) * weight(&parts[n / kHalf], n % kHalf, k);
+      }
+    }
+    for (n = 0; n < columns; ++n) {
+      const double gate = sums[n];
+      const double want =
+          activation == CODEGEMM_C_SWIGLU ? gate / (1.0 + exp(-gate)) * sums[n + kHalf] : gate;
+      const double off = (double)y[t * kStride + n] - want;
+      error += off * off;
+      norm += want * want;
+    }
+    for (n = columns; n < kStride; ++n) CHECK(isnan(y[t * kStride + n]));
+  }
+  CHECK(norm > 0.0 && sqrt(error / norm) < 2e-3); /* NaN fails */
+  cudaFree((void*)(uintptr_t)problem.x);
+  cudaFree(problem.y);
+  cudaFree((void*)(uintptr_t)problem.bias);
+  cudaFree(workspace);
+  free(x);
+  free(y);
+}
+
+static void test_cuda_run(void) {
+  codegemm_c_matrix parts[2];
+  codegemm_c_cuda_weights weights;
+  codegemm_c_cuda_device* device = NULL;
+  size_t bytes = 0;
+  void *buffer = NULL, *data = NULL;
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    printf("capi_test: nothing was run on a GPU: there is none\n");
+    return;
+  }
+  REQUIRE(cudaSetDevice(0) == cudaSuccess);
+  REQUIRE(codegemm_c_cuda_query_device(0, &device) == CODEGEMM_C_OK);
+  parts[0] = make_matrix("m1v4g128", 32, 256);
+  parts[1] = make_matrix("m1v4g128", 32, 256);
+  memset(&weights, 0, sizeof(weights));
+  weights.struct_size = sizeof(weights);
+  REQUIRE(codegemm_c_cuda_pack_bytes(parts, 2, &bytes) == CODEGEMM_C_OK);
+  buffer = malloc(bytes);
+  REQUIRE(buffer != NULL);
+  REQUIRE(codegemm_c_cuda_pack(parts, 2, buffer, bytes, &weights) == CODEGEMM_C_OK);
+  data = to_device(buffer, bytes);
+  weights.data = data;
+  multiply_on_gpu(device, parts, &weights, 1, CODEGEMM_C_NO_ACTIVATION);
+  multiply_on_gpu(device, parts, &weights, 20, CODEGEMM_C_NO_ACTIVATION);
+  multiply_on_gpu(device, parts, &weights, 3, CODEGEMM_C_SWIGLU);
+  cudaFree(data);
+  free(buffer);
+  free_matrix(&parts[0]);
+  free_matrix(&parts[1]);
+  codegemm_c_cuda_device_destroy(device);
+}
+#endif
 
 /* ---- KV ------------------------------------------------------------------------------------------------ */
 
@@ -573,6 +685,36 @@ static codegemm_c_kv_options kv_options(pages* p) {
   options.copy_block = copy_block;
   options.context = p;
   return options;
+}
+
+/* The system gives some threads and then no more: those that run are ended, and an error comes out. So it
+ * does where memory is short. */
+static void test_limits(void) {
+  struct rlimit before, low;
+  codegemm_c_executor* executor = NULL;
+  codegemm_c_status status = CODEGEMM_C_OK, no_memory = CODEGEMM_C_OK;
+  pages p = {0, 0, 0, 0, 0};
+  codegemm_c_kv_options options = kv_options(&p);
+  codegemm_c_kv* kv = NULL;
+  FILE* file = fopen("/proc/self/statm", "r");
+  unsigned long size = 0;
+  const int known = file != NULL && fscanf(file, "%lu", &size) == 1;
+  if (file != NULL) fclose(file);
+  if (TEST_SANITIZED || !known) {
+    printf("capi_test: no test of a lack of threads and memory: %s\n", known ? "a sanitizer" : "no /proc");
+    return;
+  }
+  options.blocks = INT64_C(1) << 30;
+  REQUIRE(getrlimit(RLIMIT_AS, &before) == 0);
+  low = before;
+  low.rlim_cur = (rlim_t)size * (rlim_t)sysconf(_SC_PAGESIZE) + ((rlim_t)100 << 20);
+  REQUIRE(setrlimit(RLIMIT_AS, &low) == 0);
+  status = codegemm_c_executor_create(1000, &executor); /* with stacks of 8 MiB, some 12 of them fit */
+  no_memory = codegemm_c_kv_create(&options, &kv);
+  REQUIRE(setrlimit(RLIMIT_AS, &before) == 0);
+  CHECK(executor == NULL);
+  CHECK(status == CODEGEMM_C_IO_ERROR || status == CODEGEMM_C_OUT_OF_MEMORY);
+  CHECK(no_memory == CODEGEMM_C_OUT_OF_MEMORY && kv == NULL && codegemm_c_last_native_error() == 0);
 }
 
 static void test_kv_errors(void) {
@@ -770,20 +912,68 @@ static void test_kv_session(void) {
   codegemm_c_kv_release(fork);
 }
 
+/* Two threads on one allocator, each with sequences of its own. */
+static void* sessions_often(void* context) {
+  codegemm_c_kv* kv = context;
+  const int32_t tokens[6] = {1, 2, 3, 4, 5, 6};
+  int bad = 0, i = 0;
+  for (i = 0; i < 200; ++i) {
+    codegemm_c_kv_sequence *base = NULL, *fork = NULL;
+    int64_t matched = 0, count = 0;
+    int32_t ids[4];
+    if (codegemm_c_kv_open(kv, "base", "v1", "", tokens, 6, &base, &matched) != CODEGEMM_C_OK) return context;
+    if (matched != 0 && matched != 4) ++bad;
+    if (codegemm_c_kv_reserve(base, 6 - matched) != CODEGEMM_C_OK) ++bad;
+    if (codegemm_c_kv_commit(base, tokens + matched, 6 - matched) != CODEGEMM_C_OK) ++bad;
+    if (codegemm_c_kv_fork(base, &fork) != CODEGEMM_C_OK) ++bad;
+    if (codegemm_c_kv_append_private(fork, 1) != CODEGEMM_C_OK) ++bad;
+    if (codegemm_c_kv_blocks(fork, ids, 4, &count) != CODEGEMM_C_OK || count != 2) ++bad;
+    codegemm_c_kv_release(base);
+    codegemm_c_kv_release(fork);
+  }
+  return bad == 0 ? NULL : context;
+}
+
+static void test_kv_threads(void) {
+  pages p = {0, 0, 0, 0, 0};
+  codegemm_c_kv_options options = kv_options(&p);
+  codegemm_c_kv_stats stats;
+  codegemm_c_kv* kv = NULL;
+  pthread_t threads[2];
+  void* bad = NULL;
+  int i = 0;
+  REQUIRE(codegemm_c_kv_create(&options, &kv) == CODEGEMM_C_OK);
+  for (i = 0; i < 2; ++i) REQUIRE(pthread_create(&threads[i], NULL, sessions_often, kv) == 0);
+  for (i = 0; i < 2; ++i) {
+    REQUIRE(pthread_join(threads[i], &bad) == 0);
+    CHECK(bad == NULL);
+  }
+  stats.struct_size = sizeof(stats);
+  REQUIRE(codegemm_c_kv_get_stats(kv, &stats) == CODEGEMM_C_OK);
+  CHECK(stats.sequences == 0 && stats.in_use_blocks == 0 && stats.cached_blocks == 1 &&
+        stats.free_blocks == 9);
+  CHECK(p.copies == 400 && stats.copied_blocks == 400);
+  codegemm_c_kv_destroy(kv);
+}
+
 int main(void) {
   test_version_and_errors();
   test_formats();
   test_pack();
   test_executors();
-  test_too_few_threads();
+  test_limits();
   test_gemm("m2v4b4g32", 96, 256, 1);  /* looked up in registers on every machine that can */
   test_gemm("m1v4g128", 65, 256, 3);   /* a Psumbook of several tokens; rows that fill no block */
   test_gemm("m2v8g-1", 80, 128, 1);    /* one scale a row */
   test_gemm("m3v2b5g16", 64, 64, 130); /* many tokens */
   test_empty();
   test_cuda_packing();
+#if defined(TEST_CUDA)
+  test_cuda_run();
+#endif
   test_kv_errors();
   test_kv_session();
+  test_kv_threads();
   if (faults > 0) {
     printf("capi_test: %d of %d checks failed\n", faults, checks);
     return 1;
