@@ -160,8 +160,8 @@ TEST_CASE("each layer is shown the inputs that it has behind the layers replaced
     check(std::string("model.layers.1.self_attn.") + part, gram_of(between, model->layers[1].input_norm));
   }
   CHECK(rounding.grams.at("model.layers.0.mlp.gate_proj") == rounding.grams.at("model.layers.0.mlp.up_proj"));
-  CHECK(rounding.grams.at("model.layers.0.mlp.down_proj").size() == 40 * 40);
-  CHECK(rounding.grams.at("model.layers.0.self_attn.o_proj").size() == 48 * 48);
+  CHECK(rounding.grams.at("model.layers.0.mlp.down_proj").size() == std::size_t{40} * 40);
+  CHECK(rounding.grams.at("model.layers.0.self_attn.o_proj").size() == std::size_t{48} * 48);
 }
 
 TEST_CASE("a run that finds its first layers done goes on to the same bits, with any workers",
@@ -210,7 +210,7 @@ TEST_CASE("corrected weights are the least-squares ones for the dense model's ou
     options.correction_damping = 0.2;
     CalibrationRun run = CalibrationRun::create(model, sequences, 1, options).value();
     REQUIRE(run.next_block(rounding, serial).ok());
-    const std::vector<float> hidden(run.hidden().begin(), run.hidden().end());
+    std::vector<float> hidden(run.hidden().begin(), run.hidden().end());
     REQUIRE(run.next_block(rounding, serial).ok());
     return hidden;
   };
