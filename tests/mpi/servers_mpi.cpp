@@ -10,11 +10,11 @@
 // test: --enable-recovery -n 4 -- --seed 3 --kill 9
 // test: --enable-recovery -n 4 -- --seed 4 --kill 21
 // test: -n 4 -- --seed 5 --flood
-#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
