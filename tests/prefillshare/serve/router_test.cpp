@@ -258,7 +258,8 @@ TEST_CASE(
     for (WorkerId w = 0; w < router.workers().size(); ++w) {
       if (state[static_cast<std::size_t>(w)] != WorkerState::kUp) continue;
       std::int64_t cached = 0;
-      for (const PrefixMatch& match : matches) cached = match.worker == w ? 4 * match.blocks : cached;
+      for (const PrefixMatch& match : matches)
+        cached = match.worker == w ? std::int64_t{4} * match.blocks : cached;
       costs[w] = cost(tokens - cached, cached) + router.workers()[w].load();
       if (best < 0.0 || costs[w] < best) best = costs[w];
     }

@@ -313,9 +313,9 @@ TEST_CASE(
     write_message(HelloMessage{config, kBaseKey, 16}, script[0]);
     write_message(AskMessage{1, 0, 5, 0, {60}, random_tokens(rng, 34, 61)}, script[1]);
     for (int layer = 0; layer < 2; ++layer) {
-      Message& pages = script[static_cast<std::size_t>(2 + layer)];
+      Message& pages = script[2 + static_cast<std::size_t>(layer)];
       write_message(PagesHeader{1, layer, 0, 3, 1}, pages);
-      pages.resize(pages.size() + std::size_t{33 * 2 * 16} * sizeof(float));
+      pages.resize(pages.size() + std::size_t{33} * 2 * 16 * sizeof(float));
     }
     // Unchanged, it is served.
     const bool change = round % 10 != 0;

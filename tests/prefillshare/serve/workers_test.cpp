@@ -127,7 +127,8 @@ TEST_CASE("pages are announced once each, before the job ends, and a second pool
       PrefillJob job = job_of(turn, tokens);
       job.cache = std::move(session);
       job.pages_from = grant.cached_tokens;
-      REQUIRE(prefill.worker.submit(std::move(job)).ok());
+      const Status submitted = prefill.worker.submit(std::move(job));
+      REQUIRE(submitted.ok());
       std::set<std::pair<int, std::int64_t>> seen;
       std::optional<Sequence> cache;
       std::int64_t steps = 0;
@@ -195,8 +196,10 @@ TEST_CASE(
   REQUIRE(side.worker.submit(job_of(2, tokens(30))).ok());
   REQUIRE(side.worker.submit(job_of(3, tokens(5))).ok());
   PrefillJob fourth = job_of(4, tokens(5));
-  CHECK(side.worker.submit(std::move(fourth)).code() == StatusCode::kExhausted);
-  CHECK(fourth.tokens.size() == 5);  // still the caller's
+  const Status refused = side.worker.submit(std::move(fourth));
+  CHECK(refused.code() == StatusCode::kExhausted);
+  const std::size_t left = fourth.tokens.size();  // NOLINT(bugprone-use-after-move): still the caller's
+  CHECK(left == 5);
 
   CHECK(side.worker.step(0, kIgnorePages, keep) == 16);
   CHECK((side.worker.running() == 1 &&

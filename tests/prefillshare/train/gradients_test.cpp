@@ -92,7 +92,7 @@ int check_gradients(TrainPass<double>& pass, TrainableModel<double>& model, cons
     for (int i = 0; i < 4; ++i) {
       std::int64_t at = rng.below(p.value.size());
       if (p.name == "model.embed_tokens.weight")  // rows of tokens that occur
-        at = batch.tokens[static_cast<std::size_t>(rng.below(11))] * 24 + rng.below(24);
+        at = batch.tokens[static_cast<std::size_t>(rng.below(11))] * std::int64_t{24} + rng.below(24);
       const double kept = p.value[at];
       const double step = 1e-5 * std::max(1.0, std::abs(kept));
       p.value[at] = kept + step;

@@ -91,7 +91,7 @@ struct Problem {
       sequences.push_back(random_tokens(rng, 20 + rng.below(20), 61));
       lengths.push_back(static_cast<std::int64_t>(sequences.back().size()));
       for (const std::int32_t token : sequences.back()) {
-        const float* const row = model->embedding->data() + token * 24;
+        const float* const row = model->embedding->data() + std::ptrdiff_t{24} * token;
         inputs.insert(inputs.end(), row, row + 24);
       }
     }
