@@ -41,6 +41,8 @@ using bench::Buffer;
 using bench::check;
 using bench::cold_copies;
 using bench::error_of;
+using bench::Option;
+using bench::parse;
 using bench::Shape;
 using bench::time_us;
 
@@ -235,7 +237,7 @@ void put_energy(nlohmann::json& row, const std::optional<bench::Energy>& energy)
   row["watts"] = energy->watts;
 }
 
-void write_json(const char* path, const std::string& machine, const bench::MemorySpeed& speed,
+void write_json(const std::string& path, const std::string& machine, const bench::MemorySpeed& speed,
                 const std::vector<Row>& rows) {
   nlohmann::json all = nlohmann::json::array();
   for (const Row& r : rows) {
@@ -259,6 +261,13 @@ void write_json(const char* path, const std::string& machine, const bench::Memor
   check(bench::write_text(bench::frame_json(suite, std::move(all)).dump(2) + '\n', path));
 }
 
+cuda::Regime parse_regime(const std::string& name) {
+  if (name == "gather") return cuda::Regime::kGather;
+  if (name == "mma") return cuda::Regime::kFusedMma;
+  if (name == "wgmma") return cuda::Regime::kFusedWgmma;
+  throw std::runtime_error("--regime wants gather, mma or wgmma, not " + name);
+}
+
 int program(int argc, char** argv) {
   std::vector<Shape> shapes;
   std::vector<Format> formats;
@@ -266,63 +275,26 @@ int program(int argc, char** argv) {
   std::vector<Peer> peers;
   cuda::GemmTuning tuning;
   cuda::PackOptions pack_options;
-  const char* json = nullptr;
+  std::string json;
   Effort effort;
   bool with_cublas = true;
-  for (int i = 1; i < argc; ++i) {
-    const std::string name = argv[i];
-    if (name == "--quick") {
-      effort.quick = true;
-      continue;
-    }
-    if (name == "--once") {
-      effort.once = true;
-      continue;
-    }
-    if (name == "--energy") {
-      effort.energy = std::make_unique<bench::EnergyCounter>();
-      continue;
-    }
-    if (name == "--no-cublas") {
-      with_cublas = false;
-      continue;
-    }
-    if (i + 1 >= argc) throw std::runtime_error("unknown or unfinished argument " + name);
-    const char* const value = argv[++i];
-    if (name == "--json") {
-      json = value;
-    } else if (name == "--shape") {
-      shapes.push_back(bench::parse_shape(value));
-    } else if (name == "--format") {
-      const auto format = parse_format(value);
-      check(format.status());
-      formats.push_back(*format);
-    } else if (name == "--tokens") {
-      tokens.push_back(std::atoi(value));
-    } else if (name == "--peer") {
-      peers.push_back(load_peer(value));
-    } else if (name == "--cluster") {
-      tuning.cluster = std::atoi(value);
-    } else if (name == "--ahead") {
-      tuning.rounds_ahead = std::atoi(value);
-    } else if (name == "--shared") {
-      tuning.shared_bytes = std::atoi(value);
-    } else if (name == "--regime") {
-      const std::string regime = value;
-      tuning.regime = regime == "gather"  ? cuda::Regime::kGather
-                      : regime == "mma"   ? cuda::Regime::kFusedMma
-                      : regime == "wgmma" ? cuda::Regime::kFusedWgmma
-                                          : cuda::Regime::kAuto;
-    } else if (name == "--splits") {
-      tuning.splits = std::atoi(value);
-    } else if (name == "--token-tile") {
-      tuning.token_tile = std::atoi(value);
-    } else if (name == "--sets") {
-      pack_options.sets = std::atoi(value);
-    } else {
-      throw std::runtime_error("unknown argument " + name);
-    }
-  }
+  parse(argc, argv,
+        {{"--quick", Option::flag(effort.quick)},
+         {"--once", Option::flag(effort.once)},
+         {"--energy", Option::flag([&] { effort.energy = std::make_unique<bench::EnergyCounter>(); })},
+         {"--no-cublas", Option::flag(with_cublas, false)},
+         {"--json", Option::value(json)},
+         {"--shape", bench::shape_option(shapes)},
+         {"--format", bench::format_option(formats)},
+         {"--tokens", Option::value([&](const char* text) { tokens.push_back(std::atoi(text)); })},
+         {"--peer", Option::value([&](const char* text) { peers.push_back(load_peer(text)); })},
+         {"--cluster", Option::value(tuning.cluster)},
+         {"--ahead", Option::value(tuning.rounds_ahead)},
+         {"--shared", Option::value(tuning.shared_bytes)},
+         {"--regime", Option::value([&](const char* text) { tuning.regime = parse_regime(text); })},
+         {"--splits", Option::value(tuning.splits)},
+         {"--token-tile", Option::value(tuning.token_tile)},
+         {"--sets", Option::value(pack_options.sets)}});
   if (shapes.empty()) {
     shapes = {{4096, 4096}, {1024, 4096},  {6144, 4096},  {14336, 4096}, {28672, 4096}, {4096, 14336},
               {8192, 8192}, {10240, 8192}, {28672, 8192}, {57344, 8192}, {8192, 28672}};
@@ -347,7 +319,7 @@ int program(int argc, char** argv) {
   for (const Format format : formats) {
     for (const Shape shape : shapes) {
       measure(shape, format, tokens, tuning, pack_options, effort, peers, cublas, *device, stream, rows);
-      if (json != nullptr) write_json(json, machine, bandwidth, rows);
+      if (!json.empty()) write_json(json, machine, bandwidth, rows);
     }
   }
   if (cublas != nullptr) cublasDestroy(cublas);
@@ -357,11 +329,4 @@ int program(int argc, char** argv) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  try {
-    return program(argc, argv);
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "codegemm-gpu: %s\n", e.what());
-    return 1;
-  }
-}
+int main(int argc, char** argv) { return codegemm::bench::run_suite("codegemm-gpu", argc, argv, program); }

@@ -23,6 +23,7 @@
 #include <prefillshare/attention/decode.cuh>
 #include <prefillshare/attention/prefill.cuh>
 
+#include "support/gpu_program.hpp"
 #include "support/gpu_timing.cuh"
 #include "support/report.hpp"
 
@@ -371,49 +372,25 @@ int program(int argc, char** argv) {
   Program program;
   std::string json;
   std::string only;
-  for (int i = 1; i < argc; ++i) {
-    const std::string name = argv[i];
-    if (name == "--quick") {
-      program.quick = true;
-      continue;
-    }
-    if (name == "--no-overlap") {
-      program.overlap = false;
-      continue;
-    }
-    if (i + 1 >= argc) throw std::runtime_error("unknown or unfinished argument " + name);
-    const char* const value = argv[++i];
-    if (name == "--json") {
-      json = value;
-    } else if (name == "--only") {
-      only = value;
-    } else if (name == "--lanes") {
-      program.tuning.lanes = std::atoi(value);
-    } else if (name == "--min-tiles") {
-      program.tuning.min_tiles = std::atoi(value);
-    } else if (name == "--many-rows-cost") {
-      program.tuning.many_rows_cost = std::atoi(value);
-    } else if (name == "--torch") {
-      std::ifstream file(value);
-      program.torch = nlohmann::json::parse(file);
-    } else {
-      throw std::runtime_error("unknown argument " + name);
-    }
-  }
+  using bench::Option;
+  bench::parse(argc, argv,
+               {{"--quick", Option::flag(program.quick)},
+                {"--no-overlap", Option::flag(program.overlap, false)},
+                {"--json", Option::value(json)},
+                {"--only", Option::value(only)},
+                {"--lanes", Option::value(program.tuning.lanes)},
+                {"--min-tiles", Option::value(program.tuning.min_tiles)},
+                {"--many-rows-cost", Option::value(program.tuning.many_rows_cost)},
+                {"--torch", Option::value([&](const char* path) {
+                   std::ifstream file(path);
+                   program.torch = nlohmann::json::parse(file);
+                 })}});
   const auto device = cuda::query_device(0);
   check(device.status());
   program.device = *device;
-  cudaDeviceProp properties;
-  check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
-  int driver = 0;
-  int runtime = 0;
-  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
-  check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
   check(cudaStreamCreate(&program.stream), "cudaStreamCreate");
   program.suite.name = "kv-gpu";
-  program.suite.machine =
-      concat(properties.name, ", ", device->multiprocessors, " multiprocessors, CUDA ", runtime / 1000, '.',
-             runtime % 1000 / 10, ", driver for ", driver / 1000, '.', driver % 1000 / 10);
+  program.suite.machine = bench::describe_card(*device);
   program.suite.memory = bench::measure_bandwidth(program.stream, device->multiprocessors);
   std::printf("%s\ncopy %.0f GB/s, read %.0f GB/s\n", program.suite.machine.get<std::string>().c_str(),
               program.suite.memory.copy_gb_per_s, program.suite.memory.read_gb_per_s);
@@ -430,11 +407,4 @@ int program(int argc, char** argv) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  try {
-    return program(argc, argv);
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "kv-gpu: %s\n", e.what());
-    return 1;
-  }
-}
+int main(int argc, char** argv) { return codegemm::bench::run_suite("kv-gpu", argc, argv, program); }

@@ -26,6 +26,7 @@ namespace {
 using namespace codegemm;
 using bench::Buffer;
 using bench::check;
+using bench::Option;
 using bench::Shape;
 using cuda::Regime;
 
@@ -122,7 +123,7 @@ std::string line_of(const cuda::Crossover& c) {
 
 // Replaces the lines between the marks: this card's formats by what was measured now, all others as they
 // were.
-void write_crossovers(const char* path, const std::vector<cuda::Crossover>& now) {
+void write_crossovers(const std::string& path, const std::vector<cuda::Crossover>& now) {
   std::ifstream in(path);
   const std::string text{std::istreambuf_iterator<char>(in), {}};
   const std::string begin = "    // tune: begin\n", end = "    // tune: end\n";
@@ -143,31 +144,15 @@ void write_crossovers(const char* path, const std::vector<cuda::Crossover>& now)
 int program(int argc, char** argv) {
   std::vector<Shape> shapes;
   std::vector<Format> formats;
-  const char* json = nullptr;
-  const char* header = nullptr;
+  std::string json;
+  std::string header;
   bool quick = false;
-  for (int i = 1; i < argc; ++i) {
-    const std::string name = argv[i];
-    if (name == "--quick") {
-      quick = true;
-      continue;
-    }
-    if (i + 1 >= argc) throw std::runtime_error("unknown or unfinished argument " + name);
-    const char* const value = argv[++i];
-    if (name == "--json") {
-      json = value;
-    } else if (name == "--write") {
-      header = value;
-    } else if (name == "--shape") {
-      shapes.push_back(bench::parse_shape(value));
-    } else if (name == "--format") {
-      const auto format = parse_format(value);
-      check(format.status());
-      formats.push_back(*format);
-    } else {
-      throw std::runtime_error("unknown argument " + name);
-    }
-  }
+  bench::parse(argc, argv,
+               {{"--quick", Option::flag(quick)},
+                {"--json", Option::value(json)},
+                {"--write", Option::value(header)},
+                {"--shape", bench::shape_option(shapes)},
+                {"--format", bench::format_option(formats)}});
   if (shapes.empty())
     shapes = {{4096, 4096}, {6144, 4096}, {14336, 4096}, {4096, 14336}, {8192, 8192}, {28672, 8192}};
   if (formats.empty()) {
@@ -221,20 +206,13 @@ int program(int argc, char** argv) {
     std::printf("%s", line_of(c).c_str());
   }
   check(cudaStreamDestroy(stream), "cudaStreamDestroy");
-  if (json != nullptr)
+  if (!json.empty())
     check(bench::write_text(bench::frame_json({"tune", card, speed, {}}, std::move(rows)).dump(2) + '\n',
                             json));
-  if (header != nullptr) write_crossovers(header, crossovers);
+  if (!header.empty()) write_crossovers(header, crossovers);
   return 0;
 }
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  try {
-    return program(argc, argv);
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "tune: %s\n", e.what());
-    return 1;
-  }
-}
+int main(int argc, char** argv) { return codegemm::bench::run_suite("tune", argc, argv, program); }

@@ -14,10 +14,10 @@
 #include <utility>
 #include <vector>
 
-#include <codegemm/cuda/device.cuh>
 #include <codegemm/cuda/packed_matrix.hpp>
 #include <codegemm/reference.hpp>
 
+#include "gpu_program.hpp"
 #include "gpu_timing.cuh"
 
 namespace codegemm::bench {
@@ -49,6 +49,18 @@ inline Shape parse_shape(const char* text) {
   long long n = 0, k = 0;
   if (std::sscanf(text, "%lldx%lld", &n, &k) != 2) throw std::runtime_error("--shape wants NxK");
   return {n, k};
+}
+
+// "--shape NxK" and "--format NAME" of a command line, each as often as wanted.
+inline Option shape_option(std::vector<Shape>& to) {
+  return Option::value([&to](const char* text) { to.push_back(parse_shape(text)); });
+}
+inline Option format_option(std::vector<Format>& to) {
+  return Option::value([&to](const char* text) {
+    const auto format = parse_format(text);
+    check(format.status());
+    to.push_back(*format);
+  });
 }
 
 // How many copies of so many bytes no cache holds: 600 MB in all.
@@ -140,18 +152,6 @@ inline double error_of(const QuantizedMatrix& w, const std::vector<Half>& x, con
     }
   }
   return std::sqrt(off / size);
-}
-
-// "NVIDIA H100 80GB HBM3, 132 multiprocessors, CUDA 13.0, driver for 13.0"
-inline std::string describe_card(const cuda::Device& device) {
-  cudaDeviceProp properties;
-  check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
-  int driver = 0;
-  int runtime = 0;
-  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
-  check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
-  return concat(properties.name, ", ", device.multiprocessors, " multiprocessors, CUDA ", runtime / 1000, '.',
-                runtime % 1000 / 10, ", driver for ", driver / 1000, '.', driver % 1000 / 10);
 }
 
 }  // namespace codegemm::bench

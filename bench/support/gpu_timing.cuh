@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #include <codegemm/base/status.hpp>
+#include <codegemm/cuda/device.cuh>
 
 #include "machine.hpp"
 
@@ -123,6 +124,18 @@ inline MemorySpeed measure_bandwidth(cudaStream_t stream, int multiprocessors) {
   out.copy_gb_per_s = static_cast<double>(kBytes) / copy * 1e-3;
   out.read_gb_per_s = static_cast<double>(kBytes) / read * 1e-3;
   return out;
+}
+
+// "NVIDIA H100 80GB HBM3, 132 multiprocessors, CUDA 13.0, driver for 13.0"
+inline std::string describe_card(const cuda::Device& device) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+  int driver = 0;
+  int runtime = 0;
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+  return concat(properties.name, ", ", device.multiprocessors, " multiprocessors, CUDA ", runtime / 1000, '.',
+                runtime % 1000 / 10, ", driver for ", driver / 1000, '.', driver % 1000 / 10);
 }
 
 }  // namespace codegemm::bench

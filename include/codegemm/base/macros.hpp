@@ -65,6 +65,18 @@
 #define CODEGEMM_HAS_AVX512 0
 #endif
 
+// GCC 12 takes the undefined operand in its own AVX-512 intrinsics for a fault of theirs (its bug 105593):
+// code with them stands between these two.
+#if defined(__GNUC__) && !defined(__clang__)
+#define CODEGEMM_AVX512_CODE_BEGIN                                                                           \
+  _Pragma("GCC diagnostic push") _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")                 \
+      _Pragma("GCC diagnostic ignored \"-Wuninitialized\"")
+#define CODEGEMM_AVX512_CODE_END _Pragma("GCC diagnostic pop")
+#else
+#define CODEGEMM_AVX512_CODE_BEGIN
+#define CODEGEMM_AVX512_CODE_END
+#endif
+
 /// 64-bit Arm always has NEON: no attribute, no question at run time.
 #if defined(__aarch64__) && defined(__ARM_NEON)
 #define CODEGEMM_HAS_NEON 1

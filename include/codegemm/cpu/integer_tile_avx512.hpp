@@ -13,12 +13,7 @@
 #if CODEGEMM_HAS_AVX512
 #include <immintrin.h>
 
-// GCC 12 takes the undefined operand in its own intrinsics for a fault of theirs (its bug 105593).
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
+CODEGEMM_AVX512_CODE_BEGIN
 
 namespace codegemm::detail {
 
@@ -88,7 +83,5 @@ CODEGEMM_TARGET_AVX512 void multiply_pairs_avx512(const IntegerTileArgs& a) {
 
 }  // namespace codegemm::detail
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+CODEGEMM_AVX512_CODE_END
 #endif

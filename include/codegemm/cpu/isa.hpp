@@ -14,7 +14,7 @@ namespace codegemm {
 
 /// What a kernel is written in. kAvx2: AVX2 with FMA and F16C. kAvx512: the above with AVX-512 F, BW, VL and
 /// DQ; kAvx512Vbmi: and VBMI, whose byte permutes look up 128 entries at once, and VNNI, which adds products
-/// of 16 bits (all of Ice Lake's successors and Zen 4's have both). kNeon: 64-bit Arm.
+/// of 16 bits (Ice Lake and Zen 4 brought both). kNeon: 64-bit Arm.
 enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vbmi = 3, kNeon = 4 };
 
 /// As it is printed: "avx2".

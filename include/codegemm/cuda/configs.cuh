@@ -19,36 +19,19 @@
 
 namespace codegemm::cuda {
 
-/// m1v4g128: v = 4, m = 1, one scale for 8 lanes of 16 columns.
-struct GatherM1V4G128 {
+/// Vectors of V weights, M codebooks of 256 centroids, one scale for 2^ScaleSteps lanes of four columns, or
+/// for a row (5).
+template <int V, int M, int ScaleSteps>
+struct GatherTuned {
   /// @{ See the head of this file.
-  static constexpr int kVecLen = 4, kCodebooks = 1, kCodeBits = 8, kSets = 4, kScaleSteps = 3;
+  static constexpr int kVecLen = V, kCodebooks = M, kCodeBits = 8, kSets = 4, kScaleSteps = ScaleSteps;
   static constexpr int kThreads = 1024, kPassTokens = 1;  /// @}
 };
-/// m2v8g128.
-struct GatherM2V8G128 {
-  /// @{ See the head of this file.
-  static constexpr int kVecLen = 8, kCodebooks = 2, kCodeBits = 8, kSets = 4, kScaleSteps = 3;
-  static constexpr int kThreads = 1024, kPassTokens = 1;  /// @}
-};
-/// m1v4g32.
-struct GatherM1V4G32 {
-  /// @{ See the head of this file.
-  static constexpr int kVecLen = 4, kCodebooks = 1, kCodeBits = 8, kSets = 4, kScaleSteps = 1;
-  static constexpr int kThreads = 1024, kPassTokens = 1;  /// @}
-};
-/// m1v4g-1.
-struct GatherM1V4Row {
-  /// @{ See the head of this file.
-  static constexpr int kVecLen = 4, kCodebooks = 1, kCodeBits = 8, kSets = 4, kScaleSteps = 5;
-  static constexpr int kThreads = 1024, kPassTokens = 1;  /// @}
-};
-/// m2v8g-1, AQLM's 2x8.
-struct GatherM2V8Row {
-  /// @{ See the head of this file.
-  static constexpr int kVecLen = 8, kCodebooks = 2, kCodeBits = 8, kSets = 4, kScaleSteps = 5;
-  static constexpr int kThreads = 1024, kPassTokens = 1;  /// @}
-};
+using GatherM1V4G128 = GatherTuned<4, 1, 3>;  ///< 8 lanes of 16 weights share a scale
+using GatherM2V8G128 = GatherTuned<8, 2, 3>;  ///< 8 lanes of 16 weights share a scale
+using GatherM1V4G32 = GatherTuned<4, 1, 1>;   ///< 2 lanes of 16 weights share a scale
+using GatherM1V4Row = GatherTuned<4, 1, 5>;   ///< m1v4g-1
+using GatherM2V8Row = GatherTuned<8, 2, 5>;   ///< m2v8g-1, AQLM's 2x8
 
 /// Any v, b and g.
 template <int Codebooks, int Sets>
