@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/serve/decode_worker.hpp>
 #include <prefillshare/serve/prefill_worker.hpp>
 

@@ -24,6 +24,7 @@
 #include <codegemm/quantize/calibrated.hpp>
 #include <codegemm/reference.hpp>
 #include <prefillshare/model/calibrate.hpp>
+#include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/train/tune_block.hpp>
 
 namespace prefillshare::examples {

@@ -16,6 +16,7 @@
 
 #include <codegemm/base/executor.hpp>
 #include <common/tensor_source.hpp>
+#include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/model/llama.hpp>
 
 namespace prefillshare::examples {

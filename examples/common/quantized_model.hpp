@@ -17,6 +17,7 @@
 #include <codegemm/quantize/kmeans.hpp>
 #include <common/model_loader.hpp>
 #include <prefillshare/model/codegemm_linear.hpp>
+#include <prefillshare/model/dense_linear.hpp>
 
 namespace prefillshare::examples {
 

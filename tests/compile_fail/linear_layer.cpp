@@ -3,6 +3,7 @@
 // A model is made of linear layers, and of nothing else.
 // expect: LinearLayer
 
+#include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/model/llama.hpp>
 
 int main() {

@@ -28,6 +28,7 @@
 #include <CLI/CLI.hpp>
 
 #include <common/unwrap.hpp>
+#include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/serve/decode_server.hpp>
 #include <prefillshare/serve/mpi_channel.hpp>
 #include <prefillshare/serve/prefill_server.hpp>

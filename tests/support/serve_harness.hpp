@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <prefillshare/model/codegemm_linear.hpp>
+#include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/serve/decode_worker.hpp>
 #include <prefillshare/serve/prefill_worker.hpp>
 #include <support/model_harness.hpp>

@@ -10,6 +10,7 @@
 #include <span>
 #include <vector>
 
+#include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/model/llama.hpp>
 #include <support/random.hpp>
 

@@ -4,6 +4,7 @@
 // Layer: base (host only).
 #pragma once
 
+#include <concepts>
 #include <new>
 #include <optional>
 #include <string>
@@ -95,8 +96,12 @@ template <class... Parts>
 template <class T>
 class [[nodiscard]] Result {
  public:
-  /// A value.
-  Result(T value) : value_(std::move(value)) {}  // NOLINT(google-explicit-constructor): return value;
+  /// A value. By reference, so that `return local;` moves with nvcc too, which would copy for a parameter by
+  /// value.
+  Result(T&& value) : value_(std::move(value)) {}  // NOLINT(google-explicit-constructor): return value;
+  /// The same, copied.
+  Result(const T& value)  // NOLINT(google-explicit-constructor): return value;
+      requires std::copy_constructible<T> : value_(value) {}
   /// A failure; `status` must not be a success.
   // NOLINTNEXTLINE(google-explicit-constructor): return error(...);
   Result(Status status) : status_(std::move(status)) { CODEGEMM_ASSERT(!status_.ok()); }

@@ -322,7 +322,7 @@ inline void store_scales(const QuantizedMatrixView& w, const PackedLayout& l, st
         detail::store_scaled(to + n * sizeof(Half), scales[n], scale_factor);
     }
   }
-  return Result<PackedMatrix>(std::move(out));  // spelled out for nvcc, which would copy
+  return out;
 }
 
 /// Packs one canonical matrix.

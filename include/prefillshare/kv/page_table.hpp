@@ -27,13 +27,24 @@ struct PageTable {
   std::vector<std::int32_t> last_page_len;  ///< [sequences]
 };
 
-/// Writes the table of the tokens that are there (length(), not what is reserved). `table` keeps its memory
-/// from call to call; on failure it is not touched. All sequences are open and of one allocator, whose
-/// numbers they hold. kNullPointer, kInvalidArgument (closed), kIncompatible (two allocators), kUnsupported
-/// (more pages than int32 counts), kOutOfMemory.
+/// Writes the table of the tokens that are there (length(), not what is reserved) and, where `pending` has an
+/// element for each sequence, of as many reserved ones behind them: those that the pass which reads the table
+/// writes. `table` keeps its memory from call to call; on failure it is not touched. All sequences are open
+/// and of one allocator, whose numbers they hold. kNullPointer, kInvalidArgument (closed; more pending than
+/// there are blocks for), kShapeMismatch, kIncompatible (two allocators), kUnsupported (more pages than int32
+/// counts), kOutOfMemory.
 [[nodiscard]] inline codegemm::Status export_page_table(std::span<const Sequence* const> sequences,
-                                                        PageTable& table) {
+                                                        PageTable& table,
+                                                        std::span<const std::int64_t> pending = {}) {
   using codegemm::StatusCode;
+  if (!pending.empty() && pending.size() != sequences.size()) {
+    return codegemm::error(StatusCode::kShapeMismatch, "export_page_table: ", pending.size(),
+                           " numbers of pending tokens for ", sequences.size(), " sequences");
+  }
+  const auto length_of = [&](std::size_t i) {
+    return sequences[i]->length() + (pending.empty() ? 0 : pending[i]);
+  };
+  constexpr std::int64_t kMostPending = std::int64_t{1} << 40;  // no sum below overflows
   std::int64_t pages = 0;
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     if (sequences[i] == nullptr) {
@@ -47,7 +58,14 @@ struct PageTable {
                              " is of another allocator than sequence 0");
     }
     const std::int64_t tokens = sequences[i]->block_tokens();
-    pages += (sequences[i]->length() + tokens - 1) / tokens;
+    const std::int64_t length = length_of(i);
+    if ((!pending.empty() && (pending[i] < 0 || pending[i] > kMostPending)) ||
+        length > std::ssize(sequences[i]->blocks()) * tokens) {
+      return codegemm::error(StatusCode::kInvalidArgument, "export_page_table: sequence ", i, " has ",
+                             sequences[i]->length(), " tokens in ", sequences[i]->blocks().size(),
+                             " blocks of ", tokens, ", ", pending.empty() ? 0 : pending[i], " are pending");
+    }
+    pages += (length + tokens - 1) / tokens;
   }
   if (pages > std::numeric_limits<std::int32_t>::max() ||
       sequences.size() >= static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max())) {
@@ -65,13 +83,14 @@ struct PageTable {
   table.indptr.assign(1, 0);
   table.indices.clear();
   table.last_page_len.clear();
-  for (const Sequence* sequence : sequences) {
-    const std::int64_t tokens = sequence->block_tokens();
-    const std::int64_t used = (sequence->length() + tokens - 1) / tokens;
-    const std::span<const BlockId> blocks = sequence->blocks().first(static_cast<std::size_t>(used));
+  for (std::size_t i = 0; i < sequences.size(); ++i) {
+    const std::int64_t tokens = sequences[i]->block_tokens();
+    const std::int64_t length = length_of(i);
+    const std::int64_t used = (length + tokens - 1) / tokens;
+    const std::span<const BlockId> blocks = sequences[i]->blocks().first(static_cast<std::size_t>(used));
     table.indices.insert(table.indices.end(), blocks.begin(), blocks.end());
     table.indptr.push_back(static_cast<std::int32_t>(table.indices.size()));
-    table.last_page_len.push_back(static_cast<std::int32_t>(tokens - (used * tokens - sequence->length())));
+    table.last_page_len.push_back(static_cast<std::int32_t>(tokens - (used * tokens - length)));
   }
   return {};
 }

@@ -20,6 +20,7 @@
 #include <codegemm/quantize/corrected.hpp>
 #include <codegemm/quantize/gram.hpp>
 #include <prefillshare/kv/storage.hpp>
+#include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/model/forward.hpp>
 #include <prefillshare/model/llama.hpp>
 

@@ -35,6 +35,7 @@ class CodeGemmLinear {
     return static_cast<std::int64_t>(weights_.bytes() + bias_.size() * sizeof(float));
   }
   [[nodiscard]] const codegemm::PackedMatrix& weights() const noexcept { return weights_; }  ///< packed
+  [[nodiscard]] std::span<const float> bias() const noexcept { return bias_; }               ///< [N] or empty
 
   /// As LinearLayer says.
   [[nodiscard]] std::size_t workspace_bytes(std::int64_t tokens, int workers) const {

@@ -19,6 +19,7 @@
 #include <prefillshare/attention/paged.hpp>
 #include <prefillshare/attention/rope.hpp>
 #include <prefillshare/kv/storage.hpp>
+#include <prefillshare/model/after_layer.hpp>
 #include <prefillshare/model/llama.hpp>
 
 namespace prefillshare {
@@ -105,13 +106,6 @@ struct KvTarget {
 struct ForwardItem {
   std::span<const std::int32_t> tokens;  ///< at least one
   KvTarget kv;                           ///< their sequence
-};
-
-/// What a forward pass calls with each layer's number once the KV of all its tokens stands in that layer's
-/// pages: a transport may send them while the next layer is computed. An error ends the pass.
-struct IgnoreLayers {
-  /// Goes on.
-  Status operator()(int /*layer*/) const { return {}; }
 };
 
 namespace detail {

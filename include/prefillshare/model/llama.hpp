@@ -85,12 +85,13 @@ template <LinearLayer Linear>
   const auto linear = [&](const std::string& name, const Linear& layer, std::int64_t rows,
                           std::int64_t cols) {
     if (!first.ok() || (layer.rows() == rows && layer.cols() == cols)) return;
-    first = error(StatusCode::kShapeMismatch, name, " is ", layer.rows(), " x ", layer.cols(),
-                  ", the config needs ", rows, " x ", cols);
+    static_cast<void>(first = error(StatusCode::kShapeMismatch, name, " is ", layer.rows(), " x ",
+                                    layer.cols(), ", the config needs ", rows, " x ", cols));
   };
   const auto vector = [&](const std::string& name, std::size_t size, std::int64_t wanted) {
     if (!first.ok() || static_cast<std::int64_t>(size) == wanted) return;
-    first = error(StatusCode::kShapeMismatch, name, " has ", size, " values, the config needs ", wanted);
+    static_cast<void>(
+        first = error(StatusCode::kShapeMismatch, name, " has ", size, " values, the config needs ", wanted));
   };
   if (static_cast<std::int64_t>(model.layers.size()) != c.layers) {
     return error(StatusCode::kShapeMismatch, "model has ", model.layers.size(), " layers, the config needs ",

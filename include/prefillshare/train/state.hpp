@@ -18,6 +18,7 @@
 #include <codegemm/io/quoted.hpp>
 #include <codegemm/io/safetensors.hpp>
 #include <codegemm/io/safetensors_writer.hpp>
+#include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/train/adamw.hpp>
 #include <prefillshare/train/trainable_model.hpp>
 

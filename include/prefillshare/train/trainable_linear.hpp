@@ -18,7 +18,7 @@
 
 #include <codegemm/base/numerics.hpp>
 #include <codegemm/quantized_matrix.hpp>
-#include <prefillshare/model/linear.hpp>
+#include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/train/block.hpp>
 #include <prefillshare/train/products.hpp>
 #include <prefillshare/train/tensor.hpp>

@@ -19,6 +19,7 @@
 
 #include <codegemm/quantize/additive.hpp>
 #include <codegemm/quantized_matrix.hpp>
+#include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/model/llama.hpp>
 #include <prefillshare/train/trainable_linear.hpp>
 

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include <codegemm/quantize/additive.hpp>
+#include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/model/llama.hpp>
 #include <prefillshare/train/adamw.hpp>
 #include <prefillshare/train/block.hpp>

@@ -57,6 +57,30 @@ TEST_CASE("page table in CSR form") {
   CHECK(table.last_page_len.empty());
 }
 
+TEST_CASE("page table with the tokens that a pass is going to write") {
+  NoKvStorage storage({1, 1, 8, 4}, 16);
+  auto allocator = Allocator::create(storage);
+  REQUIRE(allocator.ok());
+  const Sequence five = filled(**allocator, 100, 5);  // blocks 0, 1
+  Sequence one = filled(**allocator, 400, 1);         // block 2
+  REQUIRE((*allocator)->reserve(one, 6).ok());        // and 3
+  PageTable table;
+  const std::vector<const Sequence*> batch = {&five, &one};
+  REQUIRE(prefillshare::export_page_table(batch, table, std::vector<std::int64_t>{3, 4}).ok());
+  CHECK(table.indptr == Ints{0, 2, 4});
+  CHECK(table.indices == Ints{0, 1, 2, 3});
+  CHECK(table.last_page_len == Ints{4, 1});
+
+  const PageTable before = table;
+  for (const std::vector<std::int64_t>& pending :
+       {std::vector<std::int64_t>{4, 0}, {0, 8}, {-1, 0}, {0, std::int64_t{1} << 62}}) {
+    CHECK(prefillshare::export_page_table(batch, table, pending).code() == StatusCode::kInvalidArgument);
+  }
+  CHECK(prefillshare::export_page_table(batch, table, std::vector<std::int64_t>{1}).code() ==
+        StatusCode::kShapeMismatch);
+  CHECK(table.indices == before.indices);
+}
+
 TEST_CASE("page table refuses what is not one batch") {
   NoKvStorage storage({1, 1, 8, 4}, 4);
   auto first = Allocator::create(storage);

@@ -1,0 +1,526 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// bench/model_gpu.cu - suite model-gpu: whole decoders at the shapes of Llama-3.1 8B and 70B on the GPU, with
+// random weights: decode steps as CUDA graphs behind a context, and prefill. Layers of codes beside the same
+// weights dense, multiplied by cuBLAS.
+//
+// First the logits of one prompt by both are compared. A step is timed over many replays behind a full
+// context: a model's weights are many times what the caches hold. bytes are those that a step has to read:
+// weights, K and V.
+//
+// usage: model-gpu [--json FILE] [--quick] [--model 8b|70b]... [--format NAME] [--context TOKENS] [--steps N]
+//                  [--no-dense] [--once]
+//   --once  one decode step of each model outside of a graph, and no timing: for a profiler
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <codegemm/cuda/dequantize.cuh>
+#include <prefillshare/model/cuda/dense_linear.cuh>
+#include <prefillshare/model/cuda/modules.cuh>
+
+#include "support/gpu_problem.cuh"
+#include "support/gpu_program.hpp"
+#include "support/gpu_timing.cuh"
+#include "support/report.hpp"
+
+namespace {
+
+using namespace prefillshare;
+using namespace prefillshare::cuda;
+using codegemm::Format;
+using codegemm::bench::check;
+using codegemm::cuda::PackedLayout;
+
+// The formats that the suite may be asked for: the kernels that the paper's need.
+struct Configs {
+  using Gather = codegemm::config_list<codegemm::cuda::GatherM1V4G128, codegemm::cuda::GatherM2V8G128,
+                                       codegemm::cuda::GatherM1V4G32>;
+  using Fused = codegemm::config_list<codegemm::cuda::Fused<4, 1, 3>, codegemm::cuda::Fused<8, 2, 3>,
+                                      codegemm::cuda::Fused<4, 1, 0>>;
+};
+using Coded = DeviceCodeGemmLinear<__half, Configs>;
+using Dense = DeviceDenseLinear<__half>;
+
+struct Options {
+  std::string json;
+  std::string format = "m1v4g128";
+  std::vector<std::string> models;
+  int context = 1024;
+  int steps = 200;
+  bool dense = true;
+  bool once = false;
+};
+
+ModelConfig config_of(const std::string& name) {
+  ModelConfig c;
+  c.vocab_size = 128256;
+  c.kv_heads = 8;
+  c.head_dim = 128;
+  c.context_length = 131072;
+  c.rope.head_dim = 128;
+  c.rope.theta = 500000.0;
+  c.rope.scaling = RopeScaling::kLlama3;
+  c.rope.factor = 8.0;
+  if (name == "8b") {
+    c.hidden_size = 4096, c.intermediate_size = 14336, c.layers = 32, c.heads = 32;
+  } else if (name == "70b") {
+    c.hidden_size = 8192, c.intermediate_size = 28672, c.layers = 80, c.heads = 64;
+  } else {
+    throw std::runtime_error("unknown model " + name + ": 8b or 70b");
+  }
+  return c;
+}
+
+__device__ std::uint64_t draw(std::uint64_t i, std::uint64_t seed) {
+  std::uint64_t z = (i + 1) * 0x9E3779B97F4A7C15ULL + seed * 0xD1B54A32D192ED03ULL;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
+  return z ^ (z >> 31);
+}
+__device__ float uniform(std::uint64_t z) { return static_cast<float>(z >> 40) * 0x1p-24F; }  // [0, 1)
+
+// Variance 1 times scale squared.
+__global__ void fill_kernel(__half* data, std::uint64_t count, float scale, float shift, std::uint64_t seed) {
+  const std::uint64_t step = static_cast<std::uint64_t>(gridDim.x) * blockDim.x;
+  for (std::uint64_t i = static_cast<std::uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += step)
+    data[i] = __float2half_rn((uniform(draw(i, seed)) - 0.5F) * 3.4641016F * scale + shift);
+}
+
+// Codes of 8 bits: any byte is one. Scales from 32 to 64 behind them.
+__global__ void fill_tiles_kernel(unsigned char* tiles, std::uint64_t tile_count, int tile_bytes,
+                                  int scales_at, std::uint64_t seed) {
+  for (std::uint64_t tile = blockIdx.x; tile < tile_count; tile += gridDim.x) {
+    auto* const words = reinterpret_cast<unsigned*>(tiles + tile * static_cast<std::uint64_t>(tile_bytes));
+    for (int i = static_cast<int>(threadIdx.x); i < tile_bytes / 4; i += static_cast<int>(blockDim.x)) {
+      const std::uint64_t z = draw(tile * 4096U + static_cast<std::uint64_t>(i), seed);
+      const auto scale = [](std::uint64_t bits) {
+        return static_cast<unsigned>(__half_as_ushort(__float2half_rn(32.0F + 32.0F * uniform(bits))));
+      };
+      words[i] = i * 4 < scales_at ? static_cast<unsigned>(z) : scale(z) | scale(z << 20) << 16;
+    }
+  }
+}
+
+void fill(__half* data, std::size_t count, float scale, float shift, std::uint64_t seed) {
+  fill_kernel<<<1024, 256>>>(data, count, scale, shift, seed);
+  check(cudaGetLastError(), "fill");
+}
+
+template <class T>
+DeviceArray<T> array(std::size_t size) {
+  auto made = DeviceArray<T>::create(size);
+  check(made.status());
+  return std::move(made).value();
+}
+
+std::uint64_t next_seed() {
+  static std::uint64_t seed = 1;
+  return seed++;
+}
+
+// Weights of about unit gain; codebooks as the packed layout has them, largest at about 2^6.
+Coded random_coded(Format format, std::vector<std::int64_t> part_rows, std::int64_t cols) {
+  const auto layout = codegemm::cuda::packed_layout(format, std::span<const std::int64_t>(part_rows), cols);
+  check(layout.status());
+  auto bytes = array<std::byte>(layout->bytes);
+  check(cudaMemset(bytes.data(), 0, bytes.bytes()), "cudaMemset");
+  const auto values = static_cast<std::size_t>(layout->parts * format.m * format.centroids() * format.v);
+  fill(reinterpret_cast<__half*>(bytes.data() + layout->codebooks_at), values, 20.0F, 0.0F, next_seed());
+  fill_tiles_kernel<<<4096, 128>>>(reinterpret_cast<unsigned char*>(bytes.data() + layout->tiles_at),
+                                   static_cast<std::uint64_t>(layout->granules * layout->row_tiles),
+                                   layout->tile_bytes, layout->scales_at(), next_seed());
+  check(cudaGetLastError(), "fill");
+  codegemm::cuda::DevicePackedView view;
+  view.format = format;
+  for (const std::int64_t rows : part_rows) view.rows += rows;
+  view.cols = cols;
+  view.layout = *layout;
+  view.data = bytes.data();
+  view.version = codegemm::cuda::kPackedVersion;
+  view.unscale =
+      std::exp2f(-std::round(std::log2(20.0F * 48.0F * std::sqrt(static_cast<float>(cols * format.m)))));
+  auto made = Coded::create(view, std::move(bytes));
+  check(made.status());
+  return std::move(made).value();
+}
+
+// The same weights, dense.
+Dense dense_of(const Coded& coded, const std::shared_ptr<Cublas>& cublas, const Device& device) {
+  auto weights = array<__half>(static_cast<std::size_t>(coded.rows() * coded.cols()));
+  check(codegemm::cuda::dequantize(coded.weights(),
+                                   codegemm::MatrixView<__half>(weights.data(), coded.rows(), coded.cols()),
+                                   device, nullptr));
+  auto made = Dense::create(cublas, std::make_shared<const DeviceArray<__half>>(std::move(weights)),
+                            coded.rows(), coded.cols());
+  check(made.status());
+  return std::move(made).value();
+}
+
+DeviceArray<float> ones(std::int64_t size) {
+  auto made = DeviceArray<float>::copy_of(std::vector<float>(static_cast<std::size_t>(size), 1.0F));
+  check(made.status());
+  return std::move(made).value();
+}
+
+template <class Linear, class Head>
+void add_norms(DeviceLlama<Linear, Head>& model) {
+  const ModelConfig& c = model.config;
+  for (auto& layer : model.layers) {
+    layer.input_norm = ones(c.hidden_size);
+    layer.post_attention_norm = ones(c.hidden_size);
+  }
+  model.final_norm = ones(c.hidden_size);
+  auto rope = upload_rope(c.rope);
+  check(rope.status());
+  model.rope_frequencies = std::move(rope).value();
+}
+
+using CodedModel = DeviceLlama<Coded, Dense>;  // the head stays fp16
+using DenseModel = DeviceLlama<Dense, Dense>;
+
+CodedModel coded_model(const ModelConfig& c, Format format, const std::shared_ptr<Cublas>& cublas) {
+  CodedModel out;
+  out.config = c;
+  auto table = array<__half>(static_cast<std::size_t>(c.vocab_size * c.hidden_size));
+  fill(table.data(), table.size(), 1.0F, 0.0F, next_seed());
+  out.embedding = std::make_shared<const DeviceArray<__half>>(std::move(table));
+  for (std::int64_t i = 0; i < c.layers; ++i) {
+    DeviceLlamaLayer<Coded> layer;
+    layer.qkv = random_coded(format, {c.q_size(), c.kv_size(), c.kv_size()}, c.hidden_size);
+    layer.o = random_coded(format, {c.hidden_size}, c.q_size());
+    layer.gate_up = random_coded(format, {c.intermediate_size, c.intermediate_size}, c.hidden_size);
+    layer.down = random_coded(format, {c.hidden_size}, c.intermediate_size);
+    out.layers.push_back(std::move(layer));
+  }
+  add_norms(out);
+  auto head = array<__half>(static_cast<std::size_t>(c.vocab_size * c.hidden_size));
+  fill(head.data(), head.size(), 1.0F / std::sqrt(static_cast<float>(c.hidden_size)), 0.0F, next_seed());
+  auto made = Dense::create(cublas, std::make_shared<const DeviceArray<__half>>(std::move(head)),
+                            c.vocab_size, c.hidden_size);
+  check(made.status());
+  out.head = std::move(made).value();
+  check(validate(out));
+  check(cudaDeviceSynchronize(), "the weights");
+  return out;
+}
+
+DenseModel dense_model(const CodedModel& from, const std::shared_ptr<Cublas>& cublas, const Device& device) {
+  DenseModel out;
+  out.config = from.config;
+  out.embedding = from.embedding;
+  for (const auto& layer : from.layers) {
+    DeviceLlamaLayer<Dense> made;
+    made.qkv = dense_of(layer.qkv, cublas, device);
+    made.o = dense_of(layer.o, cublas, device);
+    made.gate_up = dense_of(layer.gate_up, cublas, device);
+    made.down = dense_of(layer.down, cublas, device);
+    out.layers.push_back(std::move(made));
+  }
+  add_norms(out);
+  auto head = Dense::create(cublas, from.head.weights(), from.head.rows(), from.head.cols());
+  check(head.status());
+  out.head = std::move(head).value();
+  check(validate(out));
+  check(cudaDeviceSynchronize(), "the dense weights");
+  return out;
+}
+
+// A cache of `sequences` contexts, whose pages are filled.
+struct Cache {
+  DeviceKvStorage<__half> storage;
+  std::unique_ptr<DeviceKvAllocator<__half>> allocator;
+  std::vector<Sequence> sequences;
+  std::vector<const Sequence*> pointers;
+
+  Cache(const ModelConfig& c, int count, std::int64_t tokens, cudaStream_t stream)
+      : storage(make_storage(c, count * ((tokens + 15) / 16 + 1), stream)) {
+    auto made = DeviceKvAllocator<__half>::create(storage);
+    check(made.status());
+    allocator = std::move(made).value();
+    fill(storage.layer(0),
+         static_cast<std::size_t>(storage.blocks() * storage.bytes_per_block()) / sizeof(__half), 1.0F, 0.0F,
+         next_seed());
+    sequences.resize(static_cast<std::size_t>(count));
+    for (int i = 0; i < count; ++i) {
+      auto opened = allocator->open(CacheKey{"bench", codegemm::concat(i), ""}, {});
+      check(opened.status());
+      sequences[static_cast<std::size_t>(i)] = std::move(opened).value();
+      check(allocator->reserve(sequences[static_cast<std::size_t>(i)], tokens));
+    }
+    for (const Sequence& s : sequences) pointers.push_back(&s);
+    check(cudaDeviceSynchronize(), "the cache");
+  }
+  static DeviceKvStorage<__half> make_storage(const ModelConfig& c, std::int64_t blocks,
+                                              cudaStream_t stream) {
+    auto made = DeviceKvStorage<__half>::create(kv_shape(c), blocks, stream);
+    check(made.status());
+    return std::move(made).value();
+  }
+};
+
+std::vector<std::int32_t> prompt_of(std::int64_t size, std::int64_t vocab) {
+  codegemm::bench::Random random{99};
+  std::vector<std::int32_t> out(static_cast<std::size_t>(size));
+  for (std::int32_t& id : out)
+    id = static_cast<std::int32_t>(random.next() % static_cast<std::uint64_t>(vocab));
+  return out;
+}
+
+template <class Linear, class Head>
+DeviceWorkspace<__half> workspace_of(const DeviceLlama<Linear, Head>& model, std::int64_t tokens,
+                                     int sequences, const Device& device) {
+  auto made = DeviceWorkspace<__half>::create(model, tokens, sequences, device);
+  check(made.status());
+  return std::move(made).value();
+}
+
+// The logits behind a prompt, from a fresh cache.
+template <class Model>
+std::vector<float> logits_of(const Model& model, std::span<const std::int32_t> prompt, const Device& device,
+                             cudaStream_t stream) {
+  const auto size = std::ssize(prompt);
+  Cache cache(model.config, 1, size, stream);
+  auto workspace = workspace_of(model, size, 1, device);
+  auto input = PrefillBatch::create(size, 1, 4096);
+  check(input.status());
+  const auto batch = input->send(std::span(&prompt, 1), cache.pointers, model.config.vocab_size, stream);
+  check(batch.status());
+  check(forward(model, *batch, cache.storage,
+                codegemm::MatrixView<float>(workspace.logits.data(), 1, model.config.vocab_size), workspace,
+                device, stream));
+  check(cudaStreamSynchronize(stream), "forward");
+  std::vector<float> out(static_cast<std::size_t>(model.config.vocab_size));
+  check(cudaMemcpy(out.data(), workspace.logits.data(), out.size() * sizeof(float), cudaMemcpyDeviceToHost),
+        "cudaMemcpy");
+  check(cache.allocator->release_reserved(cache.sequences[0]));
+  return out;
+}
+
+double relative(const std::vector<float>& a, const std::vector<float>& b) {
+  double off = 0.0;
+  double size = 0.0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    const double d = static_cast<double>(a[i]) - static_cast<double>(b[i]);
+    off += d * d;
+    size += static_cast<double>(b[i]) * static_cast<double>(b[i]);
+  }
+  return std::sqrt(off / size);
+}
+
+struct Measured {
+  double step_us = 0.0;  // of steps put into the stream one after the other
+  double loop_us = 0.0;  // the same, each waited for by the host
+  double bytes = 0.0;    // that a step reads
+};
+
+template <class Model>
+Measured measure_decode(const Model& model, int batch, const Options& options, const Device& device,
+                        cudaStream_t stream) {
+  const ModelConfig& c = model.config;
+  Cache cache(c, batch, options.context + 1, stream);
+  auto workspace = workspace_of(model, batch, batch, device);
+  const std::vector<std::int64_t> pending(static_cast<std::size_t>(batch), options.context);
+  PageTable table;
+  check(export_page_table(cache.pointers, table, pending));
+  const std::vector<std::int32_t> first = prompt_of(batch, c.vocab_size);
+  Measured out;
+  using Graph = DecodeGraph<typename Model::Linear, typename Model::Head>;
+  auto made = Graph::capture(model, cache.storage, workspace, batch, std::ssize(table.indices), false, device,
+                             stream);
+  check(made.status());
+  Graph& graph = **made;
+  DecodeStep step;
+  step.table = &table;
+  step.tokens = first;
+  check(graph.launch(step));
+  check(graph.wait().status());
+  step.tokens = {};
+  if (!options.once) {
+    const auto timed = [&](bool wait) {
+      for (int i = 0; i < 10; ++i) check(graph.launch(step));
+      check(graph.wait().status());
+      std::vector<double> times;
+      for (int round = 0; round < 5; ++round) {
+        const auto start = std::chrono::steady_clock::now();
+        for (int i = 0; i < options.steps / 5; ++i) {
+          check(graph.launch(step));
+          if (wait) check(graph.wait().status());
+        }
+        check(graph.wait().status());
+        const std::chrono::duration<double, std::micro> took = std::chrono::steady_clock::now() - start;
+        times.push_back(took.count() / (options.steps / 5));
+      }
+      return codegemm::bench::median(times);
+    };
+    out.step_us = timed(false);
+    out.loop_us = timed(true);
+  }
+  out.bytes = static_cast<double>(linear_bytes(model)) + static_cast<double>(batch) * options.context *
+                                                             c.layers * 4.0 *
+                                                             static_cast<double>(c.kv_size());
+  for (Sequence& s : cache.sequences) check(cache.allocator->release_reserved(s));
+  return out;
+}
+
+template <class Model>
+double measure_prefill(const Model& model, std::int64_t tokens, const Device& device, cudaStream_t stream) {
+  Cache cache(model.config, 1, tokens, stream);
+  auto workspace = workspace_of(model, tokens, 1, device);
+  auto input = PrefillBatch::create(tokens, 1, 4096);
+  check(input.status());
+  const std::vector<std::int32_t> prompt = prompt_of(tokens, model.config.vocab_size);
+  const std::span<const std::int32_t> chunk(prompt);
+  std::vector<double> times;
+  for (int i = 0; i < 6; ++i) {
+    check(cudaStreamSynchronize(stream), "prefill");
+    const auto start = std::chrono::steady_clock::now();
+    const auto batch = input->send(std::span(&chunk, 1), cache.pointers, model.config.vocab_size, stream);
+    check(batch.status());
+    check(forward(model, *batch, cache.storage, {}, workspace, device, stream));
+    check(cudaStreamSynchronize(stream), "prefill");
+    const std::chrono::duration<double, std::micro> took = std::chrono::steady_clock::now() - start;
+    if (i > 0) times.push_back(took.count());
+  }
+  check(cache.allocator->release_reserved(cache.sequences[0]));
+  return codegemm::bench::median(times);
+}
+
+class Suite {
+ public:
+  Suite(const Options& options, const Device& device, cudaStream_t stream)
+      : options_(options),
+        device_(device),
+        stream_(stream),
+        memory_(codegemm::bench::measure_bandwidth(stream, device.multiprocessors)) {
+    std::printf("reads %.0f GB/s\n", memory_.read_gb_per_s);
+  }
+
+  void run(const std::string& name) {
+    const ModelConfig c = config_of(name);
+    const auto format = codegemm::parse_format(options_.format.c_str());
+    check(format.status());
+    auto cublas = Cublas::create();
+    check(cublas.status());
+    const CodedModel coded = coded_model(c, *format, *cublas);
+    std::printf("%s: %s, %.2f GB of linear layers, of which the fp16 head %.2f\n", name.c_str(),
+                options_.format.c_str(), static_cast<double>(linear_bytes(coded)) * 1e-9,
+                static_cast<double>(coded.head.parameter_bytes()) * 1e-9);
+    const bool dense = options_.dense && name == "8b";  // 70B in fp16 do not fit beside
+    std::unique_ptr<DenseModel> beside;
+    if (dense) beside = std::make_unique<DenseModel>(dense_model(coded, *cublas, device_));
+    if (dense && !options_.once) {
+      const std::vector<std::int32_t> prompt = prompt_of(100, c.vocab_size);
+      const double off =
+          relative(logits_of(coded, prompt, device_, stream_), logits_of(*beside, prompt, device_, stream_));
+      std::printf("%s: logits of %s are off by %.2e of those of the dense weights\n", name.c_str(),
+                  options_.format.c_str(), off);
+      if (!(off < 0.05)) throw std::runtime_error("the logits do not agree");
+    }
+    for (const int batch : {1, 8, 32}) {
+      if (options_.once && batch > 1) break;
+      decode(name, options_.format, coded, batch);
+      if (dense) decode(name, "fp16", *beside, batch);
+    }
+    if (options_.once) return;
+    for (const std::int64_t tokens : {512, 2048}) {
+      prefill(name, options_.format, coded, tokens);
+      if (dense) prefill(name, "fp16", *beside, tokens);
+    }
+  }
+
+  void write() const {
+    if (options_.json.empty()) return;
+    const codegemm::bench::Suite frame{"model-gpu", codegemm::bench::describe_card(device_), memory_, {}};
+    check(
+        codegemm::bench::write_text(codegemm::bench::frame_json(frame, rows_).dump(2) + '\n', options_.json));
+  }
+
+ private:
+  template <class Model>
+  void decode(const std::string& name, const std::string& weights, const Model& model, int batch) {
+    const Measured m = measure_decode(model, batch, options_, device_, stream_);
+    if (options_.once) return;
+    const double share = m.bytes / m.step_us * 1e-3 / memory_.read_gb_per_s;
+    std::printf(
+        "%-4s %-10s decode, batch %2d, context %d: %8.1f us a step (%8.1f waited for), %7.1f tokens/s, "
+        "%.0f%% of read\n",
+        name.c_str(), weights.c_str(), batch, options_.context, m.step_us, m.loop_us, batch * 1e6 / m.loop_us,
+        share * 100.0);
+    std::fflush(stdout);
+    rows_.push_back({{"name", "decode"},
+                     {"model", name},
+                     {"weights", weights},
+                     {"batch", batch},
+                     {"context", options_.context},
+                     {"step_us", m.step_us},
+                     {"loop_us", m.loop_us},
+                     {"tokens_per_s", batch * 1e6 / m.loop_us},
+                     {"gigabytes", m.bytes * 1e-9},
+                     {"share_of_read", share}});
+  }
+  template <class Model>
+  void prefill(const std::string& name, const std::string& weights, const Model& model, std::int64_t tokens) {
+    const double us = measure_prefill(model, tokens, device_, stream_);
+    const double flop = 2.0 * static_cast<double>(tokens) * static_cast<double>(layer_weights(model.config));
+    std::printf("%-4s %-10s prefill of %4lld: %8.2f ms, %8.0f tokens/s, %.0f TFLOP/s\n", name.c_str(),
+                weights.c_str(), static_cast<long long>(tokens), us * 1e-3,
+                static_cast<double>(tokens) * 1e6 / us, flop / us * 1e-6);
+    std::fflush(stdout);
+    rows_.push_back({{"name", "prefill"},
+                     {"model", name},
+                     {"weights", weights},
+                     {"tokens", tokens},
+                     {"us", us},
+                     {"tokens_per_s", static_cast<double>(tokens) * 1e6 / us},
+                     {"tflop_per_s", flop / us * 1e-6}});
+  }
+  static std::int64_t layer_weights(const ModelConfig& c) {
+    return c.layers * c.hidden_size * (2 * c.q_size() + 2 * c.kv_size() + 3 * c.intermediate_size);
+  }
+
+  const Options& options_;
+  const Device& device_;
+  cudaStream_t stream_;
+  codegemm::bench::MemorySpeed memory_;
+  nlohmann::json rows_ = nlohmann::json::array();
+};
+
+int program(int argc, char** argv) {
+  using codegemm::bench::Option;
+  Options options;
+  codegemm::bench::parse(
+      argc, argv,
+      {{"--json", Option::value(options.json)},
+       {"--quick", Option::flag([&] { options.steps = 50; })},
+       {"--model", Option::value([&](const char* text) { options.models.emplace_back(text); })},
+       {"--format", Option::value(options.format)},
+       {"--context", Option::value(options.context)},
+       {"--steps", Option::value(options.steps)},
+       {"--no-dense", Option::flag(options.dense, false)},
+       {"--once", Option::flag(options.once)}});
+  if (options.context < 1 || options.steps < 5)
+    throw std::runtime_error("--context from 1, --steps from 5 on");
+  if (options.models.empty()) options.models = {"8b", "70b"};
+  const auto device = codegemm::cuda::query_device(0);
+  check(device.status());
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  Suite suite(options, *device, stream);
+  for (const std::string& name : options.models) suite.run(name);
+  suite.write();
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) { return codegemm::bench::run_suite("model-gpu", argc, argv, program); }

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/model/cuda/dense_linear.cuh - a linear layer on fp16 or bf16 weights, multiplied by cuBLAS:
+// the base model's, and what CodeGEMM is measured against.
+// Layer: model/cuda (host, needs nvcc and cuBLAS).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <cublas_v2.h>
+#include <cuda_runtime.h>
+
+#include <codegemm/cuda/launch.cuh>
+#include <prefillshare/model/cuda/kernels/tokens.cuh>
+#include <prefillshare/model/cuda/linear.cuh>
+
+namespace prefillshare::cuda {
+
+/// A cuBLAS handle with a workspace of its own, so that it allocates nothing in a call and may be captured.
+/// Shared by the layers of models that run in one stream at a time.
+class Cublas {
+ public:
+  /// kCudaError, kOutOfMemory.
+  [[nodiscard]] static Result<std::shared_ptr<Cublas>> create() {
+    constexpr std::size_t kWorkspace = std::size_t{32} << 20;  // what cuBLAS advises for Hopper
+    auto memory = DeviceArray<std::byte>::create(kWorkspace);
+    if (!memory.ok()) return memory.status();
+    cublasHandle_t handle = nullptr;
+    if (Status s = status_of(cublasCreate(&handle), "cublasCreate"); !s.ok()) return s;
+    return std::shared_ptr<Cublas>(new Cublas(handle, std::move(memory).value()));
+  }
+  Cublas(const Cublas&) = delete;
+  Cublas& operator=(const Cublas&) = delete;
+  ~Cublas() { cublasDestroy(handle_); }
+
+  /// The handle, for calls in this stream.
+  [[nodiscard]] Result<cublasHandle_t> in(cudaStream_t stream) {
+    if (bound_ && stream == stream_) return handle_;
+    if (Status s = status_of(cublasSetStream(handle_, stream), "cublasSetStream"); !s.ok()) return s;
+    // Another stream takes the workspace away.
+    if (Status s =
+            status_of(cublasSetWorkspace(handle_, memory_.data(), memory_.bytes()), "cublasSetWorkspace");
+        !s.ok()) {
+      return s;
+    }
+    stream_ = stream;
+    bound_ = true;
+    return handle_;
+  }
+
+  /// A cuBLAS code as a Status.
+  [[nodiscard]] static Status status_of(cublasStatus_t code, const char* what) {
+    if (code == CUBLAS_STATUS_SUCCESS) return {};
+    return Status(
+        StatusCode::kCudaError,
+        codegemm::concat(what, ": ", cublasGetStatusName(code), " (", cublasGetStatusString(code), ")"),
+        static_cast<int>(code));
+  }
+
+ private:
+  Cublas(cublasHandle_t handle, DeviceArray<std::byte> memory)
+      : handle_(handle), memory_(std::move(memory)) {}
+
+  cublasHandle_t handle_ = nullptr;
+  DeviceArray<std::byte> memory_;
+  cudaStream_t stream_ = nullptr;
+  bool bound_ = false;
+};
+
+/// A linear layer on dense weights; sums are fp32. The weights may be shared: a tied head is the embedding
+/// table. Merged matrices simply follow one another. T: __half or __nv_bfloat16.
+template <class T>
+class DeviceDenseLinear {
+ public:
+  using Scalar = T;  ///< of weights and activations
+
+  DeviceDenseLinear() = default;
+
+  /// weights: [rows][cols] on the device. bias: empty or [rows]; for forward() only. kShapeMismatch,
+  /// kUnsupported (sides that cuBLAS counts in 32 bits; a K that is no multiple of 8), kOutOfMemory,
+  /// kCudaError.
+  [[nodiscard]] static Result<DeviceDenseLinear> create(std::shared_ptr<Cublas> cublas,
+                                                        std::shared_ptr<const DeviceArray<T>> weights,
+                                                        std::int64_t rows, std::int64_t cols,
+                                                        std::span<const float> bias = {}) {
+    constexpr std::int64_t kMost = 1 << 30;
+    if (rows < 1 || cols < 1 || rows > kMost || cols > kMost || cols % 8 != 0) {
+      return codegemm::error(StatusCode::kUnsupported, "dense linear layer of ", rows, " x ", cols,
+                             ": sides must be 1 to ", kMost, ", and K a multiple of 8");
+    }
+    if (cublas == nullptr || weights == nullptr) {
+      return codegemm::error(StatusCode::kNullPointer, "dense linear layer of ", rows, " x ", cols, ": no ",
+                             cublas == nullptr ? "cuBLAS handle" : "weights");
+    }
+    if (static_cast<std::int64_t>(weights->size()) != rows * cols ||
+        (!bias.empty() && std::ssize(bias) != rows)) {
+      return codegemm::error(StatusCode::kShapeMismatch, "dense linear layer of ", rows, " x ", cols, ": ",
+                             weights->size(), " weights and a bias of ", bias.size());
+    }
+    DeviceDenseLinear out;
+    out.cublas_ = std::move(cublas);
+    out.weights_ = std::move(weights);
+    out.rows_ = rows;
+    out.cols_ = cols;
+    if (!bias.empty()) {
+      std::vector<T> rounded;
+      for (const float value : bias) rounded.push_back(static_cast<T>(value));
+      auto on_device = DeviceArray<T>::copy_of(rounded);
+      if (!on_device.ok()) return on_device.status();
+      out.bias_ = std::move(on_device).value();
+    }
+    return out;
+  }
+
+  [[nodiscard]] std::int64_t rows() const noexcept { return rows_; }  ///< N
+  [[nodiscard]] std::int64_t cols() const noexcept { return cols_; }  ///< K
+  /// Of the weights and the bias.
+  [[nodiscard]] std::int64_t parameter_bytes() const noexcept {
+    return static_cast<std::int64_t>((weights_ ? weights_->bytes() : 0) + bias_.bytes());
+  }
+  /// [rows][cols], device memory.
+  [[nodiscard]] const std::shared_ptr<const DeviceArray<T>>& weights() const noexcept { return weights_; }
+
+  /// As DeviceLinearLayer says: gated() keeps both halves.
+  [[nodiscard]] LinearMemory memory(std::int64_t tokens, const Device& /*device*/) const {
+    return {0, static_cast<std::size_t>(tokens * rows_) * sizeof(T)};
+  }
+
+  /// As DeviceLinearLayer says.
+  [[nodiscard]] Status forward(MatrixView<const T> x, MatrixView<T> y, const LinearCall& call) const {
+    if (Status s = multiply(x, y.data, y.rows, y.cols, y.stride, kType, 0.0F, call); !s.ok()) return s;
+    if (bias_.size() == 0 || x.rows == 0) return {};
+    AddBiasArgs args{y.data, bias_.data(), y.rows, y.stride, static_cast<int>(rows_)};
+    codegemm::cuda::LaunchShape shape;
+    const std::int64_t threads = y.rows * (rows_ / 8);
+    shape.grid = dim3(static_cast<unsigned>((threads + kSwiGluThreads - 1) / kSwiGluThreads));
+    shape.threads = kSwiGluThreads;
+    shape.overlap = call.device.arch >= 90;
+    return codegemm::cuda::launch(add_bias_kernel<T>, shape, args, call.stream);
+  }
+  /// The same.
+  [[nodiscard]] Status project(MatrixView<const T> x, MatrixView<float> y, const LinearCall& call) const {
+    return multiply(x, y.data, y.rows, y.cols, y.stride, CUDA_R_32F, 0.0F, call);
+  }
+  /// The same.
+  [[nodiscard]] Status add(MatrixView<const T> x, MatrixView<float> sum, const LinearCall& call) const {
+    return multiply(x, sum.data, sum.rows, sum.cols, sum.stride, CUDA_R_32F, 1.0F, call);
+  }
+  /// The same.
+  [[nodiscard]] Status gated(MatrixView<const T> x, MatrixView<T> y, const LinearCall& call) const {
+    if (y.cols * 2 != rows_ || y.cols % 8 != 0 || y.rows != x.rows) {
+      return codegemm::error(StatusCode::kShapeMismatch, "gated linear layer of ", rows_, " x ", cols_,
+                             ": y is ", y.rows, " x ", y.cols);
+    }
+    const std::size_t needed = static_cast<std::size_t>(x.rows * rows_) * sizeof(T);
+    if (call.scratch.size() < needed) {
+      return codegemm::error(StatusCode::kWorkspaceTooSmall, "gated linear layer: scratch of ",
+                             call.scratch.size(), " bytes, needs ", needed);
+    }
+    T* const both = reinterpret_cast<T*>(call.scratch.data());
+    if (Status s = multiply(x, both, x.rows, rows_, rows_, kType, 0.0F, call); !s.ok()) return s;
+    if (x.rows == 0) return {};
+    SwiGluArgs args;
+    args.both = both;
+    args.out = y.data;
+    args.rows = y.rows;
+    args.out_stride = y.stride;
+    args.width = static_cast<int>(y.cols);
+    codegemm::cuda::LaunchShape shape;
+    const std::int64_t threads = y.rows * (y.cols / 8);
+    shape.grid = dim3(static_cast<unsigned>((threads + kSwiGluThreads - 1) / kSwiGluThreads));
+    shape.threads = kSwiGluThreads;
+    shape.overlap = call.device.arch >= 90;
+    return codegemm::cuda::launch(swiglu_kernel<T>, shape, args, call.stream);
+  }
+
+ private:
+  static constexpr cudaDataType_t kType = std::is_same_v<T, __half> ? CUDA_R_16F : CUDA_R_16BF;
+
+  // cuBLAS counts columns first: y^T[N][T] = W[N][K] x^T, each row-major matrix being a column-major
+  // transpose.
+  [[nodiscard]] Status multiply(MatrixView<const T> x, void* y, std::int64_t y_rows, std::int64_t y_cols,
+                                std::int64_t y_stride, cudaDataType_t type, float beta,
+                                const LinearCall& call) const {
+    if (x.cols != cols_ || y_cols != rows_ || x.rows != y_rows) {
+      return codegemm::error(StatusCode::kShapeMismatch, "dense linear layer of ", rows_, " x ", cols_,
+                             ": x is ", x.rows, " x ", x.cols, ", y is ", y_rows, " x ", y_cols);
+    }
+    if (x.rows == 0) return {};
+    const Result<cublasHandle_t> handle = cublas_->in(call.stream);
+    if (!handle.ok()) return handle.status();
+    const float alpha = 1.0F;
+    return Cublas::status_of(
+        cublasGemmEx(*handle, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(rows_), static_cast<int>(x.rows),
+                     static_cast<int>(cols_), &alpha, weights_->data(), kType, static_cast<int>(cols_),
+                     x.data, kType, static_cast<int>(x.stride), &beta, y, type, static_cast<int>(y_stride),
+                     CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+        "cublasGemmEx");
+  }
+
+  std::shared_ptr<Cublas> cublas_;
+  std::shared_ptr<const DeviceArray<T>> weights_;  // [rows][cols]
+  DeviceArray<T> bias_;                            // [rows] or empty
+  std::int64_t rows_ = 0;
+  std::int64_t cols_ = 0;
+};
+
+}  // namespace prefillshare::cuda

@@ -1,0 +1,377 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/model/cuda/forward.cuh - the Llama-family forward pass on the GPU, over a paged KV cache.
+// Layer: model/cuda (host, needs nvcc).
+// See: PrefillShare (arXiv 2602.12029) equations 2 to 4: (y, dC) = F(x, C_past).
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <type_traits>
+#include <utility>
+
+#include <cuda_runtime.h>
+
+#include <codegemm/cuda/launch.cuh>
+#include <prefillshare/attention/append.cuh>
+#include <prefillshare/attention/decode.cuh>
+#include <prefillshare/attention/prefill.cuh>
+#include <prefillshare/kv/device_storage.cuh>
+#include <prefillshare/model/after_layer.hpp>
+#include <prefillshare/model/cuda/kernels/rms_norm.cuh>
+#include <prefillshare/model/cuda/kernels/tokens.cuh>
+#include <prefillshare/model/cuda/llama.cuh>
+
+namespace prefillshare::cuda {
+
+/// What a pass computes: new tokens of a batch of sequences, whose table already counts them. All arrays are
+/// device memory, read when the kernels run, so that a captured pass may be replayed after they have changed.
+struct DeviceBatch {
+  const std::int32_t* tokens = nullptr;        ///< [count] ids, sequence after sequence
+  std::int64_t count = 0;                      ///< of tokens
+  const std::int32_t* query_indptr = nullptr;  ///< [sequences + 1] rows of each; null: one token a sequence
+  PageTableView table;                         ///< the sequences' pages, with the new tokens
+  SharedPrefixes prefixes;                     ///< what decoding sequences share; where query_indptr is null
+};
+
+/// The activations of a pass and the memory of its kernels, on the device: allocated once, used by one pass
+/// at a time.
+template <class T>
+class DeviceWorkspace {
+ public:
+  /// Room for `max_tokens` tokens of up to `max_sequences` sequences a pass. kInvalidArgument for numbers
+  /// below 1; kOutOfMemory, kCudaError.
+  template <class Linear, class Head>
+  [[nodiscard]] static Result<DeviceWorkspace> create(const DeviceLlama<Linear, Head>& model,
+                                                      std::int64_t max_tokens, std::int64_t max_sequences,
+                                                      const Device& device) {
+    const ModelConfig& c = model.config;
+    if (max_tokens < 1 || max_tokens > kMaxQueryTokens || max_sequences < 1 || max_sequences > max_tokens ||
+        max_sequences > kMaxSequences) {
+      return codegemm::error(StatusCode::kInvalidArgument, "DeviceWorkspace for ", max_tokens, " tokens of ",
+                             max_sequences, " sequences");
+    }
+    LinearMemory linear = model.head.memory(max_sequences, device);
+    for (const DeviceLlamaLayer<Linear>& l : model.layers) {
+      for (const Linear* layer : {&l.qkv, &l.o, &l.gate_up, &l.down})
+        linear = larger(linear, layer->memory(max_tokens, device));
+    }
+    // As many groups as sequences is the most that decoding needs.
+    DecodeProblem<T> decode;
+    decode.heads = static_cast<int>(c.heads);
+    decode.kv.kv_heads = static_cast<int>(c.kv_heads);
+    decode.kv.head_dim = static_cast<int>(c.head_dim);
+    decode.kv.page_size = 1;
+    decode.table.sequences = static_cast<int>(max_sequences);
+    std::size_t attention = workspace_bytes(decode, device);
+    decode.prefixes.groups = static_cast<int>(max_sequences);
+    attention = std::max(attention, workspace_bytes(decode, device));
+
+    DeviceWorkspace out;
+    out.max_tokens_ = max_tokens;
+    out.max_sequences_ = max_sequences;
+    Status status;
+    const auto make = [&](auto& array, std::int64_t size, bool zeroed = false) {
+      using Array = std::remove_reference_t<decltype(array)>;
+      if (!status.ok()) return;
+      auto made = zeroed ? Array::zeros(static_cast<std::size_t>(size))
+                         : Array::create(static_cast<std::size_t>(size));
+      if (made.ok()) {
+        array = std::move(made).value();
+      } else {
+        static_cast<void>(status = made.status().with_prefix("DeviceWorkspace"));
+      }
+    };
+    make(out.hidden, max_tokens * c.hidden_size);
+    make(out.normed, max_tokens * c.hidden_size);
+    make(out.qkv, max_tokens * (c.q_size() + 2 * c.kv_size()));
+    make(out.attended, max_tokens * c.q_size());
+    make(out.gated, max_tokens * c.intermediate_size);
+    make(out.logits, max_sequences * c.vocab_size);
+    make(out.attention, static_cast<std::int64_t>(attention));
+    make(out.zeroed, static_cast<std::int64_t>(linear.zeroed), true);
+    make(out.scratch, static_cast<std::int64_t>(linear.scratch));
+    if (!status.ok()) return status;
+    return out;
+  }
+
+  [[nodiscard]] std::int64_t max_tokens() const noexcept { return max_tokens_; }        ///< of a pass
+  [[nodiscard]] std::int64_t max_sequences() const noexcept { return max_sequences_; }  ///< of a pass
+
+  DeviceArray<float> hidden;         ///< [tokens][hidden], the residual stream
+  DeviceArray<T> normed;             ///< [tokens][hidden]
+  DeviceArray<T> qkv;                ///< [tokens][(heads + 2 * kv_heads) * head_dim]
+  DeviceArray<T> attended;           ///< [tokens][heads * head_dim]
+  DeviceArray<T> gated;              ///< [tokens][intermediate]
+  DeviceArray<float> logits;         ///< [sequences][vocab], of the last pass that asked for them
+  DeviceArray<std::byte> attention;  ///< of decode
+  DeviceArray<std::byte> zeroed;     ///< of linear layers
+  DeviceArray<std::byte> scratch;    ///< the same
+
+ private:
+  DeviceWorkspace() = default;
+
+  std::int64_t max_tokens_ = 0;
+  std::int64_t max_sequences_ = 0;
+};
+
+namespace detail {
+
+/// One pass on its way into a stream.
+template <class Linear, class Head>
+class DeviceForward {
+ public:
+  using T = typename Linear::Scalar;
+
+  DeviceForward(const DeviceLlama<Linear, Head>& model, const DeviceBatch& batch,
+                const DeviceKvStorage<T>& storage, DeviceWorkspace<T>& workspace, const Device& device,
+                cudaStream_t stream)
+      : model_(model), c_(model.config), batch_(batch), storage_(storage), ws_(workspace) {
+    call_.device = device;
+    call_.stream = stream;
+    call_.zeroed = {workspace.zeroed.data(), workspace.zeroed.size()};
+    call_.scratch = {workspace.scratch.data(), workspace.scratch.size()};
+  }
+
+  [[nodiscard]] Status embed() {
+    EmbedArgs args;
+    args.tokens = batch_.tokens;
+    args.table = model_.embedding->data();
+    args.out = ws_.hidden.data();
+    args.width = static_cast<int>(c_.hidden_size);
+    args.vocab = static_cast<int>(c_.vocab_size);
+    return start(embed_kernel<T>, args, batch_.count, kEmbedThreads);
+  }
+
+  /// Which blocks of the decode kernel read which keys: once for all layers.
+  [[nodiscard]] Status prepare() {
+    if (!decoding()) return {};
+    return cuda::prepare(decode_problem(0), call_.device, ws_.attention.data(), ws_.attention.size(),
+                         call_.stream);
+  }
+
+  /// Q, K and V of one layer; K and V to the cache. `with_q`: Q is wanted, too.
+  [[nodiscard]] Status write_cache(int index) {
+    const DeviceLlamaLayer<Linear>& l = layer(index);
+    if (Status s = norm(l.input_norm, batch_.count, nullptr); !s.ok()) return s;
+    if (Status s = l.qkv.forward(normed(batch_.count), qkv(), call_); !s.ok()) return s;
+    if (c_.qk_norm) {
+      HeadNormArgs args;
+      args.x = ws_.qkv.data();
+      args.q_weight = l.q_norm.data();
+      args.k_weight = l.k_norm.data();
+      args.stride = qkv_width();
+      args.rows = batch_.count;
+      args.q_heads = static_cast<int>(c_.heads);
+      args.k_heads = static_cast<int>(c_.kv_heads);
+      args.head_dim = static_cast<int>(c_.head_dim);
+      args.epsilon = static_cast<float>(c_.rms_epsilon);
+      const std::int64_t warps = batch_.count * (c_.heads + c_.kv_heads);
+      constexpr int kWarps = kHeadNormThreads / 32;
+      if (Status s = start(head_norm_kernel<T>, args, (warps + kWarps - 1) / kWarps, kHeadNormThreads);
+          !s.ok())
+        return s;
+    }
+    AppendProblem<T> p;
+    p.kv = pages(index);
+    p.table = batch_.table;
+    p.query_indptr = batch_.query_indptr;
+    p.q = q();
+    p.k = MatrixView<const T>(ws_.qkv.data() + c_.q_size(), batch_.count, c_.kv_size(), qkv_width());
+    p.v = MatrixView<const T>(ws_.qkv.data() + c_.q_size() + c_.kv_size(), batch_.count, c_.kv_size(),
+                              qkv_width());
+    p.heads = static_cast<int>(c_.heads);
+    p.rope.frequencies = model_.rope_frequencies.data();
+    p.rope.layout = c_.rope.layout;
+    return cuda::run(p, call_.device, call_.stream);
+  }
+
+  [[nodiscard]] Status attend(int index) {
+    if (decoding()) {
+      if (Status s = cuda::run(decode_problem(index), call_.device, ws_.attention.data(),
+                               ws_.attention.size(), call_.stream);
+          !s.ok()) {
+        return s;
+      }
+    } else {
+      PrefillProblem<T> p;
+      p.kv = pages(index);
+      p.table = batch_.table;
+      p.query_indptr = batch_.query_indptr;
+      p.q = q();
+      p.out = MatrixView<T>(ws_.attended.data(), batch_.count, c_.q_size());
+      p.heads = static_cast<int>(c_.heads);
+      if (Status s = cuda::run(p, call_.device, call_.stream); !s.ok()) return s;
+    }
+    return layer(index).o.add(MatrixView<const T>(ws_.attended.data(), batch_.count, c_.q_size()), hidden(),
+                              call_);
+  }
+
+  [[nodiscard]] Status feed_forward(int index) {
+    const DeviceLlamaLayer<Linear>& l = layer(index);
+    if (Status s = norm(l.post_attention_norm, batch_.count, nullptr); !s.ok()) return s;
+    const MatrixView<T> gated(ws_.gated.data(), batch_.count, c_.intermediate_size);
+    if (Status s = l.gate_up.gated(normed(batch_.count), gated, call_); !s.ok()) return s;
+    return l.down.add(gated, hidden(), call_);
+  }
+
+  /// Those of each sequence's last token.
+  [[nodiscard]] Status head(MatrixView<float> logits) {
+    if (Status s = norm(model_.final_norm, batch_.table.sequences, batch_.query_indptr); !s.ok()) return s;
+    return model_.head.project(normed(batch_.table.sequences), logits, call_);
+  }
+
+ private:
+  [[nodiscard]] bool decoding() const { return batch_.query_indptr == nullptr; }
+  [[nodiscard]] const DeviceLlamaLayer<Linear>& layer(int index) const {
+    return model_.layers[static_cast<std::size_t>(index)];
+  }
+  [[nodiscard]] std::int64_t qkv_width() const { return c_.q_size() + 2 * c_.kv_size(); }
+  [[nodiscard]] MatrixView<T> q() const { return {ws_.qkv.data(), batch_.count, c_.q_size(), qkv_width()}; }
+  [[nodiscard]] MatrixView<T> qkv() const { return {ws_.qkv.data(), batch_.count, qkv_width()}; }
+  [[nodiscard]] MatrixView<float> hidden() const { return {ws_.hidden.data(), batch_.count, c_.hidden_size}; }
+  [[nodiscard]] MatrixView<const T> normed(std::int64_t rows) const {
+    return {ws_.normed.data(), rows, c_.hidden_size};
+  }
+  [[nodiscard]] KvPages<T> pages(int index) const {
+    const KvShape& shape = storage_.shape();
+    return kv_pages(storage_.layer(index), KvLayout::kNhd, static_cast<std::int32_t>(storage_.blocks()),
+                    shape.block_tokens, shape.kv_heads, shape.head_dim);
+  }
+  [[nodiscard]] DecodeProblem<T> decode_problem(int index) const {
+    DecodeProblem<T> p;
+    p.kv = pages(index);
+    p.table = batch_.table;
+    p.prefixes = batch_.prefixes;
+    p.q = q();
+    p.out = MatrixView<T>(ws_.attended.data(), batch_.count, c_.q_size());
+    p.heads = static_cast<int>(c_.heads);
+    p.overlap = true;
+    return p;
+  }
+
+  // normed[i] = the normalized row i of hidden, or the last row of sequence i.
+  [[nodiscard]] Status norm(const DeviceArray<float>& weight, std::int64_t rows,
+                            const std::int32_t* row_ends) {
+    RmsNormArgs args;
+    args.x = ws_.hidden.data();
+    args.weight = weight.data();
+    args.out = ws_.normed.data();
+    args.row_ends = row_ends;
+    args.width = static_cast<int>(c_.hidden_size);
+    args.epsilon = static_cast<float>(c_.rms_epsilon);
+    return start(c_.hidden_size <= 8 * kRmsNormThreads ? rms_norm_kernel<T, 1> : rms_norm_kernel<T, 2>, args,
+                 rows, kRmsNormThreads);
+  }
+  template <class Args>
+  [[nodiscard]] Status start(void (*kernel)(Args), const Args& args, std::int64_t blocks, int threads) {
+    codegemm::cuda::LaunchShape shape;
+    shape.grid = dim3(static_cast<unsigned>(blocks));
+    shape.threads = static_cast<unsigned>(threads);
+    shape.overlap = call_.device.arch >= 90;
+    return codegemm::cuda::launch(kernel, shape, args, call_.stream);
+  }
+
+  const DeviceLlama<Linear, Head>& model_;
+  const ModelConfig& c_;
+  const DeviceBatch& batch_;
+  const DeviceKvStorage<T>& storage_;
+  DeviceWorkspace<T>& ws_;
+  LinearCall call_;
+};
+
+}  // namespace detail
+
+/// Puts a pass into the stream: KV of all tokens into the pages and, where asked, the logits of each
+/// sequence's last token. logits.rows is 0 (none: a prefill module; the last layer then stops after its KV)
+/// or table.sequences; logits.cols = vocab_size. After a layer's KV is in the stream, after_layer(layer) ->
+/// Status is called, as IgnoreLayers says: it may record an event that a transport waits for.
+///
+/// Errors, before anything is launched: kShapeMismatch for logits or a cache of another shape,
+/// kInvalidArgument for more tokens or sequences than the workspace has room for; then those of the parts.
+/// Looks at no device memory: ids outside of the vocabulary and tables that contradict themselves are the
+/// caller's (assertions in debug builds of kernels).
+template <class Linear, class Head, class AfterLayer = IgnoreLayers>
+[[nodiscard]] Status forward(const DeviceLlama<Linear, Head>& model, const DeviceBatch& batch,
+                             const DeviceKvStorage<typename Linear::Scalar>& storage,
+                             MatrixView<float> logits, DeviceWorkspace<typename Linear::Scalar>& workspace,
+                             const Device& device, cudaStream_t stream, AfterLayer&& after_layer = {}) {
+  const ModelConfig& c = model.config;
+  const std::int64_t sequences = batch.table.sequences;
+  if (batch.count == 0) return {};
+  if (batch.count < 0 || batch.count > workspace.max_tokens() || sequences < 1 ||
+      sequences > workspace.max_sequences()) {
+    return codegemm::error(StatusCode::kInvalidArgument, "forward of ", batch.count, " tokens of ", sequences,
+                           " sequences in a workspace for ", workspace.max_tokens(), " of ",
+                           workspace.max_sequences());
+  }
+  if (batch.tokens == nullptr) return codegemm::error(StatusCode::kNullPointer, "forward: tokens is null");
+  if (batch.query_indptr == nullptr && batch.count != sequences) {
+    return codegemm::error(StatusCode::kShapeMismatch, "forward of ", batch.count, " tokens of ", sequences,
+                           " sequences without query_indptr, expected one each");
+  }
+  const KvShape& kv = storage.shape();
+  if (kv.layers != c.layers || kv.kv_heads != c.kv_heads || kv.head_dim != c.head_dim) {
+    return codegemm::error(StatusCode::kShapeMismatch, "forward over a cache of ", kv.layers, " layers, ",
+                           kv.kv_heads, " K/V heads of ", kv.head_dim, "; the model has ", c.layers, ", ",
+                           c.kv_heads, " of ", c.head_dim);
+  }
+  if (logits.rows != 0 && (logits.rows != sequences || logits.cols != c.vocab_size)) {
+    return codegemm::error(StatusCode::kShapeMismatch, "logits are ", logits.rows, " x ", logits.cols,
+                           ", the pass has ", sequences, " sequences and the vocabulary ", c.vocab_size);
+  }
+  detail::DeviceForward<Linear, Head> pass(model, batch, storage, workspace, device, stream);
+  if (Status s = pass.prepare(); !s.ok()) return s;
+  if (Status s = pass.embed(); !s.ok()) return s;
+  for (int i = 0; i < static_cast<int>(c.layers); ++i) {
+    if (Status s = pass.write_cache(i); !s.ok()) return s;
+    if (Status s = after_layer(i); !s.ok()) return s;
+    if (i + 1 == c.layers && logits.rows == 0) break;
+    if (Status s = pass.attend(i); !s.ok()) return s;
+    if (Status s = pass.feed_forward(i); !s.ok()) return s;
+  }
+  return logits.rows > 0 ? pass.head(logits) : Status();
+}
+
+/// How rows of logits become tokens; device arrays of one element a row.
+struct DeviceSampling {
+  const float* temperatures = nullptr;   ///< 0: the largest logit; null: all 0
+  const std::uint64_t* seeds = nullptr;  ///< read where the temperature is not 0
+  const std::uint64_t* steps = nullptr;  ///< a number that no other draw with this seed has; null: 0
+  std::uint64_t* best = nullptr;         ///< scratch, zeroed once
+  unsigned* arrived = nullptr;           ///< the same
+};
+
+/// Puts into the stream: tokens[i] = a draw from softmax(logits[i] / temperature), or the largest logit's id
+/// (the lowest among equals). The same bits for the same seed and step.
+[[nodiscard]] inline Status sample(MatrixView<const float> logits, const DeviceSampling& how,
+                                   std::int32_t* tokens, const Device& device, cudaStream_t stream) {
+  if (logits.rows == 0) return {};
+  if (logits.rows < 0 || logits.rows > 65535 || logits.cols < 1) {
+    return codegemm::error(StatusCode::kInvalidArgument, "sample from logits of ", logits.rows, " x ",
+                           logits.cols);
+  }
+  if (logits.data == nullptr || how.best == nullptr || how.arrived == nullptr || tokens == nullptr ||
+      (how.temperatures != nullptr && how.seeds == nullptr)) {
+    return codegemm::error(StatusCode::kNullPointer, "sample: logits, scratch, tokens or seeds is null");
+  }
+  SampleArgs args;
+  args.logits = logits.data;
+  args.temperatures = how.temperatures;
+  args.seeds = how.seeds;
+  args.steps = how.steps;
+  args.best = how.best;
+  args.arrived = how.arrived;
+  args.tokens = tokens;
+  args.stride = logits.stride;
+  args.vocab = static_cast<int>(logits.cols);
+  codegemm::cuda::LaunchShape shape;
+  shape.grid = dim3(kSampleSlices, static_cast<unsigned>(logits.rows));
+  shape.threads = kSampleThreads;
+  shape.overlap = device.arch >= 90;
+  return codegemm::cuda::launch(sample_kernel<0>, shape, args, stream);
+}
+
+}  // namespace prefillshare::cuda
