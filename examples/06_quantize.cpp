@@ -52,14 +52,14 @@ codegemm::CheckpointKind kind_of(const Options& options, codegemm::Format format
 
 /// Without calibration: k-means, layer by layer.
 QuantizedLayers quantize_plain(const Options& options, const LoadedModel& loaded, codegemm::Format format,
-                      Executor& executor) {
+                               Executor& executor) {
   QuantizedLayers out;
   ProgressLine progress("quantizing");
   const std::int64_t total = loaded.model->config.layers * 7;
   for_each_linear(*loaded.model, [&](const std::string& name, const DenseLinear& layer) {
     if (name == "lm_head") return;
-    out.matrices.push_back(
-        unwrap(codegemm::quantize_kmeans(layer.weights(), format, options.quantizer.layers.kmeans, executor)));
+    out.matrices.push_back(unwrap(
+        codegemm::quantize_kmeans(layer.weights(), format, options.quantizer.layers.kmeans, executor)));
     out.names.push_back(name);
     progress.update(static_cast<std::int64_t>(out.names.size()), total, "layers");
   });
@@ -67,7 +67,7 @@ QuantizedLayers quantize_plain(const Options& options, const LoadedModel& loaded
 }
 
 QuantizedLayers quantize_on_text(const Options& options, const LoadedModel& loaded, codegemm::Format format,
-                        const std::string& state, Executor& executor) {
+                                 const std::string& state, Executor& executor) {
   const Tokenizer tokenizer = unwrap(load_tokenizer(options.model));
   const std::vector<std::int32_t> ids = tokens_of_file(options.calibration, tokenizer);
   auto sequences = spread_sequences(ids, options.sequences, options.length, tokenizer);
@@ -99,8 +99,9 @@ int run(const Options& options) {
   const LoadedModel loaded = unwrap(load_model(
       *source, [&](std::int64_t done, std::int64_t total) { loading.update(done, total, "tensors"); }));
   const std::string state = options.out + "/state";
-  const QuantizedLayers layers = options.method == "kmeans" ? quantize_plain(options, loaded, format, pool)
-                                                   : quantize_on_text(options, loaded, format, state, pool);
+  const QuantizedLayers layers = options.method == "kmeans"
+                                     ? quantize_plain(options, loaded, format, pool)
+                                     : quantize_on_text(options, loaded, format, state, pool);
   std::vector<codegemm::NamedMatrix> named;
   double bits = 0.0;
   double weights = 0.0;
@@ -149,7 +150,8 @@ int main(int argc, char** argv) {
   app.add_option("--beam", options.quantizer.layers.beam, "paths of the code search")
       ->check(CLI::Range(1, 16))
       ->capture_default_str();
-  app.add_option("--codebook-steps", options.quantizer.layers.codebook_steps, "conjugate gradient steps of a fit")
+  app.add_option("--codebook-steps", options.quantizer.layers.codebook_steps,
+                 "conjugate gradient steps of a fit")
       ->check(CLI::Range(0, 1000))
       ->capture_default_str();
   app.add_option("--finetune-steps", options.quantizer.tune.steps,
@@ -162,7 +164,8 @@ int main(int argc, char** argv) {
   app.add_option("--finetune-tokens", options.quantizer.tune.tokens, "tokens of each such step")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
-  app.add_option("--seed", options.quantizer.layers.kmeans.seed, "of the k-means beginning")->capture_default_str();
+  app.add_option("--seed", options.quantizer.layers.kmeans.seed, "of the k-means beginning")
+      ->capture_default_str();
   app.add_option("--threads", options.threads, "0: one for each processor")->check(CLI::Range(0, 1024));
   app.add_flag("!--no-correction", options.quantizer.correct,
                "quantize the weights as they are, not corrected for the layers before");

@@ -59,12 +59,9 @@ int run(const Options& options) {
   std::printf("%s: perplexity %.4f +- %.4f on %lld tokens of %s\n", options.model.c_str(), sums.perplexity(),
               sums.error(), static_cast<long long>(sums.tokens), options.text.c_str());
   if (!options.json.empty()) {
-    const nlohmann::json out = {{"model", options.model},
-                                {"text", options.text},
-                                {"length", options.length},
-                                {"windows", windows.size()},
-                                {"tokens", sums.tokens},
-                                {"perplexity", sums.perplexity()},
+    const nlohmann::json out = {{"model", options.model},   {"text", options.text},
+                                {"length", options.length}, {"windows", windows.size()},
+                                {"tokens", sums.tokens},    {"perplexity", sums.perplexity()},
                                 {"error", sums.error()}};
     check(codegemm::write_file(options.json, out.dump(2) + "\n"));
   }

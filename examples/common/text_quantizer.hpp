@@ -51,12 +51,12 @@ struct QuantizedLayers {
                                           const TextQuantizerOptions& options) {
   const codegemm::CalibratedOptions& q = options.layers;
   const BlockTuneOptions& t = options.tune;
-  return codegemm::concat(
-      "model ", loaded.fingerprint, ", format ", codegemm::format_name(format), ", tokens ",
-      hash_tokens(sequences), ", seed ", q.kmeans.seed, ", rounds ", q.rounds, ", beam ", q.beam,
-      ", tolerance ", q.tolerance, ", damping ", q.damping, ", codebook steps ", q.codebook_steps,
-      ", corrected ", options.correct, ", tune steps ", t.steps, ", rate ", t.rate, ", tune tokens ",
-      t.tokens, ", held out ", t.held_out, ", version 2");
+  return codegemm::concat("model ", loaded.fingerprint, ", format ", codegemm::format_name(format),
+                          ", tokens ", hash_tokens(sequences), ", seed ", q.kmeans.seed, ", rounds ",
+                          q.rounds, ", beam ", q.beam, ", tolerance ", q.tolerance, ", damping ", q.damping,
+                          ", codebook steps ", q.codebook_steps, ", corrected ", options.correct,
+                          ", tune steps ", t.steps, ", rate ", t.rate, ", tune tokens ", t.tokens,
+                          ", held out ", t.held_out, ", version 2");
 }
 
 /// "4:07 left", or nothing where the time is not known (negative).
