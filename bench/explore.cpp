@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/explore.cpp - formats against one another on a real model: bits, memory, time of one token through the
-// linear layers, and perplexity on a text that the quantizer did not see, beside llama.cpp's own quantization.
-// Says which format to take for a budget. What is made and measured is kept: a sweep that was stopped goes on.
+// bench/explore.cpp - formats against one another on a real model: bits, memory, time of one token through
+// the linear layers, and perplexity on a text that the quantizer did not see, beside llama.cpp's own
+// quantization. Says which format to take for a budget. What is made and measured is kept: a sweep that was
+// stopped goes on.
 
 #if !defined(NDEBUG) && !defined(__clang_analyzer__)
 #error "Benchmarks must be built in Release mode: cmake --preset bench"
@@ -68,13 +69,14 @@ struct Options {
   double latency = 0.0;  // microseconds; 0: no limit
   int threads = 0;
   bool quick = false;
-  bool no_peers = false;
+  bool peers_too = true;
+  bool correct = true;
 };
 
 // What `quick` is: to see that it runs.
 void make_quick(Options& options) {
   options.formats = {"m2v4b4g64", "m1v8b4g64"};
-  options.method = "corrected";
+  options.method = "kmeans";
   options.sequences = 4;
   options.length = options.window_length = 128;
   options.windows = 8;
@@ -152,6 +154,7 @@ class Explorer {
     quantizer_.layers.rounds = options.method == "calibrated" ? options.rounds : 0;
     quantizer_.layers.beam = options.beam;
     quantizer_.layers.tolerance = 0.02;
+    quantizer_.correct = options.correct;
     const LlamaLayer<DenseLinear>& block = loaded_.model->layers.front();
     const auto shape = [&](const char* name, const DenseLinear& layer) {
       layers_.push_back({name, {layer.rows(), layer.cols()}});
@@ -179,7 +182,7 @@ class Explorer {
         static_cast<long long>(loaded_.model->config.hidden_size));
     add_file(*source_, loaded_.model, "source", "the model as given", folder_ + "/" + loaded_.fingerprint);
     for (std::size_t i = 0; i < options_.formats.size(); ++i) add_format(i);
-    if (!options_.no_peers) {
+    if (options_.peers_too) {
       for (const std::string& type : options_.peers) add_peer(type);
       for (const std::string& type : options_.blocks) add_blocks(type);
     }
@@ -200,8 +203,9 @@ class Explorer {
     return std::filesystem::path(path).filename().string();
   }
   [[nodiscard]] std::string method_text() const {
-    if (options_.method == "corrected") return "k-means with corrected weights";
-    return concat("calibrated, at most ", options_.rounds, " rounds, beam ", options_.beam);
+    const char* const corrected = options_.correct ? ", corrected weights" : "";
+    if (options_.method == "kmeans") return concat("k-means weighted by the inputs", corrected);
+    return concat("calibrated, at most ", options_.rounds, " rounds, beam ", options_.beam, corrected);
   }
 
   /// The perplexity in `path`.perplexity.json if it is of these windows; else of the model that make() gives,
@@ -472,9 +476,11 @@ int main(int argc, char** argv) {
   app.add_option("--cache", options.cache, "folder that keeps what is made and measured")->required();
   app.add_option("--format", options.formats, "formats of the linear layers")->capture_default_str();
   app.add_option("--method", options.method,
-                 "calibrated, or corrected: k-means on weights corrected for the layers before, quicker")
-      ->check(CLI::IsMember({"calibrated", "corrected"}))
+                 "calibrated, or kmeans: only what calibration begins with, quicker")
+      ->check(CLI::IsMember({"calibrated", "kmeans"}))
       ->capture_default_str();
+  app.add_flag("!--no-correction", options.correct,
+               "weights are quantized as they are, not corrected for the layers before");
   app.add_option("--sequences", options.sequences, "stretches of the calibration text")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
@@ -495,7 +501,7 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--peer", options.peers, "file types of llama.cpp")->capture_default_str();
   app.add_option("--blocks", options.blocks, "block types of ggml")->capture_default_str();
-  app.add_flag("--no-peers", options.no_peers, "neither of them");
+  app.add_flag("!--no-peers", options.peers_too, "neither of them");
   app.add_option("--memory", options.memory, "MiB that the linear layers may take")
       ->check(CLI::NonNegativeNumber);
   app.add_option("--latency", options.latency, "microseconds that a token may take in them on this CPU")

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/support/explore_table.hpp - formats by size, time and perplexity: which are worth having, and which to
-// take for a budget.
+// bench/support/explore_table.hpp - formats by size, time and perplexity: which are worth having, and which
+// to take for a budget.
 #pragma once
 
 #include <algorithm>
@@ -166,8 +166,9 @@ struct Budget {
           {"perplexity_error", number(one.perplexity_error)}};
 }
 
-/// One token through layers of these shapes ("NxK") in `config`, out of the results of the suite codegemm-gpu.
-/// NaN where a shape is not in it. Throws nlohmann::json::exception for results of another form.
+/// One token through layers of these shapes ("NxK") in `config`, out of the results of the suite
+/// codegemm-gpu. NaN where a shape is not in it. Throws nlohmann::json::exception for results of another
+/// form.
 [[nodiscard]] inline double gpu_us(const nlohmann::json& suite, const std::string& config,
                                    std::span<const std::string> shapes) {
   double sum = 0.0;

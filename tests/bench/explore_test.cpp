@@ -103,8 +103,7 @@ TEST_CASE("a budget gets the best that fits it", "[explore]") {
 
   CHECK(advice(all, {15.0 * 1024 * 1024, 100}, &Candidate::cpu_us) ==
         "within 15.0 MiB and 100 us: small, perplexity 20.00, 10.0 MiB, 25 us");
-  CHECK(advice(all, {}, &Candidate::cpu_us) ==
-        "within no limit: large, perplexity 10.00, 40.0 MiB, 30 us");
+  CHECK(advice(all, {}, &Candidate::cpu_us) == "within no limit: large, perplexity 10.00, 40.0 MiB, 30 us");
   CHECK(advice(all, {1024.0, HUGE_VAL}, &Candidate::cpu_us) ==
         "within 0.0 MiB: none; the smallest has 10.0 MiB, the fastest takes 20 us");
   CHECK(advice({}, {}, &Candidate::cpu_us) == "within no limit: nothing was measured");
@@ -129,10 +128,9 @@ TEST_CASE("times of the GPU suite are summed over a block's shapes", "[explore]"
   const auto row = [](const char* config, const char* shape, int tokens, double us) {
     return nlohmann::json{{"config", config}, {"shape", shape}, {"tokens", tokens}, {"median_us", us}};
   };
-  const nlohmann::json suite = {
-      {"rows",
-       {row("m1v4g64", "576x576", 1, 2.0), row("m1v4g64", "576x576", 16, 50.0),
-        row("m1v4g64", "1536x576", 1, 3.0), row("m2v8g64", "576x576", 1, 70.0)}}};
+  const nlohmann::json suite = {{"rows",
+                                 {row("m1v4g64", "576x576", 1, 2.0), row("m1v4g64", "576x576", 16, 50.0),
+                                  row("m1v4g64", "1536x576", 1, 3.0), row("m2v8g64", "576x576", 1, 70.0)}}};
   const std::vector<std::string> shapes = {"576x576", "1536x576", "1536x576"};
   CHECK(gpu_us(suite, "m1v4g64", shapes) == 8.0);
   CHECK(std::isnan(gpu_us(suite, "m2v8g64", shapes)));
