@@ -77,6 +77,7 @@ struct Options {
 void make_quick(Options& options) {
   options.formats = {"m2v4b4g64", "m1v8b4g64"};
   options.method = "kmeans";
+  options.correct = false;  // it needs more tokens than this
   options.sequences = 4;
   options.length = options.window_length = 128;
   options.windows = 8;
