@@ -20,6 +20,7 @@
 #include <Eigen/Dense>
 
 #include <codegemm/base/executor.hpp>
+#include <codegemm/base/matrix_view.hpp>
 #include <codegemm/base/numerics.hpp>
 #include <codegemm/base/text.hpp>
 #include <support/random.hpp>
@@ -134,6 +135,15 @@ class Ggml {
                                           {"llama.cpp-q4_1", 3, 32, 20, {0, 2}}};
     return all;
   }
+  /// Those that llama.cpp's files of 2 to 8 bits are made of.
+  [[nodiscard]] static const std::vector<Type>& file_types() {
+    static const std::vector<Type> all = {
+        {"Q4_0", 2, 32, 18, {0}},      {"Q4_1", 3, 32, 20, {0, 2}},    {"Q5_0", 6, 32, 22, {0}},
+        {"Q5_1", 7, 32, 24, {0, 2}},   {"Q8_0", 8, 32, 34, {0}},       {"Q2_K", 10, 256, 84, {80, 82}},
+        {"Q3_K", 11, 256, 110, {108}}, {"Q4_K", 12, 256, 144, {0, 2}}, {"Q5_K", 13, 256, 176, {0, 2}},
+        {"Q6_K", 14, 256, 210, {208}}, {"IQ2_XS", 17, 256, 74, {0}}};
+    return all;
+  }
 
   Ggml() {
     const char* const folder = std::getenv("CODEGEMM_GGML");
@@ -142,6 +152,7 @@ class Ggml {
     cpu_ = Library(std::string(folder) + "/libggml-cpu.so");
     traits_ = base_.find<const Traits*(int)>("ggml_get_type_traits");
     cpu_traits_ = cpu_.find<const CpuTraits*(int)>("ggml_get_type_traits_cpu");
+    quantize_ = base_.find<Quantize>("ggml_quantize_chunk");
     if (auto* init = cpu_.find<void()>("ggml_cpu_init"); init != nullptr) init();
   }
   [[nodiscard]] bool loaded() const { return traits_ != nullptr && cpu_traits_ != nullptr; }
@@ -211,7 +222,27 @@ class Ggml {
     return std::sqrt(off2 / size2);
   }
 
+  /// The values of a type's blocks for `weights`, whose inputs matter as importance[cols] says. Blocks go on
+  /// over the rows' ends, which no file can have: what the blocks are worth for rows of any length. Nothing
+  /// where the weights are not whole blocks.
+  [[nodiscard]] std::vector<float> requantize(const Type& type, MatrixView<const float> weights,
+                                              const std::vector<float>& importance) const {
+    const std::int64_t count = weights.rows * weights.cols;
+    if (quantize_ == nullptr || count % type.block != 0 || weights.stride != weights.cols) return {};
+    std::vector<float> tiled;
+    for (std::int64_t n = 0; n < weights.rows; ++n)
+      tiled.insert(tiled.end(), importance.begin(), importance.end());
+    std::vector<std::uint8_t> blocks(static_cast<std::size_t>(count / type.block * type.bytes));
+    if (quantize_(type.id, weights.data, blocks.data(), 0, 1, count, tiled.data()) != blocks.size())
+      return {};
+    std::vector<float> out(static_cast<std::size_t>(count));
+    traits_(type.id)->to_float(blocks.data(), out.data(), count);
+    return out;
+  }
+
  private:
+  using Quantize = std::size_t(int type, const float* from, void* to, std::int64_t start, std::int64_t rows,
+                               std::int64_t row_length, const float* importance);
   struct Traits {
     const char* name;
     std::int64_t block;
@@ -231,6 +262,7 @@ class Ggml {
   Library base_, cpu_;
   const Traits* (*traits_)(int) = nullptr;
   const CpuTraits* (*cpu_traits_)(int) = nullptr;
+  Quantize* quantize_ = nullptr;
   mutable std::vector<std::uint8_t> quantized_;
 };
 

@@ -46,6 +46,14 @@ class Svg {
   }
   void grid(double x1, double y1, double x2, double y2) { stroke(x1, y1, x2, y2, "#dddddd", 1.0); }
 
+  /// A disc that lets others shine through.
+  void dot(double x, double y, double radius, const char* color) {
+    char line[160];
+    std::snprintf(line, sizeof(line),
+                  "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"%.1f\" fill=\"%s\" fill-opacity=\"0.6\"/>\n", x, y,
+                  radius, color);
+    out_ += line;
+  }
   /// Points at (at_x(x), at_y(y)), joined.
   template <class AtX, class AtY>
   void curve(const Curve& curve, const char* color, AtX&& at_x, AtY&& at_y) {

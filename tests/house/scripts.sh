@@ -20,7 +20,7 @@ while IFS= read -r file; do
   grep -qE '^set -euo pipefail$|^source .*/lib\.sh"$' "$file" || fault "$file: has no 'set -euo pipefail'"
 done < <(find scripts tests .ci -type f \( -path 'scripts/*' ! -name '*.txt' -o -path '.ci/run' -o -name '*.sh' \) | LC_ALL=C sort)
 
-for script in demo test bench fetch-model lint fuzz docs; do
+for script in demo test bench fetch-model fetch-texts lint fuzz docs; do
   [[ -x scripts/$script ]] || fault "scripts/$script: is not executable"
   if ! text=$("scripts/$script" --help 2>&1); then
     fault "scripts/$script --help: ended with $?"

@@ -1,0 +1,527 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// bench/explore.cpp - formats against one another on a real model: bits, memory, time of one token through
+// the linear layers, and perplexity on a text that the quantizer did not see, beside llama.cpp's own
+// quantization. Says which format to take for a budget. What is made and measured is kept: a sweep that was
+// stopped goes on.
+
+#if !defined(NDEBUG) && !defined(__clang_analyzer__)
+#error "Benchmarks must be built in Release mode: cmake --preset bench"
+#endif
+
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include <codegemm/base/thread_pool.hpp>
+#include <codegemm/reference.hpp>
+#include <common/model_loader.hpp>
+#include <common/model_tokenizer.hpp>
+#include <common/perplexity.hpp>
+#include <common/progress.hpp>
+#include <common/text_quantizer.hpp>
+#include <common/text_tokens.hpp>
+
+#include "support/explore_latency.hpp"
+#include "support/explore_plot.hpp"
+#include "support/explore_table.hpp"
+#include "support/peer_process.hpp"
+#include "support/report.hpp"
+
+namespace codegemm::bench {
+namespace {
+
+using namespace prefillshare;
+using namespace prefillshare::examples;
+using nlohmann::json;
+using Windows = std::vector<std::vector<std::int32_t>>;
+using DenseModel = LlamaModel<DenseLinear>;
+
+struct Options {
+  std::string model, text, calibration, cache, json_path, csv, plot, gpu;
+  std::vector<std::string> formats = {"m1v8g128", "m1v4b4g64", "m2v4b4g64", "m2v8g128", "m1v4g64",
+                                      "m1v4g32",  "m3v4b4g64", "m2v4g64",   "m1v2g64",  "m2v2b4g64"};
+  std::vector<std::string> peers = {"Q2_K", "Q3_K_M", "Q4_K_M"};
+  std::vector<std::string> blocks = {"IQ2_XS", "Q2_K", "Q3_K", "Q4_K"};
+  std::string method = "calibrated";
+  std::int64_t sequences = 12;
+  std::int64_t length = 512;
+  int rounds = 3;
+  int beam = 1;
+  std::int64_t windows = 32;
+  std::int64_t window_length = 512;
+  double memory = 0.0;   // MiB; 0: no limit
+  double latency = 0.0;  // microseconds; 0: no limit
+  int threads = 0;
+  bool quick = false;
+  bool peers_too = true;
+  bool correct = true;
+};
+
+// What `quick` is: to see that it runs.
+void make_quick(Options& options) {
+  options.formats = {"m2v4b4g64", "m1v8b4g64"};
+  options.method = "kmeans";
+  options.correct = false;  // it needs more tokens than this
+  options.sequences = 4;
+  options.length = options.window_length = 128;
+  options.windows = 8;
+  options.blocks = {"Q2_K"};
+  options.peers = {"Q2_K"};
+}
+
+std::string hex(std::uint64_t value) {
+  char text[17];
+  std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(value));
+  return text;
+}
+std::uint64_t hash_text(const std::string& text) {  // FNV-1a
+  std::uint64_t state = 0xcbf29ce484222325ULL;
+  for (const char c : text) state = (state ^ static_cast<unsigned char>(c)) * 0x100000001b3ULL;
+  return state;
+}
+
+/// The dense model with other weights in the linear layers of its blocks.
+std::shared_ptr<const DenseModel> with_weights(
+    const DenseModel& dense,
+    const std::function<DenseLinear(const std::string& name, const DenseLinear& dense)>& replace) {
+  auto model = std::make_shared<DenseModel>(dense);
+  for_each_linear(*model, [&](const std::string& name, DenseLinear& layer) {
+    if (name != "lm_head") layer = replace(name, layer);
+  });
+  return model;
+}
+
+DenseLinear linear_of(std::vector<float> values, const DenseLinear& like) {
+  return {std::make_shared<const std::vector<float>>(std::move(values)), like.rows(), like.cols(),
+          std::vector<float>(like.bias().begin(), like.bias().end())};
+}
+
+/// ggml's blocks in place of each layer, with what the layer's inputs are on calibration data.
+struct BlockReplacer {
+  const Ggml& library;
+  const Ggml::Type& type;
+  std::function<void()> done;
+  std::map<std::string, DenseLinear> made = {};
+
+  Result<std::optional<DenseLinear>> find(const std::string&, const DenseLinear&) {
+    return std::optional<DenseLinear>();
+  }
+  Result<DenseLinear> make(const std::string& name, const DenseLinear& dense, MatrixView<const float> gram) {
+    std::vector<float> importance;
+    for (std::int64_t k = 0; k < gram.cols; ++k) importance.push_back(gram.row(k)[k]);
+    std::vector<float> values = library.requantize(type, dense.weights(), importance);
+    if (values.empty()) {
+      return error(StatusCode::kUnsupported, name, ": ", dense.rows(), " x ", dense.cols(),
+                   " are no blocks of ", type.block);
+    }
+    done();
+    return made[name] = linear_of(std::move(values), dense);
+  }
+};
+
+class Explorer {
+ public:
+  explicit Explorer(const Options& options)
+      : options_(options),
+        pool_(options.threads),
+        source_(unwrap(open_model(options.model))),
+        loaded_(unwrap(load_model(*source_))),
+        folder_(options.cache + "/explore"),
+        effort_{options.quick ? kColdBytes / 4.0 : kColdBytes, options.quick ? 0.1 : 1.0},
+        ggml_(effort_, pool_) {
+    std::filesystem::create_directories(folder_);
+    suite_.name = "explore";
+    suite_.machine = machine_json(pool_);
+    suite_.memory = measure_memory(pool_);
+    const Tokenizer tokenizer = unwrap(load_tokenizer(options.model));
+    windows_ = cut(options.text, options.windows, options.window_length, tokenizer);
+    sequences_ = cut(options.calibration, options.sequences, options.length, tokenizer);
+    quantizer_.layers.rounds = options.method == "calibrated" ? options.rounds : 0;
+    quantizer_.layers.beam = options.beam;
+    quantizer_.layers.tolerance = 0.02;
+    quantizer_.correct = options.correct;
+    const LlamaLayer<DenseLinear>& block = loaded_.model->layers.front();
+    const auto shape = [&](const char* name, const DenseLinear& layer) {
+      layers_.push_back({name, {layer.rows(), layer.cols()}});
+    };
+    shape("q_proj", block.q);
+    shape("k_proj", block.k);
+    shape("v_proj", block.v);
+    shape("o_proj", block.o);
+    shape("gate_proj", block.gate);
+    shape("up_proj", block.up);
+    shape("down_proj", block.down);
+    for (const LayerShape& layer : layers_)
+      weights_ += layer.shape.rows * layer.shape.cols * loaded_.model->config.layers;
+    if (!options.gpu.empty()) gpu_ = json::parse(std::ifstream(options.gpu));
+  }
+
+  void run() {
+    const std::int64_t vocabulary = loaded_.model->config.vocab_size;
+    std::printf("%zu windows of %zu tokens of %s; %s on %zu sequences of %zu tokens of %s\n", windows_.size(),
+                windows_.front().size(), name_of(options_.text).c_str(), method_text().c_str(),
+                sequences_.size(), sequences_.front().size(), name_of(options_.calibration).c_str());
+    std::printf(
+        "linear layers of the blocks: %lld weights; embeddings and head (%lld x %lld) stay as they are\n",
+        static_cast<long long>(weights_), static_cast<long long>(vocabulary),
+        static_cast<long long>(loaded_.model->config.hidden_size));
+    add_file(*source_, loaded_.model, "source", "the model as given", folder_ + "/" + loaded_.fingerprint);
+    for (std::size_t i = 0; i < options_.formats.size(); ++i) add_format(i);
+    if (options_.peers_too) {
+      for (const std::string& type : options_.peers) add_peer(type);
+      for (const std::string& type : options_.blocks) add_blocks(type);
+    }
+    finish();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  static Windows cut(const std::string& path, std::int64_t count, std::int64_t length,
+                     const Tokenizer& tokenizer) {
+    const std::vector<std::int32_t> ids = tokens_of_file(path, tokenizer);
+    Windows out = spread_sequences(ids, count, length, tokenizer);
+    if (out.empty()) throw UserError(concat(path, ": has ", ids.size(), " tokens, needs ", length));
+    return out;
+  }
+  static std::string name_of(const std::string& path) {
+    return std::filesystem::path(path).filename().string();
+  }
+  [[nodiscard]] std::string method_text() const {
+    const char* const corrected = options_.correct ? ", corrected weights" : "";
+    if (options_.method == "kmeans") return concat("k-means weighted by the inputs", corrected);
+    return concat("calibrated, at most ", options_.rounds, " rounds, beam ", options_.beam, corrected);
+  }
+
+  /// The perplexity in `path`.perplexity.json if it is of these windows; else of the model that make() gives,
+  /// kept there.
+  void measure_perplexity(Candidate& out, const std::string& path,
+                          const std::function<std::shared_ptr<const DenseModel>()>& make) {
+    const std::string file = path + ".perplexity.json";
+    const std::string key = hex(hash_tokens(windows_));
+    if (std::filesystem::exists(file)) {
+      const json kept = json::parse(std::ifstream(file), nullptr, false);
+      if (kept.is_object() && kept.value("windows", std::string()) == key) {
+        out.perplexity = kept.at("perplexity").get<double>();
+        out.perplexity_error = kept.at("error").get<double>();
+        return;
+      }
+    }
+    const std::shared_ptr<const DenseModel> model = make();
+    ProgressLine progress("perplexity of " + out.name);
+    const auto start = Clock::now();
+    const auto total = static_cast<std::int64_t>(windows_.size());
+    const PerplexitySums sums =
+        score_windows(*model, windows_, pool_, [&](std::int64_t done, const PerplexitySums& now) {
+          const double left =
+              seconds_since(start) * static_cast<double>(total - done) / static_cast<double>(done);
+          progress.update(done, total, concat(now.perplexity(), ", ", time_left(left)));
+        });
+    out.perplexity = sums.perplexity();
+    out.perplexity_error = sums.error();
+    const json kept = {{"windows", key}, {"perplexity", out.perplexity}, {"error", out.perplexity_error}};
+    check(write_text(kept.dump(2) + '\n', file));
+  }
+
+  /// A model file: its own types, and ggml's products for the time where that library is there.
+  void add_file(const TensorSource& source, const std::shared_ptr<const DenseModel>& model,
+                const std::string& family, const std::string& method, const std::string& path) {
+    Candidate out;
+    out.name = family == "source" ? "source" : name_of(path).substr(loaded_.fingerprint.size() + 1);
+    out.family = family;
+    out.method = method;
+    json types = json::object();
+    if (const GgufFile* const file = source.gguf(); file != nullptr) {
+      double us = 0.0;
+      for (const GgufTensor& tensor : file->tensors()) {
+        if (tensor.name.substr(0, 4) != "blk." || tensor.rank != 2) continue;
+        out.bytes += static_cast<std::int64_t>(tensor.data.size());
+        const std::string type(tensor.type->name);
+        types[type] = types.value(type, std::int64_t{0}) + tensor.rows() * tensor.row_elements();
+        us += ggml_.us(static_cast<int>(tensor.type->number), {tensor.rows(), tensor.row_elements()});
+      }
+      out.bits_per_weight = 8.0 * static_cast<double>(out.bytes) / static_cast<double>(weights_);
+      out.cpu_us = us;
+    }
+    measure_perplexity(out, path,
+                       [&] { return model ? model : unwrap(load_model(*open_again(source))).model; });
+    json row = to_json(out);
+    row["weights_by_type"] = std::move(types);
+    add(std::move(out), std::move(row));
+  }
+  [[nodiscard]] std::unique_ptr<TensorSource> open_again(const TensorSource& source) const {
+    return unwrap(open_model(source.path()));
+  }
+
+  void add_format(std::size_t index) {
+    const Format format = unwrap(parse_format(options_.formats[index]));
+    Candidate out;
+    out.name = format_name(format);
+    out.family = "codegemm";
+    out.method = method_text();
+    const auto blocks = loaded_.model->config.layers;
+    double bits = 0.0;
+    for (const LayerShape& layer : layers_) {
+      bits += static_cast<double>(layer.shape.rows * layer.shape.cols * blocks) *
+              bits_per_weight(format, layer.shape.rows, layer.shape.cols);
+    }
+    out.bits_per_weight = bits / static_cast<double>(weights_);
+    const BlockTimes times = time_block(format, layers_, effort_, pool_);
+    json rows = json::array();
+    std::vector<std::string> shapes;
+    out.cpu_us = 0.0;
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+      out.cpu_us += times.us[i] * static_cast<double>(blocks);
+      out.bytes += times.bytes[i] * blocks;
+      shapes.push_back(concat(layers_[i].shape.rows, 'x', layers_[i].shape.cols));
+      rows.push_back({{"name", layers_[i].name}, {"shape", shapes.back()}, {"median_us", times.us[i]}});
+    }
+    if (gpu_.is_object()) out.gpu_us = gpu_us(gpu_, out.name, shapes) * static_cast<double>(blocks);
+
+    const std::string path = format_path(format);
+    measure_perplexity(out, path, [&] { return quantize(format, index, path); });
+    json row = to_json(out);
+    row["layers"] = std::move(rows);
+    add(std::move(out), std::move(row));
+  }
+
+  /// Where a format's layers are kept: other options, another folder.
+  [[nodiscard]] std::string format_path(Format format) const {
+    return concat(folder_, '/', loaded_.fingerprint, '-', format_name(format), '-',
+                  hex(hash_text(run_name(loaded_, format, sequences_, quantizer_))));
+  }
+
+  std::shared_ptr<const DenseModel> quantize(Format format, std::size_t index, const std::string& path) {
+    ProgressLine progress(
+        concat("quantizing as ", format_name(format), " (", index + 1, " of ", options_.formats.size(), ")"));
+    std::size_t behind = 0;  // formats still to be made after this one
+    for (std::size_t i = index + 1; i < options_.formats.size(); ++i) {
+      const Format other = unwrap(parse_format(options_.formats[i]));
+      if (!std::filesystem::exists(format_path(other) + ".perplexity.json")) ++behind;
+    }
+    const auto start = Clock::now();
+    const QuantizedLayers layers = quantize_on_sequences(
+        loaded_, format, sequences_, quantizer_, path, pool_, [&](const QuantizeProgress& now) {
+          std::string left;
+          if (now.seconds_left >= 0.0) {
+            const double whole = seconds_since(start) + now.seconds_left;  // of this one
+            const double each = made_ > 0 ? made_seconds_ / static_cast<double>(made_) : whole;
+            left = time_left(now.seconds_left + each * static_cast<double>(behind)) + " in all";
+          }
+          progress.update(static_cast<std::int64_t>(now.share * 1000.0), 1000,
+                          concat(now.layer, " error ", now.error, left.empty() ? "" : ", ", left));
+        });
+    made_seconds_ += seconds_since(start);
+    ++made_;
+    std::map<std::string, const QuantizedMatrix*> by_name;
+    for (std::size_t i = 0; i < layers.names.size(); ++i) by_name[layers.names[i]] = &layers.matrices[i];
+    return with_weights(*loaded_.model, [&](const std::string& name, const DenseLinear& dense) {
+      std::vector<float> values(static_cast<std::size_t>(dense.rows() * dense.cols()));
+      reference_dequantize(by_name.at(name)->view(),
+                           MatrixView<float>(values.data(), dense.rows(), dense.cols()));
+      return linear_of(std::move(values), dense);
+    });
+  }
+
+  /// The file that llama.cpp itself makes of the model.
+  void add_peer(const std::string& type) {
+    if (source_->gguf() == nullptr) return;
+    const std::string path = concat(folder_, '/', loaded_.fingerprint, '-', type);
+    const std::string file = path + ".gguf";
+    if (!std::filesystem::exists(file) &&
+        run_peer("", "llama_quantize_peer.py",
+                 concat('\'', options_.model, "' '", file, "' ", type, ' ', pool_.workers()), 1)
+            .empty()) {
+      std::fprintf(stderr, "llama.cpp's %s is left out: the peer is not installed, or failed\n",
+                   type.c_str());
+      return;
+    }
+    add_file(*unwrap(open_model(file)), nullptr, "llama.cpp", "its own, no importance matrix", path);
+  }
+
+  /// ggml's block type for every layer, also where llama.cpp would take another because rows are no whole
+  /// blocks.
+  void add_blocks(const std::string& name) {
+    if (!ggml_.library().loaded()) return;
+    for (const Ggml::Type& type : Ggml::file_types()) {
+      if (name != type.name) continue;
+      Candidate out;
+      out.name = name + " blocks";
+      out.family = "ggml blocks";
+      out.method = "over the rows' ends, importance from the calibration text";
+      out.bits_per_weight = 8.0 * type.bytes / type.block;
+      out.bytes = weights_ / type.block * type.bytes;
+      const std::string path =
+          concat(folder_, '/', loaded_.fingerprint, '-', name, "-blocks-", hex(hash_tokens(sequences_)));
+      measure_perplexity(out, path, [&] {
+        ProgressLine progress("quantizing in blocks of " + name);
+        std::int64_t done = 0;
+        const std::int64_t all = loaded_.model->config.layers * static_cast<std::int64_t>(layers_.size());
+        BlockReplacer replacer{ggml_.library(), type, [&] { progress.update(++done, all, "layers"); }};
+        CalibrationRunOptions run_options;
+        run_options.correct = false;
+        CalibrationRun run =
+            unwrap(CalibrationRun::create(loaded_.model, sequences_, pool_.workers(), run_options));
+        while (run.blocks_done() < loaded_.model->config.layers) check(run.next_block(replacer, pool_));
+        return with_weights(*loaded_.model, [&](const std::string& layer, const DenseLinear&) {
+          return replacer.made.at(layer);
+        });
+      });
+      json row = to_json(out);
+      add(std::move(out), std::move(row));
+      return;
+    }
+    throw UserError(name + ": no block type of that name is known here");
+  }
+
+  void add(Candidate candidate, json row) {
+    std::printf("%-12s %-14s %5.2f bits %7.1f MiB", candidate.family.c_str(), candidate.name.c_str(),
+                candidate.bits_per_weight, static_cast<double>(candidate.bytes) / (1024.0 * 1024.0));
+    if (std::isfinite(candidate.cpu_us)) std::printf("  CPU %7.0f us", candidate.cpu_us);
+    if (std::isfinite(candidate.gpu_us)) std::printf("  GPU %7.0f us", candidate.gpu_us);
+    std::printf("  perplexity %.3f +- %.3f\n", candidate.perplexity, candidate.perplexity_error);
+    std::fflush(stdout);
+    all_.push_back(std::move(candidate));
+    rows_.push_back(std::move(row));
+  }
+
+  /// The front, the advice, the files.
+  void finish() {
+    json front = json::array();
+    std::printf("no other is both faster and better on this CPU:");
+    for (const std::size_t i : pareto_front(all_, &Candidate::cpu_us)) {
+      front.push_back(all_[i].name);
+      std::printf(" %s", all_[i].name.c_str());
+    }
+    std::printf("\n");
+    std::vector<Candidate> ours;
+    for (const Candidate& one : all_) {
+      if (one.family == "codegemm") ours.push_back(one);
+    }
+    Budget budget;
+    if (options_.memory > 0.0) budget.bytes = options_.memory * 1024.0 * 1024.0;
+    if (options_.latency > 0.0) budget.us = options_.latency;
+    const std::string words = advice(ours, budget, &Candidate::cpu_us);
+    std::printf("%s\n", words.c_str());
+    if (!options_.json_path.empty()) {
+      json out = frame_json(suite_, rows_);
+      out["model"] = name_of(options_.model);
+      out["held_out_text"] = text_json(options_.text, windows_);
+      out["calibration_text"] = text_json(options_.calibration, sequences_);
+      out["linear_weights"] = weights_;
+      out["cpu_front"] = std::move(front);
+      out["advice"] = words;
+      check(write_text(out.dump(2) + '\n', options_.json_path));
+    }
+    if (!options_.csv.empty()) check(write_text(to_csv(all_), options_.csv));
+    if (!options_.plot.empty()) {
+      const std::string title = concat(name_of(options_.model), ", ", name_of(options_.text));
+      const std::string x =
+          concat("us for one token through the linear layers, ", pool_.workers(), " thread(s)");
+      check(write_text(explore_svg(all_, &Candidate::cpu_us, title, x), options_.plot));
+    }
+  }
+  static json text_json(const std::string& path, const Windows& windows) {
+    return {{"name", name_of(path)},
+            {"bytes", std::filesystem::file_size(path)},
+            {"sequences", windows.size()},
+            {"length", windows.front().size()}};
+  }
+
+  const Options& options_;
+  ThreadPool pool_;
+  std::unique_ptr<TensorSource> source_;
+  LoadedModel loaded_;
+  std::string folder_;
+  LatencyEffort effort_;
+  GgmlTimes ggml_;
+  Suite suite_;
+  Windows windows_;    // held out
+  Windows sequences_;  // to calibrate on
+  TextQuantizerOptions quantizer_;
+  std::vector<LayerShape> layers_;  // of one block
+  std::int64_t weights_ = 0;        // of all blocks' linear layers
+  json gpu_;
+  std::vector<Candidate> all_;
+  json rows_ = json::array();
+  double made_seconds_ = 0.0;
+  std::int64_t made_ = 0;
+};
+
+}  // namespace
+}  // namespace codegemm::bench
+
+int main(int argc, char** argv) {
+  using codegemm::bench::Options;
+  Options options;
+  CLI::App app{"Formats by size, time and perplexity on a model, and which to take for a budget"};
+  app.add_option("--model", options.model, "GGUF file or Hugging Face folder")->required();
+  app.add_option("--text", options.text, "text to measure perplexity on")->required();
+  app.add_option("--calibration", options.calibration, "text to calibrate on, another one")->required();
+  app.add_option("--cache", options.cache, "folder that keeps what is made and measured")->required();
+  app.add_option("--format", options.formats, "formats of the linear layers")->capture_default_str();
+  app.add_option("--method", options.method,
+                 "calibrated, or kmeans: only what calibration begins with, quicker")
+      ->check(CLI::IsMember({"calibrated", "kmeans"}))
+      ->capture_default_str();
+  app.add_flag("!--no-correction", options.correct,
+               "weights are quantized as they are, not corrected for the layers before");
+  app.add_option("--sequences", options.sequences, "stretches of the calibration text")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--length", options.length, "tokens in each")
+      ->check(CLI::Range(2, 1 << 17))
+      ->capture_default_str();
+  app.add_option("--rounds", options.rounds, "most rounds for a layer")
+      ->check(CLI::Range(0, 1000))
+      ->capture_default_str();
+  app.add_option("--beam", options.beam, "paths of the code search")
+      ->check(CLI::Range(1, 16))
+      ->capture_default_str();
+  app.add_option("--windows", options.windows, "stretches of the text measured on")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--window-length", options.window_length, "tokens in each")
+      ->check(CLI::Range(4, 1 << 17))
+      ->capture_default_str();
+  app.add_option("--peer", options.peers, "file types of llama.cpp")->capture_default_str();
+  app.add_option("--blocks", options.blocks, "block types of ggml")->capture_default_str();
+  app.add_flag("!--no-peers", options.peers_too, "neither of them");
+  app.add_option("--memory", options.memory, "MiB that the linear layers may take")
+      ->check(CLI::NonNegativeNumber);
+  app.add_option("--latency", options.latency, "microseconds that a token may take in them on this CPU")
+      ->check(CLI::NonNegativeNumber);
+  app.add_option("--gpu", options.gpu,
+                 "results of codegemm-gpu on this model's shapes (--shape NxK --tokens 1): adds its times");
+  app.add_option("--threads", options.threads, "0: one for each processor")->check(CLI::Range(0, 1024));
+  app.add_option("--json", options.json_path, "write the results there");
+  app.add_option("--csv", options.csv, "write the table there");
+  app.add_option("--plot", options.plot, "draw perplexity over time into this SVG file");
+  app.add_flag("--quick", options.quick, "two formats, little text: to see that it runs");
+  CLI11_PARSE(app, argc, argv);
+  if (options.quick) codegemm::bench::make_quick(options);
+  try {
+    codegemm::bench::Explorer(options).run();
+    return 0;
+  } catch (const std::exception& e) {
+    std::fflush(stdout);
+    std::fprintf(stderr, "explore: %s\n", e.what());
+    return 2;
+  }
+}
