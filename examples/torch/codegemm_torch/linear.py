@@ -41,7 +41,7 @@ class CodeGemmLinear(nn.Module):
         if self.handle == 0 or self.workspace is None:
             raise CodeGemmError("CodeGemmLinear: call prepare(model) after loading or moving it")
         y = gemm(x, self.handle, self.out_features, self.workspace)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn, recurse=True):
         # .to(device) moves the arrays; .half(), .float() and the like must not change them. What was packed is
