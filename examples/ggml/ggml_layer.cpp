@@ -199,6 +199,7 @@ class Layer {
   [[nodiscard]] bool failed() const { return failed_; }
 
  private:
+  // [guide: ggml_operator]
   static void compute(ggml_tensor* y, int thread, int threads, void* self) {
     auto& layer = *static_cast<Layer*>(self);
     const ggml_tensor* x = y->src[0];
@@ -214,6 +215,7 @@ class Layer {
       if (status != CODEGEMM_C_OK) layer.failed_ = true;
     }
   }
+  // [guide: end]
 
   std::int64_t rows_;
   std::vector<Part> parts_;
@@ -311,8 +313,7 @@ int run(const Options& options) {
   const std::vector<float> w = weights.dequantize();
   const std::int64_t rows = options.rows, cols = options.cols;
 
-  // ---- A graph of one layer for one and for three tokens, on as many threads as the layer was made for and on
-  // fewer.
+  // ---- A graph of one layer: one and three tokens, on the threads that the layer was made for, and on one.
   constexpr std::int64_t kMaxTokens = 3;
   Layer layer(weights, options.threads, kMaxTokens);
   double error = 0.0;

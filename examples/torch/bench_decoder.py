@@ -66,7 +66,8 @@ class Decoder:
         self.add_norm, self.attention, self.silu_times = glue
         s = shape
         self.norm = torch.ones(s.hidden, device=device, dtype=dtype)
-        self.cache = torch.zeros(s.layers, 2, s.kv_heads, s.context, s.head_dim, device=device, dtype=dtype)
+        cache = (s.kv_heads, s.context, s.head_dim)
+        self.cache = [[torch.zeros(cache, device=device, dtype=dtype) for _ in "kv"] for _ in range(s.layers)]
         angles = torch.outer(torch.arange(s.context), s.rope_theta ** (-torch.arange(0, s.head_dim, 2) / s.head_dim))
         self.cos = torch.cat([angles.cos()] * 2, -1).to(device)
         self.sin = torch.cat([angles.sin()] * 2, -1).to(device)
@@ -77,7 +78,9 @@ class Decoder:
     def begin(self, token=1):
         self.token.fill_(token)
         self.position.zero_()
-        self.cache.zero_()
+        for keys, values in self.cache:
+            keys.zero_()
+            values.zero_()
 
     def step(self):
         s = self.shape
@@ -91,7 +94,7 @@ class Decoder:
                 q, k, v = multiply("qkv", x).split(sizes, -1)
             else:
                 q, k, v = multiply("q", x), multiply("k", x), multiply("v", x)
-            x = self.attention(q, k, v, self.cache[layer, 0], self.cache[layer, 1], self.position, self.cos, self.sin)
+            x = self.attention(q, k, v, *self.cache[layer], self.position, self.cos, self.sin)
             h, x = self.add_norm(h, multiply("o", x), self.norm, s.epsilon)
             if self.merged:
                 x = multiply("gate_up", x)

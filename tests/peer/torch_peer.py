@@ -18,6 +18,8 @@ import sys
 import tempfile
 
 os.environ["TQDM_DISABLE"] = "1"  # before transformers is imported
+HERE = os.path.dirname(os.path.abspath(__file__))
+EXAMPLES = os.path.join(HERE, "..", "..", "examples", "torch")
 SKIPPED = 4
 SEED = 29
 BOUND = 1e-3
@@ -320,23 +322,61 @@ def check_damaged(folder, scratch):
     expect_error(lambda: load_quantized(model, where), [where], "a file that ends early")
 
 
+def check_programs(model, folder, scratch):
+    """The example's programs, as a user starts them."""
+    document = os.path.join(HERE, "..", "data", "short_document.txt")
+    results = os.path.join(scratch, "bench.json")
+    for program, arguments in (
+            ("generate.py", [folder, "--tokenizer", model, "--max-tokens", "3"]),
+            ("shared_prefill.py", [model, folder, model, "--document", document, "--question", "What is this about?",
+                                   "--max-tokens", "3"]),
+            ("bench.py", ["--device", "cpu", "--model", folder, "--steps", "2", "--rounds", "1", "--json", results])):
+        run = subprocess.run([sys.executable, os.path.join(EXAMPLES, program), *arguments], capture_output=True,
+                             text=True, check=False)
+        expect(run.returncode == 0 and run.stdout.strip() != "", f"{program}: ends with {run.returncode}")
+        if run.returncode != 0:
+            print(run.stderr[-2000:])
+    with open(results, encoding="utf-8") as file:
+        rows = {row["linear"]: row["tokens_per_s"] for row in json.load(file)["rows"]}
+    expect(rows["nn.Linear fp32"] > 0 and rows["codegemm"] > 0, "bench.py: tokens a second of both")
+    run = subprocess.run([sys.executable, os.path.join(EXAMPLES, "generate.py"), scratch], capture_output=True, text=True,
+                         check=False)
+    expect(run.returncode == 1 and run.stderr.startswith("generate.py: "), f"generate.py: {run.stderr.strip()[-200:]}")
+
+
+def check_torch_alone(scratch):
+    import torch
+    torch.manual_seed(SEED)
+    packed, workspace = check_operator("cpu")
+    check_wrong_calls(packed, workspace)
+    check_layer(scratch)
+    check_cuda()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tool", required=True, help="the program torch_tool")
-    parser.add_argument("--model", required=True, help="a GGUF file")
+    parser.add_argument("--tool", help="the program torch_tool")
+    parser.add_argument("--model", help="a GGUF file")
+    parser.add_argument("--operator-only", action="store_true",
+                        help="the operator and the layer: needs PyTorch and CODEGEMM_C_LIBRARY alone")
     args = parser.parse_args()
-    here = os.path.dirname(os.path.abspath(__file__))
-    sys.path.insert(0, os.path.join(here, "..", "..", "examples", "torch"))
-    if not os.path.isfile(args.model):
+    if not args.operator_only and not (args.tool and args.model):
+        parser.error("--tool and --model, or --operator-only")
+    sys.path.insert(0, EXAMPLES)
+    if not args.operator_only and not os.path.isfile(args.model):
         print(f"SKIPPED: no model at '{args.model}'")
         return SKIPPED
     if not os.path.isfile(os.environ.get("CODEGEMM_C_LIBRARY", "")):
         print("SKIPPED: CODEGEMM_C_LIBRARY names no library (CODEGEMM_BUILD_CAPI)")
         return SKIPPED
+    if args.operator_only:
+        with tempfile.TemporaryDirectory() as scratch:
+            check_torch_alone(scratch)
+        return 1 if failed else 0
     try:
         import accelerate  # noqa: F401  transformers needs it to read a GGUF
         import safetensors  # noqa: F401
-        import torch
+        import torch  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
     except ImportError as error:
@@ -346,12 +386,8 @@ def main() -> int:
     logging.set_verbosity_error()
     from codegemm_torch import codegemm_layers, quantized_model
     from codegemm_torch.shared_prefill import SharedSession
-    torch.manual_seed(SEED)
     with tempfile.TemporaryDirectory() as scratch:
-        packed, workspace = check_operator("cpu")
-        check_wrong_calls(packed, workspace)
-        check_layer(scratch)
-        check_cuda()
+        check_torch_alone(scratch)
         check_sharing()
 
         # ---- A model whose layers are swapped, beside our C++.
@@ -387,7 +423,9 @@ def main() -> int:
             tokens = session.decode(swapped, TOKENS, choose=choose)
             same_tokens(wanted["shared"], tokens, seen, "the swapped model from the base's cache")
             swapped.set_attn_implementation("sdpa")
+        del base, swapped, session
         check_damaged(folder, scratch)
+        check_programs(args.model, folder, scratch)
     return 1 if failed else 0
 
 

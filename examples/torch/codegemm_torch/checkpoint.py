@@ -102,5 +102,7 @@ def quantized_model(folder, dtype=torch.float32, device="cpu"):
     """The transformers model of such a folder, ready to generate. (float16 or bfloat16 on a GPU.)"""
     from transformers import AutoConfig, AutoModelForCausalLM
     read_config(folder)  # with our words, before transformers sees it
+    # [guide: torch_swap]
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     return load_quantized(model.to(device).eval(), folder)
+    # [guide: end]

@@ -114,6 +114,8 @@ class PackedWeights:
 
     def clone(self):
         """The same weights in other device memory (GPU only)."""
+        if self.device.type != "cuda":
+            raise CodeGemmError("clone: only weights on a GPU")
         out = object.__new__(PackedWeights)
         out.device, out.cols, out.rows = self.device, self.cols, self.rows
         out.native = CudaWeights.from_buffer_copy(self.native)
