@@ -92,6 +92,11 @@ def check_operator(device):
             if y.dtype != dtype or y.shape != (tokens, 176) or not off < bound:
                 expect(False, f"{device} {name} {dtype}, {tokens} tokens: {off:.1e} off")
         empty = gemm(torch.empty(2, 0, 512, device=device, dtype=types[0]), packed.handle, 176, workspace)
+        x = torch.randn(512, 6, dtype=types[0], device=device)
+        turned = torch.equal(gemm(x.T, packed.handle, 176, workspace), gemm(x.T.contiguous(), packed.handle, 176, workspace))
+        once = torch.equal(gemm(x.T[:1].expand(6, 512), packed.handle, 176, workspace),
+                           gemm(x.T[:1].repeat(6, 1), packed.handle, 176, workspace))
+        expect(turned and once, f"{device} {name}: x transposed or expanded, the same bits")
         expect(empty.shape == (2, 0, 176), f"{device} {name}: products, last of them {off:.1e} off, and none of 0 tokens")
     x, y = torch.randn(5, 512, dtype=types[0], device=device), torch.empty(5, 176, dtype=types[0], device=device)
     results = torch.library.opcheck(torch.ops.codegemm.gemm.default, (x, y, workspace, packed.handle))

@@ -20,8 +20,9 @@ _operators.define("gemm(Tensor x, Tensor(a!) y, Tensor(b!) workspace, int weight
 
 def _check(x, y, workspace, rows, cols):
     for name, tensor, columns in (("x", x, cols), ("y", y, rows)):
-        if tensor.dim() != 2 or tensor.shape[1] != columns:
-            raise CodeGemmError(f"{name} is {tuple(tensor.shape)}, expected [tokens, {columns}]")
+        shape = tensor.shape
+        if len(shape) != 2 or shape[1] != columns:
+            raise CodeGemmError(f"{name} is {tuple(shape)}, expected [tokens, {columns}]")
         if columns > 1 and tensor.stride(1) != 1:
             raise CodeGemmError(f"{name} has stride {tensor.stride(1)} between columns, expected 1")
     if x.shape[0] != y.shape[0]:
@@ -110,9 +111,15 @@ def gemm(x, weights, rows, workspace, swiglu=False):
     PackedWeights. On the CPU x is converted to float32 for the product where it is something else."""
     if torch.is_grad_enabled() and x.requires_grad:
         raise CodeGemmError("codegemm::gemm has no gradient: call it under torch.no_grad() or inference_mode()")
-    flat = x.reshape(-1, x.shape[-1])
-    if flat.device.type == "cpu":
-        flat = flat.float()
-    y = flat.new_empty((flat.shape[0], rows))
-    torch.ops.codegemm.gemm(flat, y, workspace, weights, swiglu)
-    return y.to(x.dtype).reshape(*x.shape[:-1], rows)
+    shape, dtype = x.shape, x.dtype
+    if dtype != torch.float32 and x.device.type == "cpu":
+        x = x.float()
+    if len(shape) != 2:
+        x = x.reshape(-1, shape[-1])
+    if x.stride(1) != 1 or x.stride(0) < x.shape[1]:  # transposed, expanded
+        x = x.contiguous()
+    y = x.new_empty((x.shape[0], rows))
+    torch.ops.codegemm.gemm.default(x, y, workspace, weights, swiglu)
+    if y.dtype != dtype:
+        y = y.to(dtype)
+    return y if len(shape) == 2 else y.view(*shape[:-1], rows)
