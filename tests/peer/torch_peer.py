@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 
 os.environ["TQDM_DISABLE"] = "1"  # before transformers is imported
@@ -73,6 +74,15 @@ def layer_of(matrix, bias=False):
 
 def relative(got, want):
     return float((got.double() - want).norm() / want.norm())
+
+
+def can_compile():
+    """Whether torch.compile finds what it needs, for the CPU and for a GPU's launchers alike."""
+    missing = [what for what, there in (("a C++ compiler", shutil.which(os.environ.get("CXX", "g++"))), (
+        "Python.h", os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h")))) if not there]
+    if missing:
+        print(f"        torch.compile: not run, there is no {', no '.join(missing)}")
+    return not missing
 
 
 def check_operator(device):
@@ -160,8 +170,7 @@ def check_layer(scratch):
     expect(model[0](x.bfloat16()).dtype == torch.bfloat16, "bfloat16 in, bfloat16 out")
     expect_error(lambda: CodeGemmLinear(matrix.format, 250, 96), ["250"], "K that is no multiple of v")
 
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        print("        torch.compile: no compiler here")
+    if not can_compile():
         return
     twin.eval()
     run = torch.compile(lambda x: torch.tanh(twin(x)) * 2, fullgraph=True, dynamic=True)
@@ -197,6 +206,8 @@ def check_cuda():
             at.copy_(x)
             graph.replay()
             expect(torch.equal(out, want), f"cuda: in a CUDA graph the same bits, {tokens} tokens")
+            if not can_compile():
+                continue
             run = torch.compile(model, mode="reduce-overhead", fullgraph=True)
             same = all(torch.allclose(run(x).clone(), want, rtol=1e-3, atol=1e-3) for _ in range(4))
             expect(same, f"cuda: torch.compile with its own graphs, {tokens} tokens")
