@@ -318,6 +318,7 @@ def check_damaged(folder, scratch):
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     tensors = load_file(os.path.join(folder, "model.safetensors"))
     layer = "model.layers.1.mlp.down_proj"
+    load_quantized(model, folder)  # as it is, it fits
 
     def saved(change):
         changed = dict(tensors)
@@ -338,14 +339,26 @@ def check_damaged(folder, scratch):
     expect_error(lambda: load_quantized(model, where), [where], "a file that ends early")
 
 
-def check_programs(model, folder, scratch):
+def small_model(tool, vocabulary, scratch):
+    """A random model's folder, and its quantized twin's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = LlamaConfig(vocab_size=vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.1,
+                         tie_word_embeddings=True)
+    dense, quantized = os.path.join(scratch, "small"), os.path.join(scratch, "small-quantized")
+    LlamaForCausalLM(config).half().save_pretrained(dense)
+    subprocess.run([tool, "quantize", dense, quantized, "m2v4b4g32"], check=True)
+    return dense, quantized
+
+
+def check_programs(model, folder, tokenizer, scratch):
     """The example's programs, as a user starts them."""
     document = os.path.join(HERE, "..", "data", "short_document.txt")
     results = os.path.join(scratch, "bench.json")
     for program, arguments in (
-            ("generate.py", [folder, "--tokenizer", model, "--max-tokens", "3"]),
-            ("shared_prefill.py", [model, folder, model, "--document", document, "--question", "What is this about?",
-                                   "--max-tokens", "3"]),
+            ("generate.py", [folder, "--tokenizer", tokenizer, "--max-tokens", "5"]),
+            ("shared_prefill.py", [model, folder, model, "--tokenizer", tokenizer, "--document", document, "--question",
+                                   "What is this about?", "--question", "And who is in it?", "--max-tokens", "5"]),
             ("bench.py", ["--device", "cpu", "--model", folder, "--steps", "2", "--rounds", "1", "--json", results])):
         run = subprocess.run([sys.executable, os.path.join(EXAMPLES, program), *arguments], capture_output=True,
                              text=True, check=False)
@@ -440,8 +453,10 @@ def main() -> int:
             same_tokens(wanted["shared"], tokens, seen, "the swapped model from the base's cache")
             swapped.set_attn_implementation("sdpa")
         del base, swapped, session
-        check_damaged(folder, scratch)
-        check_programs(args.model, folder, scratch)
+
+        small, small_quantized = small_model(args.tool, len(tokenizer), scratch)
+        check_damaged(small_quantized, scratch)
+        check_programs(small, small_quantized, args.model, scratch)
     return 1 if failed else 0
 
 
