@@ -9,6 +9,7 @@ the model or the library is missing; 1: a difference.
 """
 import argparse
 import copy
+import importlib.util
 import itertools
 import json
 import os
@@ -399,6 +400,9 @@ def main() -> int:
         print("SKIPPED: CODEGEMM_C_LIBRARY names no library (CODEGEMM_BUILD_CAPI)")
         return SKIPPED
     if args.operator_only:
+        if importlib.util.find_spec("torch") is None:
+            print("SKIPPED: no PyTorch")
+            return SKIPPED
         with tempfile.TemporaryDirectory() as scratch:
             check_torch_alone(scratch)
         return 1 if failed else 0
