@@ -167,12 +167,13 @@ def bench_cpu(args, out):
     with torch.inference_mode():
         want, got = (model(torch.tensor([prompt])).logits[0].double() for model in (dense, swapped))
     f = layers[0][1].format
-    name = f"m{f.m}v{f.v}b{f.b}g{f.g}"
+    name = f"m{f.m}v{f.v}{'' if f.b == 8 else f'b{f.b}'}g{f.g}"
     off = relative(got, want)
     out["checks"].append({"format": name, "logits": off, "same argmax": f"{int((got.argmax(1) == want.argmax(1)).sum())} "
                           f"of {len(prompt)}"})
     out["ok"] = off < 5e-3
     out["device"], out["threads"] = "cpu", torch.get_num_threads()
+    out["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY")
     out["model"] = f"{os.path.basename(os.path.abspath(args.model))}, {len(layers)} layers of {swapped.config.model_type}"
     rate = decode_rate(dense, prompt, args.steps, args.rounds)
     out["rows"] = [{"linear": "nn.Linear fp32", "tokens_per_s": rate}]
