@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # guide.sh ROOT [--fix]: every block of code in docs/guide.md is a region of a program that is tested. A region lies
-# between "// [guide: NAME]" and "// [guide: end]" ("#" in CMake files), a block directly below
+# between "// [guide: NAME]" and "// [guide: end]" ("#" in CMake and Python files), a block directly below
 #
 #   <!-- region: FILE NAME -->
 #
@@ -111,7 +111,7 @@ while IFS=: read -r file _ line; do
   name=${line##*'[guide: '} name=${name%]}
   [[ $name == end ]] || grep -qxF "$file $name" "$work/used" 2>/dev/null || fault "$file: the region $name is not in $guide"
 done < <(grep -rnE '^[ ]*(//|#) \[guide: [a-z0-9_]+\]$' examples tests --include='*.cpp' --include='*.cu' --include='*.hpp' \
-  --include='*.cuh' --include=CMakeLists.txt | LC_ALL=C sort)
+  --include='*.cuh' --include='*.py' --include=CMakeLists.txt | LC_ALL=C sort)
 
 if [[ -n $fix ]] && ! cmp -s "$wanted" "$guide"; then
   cat "$wanted" >"$guide"
