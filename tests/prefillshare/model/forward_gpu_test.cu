@@ -339,16 +339,24 @@ TEST_CASE("the forward pass with CodeGEMM layers equals the double reference") {
   check_model<__nv_bfloat16>(*upload_coded<__nv_bfloat16>(*models.coded), *models.dense, device, seed + 1);
 }
 
-TEST_CASE("the forward pass on the GPU: a small one of each kind of layer") {  // also under compute-sanitizer
+// Both also under compute-sanitizer.
+TEST_CASE("the forward pass on the GPU: a small one of each kind with CodeGEMM layers") {
   const auto device = gpu_or_skip();
   ModelConfig config = gpu_config();
   config.layers = 1;
   config.qk_norm = true;
   config.attention_bias = true;
+  const CodedModel models = coded_model(config, codegemm::parse_format("m1v4g64").value(), seed_or(37));
+  check_model<__nv_bfloat16>(*upload_coded<__nv_bfloat16>(*models.coded), *models.dense, device, 38);
+}
+
+TEST_CASE("the forward pass on the GPU: a small one with dense layers") {
+  const auto device = gpu_or_skip();
+  ModelConfig config = gpu_config();
+  config.layers = 1;
+  config.attention_bias = true;
   const auto host = rounded_model<__half>(config, seed_or(35));
   check_model<__half>(*upload_dense<__half>(*host), *host, device, 36);
-  const CodedModel models = coded_model(config, codegemm::parse_format("m1v4g64").value(), 37);
-  check_model<__nv_bfloat16>(*upload_coded<__nv_bfloat16>(*models.coded), *models.dense, device, 38);
 }
 
 TEST_CASE("decode modules of codes read one base cache, as the double reference does") {

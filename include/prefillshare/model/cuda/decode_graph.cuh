@@ -21,7 +21,7 @@ namespace prefillshare::cuda {
 
 /// What a step reads besides what the step before it left.
 struct DecodeStep {
-  /// The sequences' pages, each with room for and counting the new token. Fewer pages than max_pages.
+  /// The sequences' pages, each with room for and counting the new token. At most max_pages in all.
   const PageTable* table = nullptr;
   std::span<const std::int32_t> tokens;        ///< [sequences], or empty: those that the last step chose
   std::span<const std::int32_t> group_indptr;  ///< [groups + 1] as SharedPrefixes has it, or empty

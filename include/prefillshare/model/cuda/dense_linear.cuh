@@ -11,12 +11,10 @@
 #include <span>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 
-#include <codegemm/cuda/launch.cuh>
 #include <prefillshare/model/cuda/kernels/tokens.cuh>
 #include <prefillshare/model/cuda/linear.cuh>
 
@@ -98,6 +96,10 @@ class DeviceDenseLinear {
       return codegemm::error(StatusCode::kNullPointer, "dense linear layer of ", rows, " x ", cols, ": no ",
                              cublas == nullptr ? "cuBLAS handle" : "weights");
     }
+    if (!bias.empty() && rows % 8 != 0) {
+      return codegemm::error(StatusCode::kUnsupported, "dense linear layer of ", rows, " x ", cols,
+                             " with a bias: N must be a multiple of 8");
+    }
     if (static_cast<std::int64_t>(weights->size()) != rows * cols ||
         (!bias.empty() && std::ssize(bias) != rows)) {
       return codegemm::error(StatusCode::kShapeMismatch, "dense linear layer of ", rows, " x ", cols, ": ",
@@ -109,9 +111,7 @@ class DeviceDenseLinear {
     out.rows_ = rows;
     out.cols_ = cols;
     if (!bias.empty()) {
-      std::vector<T> rounded;
-      for (const float value : bias) rounded.push_back(static_cast<T>(value));
-      auto on_device = DeviceArray<T>::copy_of(rounded);
+      auto on_device = detail::upload_rounded<T>(std::span(&bias, 1));
       if (!on_device.ok()) return on_device.status();
       out.bias_ = std::move(on_device).value();
     }
@@ -136,13 +136,8 @@ class DeviceDenseLinear {
   [[nodiscard]] Status forward(MatrixView<const T> x, MatrixView<T> y, const LinearCall& call) const {
     if (Status s = multiply(x, y.data, y.rows, y.cols, y.stride, kType, 0.0F, call); !s.ok()) return s;
     if (bias_.size() == 0 || x.rows == 0) return {};
-    AddBiasArgs args{y.data, bias_.data(), y.rows, y.stride, static_cast<int>(rows_)};
-    codegemm::cuda::LaunchShape shape;
-    const std::int64_t threads = y.rows * (rows_ / 8);
-    shape.grid = dim3(static_cast<unsigned>((threads + kSwiGluThreads - 1) / kSwiGluThreads));
-    shape.threads = kSwiGluThreads;
-    shape.overlap = call.device.arch >= 90;
-    return codegemm::cuda::launch(add_bias_kernel<T>, shape, args, call.stream);
+    const AddBiasArgs args{y.data, bias_.data(), y.rows, y.stride, static_cast<int>(rows_)};
+    return start_columns(add_bias_kernel<T>, args, y.rows * (rows_ / 8), call);
   }
   /// The same.
   [[nodiscard]] Status project(MatrixView<const T> x, MatrixView<float> y, const LinearCall& call) const {
@@ -172,16 +167,18 @@ class DeviceDenseLinear {
     args.rows = y.rows;
     args.out_stride = y.stride;
     args.width = static_cast<int>(y.cols);
-    codegemm::cuda::LaunchShape shape;
-    const std::int64_t threads = y.rows * (y.cols / 8);
-    shape.grid = dim3(static_cast<unsigned>((threads + kSwiGluThreads - 1) / kSwiGluThreads));
-    shape.threads = kSwiGluThreads;
-    shape.overlap = call.device.arch >= 90;
-    return codegemm::cuda::launch(swiglu_kernel<T>, shape, args, call.stream);
+    return start_columns(swiglu_kernel<T>, args, y.rows * (y.cols / 8), call);
   }
 
  private:
   static constexpr cudaDataType_t kType = std::is_same_v<T, __half> ? CUDA_R_16F : CUDA_R_16BF;
+
+  template <class Args>
+  [[nodiscard]] static Status start_columns(void (*kernel)(Args), const Args& args, std::int64_t threads,
+                                            const LinearCall& call) {
+    const dim3 grid(static_cast<unsigned>((threads + kColumnThreads - 1) / kColumnThreads));
+    return detail::start(kernel, args, grid, kColumnThreads, call.device, call.stream);
+  }
 
   // cuBLAS counts columns first: y^T[N][T] = W[N][K] x^T, each row-major matrix being a column-major
   // transpose.

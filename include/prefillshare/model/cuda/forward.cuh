@@ -14,7 +14,6 @@
 
 #include <cuda_runtime.h>
 
-#include <codegemm/cuda/launch.cuh>
 #include <prefillshare/attention/append.cuh>
 #include <prefillshare/attention/decode.cuh>
 #include <prefillshare/attention/prefill.cuh>
@@ -152,7 +151,7 @@ class DeviceForward {
                          call_.stream);
   }
 
-  /// Q, K and V of one layer; K and V to the cache. `with_q`: Q is wanted, too.
+  /// Q, K and V of one layer; K and V to the cache.
   [[nodiscard]] Status write_cache(int index) {
     const DeviceLlamaLayer<Linear>& l = layer(index);
     if (Status s = norm(l.input_norm, batch_.count, nullptr); !s.ok()) return s;
@@ -267,11 +266,8 @@ class DeviceForward {
   }
   template <class Args>
   [[nodiscard]] Status start(void (*kernel)(Args), const Args& args, std::int64_t blocks, int threads) {
-    codegemm::cuda::LaunchShape shape;
-    shape.grid = dim3(static_cast<unsigned>(blocks));
-    shape.threads = static_cast<unsigned>(threads);
-    shape.overlap = call_.device.arch >= 90;
-    return codegemm::cuda::launch(kernel, shape, args, call_.stream);
+    return detail::start(kernel, args, dim3(static_cast<unsigned>(blocks)), threads, call_.device,
+                         call_.stream);
   }
 
   const DeviceLlama<Linear, Head>& model_;
@@ -367,11 +363,8 @@ struct DeviceSampling {
   args.tokens = tokens;
   args.stride = logits.stride;
   args.vocab = static_cast<int>(logits.cols);
-  codegemm::cuda::LaunchShape shape;
-  shape.grid = dim3(kSampleSlices, static_cast<unsigned>(logits.rows));
-  shape.threads = kSampleThreads;
-  shape.overlap = device.arch >= 90;
-  return codegemm::cuda::launch(sample_kernel<0>, shape, args, stream);
+  return detail::start(sample_kernel<0>, args, dim3(kSampleSlices, static_cast<unsigned>(logits.rows)),
+                       kSampleThreads, device, stream);
 }
 
 }  // namespace prefillshare::cuda

@@ -16,6 +16,7 @@
 #include <cuda_runtime.h>
 
 #include <codegemm/cuda/device_array.cuh>
+#include <codegemm/cuda/launch.cuh>
 #include <codegemm/gemm.cuh>
 #include <codegemm/quantized_matrix.hpp>
 #include <prefillshare/attention/cuda/problem.cuh>
@@ -25,6 +26,34 @@ namespace prefillshare::cuda {
 using codegemm::Result;
 using codegemm::cuda::Device;
 using codegemm::cuda::DeviceArray;
+
+namespace detail {
+
+// fp32 parts, rounded to T, one after the other on the device.
+template <class T>
+[[nodiscard]] Result<DeviceArray<T>> upload_rounded(std::span<const std::span<const float>> parts) {
+  std::vector<T> rounded;
+  std::size_t size = 0;
+  for (const std::span<const float> part : parts) size += part.size();
+  rounded.reserve(size);
+  for (const std::span<const float> part : parts) {
+    for (const float value : part) rounded.push_back(static_cast<T>(value));
+  }
+  return DeviceArray<T>::copy_of(rounded);
+}
+
+// A kernel without shared memory of its own choosing, which may start before the one in front has ended.
+template <class Args>
+[[nodiscard]] Status start(void (*kernel)(Args), const Args& args, dim3 grid, int threads,
+                           const Device& device, cudaStream_t stream) {
+  codegemm::cuda::LaunchShape shape;
+  shape.grid = grid;
+  shape.threads = static_cast<unsigned>(threads);
+  shape.overlap = device.arch >= 90;
+  return codegemm::cuda::launch(kernel, shape, args, stream);
+}
+
+}  // namespace detail
 
 /// Device memory that a linear layer needs during a call; one call at a time uses it.
 struct LinearMemory {
@@ -100,9 +129,7 @@ class DeviceCodeGemmLinear {
     out.view_ = view;
     out.bytes_ = std::move(bytes);
     if (!bias.empty()) {
-      std::vector<T> rounded;
-      for (const float value : bias) rounded.push_back(static_cast<T>(value));
-      auto low = DeviceArray<T>::copy_of(rounded);
+      auto low = detail::upload_rounded<T>(std::span(&bias, 1));
       if (!low.ok()) return low.status();
       auto full = DeviceArray<float>::copy_of(bias);
       if (!full.ok()) return full.status();

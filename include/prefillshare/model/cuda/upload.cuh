@@ -22,19 +22,6 @@ namespace prefillshare::cuda {
 
 namespace detail {
 
-// fp32 rows of one or more matrices, rounded to T, one after the other on the device.
-template <class T>
-[[nodiscard]] Result<DeviceArray<T>> upload_rounded(std::span<const std::span<const float>> parts) {
-  std::vector<T> rounded;
-  std::size_t size = 0;
-  for (const std::span<const float> part : parts) size += part.size();
-  rounded.reserve(size);
-  for (const std::span<const float> part : parts) {
-    for (const float value : part) rounded.push_back(static_cast<T>(value));
-  }
-  return DeviceArray<T>::copy_of(rounded);
-}
-
 [[nodiscard]] inline std::vector<float> merged_bias(std::span<const std::span<const float>> parts) {
   std::vector<float> out;
   for (const std::span<const float> part : parts) out.insert(out.end(), part.begin(), part.end());

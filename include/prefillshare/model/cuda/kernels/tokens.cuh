@@ -41,6 +41,25 @@ __global__ void __launch_bounds__(kEmbedThreads) embed_kernel(const __grid_const
   }
 }
 
+inline constexpr int kColumnThreads = 256;
+
+namespace detail {
+
+// The eight columns of a row that this thread takes, where kColumnThreads of them are a block.
+struct EightColumns {
+  std::int64_t row;
+  int at;  // the first
+
+  __device__ __forceinline__ explicit EightColumns(int width) {
+    const int parts = width / 8;
+    const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * kColumnThreads + threadIdx.x;
+    row = number / parts;
+    at = static_cast<int>(number - row * parts) * 8;
+  }
+};
+
+}  // namespace detail
+
 /// Everything that swiglu_kernel reads, by value.
 struct SwiGluArgs {
   const void* both = nullptr;  // [rows][2 * width]: gate, up
@@ -50,26 +69,21 @@ struct SwiGluArgs {
   int width = 0;                // a multiple of 8
 };
 
-inline constexpr int kSwiGluThreads = 256;
-
-/// out = silu(gate) * up; a thread takes eight columns of a row.
+/// out = silu(gate) * up.
 template <class T>
-__global__ void __launch_bounds__(kSwiGluThreads) swiglu_kernel(const __grid_constant__ SwiGluArgs a) {
+__global__ void __launch_bounds__(kColumnThreads) swiglu_kernel(const __grid_constant__ SwiGluArgs a) {
   codegemm::cuda::detail::wait_for_previous_kernel();
   codegemm::cuda::detail::allow_next_kernel();
-  const int parts = a.width / 8;
-  const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * kSwiGluThreads + threadIdx.x;
-  if (number >= a.rows * parts) return;
-  const std::int64_t row = number / parts;
-  const int at = static_cast<int>(number - row * parts) * 8;
-  const T* const from = static_cast<const T*>(a.both) + row * 2 * a.width + at;
+  const detail::EightColumns mine(a.width);
+  if (mine.row >= a.rows) return;
+  const T* const from = static_cast<const T*>(a.both) + mine.row * 2 * a.width + mine.at;
   float gate[8];
   float up[8];
   detail::load8(from, gate);
   detail::load8(from + a.width, up);
 #pragma unroll
   for (int j = 0; j < 8; ++j) gate[j] = gate[j] / (1.0F + __expf(-gate[j])) * up[j];
-  detail::store8(static_cast<T*>(a.out) + row * a.out_stride + at, gate);
+  detail::store8(static_cast<T*>(a.out) + mine.row * a.out_stride + mine.at, gate);
 }
 
 /// Everything that add_bias_kernel reads, by value.
@@ -81,21 +95,18 @@ struct AddBiasArgs {
   int width = 0;            // a multiple of 8
 };
 
-/// y += bias; a thread takes eight columns of a row, kSwiGluThreads of them are a block.
+/// y += bias.
 template <class T>
-__global__ void __launch_bounds__(kSwiGluThreads) add_bias_kernel(const __grid_constant__ AddBiasArgs a) {
+__global__ void __launch_bounds__(kColumnThreads) add_bias_kernel(const __grid_constant__ AddBiasArgs a) {
   codegemm::cuda::detail::wait_for_previous_kernel();
   codegemm::cuda::detail::allow_next_kernel();
-  const int parts = a.width / 8;
-  const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * kSwiGluThreads + threadIdx.x;
-  if (number >= a.rows * parts) return;
-  const std::int64_t row = number / parts;
-  const int at = static_cast<int>(number - row * parts) * 8;
-  T* const y = static_cast<T*>(a.y) + row * a.stride + at;
+  const detail::EightColumns mine(a.width);
+  if (mine.row >= a.rows) return;
+  T* const y = static_cast<T*>(a.y) + mine.row * a.stride + mine.at;
   float sum[8];
   float bias[8];
   detail::load8(y, sum);
-  detail::load8(static_cast<const T*>(a.bias) + at, bias);
+  detail::load8(static_cast<const T*>(a.bias) + mine.at, bias);
 #pragma unroll
   for (int j = 0; j < 8; ++j) sum[j] += bias[j];
   detail::store8(y, sum);
