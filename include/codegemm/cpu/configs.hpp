@@ -177,13 +177,13 @@ struct CpuCosts {
   static constexpr double kIntegerDequantize = 1.5;           ///< one code of one row
 
   /// One entry, 64 rows x 1 token looked up in registers, for 4 to 8 bits a code; 0 where gathering is as
-  /// fast. VBMI's row was measured on a Xeon against its own integer products, as theirs were; those without
-  /// VBMI and of NEON are estimates from instruction tables.
+  /// fast. VBMI's row was measured on a Zen 4 core; those without VBMI and of NEON are estimates from
+  /// instruction tables.
   static constexpr double kLookupAvx2[] = {6, 12, 18, 32, 0};
-  static constexpr double kLookupAvx512[] = {6, 6, 9, 16, 30};      ///< AVX-512 without VBMI
-  static constexpr double kLookupAvx512Vbmi[] = {6, 6, 6, 10, 15};  ///< AVX-512 with VBMI
-  static constexpr double kLookupNeon[] = {12, 14, 18, 34, 66};     ///< NEON
-  static constexpr double kEncode = 0.6;                            ///< encoding one centroid
+  static constexpr double kLookupAvx512[] = {6, 6, 9, 16, 30};              ///< AVX-512 without VBMI
+  static constexpr double kLookupAvx512Vbmi[] = {5.5, 5.5, 5.5, 6.5, 7.5};  ///< AVX-512 with VBMI
+  static constexpr double kLookupNeon[] = {12, 14, 18, 34, 66};             ///< NEON
+  static constexpr double kEncode = 0.6;                                    ///< encoding one centroid
 };
 
 namespace detail {
