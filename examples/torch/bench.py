@@ -5,6 +5,7 @@ checks of the outputs first.
 
   bench.py --device cuda                 a decoder of Llama-3.1-8B's shape with random weights under CUDA graphs; needs
                                          PyTorch, and a library built with CUDA
+  bench.py --device cuda --transformers  the same shape as a transformers model, swapped in place
   bench.py --device cpu --model FOLDER   a transformers model from a folder in CodeGEMM's format (examples/06_quantize.cpp)
 """
 import argparse
@@ -132,6 +133,9 @@ def bench_cuda(args, out):
         out["ok"] = out["ok"] and ok
         del kinds, canonical
         torch.cuda.empty_cache()
+    if args.transformers:
+        import bench_transformers
+        bench_transformers.run(out, attempt, layers=args.layers)
 
 
 def decode_rate(model, prompt, steps, rounds):
@@ -202,6 +206,7 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--model", help="quantized folder (cpu)")
     parser.add_argument("--formats", default="m2v8g-1,m2v8g128,m1v4g128", help="cuda: which, with commas")
+    parser.add_argument("--transformers", action="store_true", help="cuda: also a transformers model, swapped in place")
     parser.add_argument("--layers", type=int, default=32, help="cuda: fewer for a quick look")
     parser.add_argument("--steps", type=int, default=32, help="cpu: tokens a round")
     parser.add_argument("--rounds", type=int, default=3, help="cpu")
@@ -209,7 +214,9 @@ def main():
     parser.add_argument("--library", help="libcodegemm_c.so; default: CODEGEMM_C_LIBRARY")
     args = parser.parse_args()
     torch.manual_seed(SEED)
-    out = {"ok": True, "checks": [], "torch": torch.__version__}
+    out = {"suite": "torch", "commit": os.environ.get("CODEGEMM_COMMIT", "unknown"),
+           "date": time.strftime("%Y-%m-%d", time.gmtime()), "ok": True, "checks": [], "torch": torch.__version__,
+           "cuda": torch.version.cuda}
     try:
         load_library(args.library)
         with torch.inference_mode():
