@@ -16,13 +16,19 @@
 // usage: serve-gpu [--json FILE] [--plot PREFIX] [--memory GIB] [--sessions N] [--chunk TOKENS] [--seconds N]
 //                  [--rates R,R,...] [--quick]
 //   --seconds  no run is begun after so many
+// What nvcc remarks on in Eigen and in the kernels of processors.
+#pragma nv_diag_suppress 20012, 1675, 550
+
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <map>
 #include <memory>
+#include <optional>
+#include <span>
 #include <sstream>
 #include <stdexcept>
 #include <string>

@@ -138,7 +138,7 @@ class BasicPrefillWorker {
     const auto mark = [&](auto& jobs) {
       for (Running& entry : jobs) {
         if (entry.job.id != id || !entry.status.ok()) continue;
-        entry.status = error(StatusCode::kCancelled, "prefill job ", id, " was cancelled");
+        static_cast<void>(entry.status = error(StatusCode::kCancelled, "prefill job ", id, " was cancelled"));
         return true;
       }
       return false;
@@ -203,7 +203,8 @@ class BasicPrefillWorker {
   void expire(KvTime now, OnDone&& on_done) {
     const auto over = [&](Running& entry) {
       if (entry.status.ok() && entry.job.deadline <= now) {
-        entry.status = error(StatusCode::kCancelled, "prefill job ", entry.job.id, ": its deadline is past");
+        static_cast<void>(entry.status = error(StatusCode::kCancelled, "prefill job ", entry.job.id,
+                                               ": its deadline is past"));
       }
       return !entry.status.ok();
     };
@@ -227,8 +228,8 @@ class BasicPrefillWorker {
       Running& entry = waiting_.front();
       Status status = start(entry);
       if (status.code() == StatusCode::kExhausted) return;  // the first waits for blocks, and the rest for it
-      if (status.ok()) status = announce_found(entry, on_pages);
-      entry.status = std::move(status);
+      if (status.ok()) static_cast<void>(status = announce_found(entry, on_pages));
+      static_cast<void>(entry.status = std::move(status));
       if (entry.status.ok()) {
         running_.push_back(std::move(entry));
       } else {
@@ -317,7 +318,8 @@ class BasicPrefillWorker {
     const Status status = runner_.run(chunks_, caches_, [&](int layer) {
       for (const Part& part : parts_) {
         if (!part.entry->status.ok()) continue;  // the pass goes on for the others
-        part.entry->status = announce(*part.entry, layer, part.end_block, part.end_token, on_pages);
+        static_cast<void>(part.entry->status =
+                              announce(*part.entry, layer, part.end_block, part.end_token, on_pages));
       }
       return Status();
     });
@@ -325,7 +327,7 @@ class BasicPrefillWorker {
     for (std::size_t i = 0; i < parts_.size(); ++i) {
       Running& entry = *parts_[i].entry;
       if (!status.ok()) {
-        entry.status = status;
+        static_cast<void>(entry.status = status);
         continue;
       }
       entry.announced = std::max(entry.announced, parts_[i].end_block);
