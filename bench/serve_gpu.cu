@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/serve_gpu.cu - suite serve-gpu: four agents' sessions on one card, really executed: Llama-3.1-8B shapes
-// with random weights, tokens sampled and fed back, sessions arriving at random, lengths fixed. Each agent's model
-// with a prefill and a cache of its own, against one base model and one cache for all (PrefillShare); the same
-// memory for weights and KV together in each.
+// bench/serve_gpu.cu - suite serve-gpu: four agents' sessions on one card, really executed: shapes of
+// Llama-3.1-8B with random weights, tokens sampled and fed back, sessions arriving at random, lengths fixed.
+// Each agent's model with a prefill and a cache of its own, against one base model and one cache for all
+// (PrefillShare); the same memory for weights and KV together in each.
 //
 //   separate   4 models, each prefills for itself, its KV in a quarter of the memory
 //   pooled     the same with one pool of KV, each model's prefixes cached in it
 //   shared     5 models: a base that prefills, 4 that decode from its cache
 //   shared with codes of 2 bits: the same, decode modules in m1v4g128; the memory that frees holds KV
 //
-// Sessions begin when their contexts have room at their longest (admission); "no admission" takes them as they
-// come. Step times are measured in the same run, and the same sessions simulated with them (sim/).
+// Sessions begin when their contexts have room at their longest (admission); "no admission" takes them as
+// they come. Step times are measured in the same run, and the same sessions simulated with them (sim/).
 //
 // usage: serve-gpu [--json FILE] [--plot PREFIX] [--memory GIB] [--sessions N] [--chunk TOKENS] [--seconds N]
 //                  [--rates R,R,...] [--quick]
@@ -65,8 +65,8 @@ struct Options {
   bool quick = false;
 };
 
-/// The simulator's ReAct pattern (sim/workload.hpp) with answers of 16 tokens instead of 100 and two turns instead
-/// of three or four, so that a session ends within seconds.
+/// The simulator's ReAct pattern (sim/workload.hpp) with answers of 16 tokens instead of 100 and two turns
+/// instead of three or four, so that a session ends within seconds.
 prefillshare::AgentPattern react() {
   return {"react", std::vector<prefillshare::AgentStep>(kAgents, {16, 500}), 4096, 0, 2, 2, 0.0};
 }

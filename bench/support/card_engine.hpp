@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/support/card_engine.hpp - sessions of several agents on one card, as they arrive: the library's workers
-// and admission in one loop, on a GPU or in simulated time. Every decision is made here and in the workers,
-// so that a simulation differs from a run in nothing but what a step takes.
+// bench/support/card_engine.hpp - sessions of several agents on one card, as they arrive: the library's
+// workers and admission in one loop, on a GPU or in simulated time. Every decision is made here and in the
+// workers, so that a simulation differs from a run in nothing but what a step takes.
 #pragma once
 
 #include <algorithm>

@@ -19,7 +19,7 @@ using prefillshare::MeasuredLine;
 using prefillshare::PrefillPart;
 using prefillshare::Workload;
 
-// A card that prefills 10,000 tokens a second and takes 2 ms for a decode step, and a little for what it reads.
+// A card that prefills 10,000 tokens a second and decodes in 2 ms a step, and a little for what it reads.
 nlohmann::json toy_rows() {
   nlohmann::json rows = nlohmann::json::array();
   for (const std::int64_t tokens : {1, 16, 256}) {

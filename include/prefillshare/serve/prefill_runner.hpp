@@ -23,8 +23,8 @@ namespace prefillshare {
 ///   vocab_size(), layers(), max_tokens() of a step, max_context() of a cache
 ///   reserve(n)           memory for steps of up to n caches; false: there is none
 ///   run(chunks, caches, after_layer)   computes chunks[i], the next tokens of caches[i], for which blocks
-///                        are reserved, and commits them. after_layer(layer) -> Status: the layer's KV stands,
-///                        or does when the runner's stream gets there.
+///                        are reserved, and commits them. after_layer(layer) -> Status: the layer's KV
+///                        stands, or does when the runner's stream gets there.
 template <class R>
 concept PrefillRunner = requires(R& runner, const R& is,
                                  std::span<const std::span<const std::int32_t>> chunks,

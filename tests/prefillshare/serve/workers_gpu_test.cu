@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/prefillshare/serve/workers_gpu_test.cu - prefill and decode workers over models on the GPU: many requests at
-// once get what double loops choose, whatever shares their batch; cancel, deadlines and limits give every page
-// back.
+// tests/prefillshare/serve/workers_gpu_test.cu - prefill and decode workers over models on the GPU: many
+// requests at once get what double loops choose, whatever shares their batch; cancel, deadlines and limits
+// give every page back.
 
 // What nvcc's front end remarks on in Eigen and in the CPU's kernels.
 #pragma nv_diag_suppress 20012, 1675, 550
