@@ -55,12 +55,13 @@ struct CardOptions {
 
 /// What a run has measured; seconds.
 struct CardOutcome {
-  std::vector<double> sessions;     // from arrival to the last token
-  std::vector<double> calls;        // from the issue of a call to its last token
-  std::vector<double> first_token;  // to its first
-  std::vector<double> per_token;    // mean of those after it
-  double seconds = 0.0;             // from the first arrival to the last token
-  double tokens_per_second = 0.0;   // between the ends of the first and the last tenth of the calls
+  std::vector<double> sessions;           // from arrival to the last token
+  std::vector<double> calls;              // from the issue of a call to its last token
+  std::vector<double> first_token;        // to its first
+  std::vector<double> per_token;          // mean of those after it
+  double seconds = 0.0;                   // from the first arrival to the last token
+  double tokens_per_second = 0.0;         // over all of it
+  double steady_tokens_per_second = 0.0;  // between the ends of the first and the last tenth of the calls
   std::int64_t output_tokens = 0;
   std::int64_t computed_tokens = 0;  // by prefill modules
   std::int64_t reused_tokens = 0;
@@ -288,12 +289,13 @@ class CardEngine {
   void finish() {
     if (ends_.empty()) return;
     out_.seconds = ends_.back().time - workload_->sessions.front().arrival;
+    out_.tokens_per_second = static_cast<double>(out_.output_tokens) / out_.seconds;
     const std::size_t tenth = std::max<std::size_t>(ends_.size() / 10, 1);
     if (ends_.size() <= 2 * tenth) return;
     std::int64_t tokens = 0;
     for (std::size_t i = tenth; i < ends_.size() - tenth; ++i) tokens += ends_[i].tokens;
     const double seconds = ends_[ends_.size() - tenth - 1].time - ends_[tenth - 1].time;
-    if (seconds > 0.0) out_.tokens_per_second = static_cast<double>(tokens) / seconds;
+    if (seconds > 0.0) out_.steady_tokens_per_second = static_cast<double>(tokens) / seconds;
   }
 
   std::vector<PrefillWorkerType*> prefills_;

@@ -38,7 +38,8 @@ namespace codegemm::bench {
 }
 
 /// The model that such rows make, others among them: prefill steps of the weights `prefill`, every tokens at
-/// every context; decode steps of `decode`, each batch at two contexts. kCorruptData for rows that lack something.
+/// every context; decode steps of `decode`, each batch at two contexts. kCorruptData for rows that lack
+/// something.
 [[nodiscard]] inline Result<prefillshare::CostModel> cost_from_rows(const nlohmann::json& rows,
                                                                     const std::string& prefill,
                                                                     const std::string& decode) {

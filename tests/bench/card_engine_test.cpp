@@ -75,7 +75,7 @@ TEST_CASE("step costs: read from rows, linear between them, and what cannot be i
   CHECK(std::abs(cost.prefill_seconds(136, 500) - (14.6e-3 + 136 * 500 * 1e-8)) < 1e-9);
   CHECK(std::abs(cost.decode_seconds(8, 2000, 1) - 2.2e-3) < 1e-9);
   CHECK(std::abs(cost.decode_seconds(3, 300000, 1) - 32e-3) < 1e-9);  // far behind what was measured
-  // One pass over three chunks: the token's cost once, the attention of each.
+  // One pass over three chunks: the step's cost once, the attention of all, or of one that takes longer.
   const std::vector<PrefillPart> parts{{100, 0}, {60, 1000}, {40, 2000}};
   CHECK(std::abs(cost.prefill_step_seconds(parts) - (1e-3 + 200e-4 + (60 * 1000 + 40 * 2000) * 1e-8)) < 1e-9);
   CHECK(std::abs(cost_from_rows(toy_rows(), "fp16", "codes")->decode_seconds(8, 2000, 1) - 1e-3) < 1e-9);
@@ -139,7 +139,7 @@ TEST_CASE("the engine: every session ends with all its tokens, and caches hold w
 TEST_CASE("the engine past saturation: admission keeps throughput, without it separate caches lose theirs") {
   const std::int64_t blocks = 400;
   const auto speed = [&](CardSharing sharing, double rate, bool admission) {
-    return simulate(sharing, toy_sessions(rate, 80), blocks, admission).tokens_per_second;
+    return simulate(sharing, toy_sessions(rate, 80), blocks, admission).steady_tokens_per_second;
   };
   const double separate = speed(CardSharing::kSeparate, 8.0, true);
   const double shared = speed(CardSharing::kShared, 8.0, true);

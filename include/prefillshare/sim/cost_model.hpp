@@ -84,16 +84,23 @@ struct CostModel {
   [[nodiscard]] double prefill_seconds(std::int64_t tokens, std::int64_t context) const noexcept {
     return prefill(static_cast<double>(tokens), static_cast<double>(context));
   }
-  /// Of a step over the chunks of several sequences, where the table is one of chunks of one sequence: the
-  /// linear layers see them all as one chunk, the attention to what came before sees each by itself.
+  /// Of a step over the chunks of several sequences, where the table is one of chunks of one sequence. The
+  /// linear layers see them all as one chunk. The attention to what came before runs beside each other: as
+  /// long as the longest of them, or as all their work at the rate of the table's largest point.
   [[nodiscard]] double prefill_step_seconds(std::span<const PrefillPart> parts) const noexcept {
     std::int64_t tokens = 0;
-    double attention = 0.0;
+    double longest = 0.0;
+    double pairs = 0.0;
     for (const PrefillPart& part : parts) {
       tokens += part.tokens;
-      attention += prefill_seconds(part.tokens, part.context) - prefill_seconds(part.tokens, 0);
+      pairs += static_cast<double>(part.tokens) * static_cast<double>(part.context);
+      longest =
+          std::max(longest, prefill_seconds(part.tokens, part.context) - prefill_seconds(part.tokens, 0));
     }
-    return prefill_seconds(tokens, 0) + std::max(attention, 0.0);
+    const double most_pairs = prefill.x.back() * prefill.y.back();
+    const double most = prefill(prefill.x.back(), prefill.y.back()) - prefill(prefill.x.back(), 0.0);
+    const double work = most_pairs > 0.0 ? most * pairs / most_pairs : 0.0;
+    return prefill_seconds(tokens, 0) + std::max(longest, work);
   }
   /// What one chunk adds to a step that has others.
   [[nodiscard]] double prefill_share(std::int64_t tokens, std::int64_t context) const noexcept {

@@ -171,8 +171,8 @@ class DeviceDecodeWorker : public BasicDecodeWorker<DeviceDecodeLane<T>> {
 
   /// A decode module more, with a graph for batches of each size in `sizes`, ascending, the last the most
   /// (the rest of a step's go in further batches), over contexts of up to `max_context` tokens. kIncompatible
-  /// where it does not fit this worker's pages; kInvalidArgument for sizes that do not ascend from 1; errors of
-  /// DecodeGraph::capture().
+  /// where it does not fit this worker's pages; kInvalidArgument for sizes that do not ascend from 1; errors
+  /// of DecodeGraph::capture().
   template <class Linear, class Head>
   [[nodiscard]] Result<ModuleId> add_module(DeviceDecodeModule<Linear, Head> module,
                                             std::span<const std::int64_t> sizes, std::int64_t max_context) {
