@@ -398,8 +398,8 @@ class Suite {
     write();
   }
 
-  /// One worker with a module of fp16 and one of codes: the first tokens of its batches are those of a plain pass
-  /// of each module over the whole context, but for what rounding may turn.
+  /// One worker with a module of fp16 and one of codes: the first tokens of its batches are those of a plain
+  /// pass of each module over the context's last token, but for what rounding may turn.
   void check_workers(const std::shared_ptr<const DenseModel>& dense,
                      const std::shared_ptr<const CodedModel>& coded) {
     constexpr int kContexts = 4;
