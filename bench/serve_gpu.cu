@@ -17,7 +17,7 @@
 //                  [--rates R,R,...] [--quick]
 //   --seconds  no run is begun after so many
 // What nvcc remarks on in Eigen and in the kernels of processors.
-#pragma nv_diag_suppress 20012, 1675, 550
+#pragma nv_diag_suppress 20012, 1675, 550, 2810
 
 #include <algorithm>
 #include <chrono>

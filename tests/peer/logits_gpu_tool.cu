@@ -9,7 +9,7 @@
 //   WEIGHTS.bin: a line of JSON (config, names and shapes), then the fp32 values in that order.
 
 // What nvcc's front end remarks on in Eigen and in the CPU's kernels.
-#pragma nv_diag_suppress 20012, 1675, 550
+#pragma nv_diag_suppress 20012, 1675, 550, 2810
 
 #include <algorithm>
 #include <cstdint>
