@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The parts of a model for tensor parallelism: every weight is in exactly one of them, and a pass in which all
-// ranks compute their part and add up what o and down give is the whole model's.
-#include <prefillshare/model/shard.hpp>
+// The parts of a model for tensor parallelism: every weight is in exactly one of them, and a pass in which
+// all ranks compute their part and add up what o and down give is the whole model's.
+#include <prefillshare/model/shard_layers.hpp>
 
 #include <cstdint>
 #include <span>

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/prefillshare/model/tensor_parallel_gpu_test.cu - groups of ranks and models spread over them: sums and
-// gathers against plain loops; a model of one rank has the plain one's bits, one of several its numbers. The
-// ranks of a PeerGroup are streams of one GPU, or GPUs where there are several; NCCL's need a GPU each.
+// tests/prefillshare/model/tensor_parallel_gpu_test.cu - groups of ranks and models spread over them: sums
+// and gathers against plain loops; a model of one rank has the plain one's bits, one of several its numbers.
+// The ranks of a PeerGroup are streams of one GPU, or GPUs where there are several; NCCL's need a GPU each.
 
 // What nvcc's front end remarks on in Eigen and in the CPU's kernels.
 #pragma nv_diag_suppress 20012, 1675, 550
@@ -10,7 +10,7 @@
 #include <prefillshare/model/cuda/modules.cuh>
 #include <prefillshare/model/cuda/peer_group.cuh>
 #include <prefillshare/model/cuda/tensor_parallel.cuh>
-#include <prefillshare/model/shard.hpp>
+#include <prefillshare/model/shard_layers.hpp>
 #ifdef PREFILLSHARE_WITH_NCCL
 #include <prefillshare/model/cuda/nccl_group.cuh>
 #endif

@@ -15,8 +15,8 @@ namespace prefillshare::cuda {
 
 /// One rank's end of a group. All ranks make the same calls in the same order, each in a stream of its own;
 /// a call puts work into the stream and may be captured into a graph.
-///   sum(x, stream)     x[rows][cols], stride = cols, becomes the sum over the ranks: the same bits on all, and
-///                      in every run
+///   sum(x, stream)     x[rows][cols], stride = cols, becomes the sum over the ranks: the same bits on all
+///                      and in every run
 ///   gather(y, stream)  columns rank * cols / ranks on of each row of y[rows][cols], cols / ranks of them, go
 ///                      from each rank to all
 template <class G>

@@ -83,9 +83,9 @@ class ParallelLinear {
   const Group* group_ = nullptr;  // of a part of the inputs
 };
 
-/// A rank's rows of the head; the logits of all ranks are gathered, so that each samples the same token. Split
-/// rather than kept whole on each GPU: the head stays fp16, and reading all of it would take a fifth of a step
-/// of a 70B model at 2 bits on two GPUs.
+/// A rank's rows of the head; the logits of all ranks are gathered, so that each samples the same token.
+/// Split rather than kept whole on each GPU: the head stays fp16, and reading all of it would take a fifth of
+/// a step of a 70B model at 2 bits on two GPUs.
 template <DeviceLinearLayer Inner, RankGroup Group>
 class ParallelHead {
  public:

@@ -49,6 +49,7 @@ class PeerPageTransport {
     out.produced_ = std::move(produced).value();
     return out;
   }
+  /// The other has nothing under way.
   PeerPageTransport(PeerPageTransport&&) noexcept = default;
   PeerPageTransport& operator=(PeerPageTransport&&) = delete;
   PeerPageTransport(const PeerPageTransport&) = delete;

@@ -131,6 +131,7 @@ class StagedPageSender {
     out.under_way_ = std::move(under_way).value();
     return out;
   }
+  /// The other has nothing under way.
   StagedPageSender(StagedPageSender&&) noexcept = default;
   StagedPageSender& operator=(StagedPageSender&&) = delete;
   StagedPageSender(const StagedPageSender&) = delete;
@@ -221,6 +222,7 @@ class StagedPageReceiver {
     out.under_way_ = std::move(under_way).value();
     return out;
   }
+  /// The other has nothing under way.
   StagedPageReceiver(StagedPageReceiver&&) noexcept = default;
   StagedPageReceiver& operator=(StagedPageReceiver&&) = delete;
   StagedPageReceiver(const StagedPageReceiver&) = delete;
