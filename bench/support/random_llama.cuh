@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/support/random_llama.cuh - decoders of random weights, made on the device, whole or a rank's part; the
-// same from the same seeds, in any process.
+// bench/support/random_llama.cuh - decoders of random weights, made on the device, whole or a rank's part;
+// the same from the same seeds, in any process.
 #pragma once
 
 #include <cmath>
