@@ -129,7 +129,6 @@ class PrefillHalf {
   const CacheKey& key(int agent) const { return modules_[worker_of(agent)]->key(); }
   std::int64_t blocks() const { return pool_->storage.blocks(); }
   cudaStream_t copies() const { return copies_.get; }
-  const KvPool& pool() const { return *pool_; }
 
   // Until `over`: takes jobs, computes, sends. `lock` guards the transport, which the decode side polls.
   void run(Inbox& inbox, Transport& transport, std::mutex& lock, const std::atomic<bool>& over,
@@ -235,8 +234,6 @@ class DecodeHalf {
     table_ = std::make_unique<Table>(*pool_->allocator, config.layers, sessions);
     use(number);
   }
-  Table& table() { return *table_; }
-  const KvPool& pool() const { return *pool_; }
 
   Outcome run(PrefillHalf& prefill, int sessions, std::uint64_t seed) {
     Outcome out;

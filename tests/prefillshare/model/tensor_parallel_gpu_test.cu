@@ -347,6 +347,7 @@ void check_parallel(const LlamaModel<HostLinear>& host, const DenseLinear& head,
   const auto given = random_tokens(rng, kSteps, host.config.vocab_size);
   cuda::PeerGroup::Options options;
   options.most = 1 << 16;
+  options.timeout_ns = 2'000'000'000;
   PeerRig rig(ranks, spread, options);
   using HeadUpload = DenseUpload;
   const auto device = take(codegemm::cuda::query_device(0));
@@ -368,12 +369,16 @@ void check_parallel(const LlamaModel<HostLinear>& host, const DenseLinear& head,
     runners.push_back(std::make_unique<Runner<Model>>(
         part, take(codegemm::cuda::query_device(rig.devices[rig.at(r)])), rig.streams[rig.at(r)]));
   }
-  // Once with a group that exchanges nothing: whatever is loaded or made at a first call is there then.
+  // Once with groups that wait for nobody: whatever is loaded or made at a first call is there then.
   const std::vector<cuda::PeerGroup> real = rig.groups;
   for (int r = 0; r < ranks; ++r) {
     rig.use(r);
-    void* const own = rig.mailboxes[rig.at(r)];
-    rig.groups[rig.at(r)] = take(cuda::PeerGroup::create(0, std::span(&own, 1), device, options));
+    auto scratch =
+        take(cuda::DeviceArray<std::byte>::zeros(cuda::PeerGroup::mailbox_bytes(ranks, options.most)));
+    const std::vector<void*> boxes(static_cast<std::size_t>(ranks), scratch.data());
+    cuda::PeerGroup::Options impatient = options;
+    impatient.timeout_ns = 1;
+    rig.groups[rig.at(r)] = take(cuda::PeerGroup::create(r, boxes, device, impatient));
     runners[rig.at(r)]->prefill(prompt);
     REQUIRE_CUDA(cudaDeviceSynchronize());
     rig.groups[rig.at(r)] = real[rig.at(r)];
