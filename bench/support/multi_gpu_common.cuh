@@ -149,6 +149,12 @@ struct Communicators {
 };
 #endif
 
+// Numbers of a group that has failed are worth nothing.
+inline void check_group(const PeerGroup& group, cudaStream_t stream) { check(group.check(stream)); }
+#ifdef PREFILLSHARE_WITH_NCCL
+inline void check_group(const NcclGroup& group, cudaStream_t) { check(group.check()); }
+#endif
+
 struct Rows {
   nlohmann::json rows = nlohmann::json::array();
   std::function<void()> added;

@@ -179,6 +179,7 @@ void compare_logits(const char* kind, const CanonicalModel& canonical, int ranks
     const auto mine_given = decode_steps(model, true, device);
     all.arrive_and_wait();
     const auto mine_own = decode_steps(model, false, device);
+    check_group(group(r), nullptr);
     all.arrive_and_wait();
     if (r != 0) return;
     off = worst_row(mine_given.first, given.first, static_cast<std::size_t>(canonical.config.vocab_size));

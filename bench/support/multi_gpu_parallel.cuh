@@ -57,10 +57,10 @@ class Decoding {
   std::unique_ptr<Graph> graph_;
 };
 
-// make(rank) -> the rank's model.
-template <class Make>
+// make(rank) -> the rank's model; verify(rank, stream): whether its group is sound.
+template <class Make, class Verify>
 void measure_parallel(const char* kind, int ranks, const Options& options, const std::vector<double>& alone,
-                      Rows& rows, Make&& make, std::vector<double>* out = nullptr) {
+                      Rows& rows, Make&& make, Verify&& verify, std::vector<double>* out = nullptr) {
   constexpr int kContext = 1024;
   std::barrier all(ranks);
   const std::vector<int> batches = {1, 8, 32};
@@ -93,6 +93,7 @@ void measure_parallel(const char* kind, int ranks, const Options& options, const
       };
       const double step = timed(false);
       const double loop = timed(true);
+      verify(r, stream.get);
       if (r == 0) step_us[b] = step, loop_us[b] = loop;
       all.arrive_and_wait();
     }
@@ -117,14 +118,18 @@ inline void run_parallel(const Options& options, int gpus, Rows& rows) {
   std::vector<double> alone;
   measure_parallel(
       "one GPU", 1, options, {}, rows,
-      [&](int) { return RandomLlama(take(Cublas::create()), 1).coded_model(whole); }, &alone);
+      [&](int) { return RandomLlama(take(Cublas::create()), 1).coded_model(whole); },
+      [](int, cudaStream_t) {}, &alone);
   for (int ranks = 2; ranks <= std::min(gpus, 8); ranks *= 2) {
     const ModelConfig part = take(shard_config(whole, {ranks, 0}));
     Peers peers(ranks, {});
-    measure_parallel("peer memory", ranks, options, alone, rows, [&](int r) {
-      return RandomLlama(take(Cublas::create()), static_cast<std::uint64_t>(1 + 10000 * r))
-          .coded_part(part, peers.groups[static_cast<std::size_t>(r)]);
-    });
+    measure_parallel(
+        "peer memory", ranks, options, alone, rows,
+        [&](int r) {
+          return RandomLlama(take(Cublas::create()), static_cast<std::uint64_t>(1 + 10000 * r))
+              .coded_part(part, peers.groups[static_cast<std::size_t>(r)]);
+        },
+        [&](int r, cudaStream_t stream) { check_group(peers.groups[static_cast<std::size_t>(r)], stream); });
 #ifdef PREFILLSHARE_WITH_NCCL
     Communicators comms(ranks);
     std::vector<NcclGroup> groups;
@@ -137,10 +142,13 @@ inline void run_parallel(const Options& options, int gpus, Rows& rows) {
       check(group.gather(MatrixView<float>(some.data(), 1, 64), warm.get));
       warm.wait();
     });
-    measure_parallel("nccl", ranks, options, alone, rows, [&](int r) {
-      return RandomLlama(take(Cublas::create()), static_cast<std::uint64_t>(1 + 10000 * r))
-          .coded_part(part, groups[static_cast<std::size_t>(r)]);
-    });
+    measure_parallel(
+        "nccl", ranks, options, alone, rows,
+        [&](int r) {
+          return RandomLlama(take(Cublas::create()), static_cast<std::uint64_t>(1 + 10000 * r))
+              .coded_part(part, groups[static_cast<std::size_t>(r)]);
+        },
+        [&](int r, cudaStream_t stream) { check_group(groups[static_cast<std::size_t>(r)], stream); });
 #endif
   }
 }
