@@ -12,9 +12,8 @@
 #include <utility>
 #include <vector>
 
-#include <codegemm/base/aligned_buffer.hpp>
 #include <prefillshare/kv/eviction.hpp>
-#include <prefillshare/model/modules.hpp>
+#include <prefillshare/serve/decode_lane.hpp>
 
 namespace prefillshare {
 
@@ -29,6 +28,8 @@ struct DecodeRequest {
   std::int64_t max_tokens = 0;            ///< at least 1; memory for all of them is taken at the start
   std::vector<std::int32_t> stop_tokens;  ///< end the answer; not part of it
   KvTime deadline = kKvNever;             ///< by the clock of step()
+  float temperature = 0.0F;               ///< where the lane samples by itself; 0: the largest logit
+  std::uint64_t seed = 0;                 ///< of its draws
 };
 
 /// What happened to a request in a step. Every request ends with exactly one event that is not kToken.
@@ -46,100 +47,34 @@ struct DecodeEvent {
   Status status;             ///< of kFailed; else ok()
 };
 
-namespace detail {
-
-/// A decode module whatever its linear layers are, with the memory for its batches.
-class DecodeLane {
- public:
-  DecodeLane(const DecodeLane&) = delete;
-  DecodeLane& operator=(const DecodeLane&) = delete;
-  virtual ~DecodeLane() = default;
-
-  [[nodiscard]] virtual const ModelConfig& config() const noexcept = 0;
-  [[nodiscard]] virtual Result<ForwardItem> place(const std::int32_t& token, KvAllocator& allocator,
-                                                  HostKvStorage& storage, Sequence& own) const = 0;
-  /// logits() gets a row for each item.
-  [[nodiscard]] virtual Status run(std::span<const ForwardItem> items, Executor& executor) = 0;
-
-  [[nodiscard]] std::span<float> logits(std::size_t item) noexcept {
-    const auto width = static_cast<std::size_t>(config().vocab_size);
-    return logits_.span().subspan(item * width, width);
-  }
-  [[nodiscard]] const ForwardWorkspace& workspace() const noexcept { return workspace_; }
-
- protected:
-  explicit DecodeLane(ForwardWorkspace workspace) : workspace_(std::move(workspace)) {}
-
-  ForwardWorkspace workspace_;
-  codegemm::AlignedBuffer<float> logits_;  // [max_tokens of the workspace][vocab_size]
-};
-
-template <LinearLayer Linear>
-class DecodeLaneOf final : public DecodeLane {
- public:
-  DecodeLaneOf(DecodeModule<Linear> module, ForwardWorkspace workspace)
-      : DecodeLane(std::move(workspace)), module_(std::move(module)) {}
-
-  [[nodiscard]] bool reserve_logits() {
-    return logits_.reserve(static_cast<std::size_t>(workspace_.max_tokens() * config().vocab_size));
-  }
-  [[nodiscard]] const ModelConfig& config() const noexcept override { return module_.config(); }
-  [[nodiscard]] Result<ForwardItem> place(const std::int32_t& token, KvAllocator& allocator,
-                                          HostKvStorage& storage, Sequence& own) const override {
-    return module_.place(token, allocator, storage, own);
-  }
-  [[nodiscard]] Status run(std::span<const ForwardItem> items, Executor& executor) override {
-    return module_.run(items, MatrixView<float>(logits_.data(), std::ssize(items), config().vocab_size),
-                       workspace_, executor);
-  }
-
- private:
-  DecodeModule<Linear> module_;
-};
-
-}  // namespace detail
-
 /// Decodes in the caller's thread: nothing happens but in step(), which gives every request one token.
 /// Requests of one module run as one batch, which reads the weights once; see forward_batch() for what that
 /// does to the bits.
 ///
 /// Memory for an answer's whole length is taken when it starts, and what is taken together is never more than
 /// the pool has: a request that has started ends, whatever starts after it. Every block is given back with
-/// the event that ends the request. Allocator, storage and executor are the caller's and outlive the worker.
-/// Externally synchronized.
-class DecodeWorker {
+/// the event that ends the request. The allocator is the caller's and outlives the worker. Externally
+/// synchronized.
+template <DecodeLane Lane>
+class BasicDecodeWorker {
  public:
-  /// Up to `most_active` requests at once.
-  DecodeWorker(KvAllocator& allocator, HostKvStorage& storage, Executor& executor, std::int64_t most_active)
-      : allocator_(&allocator), storage_(&storage), executor_(&executor), most_active_(most_active) {}
+  using Allocator = typename Lane::Allocator;  ///< of base caches and answers
 
-  /// A decode module more, with batches of up to `max_batch` requests (the rest of a step's go in further
-  /// batches) over contexts of up to `max_context` tokens. Its fit to the base's cache was checked by
-  /// factorize(); kIncompatible where it does not fit this worker's pages. kInvalidArgument, kOutOfMemory.
-  template <LinearLayer Linear>
-  [[nodiscard]] Result<ModuleId> add_module(DecodeModule<Linear> module, std::int64_t max_batch,
-                                            std::int64_t max_context) {
-    const KvShape wanted = kv_shape(module.config(), storage_->shape().block_tokens);
-    if (wanted != storage_->shape()) {
-      const KvShape have = storage_->shape();
-      return error(StatusCode::kIncompatible, "decode module of ", wanted.layers, " layers, ",
-                   wanted.kv_heads, " KV heads of ", wanted.head_dim, " does not fit pages of ", have.layers,
-                   " layers, ", have.kv_heads, " KV heads of ", have.head_dim);
-    }
-    Result<ForwardWorkspace> workspace =
-        ForwardWorkspace::create(module.model(), max_batch, max_context, executor_->workers());
-    if (!workspace.ok()) return workspace.status();
-    bool enough = false;
-    const bool allocated = detail::try_allocate([&] {
-      auto lane = std::make_unique<detail::DecodeLaneOf<Linear>>(std::move(module), *std::move(workspace));
-      enough = lane->reserve_logits();
-      lanes_.push_back(std::move(lane));
-      items_.reserve(static_cast<std::size_t>(max_batch));
-      batch_.reserve(static_cast<std::size_t>(max_batch));
-    });
-    if (!allocated || !enough) {
-      if (allocated) lanes_.pop_back();
-      return error(StatusCode::kOutOfMemory, "DecodeWorker: no memory for batches of ", max_batch);
+  /// Up to `most_active` requests at once.
+  BasicDecodeWorker(Allocator& allocator, std::int64_t most_active)
+      : allocator_(&allocator), most_active_(most_active) {}
+
+  /// A decode module more. kNullPointer, kOutOfMemory.
+  [[nodiscard]] Result<ModuleId> add_lane(std::unique_ptr<Lane> lane) {
+    if (lane == nullptr) return error(StatusCode::kNullPointer, "DecodeWorker: no lane");
+    const auto most = static_cast<std::size_t>(lane->max_batch());
+    if (!detail::try_allocate([&] {
+          slots_.reserve(most);
+          LaneState state{std::move(lane), {}, 0};
+          state.batch.reserve(most);
+          lanes_.push_back(std::move(state));
+        })) {
+      return error(StatusCode::kOutOfMemory, "DecodeWorker: no memory for batches of ", most);
     }
     return static_cast<ModuleId>(lanes_.size() - 1);
   }
@@ -174,24 +109,24 @@ class DecodeWorker {
       return error(StatusCode::kNotFound, "decode request ", request.id, ": module ", request.module, " of ",
                    modules());
     }
-    const detail::DecodeLane& lane = *lanes_[static_cast<std::size_t>(request.module)];
-    const std::int64_t limit = std::min(lane.config().context_length, lane.workspace().max_context());
+    const Lane& lane = *lanes_[static_cast<std::size_t>(request.module)].lane;
+    const std::int64_t limit = lane.max_context();
     if (request.max_tokens < 1 || request.max_tokens > limit || length + request.max_tokens > limit) {
       return error(StatusCode::kInvalidArgument, "decode request ", request.id, ": ", request.max_tokens,
                    " tokens after a context of ", length + 1, ", the limit is ", limit, " in all");
     }
-    if (request.last_token < 0 || request.last_token >= lane.config().vocab_size) {
+    if (request.last_token < 0 || request.last_token >= lane.vocab_size()) {
       return error(StatusCode::kInvalidArgument, "decode request ", request.id, ": token ",
-                   request.last_token, ", the vocabulary has ", lane.config().vocab_size);
+                   request.last_token, ", the vocabulary has ", lane.vocab_size());
     }
     // The partly filled last block of the base cache is copied before the answer goes on in it.
     const std::int64_t block_tokens = allocator_->block_tokens();
     const std::int64_t needed = (length + request.max_tokens + block_tokens - 1) / block_tokens +
                                 (length % block_tokens != 0 ? 1 : 0);
-    if (needed > allocator_->pool().blocks()) {
+    if (const std::int64_t have = allocator_->pool().blocks() - blocks_set_aside_; needed > have) {
       return error(StatusCode::kInvalidArgument, "decode request ", request.id, ": ",
                    length + request.max_tokens, " tokens need ", needed, " blocks of ", block_tokens,
-                   ", the pool has ", allocator_->pool().blocks());
+                   ", the pool has ", have);
     }
     for (const Active& one : active_) {
       if (one.request.id != request.id) continue;
@@ -214,35 +149,30 @@ class DecodeWorker {
   /// Most of them at once, since the beginning.
   [[nodiscard]] std::int64_t most_active() const noexcept { return most_active_; }
 
-  /// One token for each request; how many there were.
+  /// One token for each request; how many there were. All modules' batches are begun before the first is
+  /// waited for; what does not fit a module's batch goes in a further round.
   /// next_token(std::uint64_t id, std::span<float> logits) -> std::int32_t: the sampler; it may overwrite the
-  /// logits. on_event(const DecodeEvent&): in the order of modules and then of requests. Neither calls the
-  /// worker.
+  /// logits. on_event(const DecodeEvent&): round by round in the order of modules and then of requests.
+  /// Neither calls the worker.
   template <class NextToken, class OnEvent>
-  std::int64_t step(KvTime now, NextToken&& next_token, OnEvent&& on_event) {
-    std::int64_t made = 0;
-    for (Active& one : active_) {
-      if (one.cancelled || one.request.deadline <= now) {
-        fail(one,
-             error(StatusCode::kCancelled, "decode request ", one.request.id,
-                   one.cancelled ? " was cancelled" : ": its deadline is past"),
-             on_event);
-      }
-    }
-    for (ModuleId module = 0; module < modules(); ++module) {
-      detail::DecodeLane& lane = *lanes_[static_cast<std::size_t>(module)];
-      batch_.clear();
-      for (Active& one : active_) {
-        if (one.request.module != module || one.over) continue;
-        batch_.push_back(&one);
-        if (std::ssize(batch_) == lane.workspace().max_tokens())
-          made += run_batch(lane, next_token, on_event);
-      }
-      made += run_batch(lane, next_token, on_event);
-    }
-    std::erase_if(active_, [](const Active& one) { return one.over; });
-    return made;
+  requires(!ChoosingLane<Lane>) std::int64_t step(KvTime now, NextToken&& next_token, OnEvent&& on_event) {
+    return advance(
+        now,
+        [&](Lane& lane, std::size_t i, const Active& one) {
+          return next_token(one.request.id, lane.logits(i));
+        },
+        on_event);
   }
+  /// The same where the lanes sample, by each request's temperature and seed.
+  template <class OnEvent>
+  requires ChoosingLane<Lane> std::int64_t step(KvTime now, OnEvent&& on_event) {
+    return advance(
+        now, [](Lane& lane, std::size_t i, const Active&) { return lane.token(i); }, on_event);
+  }
+
+ protected:
+  /// Blocks of the pool that are held for good, and never serve an answer.
+  void set_blocks_aside(std::int64_t blocks) noexcept { blocks_set_aside_ = blocks; }
 
  private:
   struct Active {
@@ -252,6 +182,12 @@ class DecodeWorker {
     std::int64_t made = 0;  // of the answer
     bool cancelled = false;
     bool over = false;  // its last event is out
+  };
+  struct LaneState {
+    std::unique_ptr<Lane> lane;
+    std::vector<std::size_t> batch;  // of the round, in active_
+    std::size_t next;                // of active_, to be looked at
+    Status status = {};              // of the batch
   };
 
   template <class OnEvent>
@@ -265,29 +201,61 @@ class DecodeWorker {
     end(one, {one.request.id, DecodeEvent::Kind::kFailed, 0, std::move(status)}, on_event);
   }
 
-  template <class NextToken, class OnEvent>
-  std::int64_t run_batch(detail::DecodeLane& lane, NextToken&& next_token, OnEvent&& on_event) {
-    items_.clear();
-    std::erase_if(batch_, [&](Active* one) {
-      Result<ForwardItem> item = lane.place(one->token, *allocator_, *storage_, one->own);
-      if (item.ok()) {
-        items_.push_back(*item);
-        return false;
+  template <class Choose, class OnEvent>
+  std::int64_t advance(KvTime now, Choose&& choose, OnEvent&& on_event) {
+    for (Active& one : active_) {
+      if (one.cancelled || one.request.deadline <= now) {
+        fail(one,
+             error(StatusCode::kCancelled, "decode request ", one.request.id,
+                   one.cancelled ? " was cancelled" : ": its deadline is past"),
+             on_event);
       }
-      fail(*one, item.status(), on_event);
-      return true;
-    });
-    if (batch_.empty()) return 0;
-    const Status status = lane.run(items_, *executor_);
+    }
+    for (LaneState& state : lanes_) state.next = 0;
     std::int64_t made = 0;
-    for (std::size_t i = 0; i < batch_.size(); ++i) {
-      Active& one = *batch_[i];
-      if (!status.ok()) {
-        fail(one, status, on_event);
+    for (bool more = true; more;) {
+      more = false;
+      for (std::size_t module = 0; module < lanes_.size(); ++module) {
+        more = begin(lanes_[module], static_cast<ModuleId>(module), on_event) || more;
+      }
+      for (LaneState& state : lanes_) made += end_batch(state, choose, on_event);
+    }
+    std::erase_if(active_, [](const Active& one) { return one.over; });
+    return made;
+  }
+  /// Begins the lane's next batch; whether it may have another one after it.
+  template <class OnEvent>
+  bool begin(LaneState& state, ModuleId module, OnEvent&& on_event) {
+    const auto most = static_cast<std::size_t>(state.lane->max_batch());
+    state.batch.clear();
+    slots_.clear();
+    for (; state.next < active_.size() && state.batch.size() < most; ++state.next) {
+      Active& one = active_[state.next];
+      if (one.request.module != module || one.over) continue;
+      if (Status s = allocator_->append_private(one.own, 1); !s.ok()) {
+        fail(one, std::move(s), on_event);
+        continue;
+      }
+      state.batch.push_back(state.next);
+      slots_.push_back({&one.own, one.token, one.request.temperature,
+                        one.request.seed + static_cast<std::uint64_t>(one.made)});
+    }
+    if (!state.batch.empty()) static_cast<void>(state.status = state.lane->launch(slots_));
+    return state.batch.size() == most;
+  }
+  template <class Choose, class OnEvent>
+  std::int64_t end_batch(LaneState& state, Choose&& choose, OnEvent&& on_event) {
+    if (state.batch.empty()) return 0;
+    if (state.status.ok()) static_cast<void>(state.status = state.lane->wait());
+    std::int64_t made = 0;
+    for (std::size_t i = 0; i < state.batch.size(); ++i) {
+      Active& one = active_[state.batch[i]];
+      if (!state.status.ok()) {
+        fail(one, state.status, on_event);
         continue;
       }
       const DecodeRequest& request = one.request;
-      one.token = next_token(request.id, lane.logits(i));
+      one.token = choose(*state.lane, i, one);
       ++made;
       if (std::find(request.stop_tokens.begin(), request.stop_tokens.end(), one.token) !=
           request.stop_tokens.end()) {
@@ -299,19 +267,49 @@ class DecodeWorker {
         end(one, {request.id, DecodeEvent::Kind::kLength, one.token, {}}, on_event);
       }
     }
-    batch_.clear();
+    state.batch.clear();
     return made;
   }
 
-  KvAllocator* allocator_;
+  Allocator* allocator_;
+  std::int64_t most_active_;
+  std::int64_t blocks_set_aside_ = 0;
+  std::vector<LaneState> lanes_;
+  std::vector<Active> active_;     // in the order of start()
+  std::vector<DecodeSlot> slots_;  // of the batch that is being begun; kept for its memory
+};
+
+/// On processors. Storage and executor are the caller's and outlive the worker.
+class DecodeWorker : public BasicDecodeWorker<HostDecodeLane> {
+ public:
+  /// Up to `most_active` requests at once.
+  DecodeWorker(KvAllocator& allocator, HostKvStorage& storage, Executor& executor, std::int64_t most_active)
+      : BasicDecodeWorker(allocator, most_active), storage_(&storage), executor_(&executor) {}
+
+  /// A decode module more, with batches of up to `max_batch` requests (the rest of a step's go in further
+  /// batches) over contexts of up to `max_context` tokens. Its fit to the base's cache was checked by
+  /// factorize(); kIncompatible where it does not fit this worker's pages. kInvalidArgument, kOutOfMemory.
+  template <LinearLayer Linear>
+  [[nodiscard]] Result<ModuleId> add_module(DecodeModule<Linear> module, std::int64_t max_batch,
+                                            std::int64_t max_context) {
+    if (Status s = check_pages(module.config(), storage_->shape()); !s.ok()) return s;
+    Result<ForwardWorkspace> workspace =
+        ForwardWorkspace::create(module.model(), max_batch, max_context, executor_->workers());
+    if (!workspace.ok()) return workspace.status();
+    std::unique_ptr<detail::HostDecodeLaneOf<Linear>> lane;
+    if (!detail::try_allocate([&] {
+          lane = std::make_unique<detail::HostDecodeLaneOf<Linear>>(std::move(module), *std::move(workspace),
+                                                                    *storage_, *executor_);
+        }) ||
+        !lane->reserve()) {
+      return error(StatusCode::kOutOfMemory, "DecodeWorker: no memory for batches of ", max_batch);
+    }
+    return add_lane(std::move(lane));
+  }
+
+ private:
   HostKvStorage* storage_;
   Executor* executor_;
-  std::int64_t most_active_;
-  std::vector<std::unique_ptr<detail::DecodeLane>> lanes_;
-  std::vector<Active> active_;  // in the order of start()
-  // One step's, kept for their memory.
-  std::vector<Active*> batch_;
-  std::vector<ForwardItem> items_;
 };
 
 }  // namespace prefillshare

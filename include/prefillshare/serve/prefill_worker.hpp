@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <cstdint>
 #include <deque>
 #include <span>
@@ -12,7 +13,7 @@
 #include <vector>
 
 #include <prefillshare/kv/eviction.hpp>
-#include <prefillshare/model/modules.hpp>
+#include <prefillshare/serve/prefill_runner.hpp>
 
 namespace prefillshare {
 
@@ -55,34 +56,46 @@ struct PrefillOptions {
 /// Runs a prefill module for many jobs, in the caller's thread: nothing happens but in step(). Jobs start in
 /// the order they came, as soon as the pool has all the blocks they need, so that a job that has started
 /// never waits for another; those that run share each step's chunk evenly, so a short one is not kept by a
-/// long one. Allocator, storage and executor are the caller's and outlive the worker. Externally
-/// synchronized.
-template <LinearLayer Base>
-class PrefillWorker {
+/// long one. What computes is `Runner`; what it was made of is the caller's and outlives the worker. On a GPU
+/// a step puts its work into the runner's stream and does not wait: a cache stands when the stream gets
+/// there, so what reads it is put into the same stream, or waits for it. Externally synchronized.
+template <PrefillRunner Runner>
+class BasicPrefillWorker {
  public:
-  /// `workspace` was made for the module's model; its max_tokens bounds the chunk, its max_context what may
-  /// be asked for. kInvalidArgument for options below 1.
-  [[nodiscard]] static Result<PrefillWorker> create(const PrefillModule<Base>& module, KvAllocator& allocator,
-                                                    HostKvStorage& storage, ForwardWorkspace workspace,
-                                                    Executor& executor, const PrefillOptions& options = {}) {
+  using Allocator = typename Runner::Allocator;  ///< of the caches
+
+  /// The runner bounds the chunk and what may be asked for. kInvalidArgument for options below 1;
+  /// kOutOfMemory.
+  [[nodiscard]] static Result<BasicPrefillWorker> create(Runner runner, const PrefillOptions& options = {}) {
     if (options.chunk_tokens < 1 || options.most_running < 1 || options.most_waiting < 1) {
       return error(StatusCode::kInvalidArgument, "PrefillWorker: chunks of ", options.chunk_tokens,
                    " tokens, ", options.most_running, " running and ", options.most_waiting, " waiting jobs");
     }
-    PrefillWorker out(module, allocator, storage, std::move(workspace), executor);
+    BasicPrefillWorker out(std::move(runner));
     out.options_ = options;
-    out.options_.chunk_tokens = std::min(options.chunk_tokens, out.workspace_.max_tokens());
+    out.options_.chunk_tokens = std::min(options.chunk_tokens, out.runner_.max_tokens());
     const auto most = static_cast<std::size_t>(options.most_running);
     if (!detail::try_allocate([&] {
           out.running_.reserve(most);
           out.chunks_.reserve(most);
           out.caches_.reserve(most);
           out.parts_.reserve(most);
-          out.items_.resize(most);
-        })) {
+        }) ||
+        !out.runner_.reserve(options.most_running)) {
       return error(StatusCode::kOutOfMemory, "PrefillWorker: no memory for ", most, " jobs");
     }
     return out;
+  }
+  /// On processors. `workspace` was made for the module's model; its max_tokens bounds the chunk, its
+  /// max_context what may be asked for.
+  template <class Module>
+  requires std::constructible_from<Runner, const Module&, Allocator&, HostKvStorage&, ForwardWorkspace,
+                                   Executor&>
+  [[nodiscard]] static Result<BasicPrefillWorker> create(const Module& module, Allocator& allocator,
+                                                         HostKvStorage& storage, ForwardWorkspace workspace,
+                                                         Executor& executor,
+                                                         const PrefillOptions& options = {}) {
+    return create(Runner(module, allocator, storage, std::move(workspace), executor), options);
   }
 
   /// Queues a job. kExhausted: too many wait, come back later. kInvalidArgument: a context over the limit or
@@ -90,20 +103,20 @@ class PrefillWorker {
   /// error `job` is as it was.
   [[nodiscard]] Status submit(PrefillJob&& job) {
     const std::int64_t length = std::ssize(job.tokens);
-    const std::int64_t limit = std::min(module_->config().context_length, workspace_.max_context());
+    const std::int64_t limit = runner_.max_context();
     if (length > limit) {
       return error(StatusCode::kInvalidArgument, "prefill job ", job.id, ": context of ", length,
                    " tokens, the limit is ", limit);
     }
-    const std::int64_t block_tokens = allocator_->block_tokens();
-    if ((length + block_tokens - 1) / block_tokens > allocator_->pool().blocks()) {
+    const std::int64_t block_tokens = allocator().block_tokens();
+    if ((length + block_tokens - 1) / block_tokens > allocator().pool().blocks()) {
       return error(StatusCode::kInvalidArgument, "prefill job ", job.id, ": ", length,
-                   " tokens do not fit a pool of ", allocator_->pool().blocks(), " blocks of ", block_tokens);
+                   " tokens do not fit a pool of ", allocator().pool().blocks(), " blocks of ", block_tokens);
     }
     for (std::size_t t = 0; t < job.tokens.size(); ++t) {
-      if (job.tokens[t] >= 0 && job.tokens[t] < module_->config().vocab_size) continue;
+      if (job.tokens[t] >= 0 && job.tokens[t] < runner_.vocab_size()) continue;
       return error(StatusCode::kInvalidArgument, "prefill job ", job.id, ": token ", t, " has id ",
-                   job.tokens[t], ", the vocabulary has ", module_->config().vocab_size);
+                   job.tokens[t], ", the vocabulary has ", runner_.vocab_size());
     }
     if (job.cache.length() > length || job.cache.is_fork() || job.pages_from < 0 ||
         job.pages_from % block_tokens != 0) {
@@ -125,7 +138,7 @@ class PrefillWorker {
     const auto mark = [&](auto& jobs) {
       for (Running& entry : jobs) {
         if (entry.job.id != id || !entry.status.ok()) continue;
-        entry.status = error(StatusCode::kCancelled, "prefill job ", id, " was cancelled");
+        static_cast<void>(entry.status = error(StatusCode::kCancelled, "prefill job ", id, " was cancelled"));
         return true;
       }
       return false;
@@ -176,13 +189,9 @@ class PrefillWorker {
     std::int64_t end_token;
   };
 
-  PrefillWorker(const PrefillModule<Base>& module, KvAllocator& allocator, HostKvStorage& storage,
-                ForwardWorkspace workspace, Executor& executor)
-      : module_(&module),
-        allocator_(&allocator),
-        storage_(&storage),
-        workspace_(std::move(workspace)),
-        executor_(&executor) {}
+  explicit BasicPrefillWorker(Runner runner) : runner_(std::move(runner)) {}
+
+  [[nodiscard]] Allocator& allocator() const noexcept { return runner_.allocator(); }
 
   template <class OnDone>
   static void finish(Running& entry, OnDone&& on_done) {
@@ -194,7 +203,8 @@ class PrefillWorker {
   void expire(KvTime now, OnDone&& on_done) {
     const auto over = [&](Running& entry) {
       if (entry.status.ok() && entry.job.deadline <= now) {
-        entry.status = error(StatusCode::kCancelled, "prefill job ", entry.job.id, ": its deadline is past");
+        static_cast<void>(entry.status = error(StatusCode::kCancelled, "prefill job ", entry.job.id,
+                                               ": its deadline is past"));
       }
       return !entry.status.ok();
     };
@@ -218,8 +228,8 @@ class PrefillWorker {
       Running& entry = waiting_.front();
       Status status = start(entry);
       if (status.code() == StatusCode::kExhausted) return;  // the first waits for blocks, and the rest for it
-      if (status.ok()) status = announce_found(entry, on_pages);
-      entry.status = std::move(status);
+      if (status.ok()) static_cast<void>(status = announce_found(entry, on_pages));
+      static_cast<void>(entry.status = std::move(status));
       if (entry.status.ok()) {
         running_.push_back(std::move(entry));
       } else {
@@ -234,16 +244,16 @@ class PrefillWorker {
     PrefillJob& job = entry.job;
     const std::span<const std::int32_t> tokens(job.tokens);
     if (!job.cache.is_open()) {
-      Result<Sequence> opened = allocator_->open(module_->key(), tokens, job.tenant);
+      Result<Sequence> opened = allocator().open(runner_.key(), tokens, job.tenant);
       if (!opened.ok()) return opened.status();
       job.cache = *std::move(opened);
     } else if (job.cache.reserved() == 0) {
       const auto found =
-          allocator_->extend(job.cache, tokens.subspan(static_cast<std::size_t>(job.cache.length())));
+          allocator().extend(job.cache, tokens.subspan(static_cast<std::size_t>(job.cache.length())));
       if (!found.ok()) return found.status();
     }
     entry.reused = job.cache.length();
-    Status status = allocator_->reserve(job.cache, std::ssize(tokens) - job.cache.length());
+    Status status = allocator().reserve(job.cache, std::ssize(tokens) - job.cache.length());
     // What is only found may be evicted for others while this one waits.
     if (status.code() == StatusCode::kExhausted) job.cache.reset();
     return status;
@@ -251,12 +261,12 @@ class PrefillWorker {
 
   template <class OnPages>
   [[nodiscard]] Status announce_found(Running& entry, OnPages&& on_pages) {
-    const std::int64_t block_tokens = allocator_->block_tokens();
+    const std::int64_t block_tokens = allocator().block_tokens();
     const std::int64_t length = entry.job.cache.length();
     const bool whole = length == std::ssize(entry.job.tokens);
     const std::int64_t end = whole ? (length + block_tokens - 1) / block_tokens : length / block_tokens;
     entry.announced = entry.job.pages_from / block_tokens;
-    for (int layer = 0; layer < storage_->shape().layers; ++layer) {
+    for (int layer = 0; layer < runner_.layers(); ++layer) {
       if (Status s = announce(entry, layer, end, length, on_pages); !s.ok()) return s;
     }
     entry.announced = std::max(entry.announced, end);
@@ -266,7 +276,7 @@ class PrefillWorker {
   [[nodiscard]] Status announce(const Running& entry, int layer, std::int64_t end, std::int64_t tokens,
                                 OnPages&& on_pages) {
     if (end <= entry.announced) return {};
-    const std::int64_t block_tokens = allocator_->block_tokens();
+    const std::int64_t block_tokens = allocator().block_tokens();
     PagesReady pages;
     pages.job = entry.job.id;
     pages.layer = layer;
@@ -282,7 +292,7 @@ class PrefillWorker {
     chunks_.clear();
     caches_.clear();
     parts_.clear();
-    const std::int64_t block_tokens = allocator_->block_tokens();
+    const std::int64_t block_tokens = allocator().block_tokens();
     std::int64_t budget = options_.chunk_tokens;
     std::int64_t left = 0;  // jobs that want a part of it
     for (const Running& entry : running_) left += missing(entry) > 0 ? 1 : 0;
@@ -305,19 +315,19 @@ class PrefillWorker {
     }
     if (parts_.empty()) return 0;
     ++first_;
-    const Status status = module_->prefill_chunks(
-        chunks_, caches_, items_, *allocator_, *storage_, workspace_, *executor_, [&](int layer) {
-          for (const Part& part : parts_) {
-            if (!part.entry->status.ok()) continue;  // the pass goes on for the others
-            part.entry->status = announce(*part.entry, layer, part.end_block, part.end_token, on_pages);
-          }
-          return Status();
-        });
+    const Status status = runner_.run(chunks_, caches_, [&](int layer) {
+      for (const Part& part : parts_) {
+        if (!part.entry->status.ok()) continue;  // the pass goes on for the others
+        static_cast<void>(part.entry->status =
+                              announce(*part.entry, layer, part.end_block, part.end_token, on_pages));
+      }
+      return Status();
+    });
     std::int64_t computed = 0;
     for (std::size_t i = 0; i < parts_.size(); ++i) {
       Running& entry = *parts_[i].entry;
       if (!status.ok()) {
-        entry.status = status;
+        static_cast<void>(entry.status = status);
         continue;
       }
       entry.announced = std::max(entry.announced, parts_[i].end_block);
@@ -330,11 +340,7 @@ class PrefillWorker {
     return std::ssize(entry.job.tokens) - entry.job.cache.length();
   }
 
-  const PrefillModule<Base>* module_;
-  KvAllocator* allocator_;
-  HostKvStorage* storage_;
-  ForwardWorkspace workspace_;
-  Executor* executor_;
+  Runner runner_;
   PrefillOptions options_;
   std::deque<Running> waiting_;
   std::vector<Running> running_;
@@ -343,7 +349,10 @@ class PrefillWorker {
   std::vector<std::span<const std::int32_t>> chunks_;
   std::vector<Sequence*> caches_;
   std::vector<Part> parts_;
-  std::vector<ForwardItem> items_;
 };
+
+/// On processors.
+template <LinearLayer Base>
+using PrefillWorker = BasicPrefillWorker<HostPrefill<Base>>;
 
 }  // namespace prefillshare

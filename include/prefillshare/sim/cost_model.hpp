@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include <codegemm/base/macros.hpp>
@@ -64,6 +65,12 @@ struct StepTable {
                table.x.size(), " x ", table.y.size(), " points, which must ascend from 0 or more");
 }
 
+/// What a prefill step does for one sequence.
+struct PrefillPart {
+  std::int64_t tokens = 0;   ///< of its chunk
+  std::int64_t context = 0;  ///< before them
+};
+
 /// One worker of each kind, and the wire between them.
 struct CostModel {
   StepTable prefill;  ///< x: tokens of the chunk, from 0 (what a step costs by itself); y: tokens before it
@@ -76,6 +83,24 @@ struct CostModel {
   /// Of a step over one chunk.
   [[nodiscard]] double prefill_seconds(std::int64_t tokens, std::int64_t context) const noexcept {
     return prefill(static_cast<double>(tokens), static_cast<double>(context));
+  }
+  /// Of a step over the chunks of several sequences, where the table is one of chunks of one sequence. The
+  /// linear layers see them all as one chunk. The attention to what came before runs beside each other: as
+  /// long as the longest of them, or as all their work at the rate of the table's largest point.
+  [[nodiscard]] double prefill_step_seconds(std::span<const PrefillPart> parts) const noexcept {
+    std::int64_t tokens = 0;
+    double longest = 0.0;
+    double pairs = 0.0;
+    for (const PrefillPart& part : parts) {
+      tokens += part.tokens;
+      pairs += static_cast<double>(part.tokens) * static_cast<double>(part.context);
+      longest =
+          std::max(longest, prefill_seconds(part.tokens, part.context) - prefill_seconds(part.tokens, 0));
+    }
+    const double most_pairs = prefill.x.back() * prefill.y.back();
+    const double most = prefill(prefill.x.back(), prefill.y.back()) - prefill(prefill.x.back(), 0.0);
+    const double work = most_pairs > 0.0 ? most * pairs / most_pairs : 0.0;
+    return prefill_seconds(tokens, 0) + std::max(longest, work);
   }
   /// What one chunk adds to a step that has others.
   [[nodiscard]] double prefill_share(std::int64_t tokens, std::int64_t context) const noexcept {
@@ -96,6 +121,38 @@ struct CostModel {
     return link_seconds + std::max(wire / overlapped_layers, wire - prefill_seconds);
   }
 };
+
+/// A row of a table that was measured at two points. Decode steps, whose time grows with the tokens that they
+/// read, are measured so: batches of different sizes have no contexts in common.
+struct MeasuredLine {
+  double x = 0.0;             ///< of the row
+  double low = 0.0;           ///< the smaller y
+  double high = 0.0;          ///< the larger y
+  double low_seconds = 0.0;   ///< measured there
+  double high_seconds = 0.0;  ///< measured there
+};
+/// The table of such lines, y from 0 to `most_y`. A line that falls (noise) is taken as flat at its mean.
+/// kInvalidArgument unless x ascends and low < high.
+[[nodiscard]] inline Result<StepTable> table_of_lines(std::span<const MeasuredLine> lines, double most_y) {
+  StepTable out;
+  out.y = {0.0, most_y};
+  for (const MeasuredLine& line : lines) {
+    if (!(line.low < line.high) || !(out.x.empty() || out.x.back() < line.x) || !(most_y > 0.0)) {
+      return error(StatusCode::kInvalidArgument, "step table: a line at ", line.x, " from ", line.low, " to ",
+                   line.high, ", up to ", most_y);
+    }
+    double slope = (line.high_seconds - line.low_seconds) / (line.high - line.low);
+    double start = line.low_seconds - slope * line.low;
+    if (slope < 0.0 || start < 0.0) {
+      slope = slope < 0.0 ? 0.0 : line.high_seconds / line.high;
+      start = slope == 0.0 ? 0.5 * (line.low_seconds + line.high_seconds) : 0.0;
+    }
+    out.x.push_back(line.x);
+    out.seconds.push_back(start);
+    out.seconds.push_back(start + slope * most_y);
+  }
+  return out;
+}
 
 /// kInvalidArgument for a table that cannot be, named in the text.
 [[nodiscard]] inline Status validate(const CostModel& cost) {

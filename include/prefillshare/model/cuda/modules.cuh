@@ -39,6 +39,29 @@ class DevicePrefillModule {
   [[nodiscard]] const ModelConfig& config() const noexcept { return model_->config; }        ///< of the model
   [[nodiscard]] const CacheKey& key() const noexcept { return key_; }  ///< of its caches
 
+  /// Puts one pass over the next tokens of several base sequences into the stream and commits them: caches[i]
+  /// is extended by chunks[i], for which it has blocks reserved. after_layer: see forward(). Errors: those of
+  /// PrefillBatch::send() and forward(); then nothing is committed.
+  template <class AfterLayer = IgnoreLayers>
+  [[nodiscard]] Status prefill_chunks(std::span<const std::span<const std::int32_t>> chunks,
+                                      std::span<Sequence* const> caches, DeviceKvAllocator<T>& allocator,
+                                      const DeviceKvStorage<T>& storage, PrefillBatch& batch,
+                                      DeviceWorkspace<T>& workspace, const Device& device,
+                                      cudaStream_t stream, AfterLayer&& after_layer = {}) const {
+    const std::span<const Sequence* const> tables(caches.data(), caches.size());
+    const auto sent = batch.send(chunks, tables, config().vocab_size, stream);
+    if (!sent.ok()) return sent.status();
+    if (Status s = forward(*model_, *sent, storage, MatrixView<float>(), workspace, device, stream,
+                           std::forward<AfterLayer>(after_layer));
+        !s.ok()) {
+      return s;
+    }
+    for (std::size_t i = 0; i < caches.size(); ++i) {
+      if (Status s = allocator.commit(*caches[i], chunks[i]); !s.ok()) return s;
+    }
+    return {};
+  }
+
   /// Extends `cache` by `tokens`: reserves blocks, puts the passes that compute their KV into the stream, in
   /// chunks of the batch's size, and commits each. The KV stands when the stream gets there: whatever reads
   /// it is put into the same stream, or waits for it. after_layer: see forward(). Errors: kInvalidArgument

@@ -102,7 +102,8 @@ class PrefillBatch {
     return out;
   }
 
-  [[nodiscard]] std::int64_t max_tokens() const noexcept { return max_tokens_; }  ///< of a pass
+  [[nodiscard]] std::int64_t max_tokens() const noexcept { return max_tokens_; }        ///< of a pass
+  [[nodiscard]] std::int64_t max_sequences() const noexcept { return max_sequences_; }  ///< of a pass
 
  private:
   PrefillBatch() = default;
