@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# Install rules. Two packages: codegemm (components io, cuda, c) and prefillshare (components mpi, cuda). A component
+# Install rules. Two packages: codegemm (components io, cuda, c) and prefillshare (components mpi, cuda, nccl). A component
 # has an export file of its own, read only when it is asked for: a user of the CPU parts alone needs neither
 # nlohmann-json nor CUDA.
 include_guard(GLOBAL)
@@ -42,6 +42,11 @@ endif()
 if(CODEGEMM_ENABLE_CUDA)
   list(APPEND codegemm_targets codegemm_cuda)
   list(APPEND prefillshare_targets prefillshare_cuda)
+endif()
+if(TARGET prefillshare_nccl)
+  list(APPEND prefillshare_targets prefillshare_nccl)
+  install(FILES ${PROJECT_SOURCE_DIR}/cmake/FindNCCL.cmake
+          DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/prefillshare)
 endif()
 codegemm_install_package(codegemm ${codegemm_targets})
 codegemm_install_package(prefillshare ${prefillshare_targets})

@@ -200,6 +200,8 @@ class DecodeGraph {
     if (status.ok()) {
       static_cast<void>(status = cuda_ok(cudaGraphInstantiate(&exec_, graph, 0), "cudaGraphInstantiate"));
     }
+    // So that the first launch makes nothing: other GPUs may wait for it.
+    if (status.ok()) static_cast<void>(status = cuda_ok(cudaGraphUpload(exec_, stream_), "cudaGraphUpload"));
     if (graph != nullptr) cudaGraphDestroy(graph);
     return status;
   }

@@ -28,6 +28,12 @@ namespace detail {
   return out;
 }
 
+// An uploader that tells what is added to the residual stream from the rest: ParallelUploader.
+template <class Uploader, class HostLinear>
+concept SumsParts = requires(const Uploader& upload, std::span<const HostLinear* const> parts) {
+  upload.summed(parts);
+};
+
 }  // namespace detail
 
 /// Makes device layers out of dense ones. T: __half or __nv_bfloat16.
@@ -114,17 +120,28 @@ class DeviceLlamaBuilder {
     if (Status s = copy(out.post_attention_norm, layer.post_attention_norm); !s.ok()) return s;
     if (Status s = copy(out.q_norm, layer.q_norm); !s.ok()) return s;
     if (Status s = copy(out.k_norm, layer.k_norm); !s.ok()) return s;
-    const auto make = [&](auto& to, auto... parts) -> Status {
-      const std::array<const HostLinear*, sizeof...(parts)> of = {parts...};
-      auto made = upload_(std::span<const HostLinear* const>(of));
+    const auto take = [&](auto& to, auto made) -> Status {
       if (!made.ok()) return made.status().with_prefix(codegemm::concat("layer ", model_.layers.size()));
       to = std::move(made).value();
       return {};
     };
+    using Parts = std::span<const HostLinear* const>;
+    const auto make = [&](auto& to, auto... parts) {
+      const std::array<const HostLinear*, sizeof...(parts)> of = {parts...};
+      return take(to, upload_(Parts(of)));
+    };
+    // What is added to the residual stream: where several GPUs have a part of it, their products are summed.
+    const auto make_added = [&](auto& to, const HostLinear* part) {
+      if constexpr (detail::SumsParts<Uploader, HostLinear>) {
+        return take(to, upload_.summed(Parts(&part, 1)));
+      } else {
+        return take(to, upload_(Parts(&part, 1)));
+      }
+    };
     if (Status s = make(out.qkv, &layer.q, &layer.k, &layer.v); !s.ok()) return s;
-    if (Status s = make(out.o, &layer.o); !s.ok()) return s;
+    if (Status s = make_added(out.o, &layer.o); !s.ok()) return s;
     if (Status s = make(out.gate_up, &layer.gate, &layer.up); !s.ok()) return s;
-    if (Status s = make(out.down, &layer.down); !s.ok()) return s;
+    if (Status s = make_added(out.down, &layer.down); !s.ok()) return s;
     model_.layers.push_back(std::move(out));
     return {};
   }
