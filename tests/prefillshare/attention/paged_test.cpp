@@ -15,6 +15,7 @@
 #include <vector>
 
 #include <codegemm/base/thread_pool.hpp>
+#include <prefillshare/attention/shared.hpp>
 #include <prefillshare/kv/allocator.hpp>
 
 #include <support/catch.hpp>
@@ -419,6 +420,139 @@ TEST_CASE("forks that share a prefix read the same as contexts of their own") {
     }
     alone[i].check(executor);
   }
+}
+
+namespace {
+
+/// Sequences whose first tokens lie in the same blocks, each a Problem of its own to be compared with.
+struct SharedProblem {
+  std::vector<Problem> alone;
+  std::optional<HostKvStorage> storage;
+  std::vector<std::vector<BlockId>> blocks;
+  std::vector<prefillshare::DecodeSequence> sequences;
+  std::vector<float> q;
+  std::int64_t shared;
+
+  SharedProblem(Rng& rng, int heads, int kv_heads, int head_dim, std::int64_t shared_,
+                const std::vector<std::int64_t>& tails, int block_tokens)
+      : shared(shared_) {
+    const std::int64_t row = std::int64_t{kv_heads} * head_dim;
+    const std::vector<float> k = rng.normals(shared * row);
+    const std::vector<float> v = rng.normals(shared * row);
+    std::int64_t needed = 2 + shared / block_tokens;
+    for (const std::int64_t tail : tails) needed += tail / block_tokens + 2;
+    storage.emplace(*HostKvStorage::create({1, kv_heads, head_dim, block_tokens}, needed));
+    std::fill_n(storage->layer(0).data, needed * 2 * block_tokens * row, kNaN);
+    BlockId next = static_cast<BlockId>(needed);  // from the end, so that pages do not lie in order
+    std::vector<BlockId> common;
+    for (std::int64_t t = 0; t < shared; t += block_tokens) common.push_back(--next);
+    for (const std::int64_t tail : tails) {
+      Problem& one = alone.emplace_back(rng, 1, shared + tail - 1, heads, kv_heads, head_dim, block_tokens);
+      std::copy(k.begin(), k.end(), one.k.begin());
+      std::copy(v.begin(), v.end(), one.v.begin());
+      std::vector<BlockId>& own = blocks.emplace_back(common);
+      while (std::ssize(own) * block_tokens < shared + tail) own.push_back(--next);
+      REQUIRE(prefillshare::append_kv(storage->layer(0), own, 0, {one.k.data(), shared + tail, row},
+                                      {one.v.data(), shared + tail, row})
+                  .ok());
+      q.insert(q.end(), one.q.begin(), one.q.end());
+    }
+    for (std::size_t i = 0; i < tails.size(); ++i) sequences.push_back({blocks[i], shared + tails[i]});
+  }
+
+  [[nodiscard]] prefillshare::SharedDecodeArgs args(std::vector<float>& out) {
+    const auto count = static_cast<std::int64_t>(alone.size());
+    prefillshare::SharedDecodeArgs args;
+    args.kv = storage->layer(0);
+    args.sequences = sequences;
+    args.shared_tokens = shared;
+    args.q = {q.data(), count, alone[0].columns(), alone[0].q_stride()};
+    args.out = {out.data(), count, alone[0].columns(), alone[0].out_stride()};
+    args.heads = alone[0].heads;
+    return args;
+  }
+  [[nodiscard]] std::vector<float> run(codegemm::Executor& executor, const AttentionKernels& kernels) {
+    std::vector<float> out(alone.size() * static_cast<std::size_t>(alone[0].out_stride()), kNaN);
+    prefillshare::SharedDecodeArgs call = args(out);
+    Workspace workspace(prefillshare::decode_workspace_bytes(call, executor.workers()));
+    call.workspace = workspace.span();
+    const Status status = prefillshare::detail::shared_decode(call, executor, kernels);
+    INFO(status.message());
+    REQUIRE(status.ok());
+    REQUIRE(workspace.intact());
+    return out;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("sequences that share a prefix, decoded together, agree with the definition in double") {
+  Rng rng(52);
+  SerialExecutor serial;
+  ThreadPool pool(2);
+  const auto check = [&](int heads, int kv_heads, int head_dim, std::int64_t shared,
+                         const std::vector<std::int64_t>& tails, int block_tokens) {
+    CAPTURE(heads, kv_heads, head_dim, shared, tails, block_tokens);
+    SharedProblem problem(rng, heads, kv_heads, head_dim, shared, tails, block_tokens);
+    for (const AttentionKernels* kernels : all_kernels()) {
+      CAPTURE(std::string(kernels->name));
+      const std::vector<float> got = problem.run(serial, *kernels);
+      const std::vector<float> again = problem.run(pool, *kernels);
+      REQUIRE(std::memcmp(got.data(), again.data(), got.size() * sizeof(float)) == 0);
+      std::size_t wrong = 0;
+      for (std::size_t i = 0; i < problem.alone.size(); ++i) {
+        std::vector<double> expected, bound;
+        problem.alone[i].reference(expected, bound);
+        const auto* row = got.data() + i * static_cast<std::size_t>(problem.alone[i].out_stride());
+        for (std::size_t j = 0; j < expected.size(); ++j) {
+          if (!(std::abs(static_cast<double>(row[j]) - expected[j]) <= bound[j])) ++wrong;
+        }
+      }
+      CHECK(wrong == 0);
+    }
+  };
+  check(4, 1, 64, 48, {5, 1, 17}, 16);
+  check(8, 2, 128, 704, {3, 300, 20, 1, 90, 2}, 16);   // several parts of both, several sets of 16 rows
+  check(20, 1, 96, 32, {9, 40}, 1);                    // a group larger than a set of rows
+  check(3, 3, 64, 0, {70, 1, 600}, 11);                // nothing is shared
+  check(6, 2, 8, 70, {0, 0, 0, 0, 0, 0, 0, 0, 0}, 7);  // all is shared
+  check(2, 1, 64, 33, {0, 0}, 16);                     // a partly filled block, too
+}
+
+TEST_CASE("decoding with a shared prefix refuses wrong calls before it writes") {
+  Rng rng(53);
+  SerialExecutor executor;
+  SharedProblem problem(rng, 4, 2, 64, 32, {5, 9}, 16);
+  std::vector<float> out(2 * static_cast<std::size_t>(problem.alone[0].out_stride()), kNaN);
+  const prefillshare::SharedDecodeArgs good = problem.args(out);
+  Workspace workspace(prefillshare::decode_workspace_bytes(good, 1));
+  const auto code_of = [&](auto&& change) {
+    prefillshare::SharedDecodeArgs args = good;
+    args.workspace = workspace.span();
+    change(args);
+    return prefillshare::shared_decode(args, executor).code();
+  };
+  using Args = prefillshare::SharedDecodeArgs;
+  CHECK(code_of([](Args& a) { a.heads = 3; }) == StatusCode::kInvalidArgument);
+  CHECK(code_of([](Args& a) { a.kv.head_dim = 12; }) == StatusCode::kUnsupported);
+  CHECK(code_of([](Args& a) { a.q.cols -= 64; }) == StatusCode::kShapeMismatch);
+  CHECK(code_of([](Args& a) { a.out.rows = 1; }) == StatusCode::kShapeMismatch);
+  CHECK(code_of([](Args& a) { a.scale = kNaN; }) == StatusCode::kInvalidArgument);
+  CHECK(code_of([](Args& a) { a.q.data = nullptr; }) == StatusCode::kNullPointer);
+  CHECK(code_of([](Args& a) { a.shared_tokens = -1; }) == StatusCode::kInvalidArgument);
+  CHECK(code_of([](Args& a) { a.shared_tokens = 38; }) == StatusCode::kInvalidArgument);  // beyond the first
+  CHECK(code_of([](Args& a) { a.shared_tokens = 33; }) ==
+        StatusCode::kInvalidArgument);  // not the same block
+  CHECK(code_of([](Args& a) { a.kv.blocks = 1; }) == StatusCode::kInvalidArgument);
+  CHECK(code_of([](Args& a) { a.workspace = a.workspace.first(64); }) == StatusCode::kWorkspaceTooSmall);
+  CHECK(code_of([](Args& a) { a.workspace = {}; }) == StatusCode::kWorkspaceTooSmall);
+  CHECK(std::all_of(out.begin(), out.end(), [](float x) { return std::isnan(x); }));
+  CHECK(code_of([](Args&) {}) == StatusCode::kOk);
+  Args none;
+  none.kv = good.kv;
+  none.heads = 4;
+  none.q.cols = none.out.cols = none.q.stride = none.out.stride = 256;
+  CHECK(prefillshare::shared_decode(none, executor).ok());
 }
 
 TEST_CASE("a NaN stays in the rows that see it, and is not lost in them") {
