@@ -8,7 +8,8 @@
 // is once a step, not once a layer: it has a row of its own.
 //
 // usage: kv-gpu [--json FILE] [--quick] [--torch FILE] [--only decode|decode-hnd|shared|prefill|copies]
-//               [--lanes N] [--min-tiles N] [--no-overlap] [--many-rows-cost PERCENT]
+//               [--lanes N] [--min-tiles N] [--no-overlap] [--many-rows-cost PERCENT] [--ordered-pages]
+//   --ordered-pages  a sequence's pages lie one after the other, to see what it costs that they do not
 //   --torch FILE  the times that bench/attention_peer.py wrote on this machine, as peers
 #include <algorithm>
 #include <chrono>
@@ -56,6 +57,8 @@ __global__ void fill_kernel(__half* data, std::uint64_t count, std::uint64_t see
 double rounded(std::uint64_t i, std::uint64_t seed) {
   return static_cast<double>(Half::from_float(value_at(i, seed)).to_float());
 }
+
+bool ordered_pages = false;
 
 struct Model {
   const char* name;
@@ -119,7 +122,7 @@ struct Bench {
     for (int c = 0; c < copies; ++c) {
       std::vector<std::int32_t> order(static_cast<std::size_t>(pages));
       std::iota(order.begin(), order.end(), static_cast<std::int32_t>(c * pages));
-      for (std::size_t i = order.size() - 1; i > 0; --i) {
+      for (std::size_t i = order.size() - 1; i > 0 && !ordered_pages; --i) {
         state = state * 6364136223846793005ULL + 1442695040888963407ULL;
         std::swap(order[i], order[(state >> 33) % (i + 1)]);
       }
@@ -456,6 +459,7 @@ int program(int argc, char** argv) {
   using bench::Option;
   bench::parse(argc, argv,
                {{"--quick", Option::flag(program.quick)},
+                {"--ordered-pages", Option::flag(ordered_pages)},
                 {"--no-overlap", Option::flag(program.overlap, false)},
                 {"--json", Option::value(json)},
                 {"--only", Option::value(only)},
