@@ -71,8 +71,8 @@ struct CudaTiers {
 /// read and written by the caller's threads in work() until stop(), or one block at a time in work_one().
 class CudaCopyEngine final : public CopyEngine {
  public:
-  /// kInvalidArgument for sizes that cannot be, and for memory that is not pinned; kOutOfMemory; kIoError with
-  /// errno when the file cannot be made; kCudaError.
+  /// kInvalidArgument for sizes that cannot be, and for memory that is not pinned; kOutOfMemory; kIoError
+  /// with errno when the file cannot be made; kCudaError.
   [[nodiscard]] static codegemm::Result<std::unique_ptr<CudaCopyEngine>> create(const DeviceBlocks& device,
                                                                                 const CudaTiers& tiers) {
     const std::int64_t bytes = device.bytes_per_block();

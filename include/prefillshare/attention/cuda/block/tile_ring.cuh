@@ -13,10 +13,10 @@
 
 namespace prefillshare::cuda {
 
-/// What a block that multiplies by wgmma holds in shared memory: a tile of queries, a ring of tiles of K or V,
-/// the item that is worked on, and barriers. A tile is 128 rows; 64 columns of all rows lie together, 128
-/// bytes a row, in the 128-byte swizzle: of row r, 16 bytes number c are at place c ^ (r % 8). Offsets are
-/// bytes from the beginning of shared memory.
+/// What a block that multiplies by wgmma holds in shared memory: a tile of queries, a ring of tiles of K
+/// or V, the item that is worked on, and barriers. A tile is 128 rows; 64 columns of all rows lie together,
+/// 128 bytes a row, in the 128-byte swizzle: of row r, 16 bytes number c are at place c ^ (r % 8). Offsets
+/// are bytes from the beginning of shared memory.
 template <ScalarType Type, int HeadDim>
 struct PrefillWgmmaShape {
   static_assert(HeadDim == 64 || HeadDim == 96 || HeadDim == 128,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/attention/cuda/block/wgmma_products.cuh - the two products of attention on a warpgroup of Hopper:
-// scores from queries and keys in shared memory, and values weighted by registers.
+// prefillshare/attention/cuda/block/wgmma_products.cuh - the two products of attention on a warpgroup of
+// Hopper: scores from queries and keys in shared memory, and values weighted by registers.
 // Layer: attention/cuda/block (device).
 // See: PTX ISA, "Asynchronous warpgroup level matrix instructions", for descriptors and fragments.
 #pragma once
@@ -119,8 +119,9 @@ __device__ __forceinline__ void hold(float (&d)[Size]) {
   for (int i = 0; i < Size; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Descriptor of keys x 64 values of 16 bits, 128 bytes a key in the 128-byte swizzle, as the B operand whose
-// columns are the values: eight keys lie in 1024 bytes, the next 64 values `next` bytes on. 16 keys on: + 128.
+// Descriptor of keys x 64 values of 16 bits, 128 bytes a key in the 128-byte swizzle, as the B operand
+// whose columns are the values: eight keys lie in 1024 bytes, the next 64 values `next` bytes on. 16 keys
+// on: + 128.
 [[nodiscard]] __device__ __forceinline__ std::uint64_t describe_values(unsigned shared, unsigned next) {
   constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
   constexpr std::uint64_t kEightKeys = std::uint64_t{1024 >> 4} << 32;
