@@ -50,10 +50,10 @@ struct PrefillWgmmaShape {
 #if CODEGEMM_HAS_WGMMA
   /// One thread; `shared` is the address of shared memory. The block meets after it.
   static __device__ __forceinline__ void init_barriers(unsigned shared) {
-    constexpr unsigned kLoaders = 4;      // warps
+    constexpr unsigned kLoaders = 128;    // threads
     constexpr unsigned kMultipliers = 8;  // warps
-    for (int i = 0; i <= kSlots; ++i) {   // the last pair are the queries'
-      codegemm::cuda::detail::init_barrier(shared + full_at(i), kLoaders);
+    for (int i = 0; i <= kSlots; ++i) {   // the last pair are the queries', where the item arrives, too
+      codegemm::cuda::detail::init_barrier(shared + full_at(i), kLoaders + (i == kSlots ? 1U : 0U));
       codegemm::cuda::detail::init_barrier(shared + free_at(i), kMultipliers);
     }
     codegemm::cuda::detail::publish_barriers();
@@ -88,19 +88,15 @@ struct RingPlace {
   }
 };
 
-// One of the four warps that load: 32 rows of each tile. At most three tiles are under way; a tile is
-// announced when its copies have arrived, at the latest when the next has to wait for its place.
+// One of the four warps that load: 32 rows of each tile. A barrier opens when the copies of all have arrived,
+// so that this warp runs ahead as far as the ring is free. Who multiplies what it has waited for calls
+// publish_to_products() first: here that would wait for all copies under way.
 template <class Shape>
 class TileLoader {
  public:
   __device__ __forceinline__ explicit TileLoader(const char* shared_memory)
       : shared_(static_cast<unsigned>(__cvta_generic_to_shared(shared_memory))) {}
 
-  __device__ __forceinline__ void wait_until_free(unsigned barrier, unsigned parity) {
-    if (__all_sync(0xFFFFFFFFU, phase_ended(shared_ + barrier, parity))) return;
-    announce_all();
-    codegemm::cuda::detail::wait_for_phase(shared_ + barrier, parity);
-  }
   // Lane l's row begins at from + mine, all are zero where mine < 0. `to`: a tile.
   __device__ __forceinline__ void copy_rows(const std::uint16_t* from, std::int64_t mine, unsigned to) const {
     constexpr int kChunks = Shape::kHeadDim / 8;  // of 16 bytes in a row
@@ -123,43 +119,21 @@ class TileLoader {
       base += 1024;
     }
   }
-  // What was copied since the last end_tile() is what `barrier` announces.
-  __device__ __forceinline__ void end_tile(unsigned barrier) {
-    end_copy_group();
-    wait_for_copies<2>();
-    announce(older_);
-    older_ = newer_;
-    newer_ = barrier;
-  }
+  // The same into the next place of the ring, when it is free.
   __device__ __forceinline__ void copy_tile(const std::uint16_t* from, std::int64_t mine) {
-    wait_until_free(Shape::free_at(place_.slot), place_.phase ^ 1U);
+    codegemm::cuda::detail::wait_for_phase(shared_ + Shape::free_at(place_.slot), place_.phase ^ 1U);
     copy_rows(from, mine, Shape::tile_at(place_.slot));
-    end_tile(Shape::full_at(place_.slot));
+    codegemm::cuda::detail::arrive_after_copies(shared_ + Shape::full_at(place_.slot));
     place_.next();
   }
-  // Announces all there is, and `barrier`.
-  __device__ __forceinline__ void finish(unsigned barrier) {
-    announce_all();
-    announce(barrier);
+  // When the queries before have been multiplied.
+  __device__ __forceinline__ void copy_queries(const std::uint16_t* from, std::int64_t mine) const {
+    copy_rows(from, mine, Shape::kQueriesAt);
+    codegemm::cuda::detail::arrive_after_copies(shared_ + Shape::kQueriesFull);
   }
 
  private:
-  __device__ __forceinline__ void announce_all() {
-    wait_for_copies<0>();
-    announce(older_);
-    announce(newer_);
-    older_ = newer_ = 0;
-  }
-  __device__ __forceinline__ void announce(unsigned barrier) {
-    if (barrier == 0U) return;  // no barrier lies at the beginning of shared memory
-    publish_to_products();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) codegemm::cuda::detail::arrive(shared_ + barrier);
-  }
-
   unsigned shared_;
-  unsigned older_ = 0;  // barriers of tiles under way
-  unsigned newer_ = 0;
   RingPlace<Shape> place_;
 };
 

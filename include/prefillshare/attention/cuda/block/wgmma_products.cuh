@@ -138,22 +138,10 @@ __device__ __forceinline__ void grow_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// What this thread wrote to shared memory is seen by products that start after.
+// What was written to shared memory before, by this thread or by others it has waited for, is seen by products
+// that start after.
 __device__ __forceinline__ void publish_to_products() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// Whether a phase of a barrier has ended, without waiting.
-[[nodiscard]] __device__ __forceinline__ bool phase_ended(unsigned barrier, unsigned parity) {
-  unsigned out;
-  asm volatile(
-      "{\n\t.reg .pred done;\n\t"
-      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n\t"
-      "selp.u32 %0, 1, 0, done;\n\t}"
-      : "=r"(out)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return out != 0U;
 }
 
 // Named barriers of Threads threads: wait() also arrives.

@@ -24,6 +24,7 @@ namespace detail {
 template <class Shape>
 __device__ __forceinline__ void load_prefill(const PrefillArgs& a, char* shared_memory) {
   TileLoader<Shape> loader(shared_memory);
+  const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory));
   const int row = static_cast<int>(threadIdx.x) % 128;  // of queries and of a tile
   unsigned phase = 0;                                   // of the queries' barrier
   for (int round = 0;; ++round, phase ^= 1U) {
@@ -46,10 +47,14 @@ __device__ __forceinline__ void load_prefill(const PrefillArgs& a, char* shared_
       const int last_row = min(item.first_row + Shape::kRows, item.rows) - 1;
       item.keys = max(0, item.first_position + last_row / a.group + 1);
     }
-    loader.wait_until_free(Shape::kQueriesFree, phase ^ 1U);
-    if (threadIdx.x % 128 == 0) *reinterpret_cast<PrefillItem*>(shared_memory + Shape::kItemAt) = item;
+    codegemm::cuda::detail::wait_for_phase(shared + Shape::kQueriesFree, phase ^ 1U);
+    if (threadIdx.x % 128 == 0) {
+      *reinterpret_cast<PrefillItem*>(shared_memory + Shape::kItemAt) = item;
+      codegemm::cuda::detail::arrive(shared + Shape::kQueriesFull);
+    }
     if (item.rows == 0) {
-      loader.finish(Shape::kQueriesFull);
+      codegemm::cuda::detail::arrive(shared + Shape::kQueriesFull);
+      wait_for_copies<0>();
       return;
     }
     const int query = item.first_row + row;
@@ -59,8 +64,7 @@ __device__ __forceinline__ void load_prefill(const PrefillArgs& a, char* shared_
       from = (std::int64_t{item.first_query} + token) * a.q_stride +
              static_cast<std::int64_t>(item.kv_head * a.group + query - token * a.group) * Shape::kHeadDim;
     }
-    loader.copy_rows(a.q, from, Shape::kQueriesAt);
-    loader.end_tile(Shape::kQueriesFull);
+    loader.copy_queries(a.q, from);
 
     // A page is looked up a tile ahead of its copy, since the copy's address waits for it.
     const std::int32_t* const table = a.indices + page_begin;
@@ -204,24 +208,48 @@ struct PrefillMultiplier {
       all += __shfl_xor_sync(0xFFFFFFFFU, all, 2);
       const float inverse = all == 0.0F ? 0.0F : 1.0F / all;
       const int mine = row + 8 * h;
-      if (mine >= item.rows) continue;
+      const bool there = mine < item.rows;
       const int token = mine / a.group;
       const std::int64_t at =
           (std::int64_t{item.first_query} + token) * a.out_stride +
-          static_cast<std::int64_t>(item.kv_head * a.group + mine - token * a.group) * Shape::kHeadDim +
-          lane % 4 * 2;
-      const auto store_as = [&](ScalarType type) {
+          static_cast<std::int64_t>(item.kv_head * a.group + mine - token * a.group) * Shape::kHeadDim;
+      if (a.out_type == ScalarType::kFloat) {
 #pragma unroll
         for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
-          store_pair(a.out, at + n * 8, type, out[n * 4 + 2 * h] * inverse, out[n * 4 + 2 * h + 1] * inverse);
+          if (!there) continue;
+          store_pair(a.out, at + n * 8 + lane % 4 * 2, ScalarType::kFloat, out[n * 4 + 2 * h] * inverse,
+                     out[n * 4 + 2 * h + 1] * inverse);
         }
-      };
-      if (a.out_type == kType) {
-        store_as(kType);
-      } else {
-        store_as(a.out_type);
+        continue;
+      }
+      // Four lanes have two columns each of every eight: they swap, until each has all of one eight.
+#pragma unroll
+      for (int n = 0; n < Shape::kHeadDim / 8; n += 4) {
+        unsigned words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float low = out[(n + i) * 4 + 2 * h] * inverse;
+          const float high = out[(n + i) * 4 + 2 * h + 1] * inverse;
+          words[i] = a.out_type == ScalarType::kHalf ? pack<ScalarType::kHalf>(low, high)
+                                                     : pack<ScalarType::kBFloat16>(low, high);
+        }
+        swap_words(words[0], words[1], 1);
+        swap_words(words[2], words[3], 1);
+        swap_words(words[0], words[2], 2);
+        swap_words(words[1], words[3], 2);
+        if (!there) continue;
+        *reinterpret_cast<uint4*>(static_cast<unsigned short*>(a.out) + at + (n + lane % 4) * 8) =
+            make_uint4(words[0], words[1], words[2], words[3]);
       }
     }
+  }
+
+ private:
+  // Lanes that differ in `bit`: the one without it gives `second` for the other's `first`.
+  static __device__ __forceinline__ void swap_words(unsigned& first, unsigned& second, int bit) {
+    const bool has = (static_cast<int>(threadIdx.x) & bit) != 0;
+    const unsigned got = __shfl_xor_sync(0xFFFFFFFFU, has ? first : second, bit);
+    (has ? first : second) = got;
   }
 };
 
@@ -236,14 +264,14 @@ __device__ __forceinline__ void multiply_prefill(const PrefillArgs& a, char* sha
                                                                         static_cast<unsigned>(half) * 8192U);
   RingPlace<Shape> place;
   PrefillMultiplier<Shape> m;
-  const auto keys_at = [&] {
-    return codegemm::cuda::detail::describe_tokens(shared + Shape::tile_at(place.slot));
+  const auto keys_at = [&](const RingPlace<Shape>& of) {
+    return codegemm::cuda::detail::describe_tokens(shared + Shape::tile_at(of.slot));
   };
   const auto values_at = [&] {
     return describe_values(shared + Shape::tile_at(place.slot), Shape::kColumnTileBytes);
   };
-  const auto wait_for_tile = [&] {
-    codegemm::cuda::detail::wait_for_phase(shared + Shape::full_at(place.slot), place.phase);
+  const auto wait_for_tile = [&](const RingPlace<Shape>& of) {
+    codegemm::cuda::detail::wait_for_phase(shared + Shape::full_at(of.slot), of.phase);
   };
   const auto release = [&](unsigned barrier) {
     if (lane == 0) codegemm::cuda::detail::arrive(shared + barrier);
@@ -266,9 +294,10 @@ __device__ __forceinline__ void multiply_prefill(const PrefillArgs& a, char* sha
     };
     m.clear();
     if (tiles > 0) {
-      wait_for_tile();
+      wait_for_tile(place);
+      publish_to_products();
       wgmma_fence();
-      m.multiply_keys(queries, keys_at());
+      m.multiply_keys(queries, keys_at(place));
       wgmma_wait<0>();
       hold(m.score);
       release(Shape::free_at(place.slot));
@@ -279,19 +308,19 @@ __device__ __forceinline__ void multiply_prefill(const PrefillArgs& a, char* sha
       m.round_weights();
       if (half == 1 && tiles > 1) give_turn<256>(kTurn);
       for (int t = 1; t < tiles; ++t) {
-        wait_for_tile();
+        const RingPlace<Shape> of_keys = place;
+        place.next();
+        wait_for_tile(of_keys);
+        wait_for_tile(place);
+        publish_to_products();
         wait_for_turn<256>(kTurn + half);
         wgmma_fence();
-        m.multiply_keys(queries, keys_at());
-        const int of_keys = place.slot;
-        place.next();
-        wait_for_tile();
-        wgmma_fence();
+        m.multiply_keys(queries, keys_at(of_keys));
         m.multiply_values(values_at());
         if (half == 0 || t + 1 < tiles) give_turn<256>(kTurn + 1 - half);
         wgmma_wait<1>();
         hold(m.score);
-        release(Shape::free_at(of_keys));
+        release(Shape::free_at(of_keys.slot));
         if (t + 1 == tiles) release(Shape::kQueriesFree);
         mask(t);
         m.weigh(a.scale_log2);
@@ -305,7 +334,8 @@ __device__ __forceinline__ void multiply_prefill(const PrefillArgs& a, char* sha
         m.rescale();
         m.round_weights();
       }
-      wait_for_tile();
+      wait_for_tile(place);
+      publish_to_products();
       wgmma_fence();
       m.multiply_values(values_at());
       wgmma_wait<0>();
