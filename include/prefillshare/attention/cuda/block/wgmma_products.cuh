@@ -138,8 +138,8 @@ __device__ __forceinline__ void grow_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// What was written to shared memory before, by this thread or by others it has waited for, is seen by products
-// that start after.
+// What was written to shared memory before, by this thread or by others it has waited for, is seen by
+// products that start after.
 __device__ __forceinline__ void publish_to_products() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
