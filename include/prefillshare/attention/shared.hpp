@@ -40,6 +40,7 @@ struct SharedDecodeArgs {
   int heads = 0;                        ///< a multiple of kv.kv_heads
   float scale = 0.0F;                   ///< of the scores; 0 means 1 / sqrt(head_dim)
   std::span<std::byte> workspace;       ///< decode_workspace_bytes(), 64-byte aligned, need not be cleared
+  const KvPages* pages = nullptr;       ///< where set, K and V come from here, as in PagedAttentionArgs
 };
 
 namespace detail {
@@ -55,7 +56,12 @@ struct SharedDecodePlan {
   std::int64_t partial_size = 0;  // floats of a part of a row
 };
 
+[[nodiscard]] inline KvLayerView<const float> kv_of(const SharedDecodeArgs& args) {
+  return args.pages != nullptr ? sizes_of(*args.pages) : args.kv;
+}
+
 [[nodiscard]] inline SharedDecodePlan plan_of(const SharedDecodeArgs& args) {
+  const auto kv = kv_of(args);
   SharedDecodePlan plan;
   std::int64_t longest = 0;
   for (const DecodeSequence& s : args.sequences) longest = std::max(longest, s.length - args.shared_tokens);
@@ -64,10 +70,10 @@ struct SharedDecodePlan {
   plan.shared_parts = parts(args.shared_tokens);
   // A shorter tail has no more parts than (keys - 1) / kMinSplitKeys + 1, and never more than kMaxSplits.
   plan.tail_parts = longest == 0 ? 0 : std::min(kMaxSplits, (longest - 1) / kMinSplitKeys + 1);
-  plan.rows = static_cast<std::int64_t>(args.sequences.size()) * (args.heads / args.kv.kv_heads);
-  plan.partial_size = partial_floats(args.kv.head_dim);
-  plan.part_stride = plan.rows * args.kv.kv_heads * plan.partial_size;
-  plan.scratch = kFewRows * (args.kv.head_dim + kKeyTile);
+  plan.rows = static_cast<std::int64_t>(args.sequences.size()) * (args.heads / kv.kv_heads);
+  plan.partial_size = partial_floats(kv.head_dim);
+  plan.part_stride = plan.rows * kv.kv_heads * plan.partial_size;
+  plan.scratch = key_scratch_floats(args.pages, kv.head_dim);
   return plan;
 }
 
@@ -87,7 +93,7 @@ struct SharedDecodePlan {
 [[nodiscard]] inline codegemm::Status validate(const SharedDecodeArgs& args, int workers) {
   using codegemm::error;
   using codegemm::StatusCode;
-  const auto& kv = args.kv;
+  const auto kv = detail::kv_of(args);
   const auto count = static_cast<std::int64_t>(args.sequences.size());
   if (kv.kv_heads < 1 || kv.block_tokens < 1 || args.heads < 1 || args.heads % kv.kv_heads != 0) {
     return error(StatusCode::kInvalidArgument, "shared_decode: ", args.heads, " heads over ", kv.kv_heads,
@@ -177,7 +183,7 @@ struct SharedDecodeRun {
         some.tokens = std::min(step, sequence + count - s);
         some.group = static_cast<int>(std::min<std::int64_t>(heads, group - h));
         // The kernels find head kv_head * some.group of a query.
-        some.q = args.q.data + s * args.q.stride + (kv_head * (group - some.group) + h) * args.kv.head_dim;
+        some.q = args.q.data + s * args.q.stride + (kv_head * (group - some.group) + h) * problem.kv.head_dim;
         kernels.attend_keys(
             some, kv_head, first, end, scratch,
             partials + part * plan.part_stride + (kv_head * plan.rows + s * group + h) * plan.partial_size);
@@ -185,7 +191,7 @@ struct SharedDecodeRun {
     }
   }
   void merge(std::int64_t sequence, std::int64_t parts) const {
-    const std::int64_t head_dim = args.kv.head_dim;
+    const std::int64_t head_dim = problem.kv.head_dim;
     for (std::int64_t head = 0; head < args.heads; ++head) {
       float* const to = args.out.data + sequence * args.out.stride + head * head_dim;
       if (parts == 0) {
@@ -207,11 +213,13 @@ struct SharedDecodeRun {
   if (codegemm::Status status = validate(args, workers); !status.ok()) return status;
   const auto count = static_cast<std::int64_t>(args.sequences.size());
   if (count == 0) return {};
-  const int kv_heads = args.kv.kv_heads;
+  const auto kv = kv_of(args);
+  const int kv_heads = kv.kv_heads;
   const double scale = args.scale != 0.0F ? static_cast<double>(args.scale)
-                                          : 1.0 / std::sqrt(static_cast<double>(args.kv.head_dim));
+                                          : 1.0 / std::sqrt(static_cast<double>(kv.head_dim));
   AttentionProblem problem;
-  problem.kv = args.kv;
+  problem.kv = kv;
+  problem.pages = args.pages;
   problem.q_stride = args.q.stride;
   problem.group = args.heads / kv_heads;
   problem.scale = static_cast<float>(scale * std::numbers::log2e);

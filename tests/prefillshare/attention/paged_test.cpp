@@ -519,6 +519,90 @@ TEST_CASE("sequences that share a prefix, decoded together, agree with the defin
   check(2, 1, 64, 33, {0, 0}, 16);                     // a partly filled block, too
 }
 
+TEST_CASE("pages of every element type and order, read by prefill, decode and shared decode") {
+  Rng rng(54);
+  SerialExecutor executor;
+  constexpr int kHeads = 6, kKvHeads = 2, kDim = 64, kBlockTokens = 16;
+  constexpr std::int64_t kRow = std::int64_t{kKvHeads} * kDim;
+  using prefillshare::KvElement;
+  using prefillshare::KvLayout;
+  for (const KvElement element :
+       {KvElement::kFp32, KvElement::kFp16, KvElement::kBf16, KvElement::kFp8E4M3}) {
+    for (const KvLayout layout : {KvLayout::kNhd, KvLayout::kHnd}) {
+      for (const std::int64_t tokens : {1, 40}) {
+        CAPTURE(static_cast<int>(element), static_cast<int>(layout), tokens);
+        Problem problem(rng, tokens, 600 - tokens, kHeads, kKvHeads, kDim, kBlockTokens);
+        const std::int64_t used = std::ssize(problem.blocks) + 3;
+        std::vector<std::byte> memory(static_cast<std::size_t>(used * 2 * kBlockTokens * kRow * 4));
+        std::memset(memory.data(), 0xFF, memory.size());  // NaN in each of the types
+        prefillshare::KvPages pages;
+        pages.base = memory.data();
+        pages.format = {element, layout};
+        pages.strides = prefillshare::dense_strides({1, kKvHeads, kDim, kBlockTokens}, layout);
+        pages.blocks = used;
+        pages.block_tokens = kBlockTokens;
+        pages.kv_heads = kKvHeads;
+        pages.head_dim = kDim;
+        if (element == KvElement::kFp8E4M3) pages.k_scale = 0.01F, pages.v_scale = 0.02F;
+        // The definition gets the numbers as they are stored; some are tiny, so that they are subnormal there.
+        for (std::int64_t t = 0; t < 600; ++t) {
+          for (int part = 0; part < 2; ++part) {
+            std::span<float> row(
+                (part == 0 ? problem.k : problem.v).data() + static_cast<std::ptrdiff_t>(t * kRow),
+                static_cast<std::size_t>(kRow));
+            for (std::size_t j = 0; j < row.size(); j += 7) row[j] *= 1e-5F;
+            const BlockId block = problem.blocks[static_cast<std::size_t>(t / kBlockTokens)];
+            const auto slot = static_cast<int>(t % kBlockTokens);
+            prefillshare::store_token(pages, block, slot, part, row);
+            prefillshare::load_token(pages, block, slot, part, row);
+          }
+        }
+        std::vector<double> expected, bound;
+        problem.reference(expected, bound);
+        for (const AttentionKernels* kernels : all_kernels()) {
+          CAPTURE(std::string(kernels->name));
+          const auto wrong = [&](const std::vector<float>& out) {
+            std::size_t count = 0;
+            for (std::int64_t t = 0; t < tokens; ++t) {
+              for (std::int64_t c = 0; c < problem.columns(); ++c) {
+                const auto at = static_cast<std::size_t>(t * problem.columns() + c);
+                const double got =
+                    static_cast<double>(out[static_cast<std::size_t>(t * problem.out_stride() + c)]);
+                if (!(std::abs(got - expected[at]) <= bound[at])) ++count;
+              }
+            }
+            return count;
+          };
+          std::vector<float> out(static_cast<std::size_t>(tokens * problem.out_stride()), kNaN);
+          PagedAttentionArgs args = problem.args(out);
+          args.kv = {};
+          args.pages = &pages;
+          Workspace workspace(prefillshare::workspace_bytes(prefillshare::shape_of(args), 1));
+          args.workspace = workspace.span();
+          REQUIRE(prefillshare::detail::paged_attention(args, executor, *kernels).ok());
+          CHECK(workspace.intact());
+          CHECK(wrong(out) == 0);
+          if (tokens > 1) continue;
+          out.assign(out.size(), kNaN);
+          const prefillshare::DecodeSequence sequence{problem.blocks, 600};
+          prefillshare::SharedDecodeArgs shared;
+          shared.pages = &pages;
+          shared.sequences = {&sequence, 1};
+          shared.shared_tokens = 320;
+          shared.q = args.q;
+          shared.out = args.out;
+          shared.heads = kHeads;
+          Workspace room(prefillshare::decode_workspace_bytes(shared, 1));
+          shared.workspace = room.span();
+          REQUIRE(prefillshare::detail::shared_decode(shared, executor, *kernels).ok());
+          CHECK(room.intact());
+          CHECK(wrong(out) == 0);
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("decoding with a shared prefix refuses wrong calls before it writes") {
   Rng rng(53);
   SerialExecutor executor;
