@@ -45,8 +45,8 @@ struct PagedAttentionArgs {
   int heads = 0;                        ///< a multiple of kv.kv_heads
   float scale = 0.0F;                   ///< of the scores; 0 means 1 / sqrt(head_dim)
   std::span<std::byte> workspace;       ///< workspace_bytes(), 64-byte aligned, need not be cleared
-  /// Where set, K and V come from here and not from `kv`: pages in host memory of any type and order, fp8 with
-  /// its scales. Outlives the call.
+  /// Where set, K and V come from here and not from `kv`: pages in host memory of any type and order, fp8
+  /// with its scales. Outlives the call.
   const KvPages* pages = nullptr;
 };
 
@@ -211,10 +211,10 @@ namespace detail {
 }  // namespace detail
 
 /// out[t][h] = softmax(scale * q[t][h] . K[0 .. p]) V[0 .. p] with p = first_position + t, heads in groups of
-/// heads / kv_heads on one K/V head. K and V become fp32 as they are read; fp32 throughout, online softmax. Deterministic, and independent of the
-/// number of workers. With more than 16 rows (tokens x group) a token's result is also bit for bit the same
-/// however a prefill is cut into such chunks. Allocates nothing. No tokens is success.
-/// Errors: see validate().
+/// heads / kv_heads on one K/V head. K and V become fp32 as they are read; fp32 throughout, online softmax.
+/// Deterministic, and independent of the number of workers. With more than 16 rows (tokens x group) a token's
+/// result is also bit for bit the same however a prefill is cut into such chunks. Allocates nothing. No
+/// tokens is success. Errors: see validate().
 [[nodiscard]] inline codegemm::Status paged_attention(const PagedAttentionArgs& args,
                                                       codegemm::Executor& executor) {
   return detail::paged_attention(args, executor, detail::attention_kernels());

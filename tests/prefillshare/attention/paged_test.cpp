@@ -544,7 +544,7 @@ TEST_CASE("pages of every element type and order, read by prefill, decode and sh
         pages.kv_heads = kKvHeads;
         pages.head_dim = kDim;
         if (element == KvElement::kFp8E4M3) pages.k_scale = 0.01F, pages.v_scale = 0.02F;
-        // The definition gets the numbers as they are stored; some are tiny, so that they are subnormal there.
+        // The definition gets the numbers as they are stored; some are so small that they are subnormal.
         for (std::int64_t t = 0; t < 600; ++t) {
           for (int part = 0; part < 2; ++part) {
             std::span<float> row(
