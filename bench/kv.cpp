@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // bench/kv.cpp - the KV allocator: how fast it looks up and hands out, what it saves, what each eviction
-// policy keeps of a production trace. On one core; no numbers lie in the blocks.
+// policy keeps of a production trace, no numbers lying in the blocks; and decoding over blocks that sequences
+// share beside the plain path. On one core.
 
 #if !defined(NDEBUG) && !defined(__clang_analyzer__)
 #error "Benchmarks must be built in Release mode: cmake --preset bench"
@@ -9,6 +10,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
@@ -25,6 +28,7 @@
 #include <nlohmann/json.hpp>
 
 #include <codegemm/base/thread_pool.hpp>
+#include <prefillshare/attention/shared.hpp>
 #include <prefillshare/kv/allocator.hpp>
 #include <support/random.hpp>
 
@@ -266,6 +270,59 @@ void trace_replays(json& rows, const std::string& path, const std::string& plot)
   if (!plot.empty()) check(write_text(plot_svg(curves), plot));
 }
 
+/// Attention of one layer of Llama-3 8B, one token a sequence: the shared tokens read once for all sequences,
+/// and once for each.
+void shared_decode(json& rows) {
+  constexpr int kHeads = 32, kKvHeads = 8, kDim = 128, kBlockTokens = 16, kTail = 64;
+  SerialExecutor executor;
+  for (const int shared : {256, 1024, 4096}) {
+    for (const int count : {1, 2, 4, 16}) {
+      const int shared_blocks = shared / kBlockTokens;
+      const int tail_blocks = kTail / kBlockTokens;
+      const int blocks = shared_blocks + count * tail_blocks;
+      auto storage = prefillshare::HostKvStorage::create({1, kKvHeads, kDim, kBlockTokens}, blocks).value();
+      test::Rng rng(3);
+      const std::int64_t floats = std::int64_t{blocks} * 2 * kBlockTokens * kKvHeads * kDim;
+      for (std::int64_t i = 0; i < floats; ++i) storage.layer(0).data[i] = rng.normal();
+      std::vector<std::vector<BlockId>> tables(static_cast<std::size_t>(count));
+      std::vector<prefillshare::DecodeSequence> sequences;
+      for (int i = 0; i < count; ++i) {
+        auto& table = tables[static_cast<std::size_t>(i)];
+        for (int b = 0; b < shared_blocks; ++b) table.push_back(b);
+        for (int b = 0; b < tail_blocks; ++b) table.push_back(shared_blocks + i * tail_blocks + b);
+        sequences.push_back({table, shared + kTail});
+      }
+      const std::vector<float> q = rng.normals(std::int64_t{count} * kHeads * kDim);
+      std::vector<float> out[2] = {std::vector<float>(q.size()), std::vector<float>(q.size())};
+      double seconds[2] = {};
+      for (const int plain : {0, 1}) {
+        prefillshare::SharedDecodeArgs args;
+        args.kv = storage.layer(0);
+        args.sequences = sequences;
+        args.shared_tokens = plain != 0 ? 0 : shared;
+        args.q = {q.data(), count, kHeads * kDim};
+        args.out = {out[plain].data(), count, kHeads * kDim};
+        args.heads = kHeads;
+        const std::size_t bytes = prefillshare::decode_workspace_bytes(args, 1);
+        std::vector<float> memory(bytes / sizeof(float) + 16);
+        void* aligned = memory.data();
+        std::size_t space = memory.size() * sizeof(float);
+        args.workspace = {static_cast<std::byte*>(std::align(64, bytes, aligned, space)), bytes};
+        seconds[plain] = time_of(15, cool, [&] { check(prefillshare::shared_decode(args, executor)); });
+      }
+      for (std::size_t i = 0; i < q.size(); ++i) {
+        if (!(std::abs(out[0][i] - out[1][i]) < 1e-4F)) throw std::runtime_error("the two paths differ");
+      }
+      row(rows, {{"name", "shared_decode"},
+                 {"sequences", count},
+                 {"tokens", shared},
+                 {"median_us", seconds[0] * 1e6},
+                 {"plain_us", seconds[1] * 1e6},
+                 {"ratio", seconds[1] / seconds[0]}});
+    }
+  }
+}
+
 int run(int argc, char** argv) {
   std::string json_path;
   std::string plot;
@@ -290,6 +347,7 @@ int run(int argc, char** argv) {
   sessions(rows);
   memory_of_modules(rows);
   trace_replays(rows, trace, plot);
+  shared_decode(rows);
   if (!json_path.empty()) check(write_text(frame_json(suite, rows).dump(2) + '\n', json_path));
   return 0;
 }

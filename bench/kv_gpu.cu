@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // bench/kv_gpu.cu - suite kv-gpu: attention over pages at the head shapes of Llama-3 8B and 70B: decode,
-// decode with a shared prefix beside the plain path, and prefill.
+// decode with a shared prefix beside the plain path, and prefill; blocks to pinned host memory and back.
 //
 // Each time is the median of replays of a CUDA graph that holds many calls over different caches, 600 MB in
 // all where one is smaller, so that no cache of the GPU holds them; divided by the number of calls. prepare()
 // is once a step, not once a layer: it has a row of its own.
 //
-// usage: kv-gpu [--json FILE] [--quick] [--torch FILE] [--only decode|decode-hnd|shared|prefill]
-//               [--lanes N] [--min-tiles N] [--no-overlap] [--many-rows-cost PERCENT]
+// usage: kv-gpu [--json FILE] [--quick] [--torch FILE] [--only decode|decode-hnd|shared|prefill|copies]
+//               [--lanes N] [--min-tiles N] [--no-overlap] [--many-rows-cost PERCENT] [--ordered-pages]
+//   --ordered-pages  a sequence's pages lie one after the other, to see what it costs that they do not
 //   --torch FILE  the times that bench/attention_peer.py wrote on this machine, as peers
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -22,6 +24,7 @@
 
 #include <prefillshare/attention/decode.cuh>
 #include <prefillshare/attention/prefill.cuh>
+#include <prefillshare/kv/cuda_copy_engine.cuh>
 
 #include "support/gpu_program.hpp"
 #include "support/gpu_timing.cuh"
@@ -54,6 +57,8 @@ __global__ void fill_kernel(__half* data, std::uint64_t count, std::uint64_t see
 double rounded(std::uint64_t i, std::uint64_t seed) {
   return static_cast<double>(Half::from_float(value_at(i, seed)).to_float());
 }
+
+bool ordered_pages = false;
 
 struct Model {
   const char* name;
@@ -117,7 +122,7 @@ struct Bench {
     for (int c = 0; c < copies; ++c) {
       std::vector<std::int32_t> order(static_cast<std::size_t>(pages));
       std::iota(order.begin(), order.end(), static_cast<std::int32_t>(c * pages));
-      for (std::size_t i = order.size() - 1; i > 0; --i) {
+      for (std::size_t i = order.size() - 1; i > 0 && !ordered_pages; --i) {
         state = state * 6364136223846793005ULL + 1442695040888963407ULL;
         std::swap(order[i], order[(state >> 33) % (i + 1)]);
       }
@@ -342,9 +347,88 @@ struct Program {
         row.median_us = time_us(stream, 4, quick ? 3 : 11, [&](int) { check(run(p, device, stream)); });
         const double pairs = static_cast<double>(point.tokens) * (past + 0.5 * (point.tokens + 1.0));
         row.tflop_per_s = pairs * model.heads * model.head_dim * 4.0 / row.median_us * 1e-6;
+        if (device.arch == 90) {
+          p.tuning.kernel = PrefillKernel::kMma;
+          const double mma = time_us(stream, 4, quick ? 3 : 11, [&](int) { check(run(p, device, stream)); });
+          row.peers.push_back({"mma.sync", mma, mma / row.median_us});
+        }
         add(row);
       }
     }
+  }
+
+  // Blocks of 16 tokens of Llama-3 8B (2 MB, of 32 pages) between device and pinned memory, until poll() has
+  // seen the last; beside one copy of as many bytes that lie together.
+  void copies() {
+    constexpr std::int64_t kBlocks = 256;
+    const prefillshare::KvShape shape{32, 8, 128, kPageSize};
+    auto storage = prefillshare::cuda::DeviceKvStorage<__half>::create(shape, 2 * kBlocks, stream);
+    check(storage.status());
+    const auto bytes = static_cast<std::size_t>(kBlocks * storage->bytes_per_block());
+    const auto words = bytes / sizeof(__half);
+    fill_kernel<<<1024, 256, 0, stream>>>(storage->layer(0), 2 * words, 5);
+    std::byte* pinned = nullptr;
+    check(cudaMallocHost(reinterpret_cast<void**>(&pinned), bytes), "cudaMallocHost");
+    prefillshare::cuda::CudaTiers tiers;
+    tiers.memory = {pinned, bytes};
+    tiers.queue_size = 64;
+    check(cudaStreamCreateWithFlags(&tiers.out, cudaStreamNonBlocking), "cudaStreamCreate");
+    check(cudaStreamCreateWithFlags(&tiers.in, cudaStreamNonBlocking), "cudaStreamCreate");
+    auto engine =
+        prefillshare::cuda::CudaCopyEngine::create(prefillshare::cuda::device_blocks(*storage), tiers);
+    check(engine.status());
+    check(cudaDeviceSynchronize(), "fill");
+    const auto median = [&](auto&& call) {
+      std::vector<double> times;
+      for (int i = 0; i < (quick ? 3 : 7); ++i) {
+        const auto start = std::chrono::steady_clock::now();
+        call();
+        times.push_back(
+            std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count());
+      }
+      std::sort(times.begin(), times.end());
+      return times[times.size() / 2];
+    };
+    for (const bool leaves : {true, false}) {
+      const double plain = median([&] {
+        check(leaves ? cudaMemcpyAsync(pinned, storage->layer(0), bytes, cudaMemcpyDeviceToHost, tiers.out)
+                     : cudaMemcpyAsync(storage->layer(0), pinned, bytes, cudaMemcpyHostToDevice, tiers.in),
+              "cudaMemcpyAsync");
+        check(cudaStreamSynchronize(leaves ? tiers.out : tiers.in), "copy");
+      });
+      const double us = median([&] {
+        std::int64_t begun = 0;
+        for (std::int64_t ended = 0; ended < kBlocks;) {
+          while (begun < kBlocks && begun - ended < tiers.queue_size) {
+            const auto slot = static_cast<std::int32_t>(begun);
+            // Every second block of the device, so that no two pages of a copy lie together.
+            const prefillshare::BlockPlace device_place{0, 2 * slot};
+            const prefillshare::BlockPlace host_place{1, slot};
+            check((*engine)->start(leaves ? device_place : host_place, leaves ? host_place : device_place,
+                                   static_cast<std::uint64_t>(begun)));
+            ++begun;
+          }
+          prefillshare::CopyResult result;
+          while ((*engine)->poll(result)) {
+            check(result.status);
+            ++ended;
+          }
+        }
+      });
+      Row row;
+      row.name = leaves ? "offload" : "reload";
+      row.shape = "32x8x128";
+      row.config = concat(kBlocks, " blocks");
+      row.tokens = kBlocks * kPageSize;
+      row.median_us = us;
+      row.gb_per_s = static_cast<double>(bytes) / us * 1e-3;
+      row.peers.push_back({"one-copy", plain, plain / us});
+      add(row);
+    }
+    engine->reset();
+    check(cudaFreeHost(pinned), "cudaFreeHost");
+    check(cudaStreamDestroy(tiers.out), "cudaStreamDestroy");
+    check(cudaStreamDestroy(tiers.in), "cudaStreamDestroy");
   }
 
   void time_prepare() {
@@ -375,6 +459,7 @@ int program(int argc, char** argv) {
   using bench::Option;
   bench::parse(argc, argv,
                {{"--quick", Option::flag(program.quick)},
+                {"--ordered-pages", Option::flag(ordered_pages)},
                 {"--no-overlap", Option::flag(program.overlap, false)},
                 {"--json", Option::value(json)},
                 {"--only", Option::value(only)},
@@ -400,6 +485,7 @@ int program(int argc, char** argv) {
   if (wanted("decode")) program.time_prepare();
   if (wanted("shared")) program.shared();
   if (wanted("prefill")) program.prefill();
+  if (wanted("copies")) program.copies();
   if (!json.empty()) check(bench::write_json(program.suite, json));
   check(cudaStreamDestroy(program.stream), "cudaStreamDestroy");
   return 0;

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include <prefillshare/kv/block_pool.hpp>
+#include <prefillshare/kv/pages.hpp>
 #include <prefillshare/kv/storage.hpp>
 
 namespace prefillshare::detail {
@@ -16,7 +17,8 @@ namespace prefillshare::detail {
 /// One attention call, checked. The queries that read the same K and V head are taken together as rows:
 /// row r of K/V head h is token r / group, query head h * group + r % group.
 struct AttentionProblem {
-  KvLayerView<const float> kv;
+  KvLayerView<const float> kv;     // with `pages`: their sizes alone
+  const KvPages* pages = nullptr;  // of another type or order
   const BlockId* blocks = nullptr;
   std::int64_t first_position = 0;
   std::int64_t tokens = 0;
@@ -57,6 +59,7 @@ struct TileScratch {
   float* k_transposed;  // [head_dim][kKeyTile]
   float* v;             // [kKeyTile][head_dim]
   float* scores;        // [kRowPad][kKeyTile]
+  float* converted;     // converted_floats(), behind floats()
 
   [[nodiscard]] static std::int64_t floats(std::int64_t head_dim) {
     return 2 * kMaxTileRows * head_dim + 2 * kMaxTileRows + 2 * kKeyTile * head_dim + kRowPad * kKeyTile;
@@ -68,8 +71,23 @@ struct TileScratch {
         sum(maximum + kMaxTileRows),
         k_transposed(sum + kMaxTileRows),
         v(k_transposed + kKeyTile * head_dim),
-        scores(v + kKeyTile * head_dim) {}
+        scores(v + kKeyTile * head_dim),
+        converted(scores + kRowPad * kKeyTile) {}
 };
+
+/// Floats of a tile of K and of V that are read from pages of another type; 0 where they are read in place.
+[[nodiscard]] inline std::int64_t converted_floats(const KvPages* pages, std::int64_t head_dim) {
+  return pages == nullptr || pages->format.element == KvElement::kFp32 ? 0 : 2 * kKeyTile * head_dim;
+}
+/// Floats of scratch memory of a worker where keys are split: rows of Q, their scores, two tiles.
+[[nodiscard]] inline std::int64_t key_scratch_floats(const KvPages* pages, std::int64_t head_dim) {
+  return kFewRows * (head_dim + kKeyTile) + 2 * converted_floats(pages, head_dim);
+}
+/// The sizes of pages, as those of fp32 pages in NHD.
+[[nodiscard]] inline KvLayerView<const float> sizes_of(const KvPages& pages) {
+  return {static_cast<const float*>(pages.base), pages.blocks, pages.block_tokens, pages.kv_heads,
+          pages.head_dim};
+}
 
 /// Rows of one task when rows are split: as many as keep the packed K and V tile busy, but no fewer tasks
 /// than some workers can share. Depends on the problem alone, and the result does not depend on it.

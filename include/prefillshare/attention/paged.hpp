@@ -18,6 +18,7 @@
 #include <prefillshare/attention/cpu_kernels.hpp>
 #include <prefillshare/attention/cpu_problem.hpp>
 #include <prefillshare/kv/block_pool.hpp>
+#include <prefillshare/kv/pages.hpp>
 #include <prefillshare/kv/storage.hpp>
 
 namespace prefillshare {
@@ -25,11 +26,12 @@ namespace prefillshare {
 /// The numbers that decide how much workspace a call needs. A workspace for larger `tokens` and `context`
 /// serves all smaller ones, so one that fits the longest chunk and context serves a whole session.
 struct PagedAttentionShape {
-  std::int64_t tokens = 0;   ///< query tokens of a call
-  std::int64_t context = 0;  ///< keys that the last of them sees: first_position + tokens
-  int heads = 0;             ///< of Q
-  int kv_heads = 0;          ///< heads of K and of V
-  int head_dim = 0;          ///< elements of a head
+  std::int64_t tokens = 0;         ///< query tokens of a call
+  std::int64_t context = 0;        ///< keys that the last of them sees: first_position + tokens
+  int heads = 0;                   ///< of Q
+  int kv_heads = 0;                ///< heads of K and of V
+  int head_dim = 0;                ///< elements of a head
+  const KvPages* pages = nullptr;  ///< where set, what PagedAttentionArgs::pages will be
 };
 
 /// Causal attention of `q` over the KV of one layer. The query at position p sees positions 0 .. p, whose
@@ -43,13 +45,17 @@ struct PagedAttentionArgs {
   int heads = 0;                        ///< a multiple of kv.kv_heads
   float scale = 0.0F;                   ///< of the scores; 0 means 1 / sqrt(head_dim)
   std::span<std::byte> workspace;       ///< workspace_bytes(), 64-byte aligned, need not be cleared
+  /// Where set, K and V come from here and not from `kv`: pages in host memory of any type and order, fp8
+  /// with its scales. Outlives the call.
+  const KvPages* pages = nullptr;
 };
 
 inline constexpr std::size_t kAttentionAlignment = 64;  ///< bytes, of the workspace's address
 
 /// The shape of that call.
 [[nodiscard]] inline PagedAttentionShape shape_of(const PagedAttentionArgs& args) {
-  return {args.q.rows, args.first_position + args.q.rows, args.heads, args.kv.kv_heads, args.kv.head_dim};
+  const auto kv = args.pages != nullptr ? detail::sizes_of(*args.pages) : args.kv;
+  return {args.q.rows, args.first_position + args.q.rows, args.heads, kv.kv_heads, kv.head_dim, args.pages};
 }
 
 /// Bytes of workspace for a valid shape on an executor of `workers` workers. 0 for no tokens.
@@ -62,11 +68,12 @@ inline constexpr std::size_t kAttentionAlignment = 64;  ///< bytes, of the works
         shape.tokens <= detail::kFewRows / group ? shape.tokens * group : detail::kFewRows / group * group;
     const std::int64_t splits =
         std::min((shape.context + detail::kMinSplitKeys - 1) / detail::kMinSplitKeys, detail::kMaxSplits);
-    const std::int64_t scratch = detail::kFewRows * (shape.head_dim + detail::kKeyTile);
+    const std::int64_t scratch = detail::key_scratch_floats(shape.pages, shape.head_dim);
     floats = workers * scratch + splits * shape.kv_heads * rows * detail::partial_floats(shape.head_dim);
   }
   if (shape.tokens > detail::kFewRows / group) {  // and those with more split the rows
-    floats = std::max(floats, workers * detail::TileScratch::floats(shape.head_dim));
+    floats = std::max(floats, workers * (detail::TileScratch::floats(shape.head_dim) +
+                                         detail::converted_floats(shape.pages, shape.head_dim)));
   }
   const auto bytes = static_cast<std::size_t>(floats) * sizeof(float);
   return (bytes + kAttentionAlignment - 1) / kAttentionAlignment * kAttentionAlignment;
@@ -76,7 +83,7 @@ inline constexpr std::size_t kAttentionAlignment = 64;  ///< bytes, of the works
 [[nodiscard]] inline codegemm::Status validate(const PagedAttentionArgs& args, int workers) {
   using codegemm::error;
   using codegemm::StatusCode;
-  const auto& kv = args.kv;
+  const auto kv = args.pages != nullptr ? detail::sizes_of(*args.pages) : args.kv;
   if (args.q.rows < 0 || args.q.rows != args.out.rows || args.q.cols != args.out.cols) {
     return error(StatusCode::kShapeMismatch, "paged_attention: q is ", args.q.rows, " x ", args.q.cols,
                  ", out is ", args.out.rows, " x ", args.out.cols);
@@ -145,12 +152,14 @@ namespace detail {
   const int workers = executor.workers();
   if (codegemm::Status status = validate(args, workers); !status.ok()) return status;
   if (args.q.rows == 0) return {};
-  const int head_dim = args.kv.head_dim;
-  const int kv_heads = args.kv.kv_heads;
+  const auto kv = args.pages != nullptr ? sizes_of(*args.pages) : args.kv;
+  const int head_dim = kv.head_dim;
+  const int kv_heads = kv.kv_heads;
   const float scale =
       args.scale != 0.0F ? args.scale : static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
   AttentionProblem problem;
-  problem.kv = args.kv;
+  problem.kv = kv;
+  problem.pages = args.pages;
   problem.blocks = args.blocks.data();
   problem.first_position = args.first_position;
   problem.tokens = args.q.rows;
@@ -170,15 +179,16 @@ namespace detail {
       const std::int64_t tile = tiles - 1 - task / kv_heads;  // the last see most keys: these first
       const auto kv_head = static_cast<int>(task % kv_heads);
       const std::int64_t first = tile * size;
-      kernels.attend_rows(problem, kv_head, first, std::min(size, rows - first),
-                          memory + worker * TileScratch::floats(head_dim));
+      kernels.attend_rows(
+          problem, kv_head, first, std::min(size, rows - first),
+          memory + worker * (TileScratch::floats(head_dim) + converted_floats(args.pages, head_dim)));
     });
     return {};
   }
   const std::int64_t keys = args.first_position + args.q.rows;
   const std::int64_t size = split_keys(keys);
   const std::int64_t splits = (keys + size - 1) / size;
-  const std::int64_t scratch = kFewRows * (head_dim + kKeyTile);
+  const std::int64_t scratch = key_scratch_floats(args.pages, head_dim);
   const std::int64_t row_stride = partial_floats(head_dim);
   const std::int64_t split_stride = kv_heads * rows * row_stride;
   float* partials = memory + workers * scratch;  // [splits][kv_heads][rows][row_stride]
@@ -201,10 +211,10 @@ namespace detail {
 }  // namespace detail
 
 /// out[t][h] = softmax(scale * q[t][h] . K[0 .. p]) V[0 .. p] with p = first_position + t, heads in groups of
-/// heads / kv_heads on one K/V head. fp32 throughout, online softmax. Deterministic, and independent of the
-/// number of workers. With more than 16 rows (tokens x group) a token's result is also bit for bit the same
-/// however a prefill is cut into such chunks. Allocates nothing. No tokens is success.
-/// Errors: see validate().
+/// heads / kv_heads on one K/V head. K and V become fp32 as they are read; fp32 throughout, online softmax.
+/// Deterministic, and independent of the number of workers. With more than 16 rows (tokens x group) a token's
+/// result is also bit for bit the same however a prefill is cut into such chunks. Allocates nothing. No
+/// tokens is success. Errors: see validate().
 [[nodiscard]] inline codegemm::Status paged_attention(const PagedAttentionArgs& args,
                                                       codegemm::Executor& executor) {
   return detail::paged_attention(args, executor, detail::attention_kernels());

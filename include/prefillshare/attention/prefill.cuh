@@ -11,7 +11,9 @@
 #include <cuda_runtime.h>
 
 #include <prefillshare/attention/cuda/kernels/prefill.cuh>
+#include <prefillshare/attention/cuda/kernels/prefill_wgmma.cuh>
 #include <prefillshare/attention/cuda/problem.cuh>
+#include <prefillshare/attention/cuda/tuning.hpp>
 
 namespace prefillshare::cuda {
 
@@ -33,7 +35,44 @@ struct PrefillProblem {
   MatrixView<Y> out;                           ///< the same shape; must not overlap q or the pages
   int heads = 0;                               ///< a multiple of kv.kv_heads
   float scale = 0.0F;                          ///< of the scores; 0 means 1 / sqrt(head_dim)
+  PrefillTuning tuning = {};                   ///< what is chosen by itself unless set here
 };
+
+namespace detail {
+
+// A block an item or a multiprocessor, whichever are fewer: a block takes several items one after the other.
+template <class T, int HeadDim>
+[[nodiscard]] Status launch_prefill_wgmma(const PrefillArgs& args, std::int64_t tiles, const Device& device,
+                                          cudaStream_t stream) {
+  using Shape = PrefillWgmmaShape<ScalarOf<T>::kType, HeadDim>;
+  const std::int64_t items = tiles * args.kv_heads;
+  codegemm::cuda::LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(std::min<std::int64_t>(items, device.multiprocessors)));
+  shape.threads = Shape::kThreads;
+  shape.shared_bytes = Shape::kSharedBytes;
+  shape.overlap = true;
+  return codegemm::cuda::launch(prefill_wgmma_kernel<Shape>, shape, args, stream);
+}
+
+// A block an item.
+template <class T, int HeadDim>
+[[nodiscard]] Status launch_prefill_mma(const PrefillArgs& args, std::int64_t tiles, const Device& device,
+                                        cudaStream_t stream) {
+  using Shape = AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 2, 2>;
+  constexpr std::int64_t kMaxGrid = 65535;
+  if (tiles > kMaxGrid) {
+    return error(StatusCode::kUnsupported, "cuda prefill: ", tiles, " tiles of ", Shape::kRows,
+                 " query rows in one call, more than ", kMaxGrid);
+  }
+  codegemm::cuda::LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(args.kv_heads), static_cast<unsigned>(tiles));
+  shape.threads = Shape::kThreads;
+  shape.shared_bytes = Shape::kSharedBytes;
+  shape.overlap = device.arch >= 90;
+  return codegemm::cuda::launch(prefill_kernel<Shape>, shape, args, stream);
+}
+
+}  // namespace detail
 
 /// Everything that run() refuses, with the numbers; looks at no device memory. No tokens is success.
 template <class T, class Y>
@@ -51,6 +90,10 @@ template <class T, class Y>
   if (Status s = detail::check_table(kCall, p.table, used); !s.ok()) return s;
   if (Status s = detail::check_heads(kCall, p.heads, p.kv.kv_heads); !s.ok()) return s;
   if (Status s = detail::check_scale(kCall, p.scale); !s.ok()) return s;
+  if (p.tuning.kernel == PrefillKernel::kWgmma && device.arch != 90) {
+    return error(StatusCode::kUnsupported, kCall, ": wgmma on compute capability ", device.arch / 10, ".",
+                 device.arch % 10, ", expected 9.0");
+  }
   const std::int64_t width = std::int64_t{p.heads} * p.kv.head_dim;
   if (Status s = detail::check_rows(kCall, "q", p.q, p.q.rows, width, used); !s.ok()) return s;
   if (Status s = detail::check_rows(kCall, "out", p.out, p.q.rows, width, used); !s.ok()) return s;
@@ -81,30 +124,22 @@ template <class T, class Y>
   args.out_stride = p.out.stride;
   args.out_type = detail::ScalarOf<Y>::kType;
   args.sequences = p.table.sequences;
+  args.kv_heads = p.kv.kv_heads;
   args.group = p.heads / p.kv.kv_heads;
   args.scale_log2 = detail::scale_log2_of(p.scale, p.kv.head_dim);
+  // Both kernels take 128 rows at a time; a sequence's last tile may be partly filled.
+  constexpr std::int64_t kRows = 128;
+  const std::int64_t tiles =
+      (p.q.rows * args.group + kRows - 1) / kRows + std::min<std::int64_t>(args.sequences, p.q.rows) - 1;
+  const bool wgmma = p.tuning.kernel == PrefillKernel::kWgmma ||
+                     (p.tuning.kernel == PrefillKernel::kAuto && device.arch == 90);
   Status status;
   static_cast<void>(codegemm::first_match(
       HeadSizes{}, [&](auto c) { return c.kHeadDim == p.kv.head_dim; },
       [&](auto c) {
-        using Shape = AttendShape<detail::ScalarOf<T>::kType, c.kHeadDim, 4, 1, 2, 2>;
-        // A sequence's last tile may be partly filled.
-        const std::int64_t tiles = (p.q.rows * args.group + Shape::kRows - 1) / Shape::kRows +
-                                   std::min<std::int64_t>(args.sequences, p.q.rows) - 1;
-        constexpr std::int64_t kMaxGrid = 65535;
-        if (tiles > kMaxGrid) {
-          static_cast<void>(status = detail::error(StatusCode::kUnsupported, "cuda prefill: ", p.q.rows,
-                                                   " tokens of ", args.group, " heads a K/V head in ",
-                                                   args.sequences, " sequences: more than ", kMaxGrid,
-                                                   " tiles in one call"));
-          return;
-        }
-        codegemm::cuda::LaunchShape shape;
-        shape.grid = dim3(static_cast<unsigned>(p.kv.kv_heads), static_cast<unsigned>(tiles));
-        shape.threads = Shape::kThreads;
-        shape.shared_bytes = Shape::kSharedBytes;
-        shape.overlap = device.arch >= 90;
-        static_cast<void>(status = codegemm::cuda::launch(prefill_kernel<Shape>, shape, args, stream));
+        const auto launch =
+            wgmma ? detail::launch_prefill_wgmma<T, c.kHeadDim> : detail::launch_prefill_mma<T, c.kHeadDim>;
+        static_cast<void>(status = launch(args, tiles, device, stream));
       }));
   return status;
 }

@@ -4,14 +4,10 @@
 // Layer: kv (host only).
 #pragma once
 
-#include <unistd.h>
-
-#include <cerrno>
 #include <concepts>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -22,6 +18,7 @@
 
 #include <codegemm/base/macros.hpp>
 #include <codegemm/base/status.hpp>
+#include <prefillshare/kv/block_file.hpp>
 #include <prefillshare/kv/block_pool.hpp>
 #include <prefillshare/kv/copy_engine.hpp>
 #include <prefillshare/kv/try_allocate.hpp>
@@ -77,19 +74,14 @@ class HostCopyEngine final : public CopyEngine {
                              tiers.memory_blocks, " blocks of ", bytes, " bytes");
     }
     if (tiers.file_blocks == 0) return engine;
-    std::string path = tiers.folder + "/prefillshare-kv-XXXXXX";
-    engine->file_ = ::mkstemp(path.data());
-    if (engine->file_ < 0) return failed(path + ": cannot be made");
-    if (::unlink(path.c_str()) != 0 || ::ftruncate(engine->file_, tiers.file_blocks * bytes) != 0) {
-      return failed(path + ": cannot be sized");
-    }
+    auto file = detail::BlockFile::create(tiers.folder, tiers.file_blocks, bytes);
+    if (!file.ok()) return file.status();
+    engine->file_ = std::move(file).value();
     return engine;
   }
 
   /// No thread may be in work() any more.
-  ~HostCopyEngine() override {
-    if (file_ >= 0) ::close(file_);
-  }
+  ~HostCopyEngine() override = default;
 
   [[nodiscard]] int tiers() const noexcept override { return 2; }
   [[nodiscard]] std::int64_t slots(int tier) const noexcept override {
@@ -152,10 +144,6 @@ class HostCopyEngine final : public CopyEngine {
 
   HostCopyEngine(Storage& storage, const HostTiers& tiers) : storage_(&storage), tiers_(tiers) {}
 
-  [[nodiscard]] static codegemm::Status failed(const std::string& what) {
-    return {codegemm::StatusCode::kIoError, what, errno};
-  }
-
   /// Takes the oldest job and does it without the lock.
   void do_one(std::unique_lock<std::mutex>& lock) {
     const Job job = waiting_[first_waiting_];
@@ -179,24 +167,10 @@ class HostCopyEngine final : public CopyEngine {
     return put(job.to, {bytes.get(), block_bytes()});
   }
   [[nodiscard]] codegemm::Status get(BlockPlace from, std::span<std::byte> bytes) {
-    return from.tier == 0 ? storage_->read_block(from.slot, bytes) : transfer<true>(from.slot, bytes);
+    return from.tier == 0 ? storage_->read_block(from.slot, bytes) : file_.read(from.slot, bytes);
   }
   [[nodiscard]] codegemm::Status put(BlockPlace to, std::span<std::byte> bytes) {
-    return to.tier == 0 ? storage_->write_block(to.slot, bytes) : transfer<false>(to.slot, bytes);
-  }
-  template <bool kReads>
-  [[nodiscard]] codegemm::Status transfer(std::int32_t slot, std::span<std::byte> bytes) {
-    auto offset =
-        static_cast<off_t>(static_cast<std::int64_t>(slot) * static_cast<std::int64_t>(block_bytes()));
-    while (!bytes.empty()) {
-      const ssize_t done = kReads ? ::pread(file_, bytes.data(), bytes.size(), offset)
-                                  : ::pwrite(file_, bytes.data(), bytes.size(), offset);
-      if (done < 0 && errno == EINTR) continue;
-      if (done <= 0) return failed("HostCopyEngine: block " + std::to_string(slot) + " of the file");
-      bytes = bytes.subspan(static_cast<std::size_t>(done));
-      offset += done;
-    }
-    return {};
+    return to.tier == 0 ? storage_->write_block(to.slot, bytes) : file_.write(to.slot, bytes);
   }
   [[nodiscard]] std::size_t block_bytes() const {
     return static_cast<std::size_t>(storage_->bytes_per_block());
@@ -208,7 +182,7 @@ class HostCopyEngine final : public CopyEngine {
   Storage* storage_;
   HostTiers tiers_;
   std::unique_ptr<std::byte[]> memory_;  // [memory_blocks][bytes_per_block], written before it is read
-  int file_ = -1;
+  detail::BlockFile file_;
 
   std::mutex mutex_;  // of all below
   std::condition_variable wake_;

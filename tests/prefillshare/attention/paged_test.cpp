@@ -15,6 +15,7 @@
 #include <vector>
 
 #include <codegemm/base/thread_pool.hpp>
+#include <prefillshare/attention/shared.hpp>
 #include <prefillshare/kv/allocator.hpp>
 
 #include <support/catch.hpp>
@@ -419,6 +420,223 @@ TEST_CASE("forks that share a prefix read the same as contexts of their own") {
     }
     alone[i].check(executor);
   }
+}
+
+namespace {
+
+/// Sequences whose first tokens lie in the same blocks, each a Problem of its own to be compared with.
+struct SharedProblem {
+  std::vector<Problem> alone;
+  std::optional<HostKvStorage> storage;
+  std::vector<std::vector<BlockId>> blocks;
+  std::vector<prefillshare::DecodeSequence> sequences;
+  std::vector<float> q;
+  std::int64_t shared;
+
+  SharedProblem(Rng& rng, int heads, int kv_heads, int head_dim, std::int64_t shared_,
+                const std::vector<std::int64_t>& tails, int block_tokens)
+      : shared(shared_) {
+    const std::int64_t row = std::int64_t{kv_heads} * head_dim;
+    const std::vector<float> k = rng.normals(shared * row);
+    const std::vector<float> v = rng.normals(shared * row);
+    std::int64_t needed = 2 + shared / block_tokens;
+    for (const std::int64_t tail : tails) needed += tail / block_tokens + 2;
+    storage.emplace(*HostKvStorage::create({1, kv_heads, head_dim, block_tokens}, needed));
+    std::fill_n(storage->layer(0).data, needed * 2 * block_tokens * row, kNaN);
+    BlockId next = static_cast<BlockId>(needed);  // from the end, so that pages do not lie in order
+    std::vector<BlockId> common;
+    for (std::int64_t t = 0; t < shared; t += block_tokens) common.push_back(--next);
+    for (const std::int64_t tail : tails) {
+      Problem& one = alone.emplace_back(rng, 1, shared + tail - 1, heads, kv_heads, head_dim, block_tokens);
+      std::copy(k.begin(), k.end(), one.k.begin());
+      std::copy(v.begin(), v.end(), one.v.begin());
+      std::vector<BlockId>& own = blocks.emplace_back(common);
+      while (std::ssize(own) * block_tokens < shared + tail) own.push_back(--next);
+      REQUIRE(prefillshare::append_kv(storage->layer(0), own, 0, {one.k.data(), shared + tail, row},
+                                      {one.v.data(), shared + tail, row})
+                  .ok());
+      q.insert(q.end(), one.q.begin(), one.q.end());
+    }
+    for (std::size_t i = 0; i < tails.size(); ++i) sequences.push_back({blocks[i], shared + tails[i]});
+  }
+
+  [[nodiscard]] prefillshare::SharedDecodeArgs args(std::vector<float>& out) {
+    const auto count = static_cast<std::int64_t>(alone.size());
+    prefillshare::SharedDecodeArgs args;
+    args.kv = storage->layer(0);
+    args.sequences = sequences;
+    args.shared_tokens = shared;
+    args.q = {q.data(), count, alone[0].columns(), alone[0].q_stride()};
+    args.out = {out.data(), count, alone[0].columns(), alone[0].out_stride()};
+    args.heads = alone[0].heads;
+    return args;
+  }
+  [[nodiscard]] std::vector<float> run(codegemm::Executor& executor, const AttentionKernels& kernels) {
+    std::vector<float> out(alone.size() * static_cast<std::size_t>(alone[0].out_stride()), kNaN);
+    prefillshare::SharedDecodeArgs call = args(out);
+    Workspace workspace(prefillshare::decode_workspace_bytes(call, executor.workers()));
+    call.workspace = workspace.span();
+    const Status status = prefillshare::detail::shared_decode(call, executor, kernels);
+    INFO(status.message());
+    REQUIRE(status.ok());
+    REQUIRE(workspace.intact());
+    return out;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("sequences that share a prefix, decoded together, agree with the definition in double") {
+  Rng rng(52);
+  SerialExecutor serial;
+  ThreadPool pool(2);
+  const auto check = [&](int heads, int kv_heads, int head_dim, std::int64_t shared,
+                         const std::vector<std::int64_t>& tails, int block_tokens) {
+    CAPTURE(heads, kv_heads, head_dim, shared, tails, block_tokens);
+    SharedProblem problem(rng, heads, kv_heads, head_dim, shared, tails, block_tokens);
+    for (const AttentionKernels* kernels : all_kernels()) {
+      CAPTURE(std::string(kernels->name));
+      const std::vector<float> got = problem.run(serial, *kernels);
+      const std::vector<float> again = problem.run(pool, *kernels);
+      REQUIRE(std::memcmp(got.data(), again.data(), got.size() * sizeof(float)) == 0);
+      std::size_t wrong = 0;
+      for (std::size_t i = 0; i < problem.alone.size(); ++i) {
+        std::vector<double> expected, bound;
+        problem.alone[i].reference(expected, bound);
+        const auto* row = got.data() + i * static_cast<std::size_t>(problem.alone[i].out_stride());
+        for (std::size_t j = 0; j < expected.size(); ++j) {
+          if (!(std::abs(static_cast<double>(row[j]) - expected[j]) <= bound[j])) ++wrong;
+        }
+      }
+      CHECK(wrong == 0);
+    }
+  };
+  check(4, 1, 64, 48, {5, 1, 17}, 16);
+  check(8, 2, 128, 704, {3, 300, 20, 1, 90, 2}, 16);   // several parts of both, several sets of 16 rows
+  check(20, 1, 96, 32, {9, 40}, 1);                    // a group larger than a set of rows
+  check(3, 3, 64, 0, {70, 1, 600}, 11);                // nothing is shared
+  check(6, 2, 8, 70, {0, 0, 0, 0, 0, 0, 0, 0, 0}, 7);  // all is shared
+  check(2, 1, 64, 33, {0, 0}, 16);                     // a partly filled block, too
+}
+
+TEST_CASE("pages of every element type and order, read by prefill, decode and shared decode") {
+  Rng rng(54);
+  SerialExecutor executor;
+  constexpr int kHeads = 6, kKvHeads = 2, kDim = 64, kBlockTokens = 16;
+  constexpr std::int64_t kRow = std::int64_t{kKvHeads} * kDim;
+  using prefillshare::KvElement;
+  using prefillshare::KvLayout;
+  for (const KvElement element :
+       {KvElement::kFp32, KvElement::kFp16, KvElement::kBf16, KvElement::kFp8E4M3}) {
+    for (const KvLayout layout : {KvLayout::kNhd, KvLayout::kHnd}) {
+      for (const std::int64_t tokens : {1, 40}) {
+        CAPTURE(static_cast<int>(element), static_cast<int>(layout), tokens);
+        Problem problem(rng, tokens, 600 - tokens, kHeads, kKvHeads, kDim, kBlockTokens);
+        const std::int64_t used = std::ssize(problem.blocks) + 3;
+        std::vector<std::byte> memory(static_cast<std::size_t>(used * 2 * kBlockTokens * kRow * 4));
+        std::memset(memory.data(), 0xFF, memory.size());  // NaN in each of the types
+        prefillshare::KvPages pages;
+        pages.base = memory.data();
+        pages.format = {element, layout};
+        pages.strides = prefillshare::dense_strides({1, kKvHeads, kDim, kBlockTokens}, layout);
+        pages.blocks = used;
+        pages.block_tokens = kBlockTokens;
+        pages.kv_heads = kKvHeads;
+        pages.head_dim = kDim;
+        if (element == KvElement::kFp8E4M3) pages.k_scale = 0.01F, pages.v_scale = 0.02F;
+        // The definition gets the numbers as they are stored; some are so small that they are subnormal.
+        for (std::int64_t t = 0; t < 600; ++t) {
+          for (int part = 0; part < 2; ++part) {
+            std::span<float> row(
+                (part == 0 ? problem.k : problem.v).data() + static_cast<std::ptrdiff_t>(t * kRow),
+                static_cast<std::size_t>(kRow));
+            for (std::size_t j = 0; j < row.size(); j += 7) row[j] *= 1e-5F;
+            const BlockId block = problem.blocks[static_cast<std::size_t>(t / kBlockTokens)];
+            const auto slot = static_cast<int>(t % kBlockTokens);
+            prefillshare::store_token(pages, block, slot, part, row);
+            prefillshare::load_token(pages, block, slot, part, row);
+          }
+        }
+        std::vector<double> expected, bound;
+        problem.reference(expected, bound);
+        for (const AttentionKernels* kernels : all_kernels()) {
+          CAPTURE(std::string(kernels->name));
+          const auto wrong = [&](const std::vector<float>& out) {
+            std::size_t count = 0;
+            for (std::int64_t t = 0; t < tokens; ++t) {
+              for (std::int64_t c = 0; c < problem.columns(); ++c) {
+                const auto at = static_cast<std::size_t>(t * problem.columns() + c);
+                const double got =
+                    static_cast<double>(out[static_cast<std::size_t>(t * problem.out_stride() + c)]);
+                if (!(std::abs(got - expected[at]) <= bound[at])) ++count;
+              }
+            }
+            return count;
+          };
+          std::vector<float> out(static_cast<std::size_t>(tokens * problem.out_stride()), kNaN);
+          PagedAttentionArgs args = problem.args(out);
+          args.kv = {};
+          args.pages = &pages;
+          Workspace workspace(prefillshare::workspace_bytes(prefillshare::shape_of(args), 1));
+          args.workspace = workspace.span();
+          REQUIRE(prefillshare::detail::paged_attention(args, executor, *kernels).ok());
+          CHECK(workspace.intact());
+          CHECK(wrong(out) == 0);
+          if (tokens > 1) continue;
+          out.assign(out.size(), kNaN);
+          const prefillshare::DecodeSequence sequence{problem.blocks, 600};
+          prefillshare::SharedDecodeArgs shared;
+          shared.pages = &pages;
+          shared.sequences = {&sequence, 1};
+          shared.shared_tokens = 320;
+          shared.q = args.q;
+          shared.out = args.out;
+          shared.heads = kHeads;
+          Workspace room(prefillshare::decode_workspace_bytes(shared, 1));
+          shared.workspace = room.span();
+          REQUIRE(prefillshare::detail::shared_decode(shared, executor, *kernels).ok());
+          CHECK(room.intact());
+          CHECK(wrong(out) == 0);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("decoding with a shared prefix refuses wrong calls before it writes") {
+  Rng rng(53);
+  SerialExecutor executor;
+  SharedProblem problem(rng, 4, 2, 64, 32, {5, 9}, 16);
+  std::vector<float> out(2 * static_cast<std::size_t>(problem.alone[0].out_stride()), kNaN);
+  const prefillshare::SharedDecodeArgs good = problem.args(out);
+  Workspace workspace(prefillshare::decode_workspace_bytes(good, 1));
+  const auto code_of = [&](auto&& change) {
+    prefillshare::SharedDecodeArgs args = good;
+    args.workspace = workspace.span();
+    change(args);
+    return prefillshare::shared_decode(args, executor).code();
+  };
+  using Args = prefillshare::SharedDecodeArgs;
+  CHECK(code_of([](Args& a) { a.heads = 3; }) == StatusCode::kInvalidArgument);
+  CHECK(code_of([](Args& a) { a.kv.head_dim = 12; }) == StatusCode::kUnsupported);
+  CHECK(code_of([](Args& a) { a.q.cols -= 64; }) == StatusCode::kShapeMismatch);
+  CHECK(code_of([](Args& a) { a.out.rows = 1; }) == StatusCode::kShapeMismatch);
+  CHECK(code_of([](Args& a) { a.scale = kNaN; }) == StatusCode::kInvalidArgument);
+  CHECK(code_of([](Args& a) { a.q.data = nullptr; }) == StatusCode::kNullPointer);
+  CHECK(code_of([](Args& a) { a.shared_tokens = -1; }) == StatusCode::kInvalidArgument);
+  CHECK(code_of([](Args& a) { a.shared_tokens = 38; }) == StatusCode::kInvalidArgument);  // beyond the first
+  CHECK(code_of([](Args& a) { a.shared_tokens = 33; }) ==
+        StatusCode::kInvalidArgument);  // not the same block
+  CHECK(code_of([](Args& a) { a.kv.blocks = 1; }) == StatusCode::kInvalidArgument);
+  CHECK(code_of([](Args& a) { a.workspace = a.workspace.first(64); }) == StatusCode::kWorkspaceTooSmall);
+  CHECK(code_of([](Args& a) { a.workspace = {}; }) == StatusCode::kWorkspaceTooSmall);
+  CHECK(std::all_of(out.begin(), out.end(), [](float x) { return std::isnan(x); }));
+  CHECK(code_of([](Args&) {}) == StatusCode::kOk);
+  Args none;
+  none.kv = good.kv;
+  none.heads = 4;
+  none.q.cols = none.out.cols = none.q.stride = none.out.stride = 256;
+  CHECK(prefillshare::shared_decode(none, executor).ok());
 }
 
 TEST_CASE("a NaN stays in the rows that see it, and is not lost in them") {

@@ -4,6 +4,8 @@
 // double.
 #include <prefillshare/attention/prefill.cuh>
 
+#include <cstring>
+
 #include "gpu_pages.cuh"
 
 namespace prefillshare::test {
@@ -16,7 +18,7 @@ using codegemm::test::seed_or;
 // chunks[i]: new tokens of sequence i, the last of its lengths[i].
 template <class T, class Y>
 void check(const BatchShape& shape, const std::vector<int>& lengths, const std::vector<int>& chunks,
-           std::uint64_t seed) {
+           std::uint64_t seed, float query_size = 1.0F) {
   const auto device = gpu_or_skip();
   CAPTURE(seed, shape.page_size, shape.kv_heads, shape.group, shape.head_dim, lengths, chunks, sizeof(Y));
   Rng rng(seed);
@@ -29,27 +31,42 @@ void check(const BatchShape& shape, const std::vector<int>& lengths, const std::
   }
   const std::int64_t cols = std::int64_t{shape.heads()} * shape.head_dim;
   const std::int64_t stride = cols + 16;
-  const std::vector<T> queries = random_vector<T>(rows.size() * static_cast<std::size_t>(stride), rng);
+  std::vector<T> queries = random_vector<T>(rows.size() * static_cast<std::size_t>(stride), rng);
+  for (T& value : queries) value = T::from_float(query_size * as_float(value));
   DeviceBuffer<T> cache(batch.values);
   DeviceTable table(batch);
   DeviceBuffer<std::int32_t> query_indptr_device(query_indptr);
   DeviceBuffer<T> q(queries);
-  DeviceBuffer<Y> out(queries.size());
-  out.poison();
   cuda::PrefillProblem<T, Y> p;
   p.kv = batch.view(cache.data());
   p.table = table.view();
   p.query_indptr = query_indptr_device.data();
   p.q = MatrixView<const T>(q.data(), static_cast<std::int64_t>(rows.size()), cols, stride);
-  p.out = MatrixView<Y>(out.data(), static_cast<std::int64_t>(rows.size()), cols, stride);
   p.heads = shape.heads();
-  const Status status = cuda::run(p, device, nullptr);
-  codegemm::test::require_ok(status);
-  REQUIRE_CUDA(cudaDeviceSynchronize());
-  REQUIRE(out.guards_intact());
   const AttentionReference want = reference_attention(batch, queries, stride, rows);
   const double tolerance = std::is_same_v<T, Half> ? kTolerance : kTolerancePrefillBFloat16;
-  CHECK(furthest(want, out.download(), cols, stride, tolerance) <= 1.0);
+  for (const auto kernel : {cuda::PrefillKernel::kMma, cuda::PrefillKernel::kWgmma}) {
+    if (kernel == cuda::PrefillKernel::kWgmma && device.arch != 90) continue;
+    CAPTURE(static_cast<int>(kernel));
+    p.tuning.kernel = kernel;
+    std::vector<Y> first;
+    for (int time = 0; time < 2; ++time) {  // the same bits both times
+      DeviceBuffer<Y> out(queries.size());
+      out.poison();
+      p.out = MatrixView<Y>(out.data(), static_cast<std::int64_t>(rows.size()), cols, stride);
+      const Status status = cuda::run(p, device, nullptr);
+      codegemm::test::require_ok(status);
+      REQUIRE_CUDA(cudaDeviceSynchronize());
+      REQUIRE(out.guards_intact());
+      const std::vector<Y> got = out.download();
+      if (time == 0) {
+        CHECK(furthest(want, got, cols, stride, tolerance) <= 1.0);
+        first = got;
+      } else {
+        CHECK(std::memcmp(first.data(), got.data(), got.size() * sizeof(Y)) == 0);
+      }
+    }
+  }
 }
 
 TEST_CASE("cuda prefill: a small one of each kind") {
@@ -82,6 +99,28 @@ TEST_CASE("cuda prefill: many sequences, and a long one") {
   }
   check<Half, Half>({16, cuda::KvLayout::kNhd, 1, 4, 64}, lengths, chunks, seed_or(3));
   check<Half, Half>({16, cuda::KvLayout::kNhd, 1, 2, 128}, {1500}, {700}, seed_or(3));
+}
+
+TEST_CASE("cuda prefill: lengths and chunks about the edges of tiles") {
+  // Tiles are 64 or 128 keys and 128 query rows, that is 128 / group tokens.
+  const std::vector<int> lengths{127, 128, 129, 255, 256, 257, 384, 385, 640};
+  const std::vector<int> chunks{127, 128, 1, 127, 33, 129, 32, 385, 64};
+  check<BFloat16, BFloat16>({16, cuda::KvLayout::kNhd, 1, 1, 128}, lengths, chunks, seed_or(4));
+  check<Half, float>({16, cuda::KvLayout::kNhd, 3, 4, 128}, lengths, chunks, seed_or(5));
+  check<Half, Half>({64, cuda::KvLayout::kHnd, 2, 5, 96}, lengths, chunks, seed_or(6));
+  check<BFloat16, float>({1, cuda::KvLayout::kNhd, 1, 8, 64}, lengths, chunks, seed_or(7));
+}
+
+TEST_CASE("cuda prefill: more items than multiprocessors, large scores") {
+  // Every block takes several items; scores of some 100 move the base of the exponents many times.
+  std::vector<int> lengths;
+  std::vector<int> chunks;
+  for (int i = 0; i < 30; ++i) {
+    lengths.push_back(90 + 7 * i);
+    chunks.push_back(40 + 5 * i);
+  }
+  check<Half, float>({16, cuda::KvLayout::kNhd, 8, 1, 64}, lengths, chunks, seed_or(8), 8.0F);
+  check<BFloat16, BFloat16>({32, cuda::KvLayout::kHnd, 4, 2, 128}, lengths, chunks, seed_or(9), 8.0F);
 }
 
 }  // namespace

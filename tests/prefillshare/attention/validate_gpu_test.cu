@@ -21,6 +21,7 @@ using codegemm::StatusCode;
 
 constexpr codegemm::cuda::Device kHopper{90, 132, 232448, {0, 132, 66, 40, 30, 22, 16, 16, 14}};
 constexpr codegemm::cuda::Device kTuring{75, 68, 65536, {}};
+constexpr codegemm::cuda::Device kAmpere{80, 108, 166912, {}};
 
 // Never followed: every call below must stop at the checks.
 template <class T>
@@ -212,6 +213,9 @@ TEST_CASE("cuda prefill: every wrong operand has its own status") {
   p = good_prefill();
   p.table.sequences = 0;
   expect(p, StatusCode::kShapeMismatch, "no sequence");
+  p = good_prefill();
+  p.tuning.kernel = cuda::PrefillKernel::kWgmma;
+  expect(p, StatusCode::kUnsupported, "wgmma on compute capability 8.0, expected 9.0", kAmpere);
   p = good_prefill();
   p.q.rows = p.out.rows = (1 << 20) + 1;
   expect(p, StatusCode::kInvalidArgument, "1048577 tokens");

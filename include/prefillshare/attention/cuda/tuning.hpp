@@ -33,4 +33,16 @@ struct DecodeTuning {
   int lanes = 0;  ///< K/V heads read side by side, a divisor of all of them; 0: chosen
 };
 
+/// Which kernel prefill takes.
+enum class PrefillKernel {
+  kAuto,   ///< kWgmma on compute capability 9.0, kMma elsewhere
+  kMma,    ///< mma.sync, compute capability 8.0 and above
+  kWgmma,  ///< wgmma, compute capability 9.0 alone
+};
+
+/// Choices of one call.
+struct PrefillTuning {
+  PrefillKernel kernel = PrefillKernel::kAuto;  ///< which one
+};
+
 }  // namespace prefillshare::cuda

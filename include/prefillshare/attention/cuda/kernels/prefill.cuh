@@ -26,6 +26,7 @@ struct PrefillArgs {
   std::int64_t out_stride = 0;
   ScalarType out_type = ScalarType::kHalf;
   int sequences = 0;
+  int kv_heads = 0;
   int group = 0;  // query heads of a K/V head
   float scale_log2 = 0.0F;
 };
