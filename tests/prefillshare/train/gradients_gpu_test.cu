@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/prefillshare/train/gradients_gpu_test.cu - training on the GPU against the CPU's: losses and gradients of
-// every parameter in double, runs of the trainer step by step, and their bits.
+// tests/prefillshare/train/gradients_gpu_test.cu - training on the GPU against the CPU's: losses and
+// gradients of every parameter in double, runs of the trainer step by step, and their bits.
 
 // What nvcc's front end remarks on in Eigen and in the CPU's kernels.
 #pragma nv_diag_suppress 20012, 1675, 550

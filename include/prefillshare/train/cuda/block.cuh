@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/train/cuda/block.cuh - one block of a Llama-family decoder over a batch of segments on the GPU:
-// forward with its activations kept, and backward.
+// prefillshare/train/cuda/block.cuh - one block of a Llama-family decoder over a batch of segments on the
+// GPU: forward with its activations kept, and backward.
 // Layer: train/cuda (host, needs nvcc and cuBLAS).
 #pragma once
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/train/cuda/pass.cuh - loss and gradients of a whole decoder over a batch of segments on the GPU.
+// prefillshare/train/cuda/pass.cuh - loss and gradients of a whole decoder over a batch of segments on the
+// GPU.
 // Layer: train/cuda (host, needs nvcc and cuBLAS).
 // See: PrefillShare (arXiv 2602.12029) equation 7; prefillshare/train/pass.hpp
 #pragma once
@@ -16,8 +17,8 @@
 
 namespace prefillshare::cuda {
 
-/// LossBatch with prefixes on the device: sequences one after the other in rows, and the tokens that some rows
-/// are to predict. Segments cover the rows in order, without gaps; segment i's prefix is the next
+/// LossBatch with prefixes on the device: sequences one after the other in rows, and the tokens that some
+/// rows are to predict. Segments cover the rows in order, without gaps; segment i's prefix is the next
 /// segments[i].prefix rows of `prefixes`.
 template <TrainStorage S>
 struct DeviceLossBatch {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/train/cuda/kernels/attention_mma.cuh - the attention of attention.cuh on tensor cores, in bf16.
-// The query heads of a KV head are rows of one tile: row r is query r / group, head r % group.
+// prefillshare/train/cuda/kernels/attention_mma.cuh - the attention of attention.cuh on tensor cores, in
+// bf16. The query heads of a KV head are rows of one tile: row r is query r / group, head r % group.
 // Layer: train/cuda/kernels (device).
 // See: Dao, FlashAttention-2 (arXiv 2307.08691) algorithms 1 and 2; without its atomic additions.
 #pragma once

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/train/cuda/kernels/row_norm.cuh - RMSNorm of rows of the residual stream, forward and backward,
-// fused with the additions next to it.
+// prefillshare/train/cuda/kernels/row_norm.cuh - RMSNorm of rows of the residual stream, forward and
+// backward, fused with the additions next to it.
 // Layer: train/cuda/kernels (device).
 #pragma once
 
