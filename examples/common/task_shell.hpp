@@ -253,29 +253,34 @@ inline constexpr const char* kRights[] = {"nothing",           "only execute", "
 }
 
 /// The same commands with the same options and operands. The order of options does not count, nor does
-/// whether they stand together, nor which quotes are used. A code fence or a prompt sign around the line is
-/// taken off.
+/// whether they stand together, nor which quotes are used. Of an answer with a code block only the first one
+/// counts, without comments; what is left must be one line.
 [[nodiscard]] inline bool judge_shell_command(const std::string& target, const std::string& answer) {
   std::string_view text = answer;
-  const auto trim = [&] {
-    while (!text.empty() && (text.front() == ' ' || text.front() == '\n')) text.remove_prefix(1);
-    while (!text.empty() && (text.back() == ' ' || text.back() == '\n')) text.remove_suffix(1);
-  };
-  trim();
-  if (text.starts_with("```") && text.ends_with("```") && text.size() >= 6) {
-    text.remove_prefix(3);
-    text.remove_suffix(3);
-    for (const std::string_view language : {"bash", "shell", "sh"}) {
+  const std::size_t fence = text.find("```");
+  if (fence != std::string_view::npos) {
+    text.remove_prefix(fence + 3);
+    text = text.substr(0, text.find("```"));
+    for (const std::string_view language : {"bash\n", "shell\n", "sh\n"}) {
       if (!text.starts_with(language)) continue;
       text.remove_prefix(language.size());
       break;
     }
-    trim();
-  } else if (text.size() > 2 && text.front() == '`' && text.back() == '`') {
-    text = text.substr(1, text.size() - 2);
   }
-  if (text.starts_with("$ ")) text.remove_prefix(2);
-  const auto got = detail::sorted_pipe(text);
+  std::string_view only;
+  while (!text.empty()) {
+    const std::size_t end = std::min(text.find('\n'), text.size());
+    std::string_view line = text.substr(0, end);
+    text.remove_prefix(std::min(end + 1, text.size()));
+    while (!line.empty() && line.front() == ' ') line.remove_prefix(1);
+    while (!line.empty() && line.back() == ' ') line.remove_suffix(1);
+    if (line.empty() || line.front() == '#') continue;
+    if (!only.empty()) return false;
+    only = line;
+  }
+  if (only.size() > 2 && only.front() == '`' && only.back() == '`') only = only.substr(1, only.size() - 2);
+  if (only.starts_with("$ ")) only.remove_prefix(2);
+  const auto got = detail::sorted_pipe(only);
   return !got.empty() && got == detail::sorted_pipe(target);
 }
 
