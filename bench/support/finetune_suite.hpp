@@ -79,7 +79,6 @@ class FinetuneSuite {
  private:
   using Clock = std::chrono::steady_clock;
   using Module = typename Backend::Module;
-  "m2v2b4g64";  // of the specialists in examples/data/agents.json
 
   template <class T>
   static T unwrap(Result<T> result) {
