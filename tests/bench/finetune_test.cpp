@@ -200,7 +200,7 @@ TEST_CASE("what counts as the shell command", "[finetune]") {
         {"tail -n 5 /data/old/b.log", "tail -n 6 /data/old/a.log", "tail /data/old/a.log",
          "head -n 5 /data/old/a.log", "tail -n 5 /data/old/a.log; rm -r /",
          "tail -n 5 /data/old/a.log | wc -l", "tail -n 5 /data/old/a.log &", "tail -n 5 $(cat x)",
-         "tail -n 5 /data/old/a.log > b", "```\ntail -n 5 /data/old/a.log", "tail -f -n 5 /data/old/a.log",
+         "tail -n 5 /data/old/a.log > b", "tail -f -n 5 /data/old/a.log",
          "tail -n 5 /data/old/a.log\nrm x", "", "|", "tail -n 5 '/data/old/a.log"});
   CHECK(judge_shell_command("tail -n 5 a.log", "```\ntail -n 5 a.log"));
   check("find /data -name '*.log' -mtime +9", {"find /data -mtime +9 -name \"*.log\""},
