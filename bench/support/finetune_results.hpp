@@ -14,13 +14,15 @@
 
 #include <nlohmann/json.hpp>
 
+#include <common/low_rank.hpp>
+
 #include "finetune_options.hpp"
 #include "finetune_runs.hpp"
 
 namespace codegemm::bench {
 
 inline constexpr const char* kSharedRuns = "shared";  // PrefillShare's, in the names of runs
-inline constexpr const char* kSpecialistFormat = "m2v2b4g64";
+using prefillshare::examples::kSpecialistFormat;
 
 [[nodiscard]] inline std::string run_name(const std::string& task, const std::string& method, double rate,
                                           std::int64_t seed) {

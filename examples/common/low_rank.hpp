@@ -32,6 +32,9 @@
 
 namespace prefillshare::examples {
 
+/// What decode modules that were made of deltas are quantized to: 4 bits, and a scale for 64 weights.
+inline constexpr const char* kSpecialistFormat = "m1v2g64";
+
 /// What is added to one linear layer's weights: scale * B A.
 struct LowRankDelta {
   std::string name;       // of the layer: "model.layers.3.mlp.up_proj"

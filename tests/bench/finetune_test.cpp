@@ -526,7 +526,7 @@ TEST_CASE("the suite runs all of its methods, stops at its time limit and goes o
                                             "prefillshare m1v4b4g64",
                                             "prefillshare m1v4b4g64 adapted",
                                             "low rank",
-                                            "low rank m2v2b4g64"};
+                                            "low rank m1v2g64"};
   REQUIRE(rows.size() == 2 * methods.size());
   for (std::size_t i = 0; i < rows.size(); ++i) {
     INFO(i);
