@@ -200,8 +200,8 @@ TEST_CASE("what counts as the shell command", "[finetune]") {
         {"tail -n 5 /data/old/b.log", "tail -n 6 /data/old/a.log", "tail /data/old/a.log",
          "head -n 5 /data/old/a.log", "tail -n 5 /data/old/a.log; rm -r /",
          "tail -n 5 /data/old/a.log | wc -l", "tail -n 5 /data/old/a.log &", "tail -n 5 $(cat x)",
-         "tail -n 5 /data/old/a.log > b", "tail -f -n 5 /data/old/a.log",
-         "tail -n 5 /data/old/a.log\nrm x", "", "|", "tail -n 5 '/data/old/a.log"});
+         "tail -n 5 /data/old/a.log > b", "tail -f -n 5 /data/old/a.log", "tail -n 5 /data/old/a.log\nrm x",
+         "", "|", "tail -n 5 '/data/old/a.log"});
   CHECK(judge_shell_command("tail -n 5 a.log", "```\ntail -n 5 a.log"));
   check("find /data -name '*.log' -mtime +9", {"find /data -mtime +9 -name \"*.log\""},
         {"find /data -mtime 9 -name '*.log'", "find -name '*.log' -mtime +9", "find /data -name '*.log'",
@@ -460,10 +460,9 @@ struct Toy {
     c.vocab_size = 257;
     c.hidden_size = 64;
     c.intermediate_size = 64;
-    c.heads = 2;
+    c.heads = 4;
     c.kv_heads = 1;
     c.head_dim = c.rope.head_dim = 16;
-    c.heads = 4;
     c.layers = 1;
     c.context_length = 512;
     loaded = {random_model(c, 31), "00112233"};
@@ -561,6 +560,23 @@ TEST_CASE("the suite runs all of its methods, stops at its time limit and goes o
   std::ofstream(path) << kept;
   CHECK(toy.run(complete)[0].mean() != 12.5);
   CHECK(complete);
+}
+
+TEST_CASE("a rate at which the loss does not stay finite counts as nothing learned", "[finetune]") {
+  Toy toy;
+  toy.options.tasks = {"shell"};
+  toy.options.stages = {"claim"};
+  toy.options.steps = 3;
+  toy.options.seeds = 1;
+  toy.options.rates = {1e30};
+  bool complete = false;
+  const auto rows = toy.run(complete);
+  CHECK(complete);
+  REQUIRE(rows.size() == 5);
+  CHECK(rows[1].mean() == 0.0);
+  const nlohmann::json kept = nlohmann::json::parse(
+      text_of_file(toy.options.work + "/" + run_name("shell", "full", 1e30, 1) + ".json"));
+  CHECK(kept["run"]["loss"] == 1e9);
 }
 
 TEST_CASE("the rate is chosen on the development items, by the first seed", "[finetune]") {
