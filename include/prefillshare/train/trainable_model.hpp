@@ -63,15 +63,15 @@ class TrainableModel {
         return error(StatusCode::kInvalidArgument, "TrainableModel: rank ", options.rank, ", must be in 1..",
                      m.config.hidden_size);
       }
+      out.low_rank_scale_ = static_cast<T>(options.alpha / static_cast<double>(options.rank));
       codegemm::detail::SplitMix random(options.seed);
       for_each_linear(m, [&](const std::string& name, const DenseLinear& layer) {
         if (name == "lm_head") return;
         std::vector<float> a(static_cast<std::size_t>(options.rank * layer.cols()));
         const double bound = std::sqrt(3.0 / static_cast<double>(layer.cols()));
         for (float& x : a) x = static_cast<float>((2.0 * random.uniform() - 1.0) * bound);
-        const auto scale = static_cast<T>(options.alpha / static_cast<double>(options.rank));
         out.linears_.push_back(
-            TrainableLinear<T>::low_rank(layer, name, options.rank, scale, a, out.parameters_));
+            TrainableLinear<T>::low_rank(layer, name, options.rank, out.low_rank_scale_, a, out.parameters_));
       });
       out.set_plain();
       return Status();
@@ -115,6 +115,12 @@ class TrainableModel {
   }
 
   [[nodiscard]] const ModelConfig& config() const noexcept { return model_->config; }  ///< of the model
+  /// The dense model that it was made of, as it was.
+  [[nodiscard]] const std::shared_ptr<const LlamaModel<DenseLinear>>& source() const noexcept {
+    return model_;
+  }
+  /// Of deltas: alpha / rank; 0 where there are none.
+  [[nodiscard]] T low_rank_scale() const noexcept { return low_rank_scale_; }
   [[nodiscard]] ParameterList<T>& parameters() noexcept { return parameters_; }  ///< all that is trained
   /// All that is trained.
   [[nodiscard]] const ParameterList<T>& parameters() const noexcept { return parameters_; }
@@ -325,6 +331,7 @@ class TrainableModel {
 
   std::shared_ptr<const LlamaModel<DenseLinear>> model_;
   ParameterList<T> parameters_;
+  T low_rank_scale_{0};
   Parameter<T>* embedding_ = nullptr;
   detail::FrozenValues<T> frozen_embedding_;
   detail::FrozenValues<T> frozen_head_;

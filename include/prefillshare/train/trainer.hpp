@@ -83,6 +83,48 @@ namespace detail {
   return state;
 }
 
+/// All that a run's result depends on, in words.
+[[nodiscard]] inline std::string run_of(const std::string& run, std::span<const TrainingExample> examples,
+                                        const TrainOptions& o) {
+  return codegemm::concat(
+      run, ", examples ", examples.size(), " ", hash_examples(examples), ", steps ", o.steps, ", batch ",
+      o.batch, ", pass ", o.pass_tokens, ", sharing ", o.sharing, ", rate ", o.rate, ", warm-up ", o.warmup,
+      ", schedule ", static_cast<int>(o.schedule), ", clip ", o.clip, ", betas ", o.adam.beta1, " ",
+      o.adam.beta2, ", epsilon ", o.adam.epsilon, ", decay ", o.adam.weight_decay, ", seed ", o.seed);
+}
+
+/// The examples of each step: a stream of one shuffle of the data after the other, which depends on nothing
+/// but the seed.
+class ExampleOrder {
+ public:
+  ExampleOrder() = default;
+  ExampleOrder(std::int64_t examples, const TrainOptions& options)
+      : batch_(options.batch), seed_(options.seed), order_(static_cast<std::size_t>(examples)) {}
+
+  [[nodiscard]] std::vector<std::size_t> of_step(std::int64_t step) {
+    const auto count = static_cast<std::int64_t>(order_.size());
+    std::vector<std::size_t> out;
+    for (std::int64_t i = step * batch_; i < (step + 1) * batch_; ++i) {
+      if (i / count != epoch_) shuffle(i / count);
+      out.push_back(order_[static_cast<std::size_t>(i % count)]);
+    }
+    return out;
+  }
+
+ private:
+  void shuffle(std::int64_t epoch) {
+    for (std::size_t i = 0; i < order_.size(); ++i) order_[i] = i;
+    codegemm::detail::SplitMix random(seed_ * 0x9E3779B97F4A7C15ULL + static_cast<std::uint64_t>(epoch));
+    for (std::size_t i = order_.size(); i > 1; --i) std::swap(order_[i - 1], order_[random.next() % i]);
+    epoch_ = epoch;
+  }
+
+  std::int64_t batch_ = 1;
+  std::uint64_t seed_ = 1;
+  std::vector<std::size_t> order_;  // of the epoch at hand
+  std::int64_t epoch_ = -1;
+};
+
 }  // namespace detail
 
 /// Minimizes -sum log P(y_t | y_<t, C_base) over the target tokens of examples. The base's cache of the first
@@ -118,15 +160,9 @@ class Trainer {
     if (!pass.ok()) return pass.status();
     try {
       Trainer out(model, *std::move(frozen), *std::move(pass), options, executor);
-      out.run_ = codegemm::concat(
-          run, ", examples ", examples.size(), " ", detail::hash_examples(examples), ", steps ",
-          options.steps, ", batch ", options.batch, ", pass ", options.pass_tokens, ", sharing ",
-          options.sharing, ", rate ", options.rate, ", warm-up ", options.warmup, ", schedule ",
-          static_cast<int>(options.schedule), ", clip ", options.clip, ", betas ", options.adam.beta1, " ",
-          options.adam.beta2, ", epsilon ", options.adam.epsilon, ", decay ", options.adam.weight_decay,
-          ", seed ", options.seed);
+      out.run_ = detail::run_of(run, examples, options);
       out.examples_ = std::move(examples);
-      out.order_.resize(out.examples_.size());
+      out.order_ = detail::ExampleOrder(static_cast<std::int64_t>(out.examples_.size()), options);
       return out;
     } catch (const std::bad_alloc&) {
       return error(StatusCode::kOutOfMemory, "Trainer: no memory for the optimizer's moments of ",
@@ -146,7 +182,7 @@ class Trainer {
     if (done()) return error(StatusCode::kInvalidArgument, "Trainer: all ", number, " steps are done");
     model_->zero_gradients();
     if (own_steps_ == 0) start_ = Clock::now();
-    const std::vector<std::size_t> chosen = examples_of(number);
+    const std::vector<std::size_t> chosen = order_.of_step(number);
     std::int64_t targets = 0;
     for (const std::size_t i : chosen) targets += static_cast<std::int64_t>(examples_[i].target.size());
     double loss = 0.0;
@@ -255,25 +291,6 @@ class Trainer {
         options_(options),
         optimizer_(model.parameters(), options.adam) {}
 
-  /// The examples of a step: the stream is one shuffle of the data after the other.
-  [[nodiscard]] std::vector<std::size_t> examples_of(std::int64_t step) {
-    const auto count = static_cast<std::int64_t>(examples_.size());
-    std::vector<std::size_t> out;
-    for (std::int64_t i = step * options_.batch; i < (step + 1) * options_.batch; ++i) {
-      if (i / count != epoch_) shuffle(i / count);
-      out.push_back(order_[static_cast<std::size_t>(i % count)]);
-    }
-    return out;
-  }
-
-  void shuffle(std::int64_t epoch) {
-    for (std::size_t i = 0; i < order_.size(); ++i) order_[i] = i;
-    codegemm::detail::SplitMix random(options_.seed * 0x9E3779B97F4A7C15ULL +
-                                      static_cast<std::uint64_t>(epoch));
-    for (std::size_t i = order_.size(); i > 1; --i) std::swap(order_[i - 1], order_[random.next() % i]);
-    epoch_ = epoch;
-  }
-
   /// Runs examples[chosen] in passes packed by length, and calls visit(example, losses of its target).
   template <class Visit>
   Status for_passes(const std::vector<std::size_t>& chosen, std::span<const TrainingExample> examples,
@@ -328,8 +345,7 @@ class Trainer {
   AdamW<float> optimizer_;
   std::string run_;
   std::vector<TrainingExample> examples_;
-  std::vector<std::size_t> order_;  // of the epoch at hand
-  std::int64_t epoch_ = -1;
+  detail::ExampleOrder order_;
   std::int64_t own_steps_ = 0;  // of this run
   std::int64_t tokens_ = 0;
   Clock::time_point start_ = Clock::now();

@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/train/cuda/cache_forward.cuh - the forward pass of the training weights over a cache of rows on the
+// GPU: what a frozen base makes, and what generates.
+// Layer: train/cuda (host, needs nvcc and cuBLAS).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include <prefillshare/attention/rope.hpp>
+#include <prefillshare/train/cuda/block.cuh>
+
+namespace prefillshare::cuda {
+
+/// Keys (after RoPE) and values of rows of a cache on the device, [layers][rows][2][kv_heads * head_dim]; the
+/// memory is somebody else's.
+template <TrainStorage S>
+struct DevicePrefixView {
+  const S* data = nullptr;  ///< null where there are no rows
+  std::int64_t rows = 0;    ///< of each layer
+
+  /// Those of one layer; kv_size = kv_heads * head_dim.
+  [[nodiscard]] detail::LayerPrefix<S> layer(std::int64_t i, std::int64_t kv_size) const {
+    if (data == nullptr) return {};
+    const S* const at = data + i * rows * 2 * kv_size;
+    return {at, at + kv_size, 2 * kv_size};
+  }
+};
+
+namespace detail {
+
+/// cos and sin for every position, on the device.
+struct DeviceRope {
+  DeviceArray<float> cos;  // [positions][head_dim / 2]
+  DeviceArray<float> sin;  // the same
+
+  [[nodiscard]] static Result<DeviceRope> create(const RopeConfig& config, std::int64_t positions) {
+    const Result<RopeTable> table = RopeTable::create(config, positions);
+    if (!table.ok()) return table.status();
+    const auto size = static_cast<std::size_t>(positions * (config.head_dim / 2));
+    DeviceRope out;
+    Allocations memory;
+    memory.copy(out.cos, std::span<const float>(table->cos(0), size));
+    memory.copy(out.sin, std::span<const float>(table->sin(0), size));
+    if (Status s = memory.finish(); !s.ok()) return s;
+    return out;
+  }
+};
+
+/// The next tokens of a sequence whose keys and values lie at rows `row`, row + 1, ... of a cache.
+struct CachedPiece {
+  std::span<const std::int32_t> tokens;
+  std::int32_t position = 0;  // of the first of them
+  std::int32_t row = 0;       // of position 0
+};
+
+/// A cache to write to and read from: [layers][rows][2][kv_heads * head_dim].
+template <class S>
+struct CacheTarget {
+  S* data = nullptr;
+  std::int64_t rows = 0;
+};
+
+/// Runs tokens of many sequences over a cache, which holds what came before them.
+template <class S>
+class CacheForward {
+ public:
+  /// Passes of up to max_rows rows, positions up to max_context, logits of up to max_logits sequences (0: none).
+  [[nodiscard]] static Result<CacheForward> create(const ModelConfig& c, std::int64_t max_rows,
+                                                   std::int64_t max_context, std::int64_t max_logits,
+                                                   const Device& device, cudaStream_t stream) {
+    Result<TrainStream> ts = TrainStream::create(device, stream);
+    if (!ts.ok()) return ts.status();
+    Result<DeviceRope> rope = DeviceRope::create(c.rope, max_context);
+    if (!rope.ok()) return rope.status();
+    CacheForward out(*std::move(ts), c);
+    out.max_rows_ = max_rows;
+    out.stride_ = (c.vocab_size + 7) / 8 * 8;
+    out.max_logits_ = max_logits;
+    out.rope_ = *std::move(rope);
+    Allocations memory;
+    for (DeviceArray<float>* x : {&out.x_, &out.mid_}) memory.make(*x, max_rows * c.hidden_size);
+    for (DeviceArray<S>* x : {&out.normed_, &out.y_}) memory.make(*x, max_rows * c.hidden_size);
+    memory.make(out.qkv_, max_rows * (c.q_size() + 2 * c.kv_size()));
+    memory.make(out.attended_, max_rows * c.q_size());
+    memory.make(out.both_, max_rows * 2 * c.intermediate_size);
+    memory.make(out.act_, max_rows * c.intermediate_size);
+    memory.make(out.logits_, max_logits * out.stride_);
+    memory.zeros(out.best_, max_logits);
+    memory.zeros(out.arrived_, max_logits);
+    if (Status s = memory.finish(); !s.ok()) return s;
+    // Tokens, positions, rows, segments and their tiles, and the last rows.
+    if (Status s = out.input_.allocate(max_rows * (4 + 4 + 2 * c.heads / c.kv_heads + 1)); !s.ok()) return s;
+    return out;
+  }
+
+  [[nodiscard]] const ModelConfig& config() const noexcept { return c_; }
+  [[nodiscard]] TrainStream& train_stream() noexcept { return ts_; }
+  [[nodiscard]] std::int64_t max_rows() const noexcept { return max_rows_; }
+
+  /// A cache of at least so many rows; what it held is lost if it grows.
+  [[nodiscard]] Status reserve(DeviceArray<S>& cache, std::int64_t rows) {
+    const std::int64_t needed = c_.layers * rows * 2 * c_.kv_size();
+    if (static_cast<std::int64_t>(cache.size()) >= needed) return {};
+    ts_.synchronize();  // a pass may still read the old one
+    if (Status s = ts_.take(); !s.ok()) return s;
+    cache = {};
+    Allocations memory;
+    memory.make(cache, needed + needed / 4);
+    return memory.finish();
+  }
+
+  /// Whole pieces, as many a pass as fit, without logits.
+  [[nodiscard]] Status run_in_passes(const DeviceWeightsView<S>& w, std::span<const CachedPiece> pieces,
+                                     CacheTarget<S> cache) {
+    return in_passes(pieces, max_rows_, [&](std::span<const CachedPiece> some) {
+      return run(w, some, cache, nullptr, nullptr);
+    });
+  }
+  /// body(pieces) -> Status for runs of pieces that fit into a pass together.
+  template <class Body>
+  [[nodiscard]] Status in_passes(std::span<const CachedPiece> pieces, std::int64_t most, Body&& body) {
+    for (std::size_t first = 0; first < pieces.size();) {
+      std::size_t end = first;
+      std::int64_t count = 0;
+      while (end < pieces.size() && count + std::ssize(pieces[end].tokens) <= max_rows_ &&
+             static_cast<std::int64_t>(end - first) < most)
+        count += std::ssize(pieces[end++].tokens);
+      if (end == first) {
+        return codegemm::error(StatusCode::kInvalidArgument, "a sequence of ", pieces[end].tokens.size(),
+                               " tokens, a pass has ", max_rows_);
+      }
+      if (Status s = body(pieces.subspan(first, end - first)); !s.ok()) return s;
+      first = end;
+    }
+    return {};
+  }
+
+  /// KV of the pieces' tokens to the cache. With `chosen` (device, [pieces]) the largest logit's id behind each
+  /// piece's last token goes there. `tokens` (device), where given, are the pieces' tokens in place of theirs.
+  /// kInvalidArgument for a token outside of the vocabulary, kCudaError.
+  [[nodiscard]] Status run(const DeviceWeightsView<S>& w, std::span<const CachedPiece> pieces,
+                           CacheTarget<S> cache, std::int32_t* chosen, const std::int32_t* tokens) {
+    if (Status s = send(pieces, tokens); !s.ok()) return s;
+    if (rows_.rows == 0) return {};
+    EmbedArgs embed;
+    embed.tokens = tokens_on_device_;
+    embed.table = w.embedding();
+    embed.out = x_.data();
+    embed.width = static_cast<int>(c_.hidden_size);
+    embed.vocab = static_cast<int>(c_.vocab_size);
+    ts_.start(embed_kernel<S>, embed, rows_.rows, kEmbedThreads);
+    BlockLaunches<S> launches(ts_, c_, rows_);
+    BlockScratch<S> scratch;
+    scratch.y = y_.data();
+    BlockActivations<S> a;
+    a.x = x_.data();
+    a.mid = mid_.data();
+    a.normed = a.normed2 = normed_.data();
+    a.raw = a.qkv = qkv_.data();
+    a.attended = attended_.data();
+    a.both = both_.data();
+    a.act = act_.data();
+    a.kv_stride = 2 * c_.kv_size();
+    for (std::int64_t i = 0; i < c_.layers; ++i) {
+      const DeviceBlockWeights<S> block = w.block(i);
+      a.keys = cache.data + i * cache.rows * 2 * c_.kv_size();
+      a.values = a.keys + c_.kv_size();
+      if (i == 0) {
+        launches.norm(a.x, nullptr, nullptr, block.input_norm, a.normed);
+      } else {
+        launches.norm(a.mid, scratch.y, a.x, block.input_norm, a.normed);
+      }
+      launches.project(block, a);
+      if (i + 1 == c_.layers && chosen == nullptr) break;
+      launches.finish(block, a, scratch, {a.keys, a.values, a.kv_stride});
+    }
+    if (chosen != nullptr) choose(w, std::ssize(pieces), chosen, launches);
+    return ts_.take();
+  }
+
+ private:
+  CacheForward(TrainStream ts, const ModelConfig& c) : ts_(std::move(ts)), c_(c) {}
+
+  [[nodiscard]] Status send(std::span<const CachedPiece> pieces, const std::int32_t* tokens) {
+    tokens_.clear();
+    positions_.clear();
+    kv_rows_.clear();
+    last_rows_.clear();
+    segments_.clear();
+    for (const CachedPiece& p : pieces) {
+      if (p.tokens.empty()) continue;
+      const auto count = static_cast<std::int32_t>(p.tokens.size());
+      segments_.push_back({static_cast<std::int32_t>(positions_.size()), count, p.position, p.row});
+      for (std::int32_t i = 0; i < count; ++i) {
+        positions_.push_back(p.position + i);
+        kv_rows_.push_back(p.row + p.position + i);
+      }
+      last_rows_.push_back(static_cast<std::int32_t>(positions_.size()) - 1);
+      if (tokens != nullptr) continue;
+      for (const std::int32_t id : p.tokens) {
+        if (id >= 0 && id < c_.vocab_size) continue;
+        return codegemm::error(StatusCode::kInvalidArgument, "token ", id, ", the vocabulary has ",
+                               c_.vocab_size);
+      }
+      tokens_.insert(tokens_.end(), p.tokens.begin(), p.tokens.end());
+    }
+    rows_.rows = std::ssize(positions_);
+    CODEGEMM_ASSERT(rows_.rows <= max_rows_);
+    if (rows_.rows == 0) return {};
+    tiles_.assign(segments_, c_.heads / c_.kv_heads);
+    if (Status s = input_.begin(); !s.ok()) return s;
+    using Ints = std::span<const std::int32_t>;
+    tokens_on_device_ = tokens != nullptr ? tokens : input_.add(Ints(tokens_));
+    rows_.positions = input_.add(Ints(positions_));
+    rows_.kv_rows = input_.add(Ints(kv_rows_));
+    rows_.cos = rope_.cos.data();
+    rows_.sin = rope_.sin.data();
+    rows_.tiles.segments = input_.add(std::span<const DeviceSegment>(segments_));
+    rows_.tiles.segment_of = input_.add(Ints(tiles_.segment_of));
+    rows_.tiles.queries = input_.add(Ints(tiles_.queries));
+    rows_.tiles.query_tiles = std::ssize(tiles_.queries) / 2;
+    last_rows_on_device_ = input_.add(Ints(last_rows_));
+    return input_.send(ts_.stream());
+  }
+
+  void choose(const DeviceWeightsView<S>& w, std::int64_t count, std::int32_t* chosen,
+              BlockLaunches<S>& launches) {
+    CODEGEMM_ASSERT(count <= max_logits_);
+    launches.norm(mid_.data(), y_.data(), x_.data(), nullptr, nullptr);
+    NormArgs norm;
+    norm.x = x_.data();
+    norm.chosen = last_rows_on_device_;
+    norm.weight = w.final_norm();
+    norm.out = normed_.data();
+    norm.rows = count;
+    launches.norm(norm);
+    ts_.nt(normed_.data(), w.head(), logits_.data(), count, c_.vocab_size, c_.hidden_size, stride_);
+    SampleArgs sample;
+    sample.logits = logits_.data();
+    sample.best = best_.data();
+    sample.arrived = arrived_.data();
+    sample.tokens = chosen;
+    sample.stride = stride_;
+    sample.vocab = static_cast<int>(c_.vocab_size);
+    ts_.start(sample_kernel<0>, sample, dim3(kSampleSlices, static_cast<unsigned>(count)), kSampleThreads);
+  }
+
+  TrainStream ts_;
+  ModelConfig c_;
+  std::int64_t max_rows_ = 0;
+  std::int64_t max_logits_ = 0;
+  std::int64_t stride_ = 0;  // of logits
+  DeviceRope rope_;
+  PassInput input_;
+  std::vector<std::int32_t> tokens_, positions_, kv_rows_, last_rows_;
+  std::vector<DeviceSegment> segments_;
+  AttentionTiles tiles_;
+  DeviceRows rows_;
+  const std::int32_t* tokens_on_device_ = nullptr;
+  const std::int32_t* last_rows_on_device_ = nullptr;
+  DeviceArray<float> x_, mid_;  // [rows][hidden]
+  DeviceArray<S> normed_, y_;   // [rows][hidden]
+  DeviceArray<S> qkv_, attended_, both_, act_;
+  DeviceArray<float> logits_;  // [max_logits][stride]
+  DeviceArray<std::uint64_t> best_;
+  DeviceArray<unsigned> arrived_;
+};
+
+}  // namespace detail
+}  // namespace prefillshare::cuda

@@ -1,0 +1,406 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/train/cuda/kernels/attention_mma.cuh - the attention of attention.cuh on tensor cores, in bf16.
+// The query heads of a KV head are rows of one tile: row r is query r / group, head r % group.
+// Layer: train/cuda/kernels (device).
+// See: Dao, FlashAttention-2 (arXiv 2307.08691) algorithms 1 and 2; without its atomic additions.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_bf16.h>
+
+#include <prefillshare/attention/cuda/block/tensor_core.cuh>
+#include <prefillshare/train/cuda/kernels/attention.cuh>
+
+namespace prefillshare::cuda::detail {
+
+// kDim: elements of a head; kOther: rows of the tile that is stepped over.
+template <int kHeadDim, int kOtherRows>
+struct MmaTile {
+  static constexpr int kDim = kHeadDim;
+  static constexpr int kRows = 64;  // 16 a warp
+  static constexpr int kOther = kOtherRows;
+  static constexpr int kThreads = 128;
+  static constexpr int kStride = kHeadDim + 8;  // of shared rows: no two of eight in the same banks
+  static constexpr std::size_t kForwardShared = sizeof(__nv_bfloat16) * kStride * (kRows + 2 * kOther);
+  static constexpr std::size_t kBackwardShared = sizeof(__nv_bfloat16) * kStride * (2 * kRows + 2 * kOther) +
+                                                 sizeof(float) * 2 * (kRows > kOther ? kRows : kOther);
+};
+
+[[nodiscard]] __device__ __forceinline__ unsigned shared_address(const void* p) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+
+// Rows 0 .. kCount - 1 of a shared tile; from(row) gives where each lies, or null for zeros;
+// `anywhere` is an address of the device's memory.
+template <class Tile, int kCount, class From>
+__device__ __forceinline__ void load_tile(__nv_bfloat16* to, const void* anywhere, From&& from) {
+  constexpr int kVectors = Tile::kDim / 8;
+#pragma unroll
+  for (int i = static_cast<int>(threadIdx.x); i < kCount * kVectors; i += Tile::kThreads) {
+    const int row = i / kVectors;
+    const int at = i % kVectors * 8;
+    const __nv_bfloat16* const source = from(row);
+    copy_or_zero(shared_address(to + row * Tile::kStride + at), source == nullptr ? anywhere : source + at,
+                 source != nullptr);
+  }
+}
+
+// a[16][16] of rows `row` on and columns `column` on.
+template <class Tile>
+__device__ __forceinline__ void load_a(unsigned (&out)[4], const __nv_bfloat16* tile, int row, int column) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  load_matrices(out, shared_address(tile + (row + lane / 8 % 2 * 8 + lane % 8) * Tile::kStride + column +
+                                    lane / 16 * 8));
+}
+// b[16][8] twice, of the transpose of rows `row` .. `row` + 15: two column tiles, each of two registers.
+template <class Tile>
+__device__ __forceinline__ void load_b_rows(unsigned (&out)[4], const __nv_bfloat16* tile, int row,
+                                            int column) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  load_matrices(out, shared_address(tile + (row + lane / 16 * 8 + lane % 8) * Tile::kStride + column +
+                                    lane / 8 % 2 * 8));
+}
+// b[16][8] twice, of rows `row` .. `row` + 15 as they are and columns `column` .. `column` + 15.
+template <class Tile>
+__device__ __forceinline__ void load_b_columns(unsigned (&out)[4], const __nv_bfloat16* tile, int row,
+                                               int column) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  load_matrices_transposed(out, shared_address(tile + (row + lane / 8 % 2 * 8 + lane % 8) * Tile::kStride +
+                                               column + lane / 16 * 8));
+}
+
+// d[16 rows of the warp][kCount rows of b] = a b^T over kDim.
+template <class Tile, int kCount>
+__device__ __forceinline__ void multiply_rows(float (&d)[kCount / 8][4], const __nv_bfloat16* a, int a_row,
+                                              const __nv_bfloat16* b) {
+#pragma unroll
+  for (int n = 0; n < kCount / 8; ++n) d[n][0] = d[n][1] = d[n][2] = d[n][3] = 0.0F;
+#pragma unroll
+  for (int k = 0; k < Tile::kDim; k += 16) {
+    unsigned left[4];
+    load_a<Tile>(left, a, a_row, k);
+#pragma unroll
+    for (int n = 0; n < kCount; n += 16) {
+      unsigned right[4];
+      load_b_rows<Tile>(right, b, n, k);
+      mma<ScalarType::kBFloat16>(d[n / 8], left, right[0], right[1]);
+      mma<ScalarType::kBFloat16>(d[n / 8 + 1], left, right[2], right[3]);
+    }
+  }
+}
+// d[16 rows of the warp][kDim] += p b, p being what multiply_rows gave, rounded.
+template <class Tile, int kCount>
+__device__ __forceinline__ void multiply_add(float (&d)[Tile::kDim / 8][4], const float (&p)[kCount / 8][4],
+                                             const __nv_bfloat16* b) {
+#pragma unroll
+  for (int k = 0; k < kCount; k += 16) {
+    unsigned left[4];
+    left[0] = pack<ScalarType::kBFloat16>(p[k / 8][0], p[k / 8][1]);
+    left[1] = pack<ScalarType::kBFloat16>(p[k / 8][2], p[k / 8][3]);
+    left[2] = pack<ScalarType::kBFloat16>(p[k / 8 + 1][0], p[k / 8 + 1][1]);
+    left[3] = pack<ScalarType::kBFloat16>(p[k / 8 + 1][2], p[k / 8 + 1][3]);
+#pragma unroll
+    for (int n = 0; n < Tile::kDim; n += 16) {
+      unsigned right[4];
+      load_b_columns<Tile>(right, b, k, n);
+      mma<ScalarType::kBFloat16>(d[n / 8], left, right[0], right[1]);
+      mma<ScalarType::kBFloat16>(d[n / 8 + 1], left, right[2], right[3]);
+    }
+  }
+}
+
+// Four lanes hold a row.
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xFFFFFFFFU, x, 1);
+  return x + __shfl_xor_sync(0xFFFFFFFFU, x, 2);
+}
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFU, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFU, x, 2));
+}
+
+// Where a head's row of tile row r (query r / group, head r % group of KV head kv) lies.
+struct GroupedRows {
+  std::int64_t first;  // row of the segment's first query
+  int group;
+  int kv;
+  int begin;  // of the tile
+  int end;    // rows of the segment: count * group
+
+  __device__ __forceinline__ bool has(int r) const { return begin + r < end; }
+  __device__ __forceinline__ int query(int r) const { return (begin + r) / group; }
+  __device__ __forceinline__ int head(int r) const { return kv * group + (begin + r) % group; }
+  // Into [rows][heads].
+  __device__ __forceinline__ std::int64_t item(int r, int heads) const {
+    return (first + query(r)) * heads + head(r);
+  }
+  __device__ __forceinline__ std::int64_t element(int r, std::int64_t stride, int head_dim) const {
+    return (first + query(r)) * stride + head(r) * head_dim;
+  }
+};
+
+// Block (x, y): kRows query rows of tile x (segment, first row) and KV head y.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads)
+    attention_mma_kernel(const __grid_constant__ AttentionArgs a) {
+  using E = __nv_bfloat16;
+  extern __shared__ __align__(16) unsigned char shared[];
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  E* const q = reinterpret_cast<E*>(shared);
+  E* const k = q + Tile::kRows * Tile::kStride;
+  E* const v = k + Tile::kOther * Tile::kStride;
+  const DeviceSegment s = a.segments[a.tiles[2 * blockIdx.x]];
+  const int group = a.heads / a.kv_heads;
+  const int kv = static_cast<int>(blockIdx.y);
+  const GroupedRows rows{s.first, group, kv, a.tiles[2 * blockIdx.x + 1], s.count * group};
+  load_tile<Tile, Tile::kRows>(q, a.q, [&](int r) {
+    return rows.has(r) ? static_cast<const E*>(a.q) + rows.element(r, a.stride, Tile::kDim) : nullptr;
+  });
+  const int last = min(rows.begin + Tile::kRows, rows.end) - 1;
+  const int keys = s.prefix + last / group + 1;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int mine = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4;  // and mine + 8
+  const int seen[2] = {s.prefix + rows.query(mine) + 1, s.prefix + rows.query(mine + 8) + 1};
+  float out[Tile::kDim / 8][4] = {};
+  float top[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0.0F, 0.0F};
+  const float scale_log2 = a.scale * 1.4426950408889634F;
+  for (int base = 0; base < keys; base += Tile::kOther) {
+    __syncthreads();
+    load_tile<Tile, Tile::kOther>(k, a.q, [&](int r) {
+      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.k, a.prefix_k) : nullptr;
+    });
+    end_copy_group();
+    load_tile<Tile, Tile::kOther>(v, a.q, [&](int r) {
+      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.v, a.prefix_v) : nullptr;
+    });
+    end_copy_group();
+    wait_for_copies<1>();
+    __syncthreads();
+    float p[Tile::kOther / 8][4];
+    multiply_rows<Tile, Tile::kOther>(p, q, static_cast<int>(threadIdx.x) / 32 * 16, k);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float most = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < Tile::kOther / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = p[n][2 * half + e];
+          x = base + n * 8 + lane % 4 * 2 + e < seen[half] ? x * scale_log2 : -INFINITY;
+          most = fmaxf(most, x);
+        }
+      }
+      most = fmaxf(top[half], quad_max(most));
+      const float shrink = exp2_fast(top[half] - most);  // every row sees the first key
+      float part = 0.0F;
+#pragma unroll
+      for (int n = 0; n < Tile::kOther / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = p[n][2 * half + e];
+          x = exp2_fast(x - most);
+          part += x;
+        }
+      }
+      sum[half] = sum[half] * shrink + quad_sum(part);
+      top[half] = most;
+#pragma unroll
+      for (int n = 0; n < Tile::kDim / 8; ++n) {
+        out[n][2 * half] *= shrink;
+        out[n][2 * half + 1] *= shrink;
+      }
+    }
+    wait_for_copies<0>();
+    __syncthreads();
+    multiply_add<Tile, Tile::kOther>(out, p, v);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int r = mine + 8 * half;
+    if (!rows.has(r)) continue;
+    const std::int64_t item = rows.item(r, a.heads);
+    E* const to = static_cast<E*>(a.out) + item * Tile::kDim + lane % 4 * 2;
+    const float inverse = 1.0F / sum[half];
+#pragma unroll
+    for (int n = 0; n < Tile::kDim / 8; ++n)
+      store2(to + n * 8, make_float2(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse));
+    if (a.lse != nullptr && lane % 4 == 0) a.lse[item] = (top[half] + log2f(sum[half])) * 0.6931471805599453F;
+  }
+}
+
+// The same blocks: dq, and delta.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads)
+    attention_mma_dq_kernel(const __grid_constant__ AttentionArgs a) {
+  using E = __nv_bfloat16;
+  extern __shared__ __align__(16) unsigned char shared[];
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  E* const q = reinterpret_cast<E*>(shared);
+  E* const dout = q + Tile::kRows * Tile::kStride;
+  E* const k = dout + Tile::kRows * Tile::kStride;
+  E* const v = k + Tile::kOther * Tile::kStride;
+  const DeviceSegment s = a.segments[a.tiles[2 * blockIdx.x]];
+  const int group = a.heads / a.kv_heads;
+  const int kv = static_cast<int>(blockIdx.y);
+  const GroupedRows rows{s.first, group, kv, a.tiles[2 * blockIdx.x + 1], s.count * group};
+  load_tile<Tile, Tile::kRows>(q, a.q, [&](int r) {
+    return rows.has(r) ? static_cast<const E*>(a.q) + rows.element(r, a.stride, Tile::kDim) : nullptr;
+  });
+  load_tile<Tile, Tile::kRows>(dout, a.q, [&](int r) {
+    return rows.has(r) ? static_cast<const E*>(a.dout) + rows.item(r, a.heads) * Tile::kDim : nullptr;
+  });
+  end_copy_group();
+  const int last = min(rows.begin + Tile::kRows, rows.end) - 1;
+  const int keys = s.prefix + last / group + 1;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
+  const int mine = warp_row + lane / 4;  // and mine + 8
+  const int seen[2] = {s.prefix + rows.query(mine) + 1, s.prefix + rows.query(mine + 8) + 1};
+  wait_for_copies<0>();
+  __syncthreads();
+  float lse[2] = {0.0F, 0.0F};  // in powers of two
+  float delta[2] = {0.0F, 0.0F};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int r = mine + 8 * half;
+    float along = 0.0F;
+    if (rows.has(r)) {
+      const std::int64_t item = rows.item(r, a.heads);
+      lse[half] = a.lse[item] * 1.4426950408889634F;
+      const E* const out = static_cast<const E*>(a.out) + item * Tile::kDim;
+#pragma unroll
+      for (int n = 0; n < Tile::kDim / 8; ++n) {
+        const int at = n * 8 + lane % 4 * 2;
+        const float2 o = load2(out + at);
+        const float2 d = load2(dout + r * Tile::kStride + at);
+        along += o.x * d.x + o.y * d.y;
+      }
+    }
+    delta[half] = quad_sum(along);
+    if (rows.has(r) && lane % 4 == 0) a.delta[rows.item(r, a.heads)] = delta[half];
+  }
+  float dq[Tile::kDim / 8][4] = {};
+  const float scale_log2 = a.scale * 1.4426950408889634F;
+  for (int base = 0; base < keys; base += Tile::kOther) {
+    __syncthreads();
+    load_tile<Tile, Tile::kOther>(k, a.q, [&](int r) {
+      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.k, a.prefix_k) : nullptr;
+    });
+    load_tile<Tile, Tile::kOther>(v, a.q, [&](int r) {
+      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.v, a.prefix_v) : nullptr;
+    });
+    end_copy_group();
+    wait_for_copies<0>();
+    __syncthreads();
+    float p[Tile::kOther / 8][4];
+    float dp[Tile::kOther / 8][4];
+    multiply_rows<Tile, Tile::kOther>(p, q, warp_row, k);
+    multiply_rows<Tile, Tile::kOther>(dp, dout, warp_row, v);
+#pragma unroll
+    for (int n = 0; n < Tile::kOther / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int half = e / 2;
+        const bool visible = base + n * 8 + lane % 4 * 2 + e % 2 < seen[half];
+        const float weight = visible ? exp2_fast(p[n][e] * scale_log2 - lse[half]) : 0.0F;
+        p[n][e] = weight * (dp[n][e] - delta[half]) * a.scale;
+      }
+    }
+    multiply_add<Tile, Tile::kOther>(dq, p, k);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int r = mine + 8 * half;
+    if (!rows.has(r)) continue;
+    E* const to = static_cast<E*>(a.dq) + rows.element(r, a.stride, Tile::kDim) + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < Tile::kDim / 8; ++n)
+      store2(to + n * 8, make_float2(dq[n][2 * half], dq[n][2 * half + 1]));
+  }
+}
+
+// Block (x, y): kRows keys of tile x (segment, first key) and KV head y; steps over the query rows.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads)
+    attention_mma_dkv_kernel(const __grid_constant__ AttentionArgs a) {
+  using E = __nv_bfloat16;
+  extern __shared__ __align__(16) unsigned char shared[];
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  E* const k = reinterpret_cast<E*>(shared);
+  E* const v = k + Tile::kRows * Tile::kStride;
+  E* const q = v + Tile::kRows * Tile::kStride;
+  E* const dout = q + Tile::kOther * Tile::kStride;
+  float* const lse = reinterpret_cast<float*>(dout + Tile::kOther * Tile::kStride);  // [kOther]
+  float* const delta = lse + Tile::kOther;                                           // [kOther]
+  const DeviceSegment s = a.segments[a.tiles[2 * blockIdx.x]];
+  const int group = a.heads / a.kv_heads;
+  const int kv = static_cast<int>(blockIdx.y);
+  const int first_key = a.tiles[2 * blockIdx.x + 1];
+  const auto key_at = [&](const void* from, int r) -> const E* {
+    if (first_key + r >= s.count) return nullptr;
+    return static_cast<const E*>(from) + std::int64_t{s.first + first_key + r} * a.kv_stride +
+           kv * Tile::kDim;
+  };
+  load_tile<Tile, Tile::kRows>(k, a.q, [&](int r) { return key_at(a.k, r); });
+  load_tile<Tile, Tile::kRows>(v, a.q, [&](int r) { return key_at(a.v, r); });
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
+  const int mine = warp_row + lane / 4;  // and mine + 8
+  float dk[Tile::kDim / 8][4] = {};
+  float dv[Tile::kDim / 8][4] = {};
+  const float scale_log2 = a.scale * 1.4426950408889634F;
+  for (int begin = first_key * group; begin < s.count * group; begin += Tile::kOther) {
+    const GroupedRows rows{s.first, group, kv, begin, s.count * group};
+    __syncthreads();
+    load_tile<Tile, Tile::kOther>(q, a.q, [&](int r) {
+      return rows.has(r) ? static_cast<const E*>(a.q) + rows.element(r, a.stride, Tile::kDim) : nullptr;
+    });
+    load_tile<Tile, Tile::kOther>(dout, a.q, [&](int r) {
+      return rows.has(r) ? static_cast<const E*>(a.dout) + rows.item(r, a.heads) * Tile::kDim : nullptr;
+    });
+    end_copy_group();
+    for (int r = static_cast<int>(threadIdx.x); r < Tile::kOther; r += Tile::kThreads) {
+      const bool there = rows.has(r);
+      lse[r] = there ? a.lse[rows.item(r, a.heads)] * 1.4426950408889634F : 0.0F;
+      delta[r] = there ? a.delta[rows.item(r, a.heads)] : 0.0F;
+    }
+    wait_for_copies<0>();
+    __syncthreads();
+    float p[Tile::kOther / 8][4];   // [keys][queries]
+    float dp[Tile::kOther / 8][4];  // the same
+    multiply_rows<Tile, Tile::kOther>(p, k, warp_row, q);
+    multiply_rows<Tile, Tile::kOther>(dp, v, warp_row, dout);
+#pragma unroll
+    for (int n = 0; n < Tile::kOther / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int column = n * 8 + lane % 4 * 2 + e % 2;
+        const int key = first_key + mine + 8 * (e / 2);
+        const bool visible = rows.has(column) && key <= rows.query(column);
+        p[n][e] = visible ? exp2_fast(p[n][e] * scale_log2 - lse[column]) : 0.0F;
+        dp[n][e] = p[n][e] * (dp[n][e] - delta[column]) * a.scale;
+      }
+    }
+    multiply_add<Tile, Tile::kOther>(dv, p, dout);
+    multiply_add<Tile, Tile::kOther>(dk, dp, q);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int key = first_key + mine + 8 * half;
+    if (key >= s.count) continue;
+    const std::int64_t to = std::int64_t{s.first + key} * a.kv_stride + kv * Tile::kDim + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < Tile::kDim / 8; ++n) {
+      store2(static_cast<E*>(a.dk) + to + n * 8, make_float2(dk[n][2 * half], dk[n][2 * half + 1]));
+      store2(static_cast<E*>(a.dv) + to + n * 8, make_float2(dv[n][2 * half], dv[n][2 * half + 1]));
+    }
+  }
+}
+
+}  // namespace prefillshare::cuda::detail

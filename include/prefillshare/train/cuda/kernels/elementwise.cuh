@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/train/cuda/kernels/elementwise.cuh - SwiGLU backward, the gradient of the embedding table,
+// cross entropy, and rounding.
+// Layer: train/cuda/kernels (device).
+#pragma once
+
+#include <cstdint>
+
+#include <prefillshare/model/cuda/kernels/scalars.cuh>
+#include <prefillshare/train/cuda/kernels/row_norm.cuh>
+
+namespace prefillshare::cuda::detail {
+
+inline constexpr int kElementThreads = 256;
+
+struct SwiGluBackwardArgs {
+  const void* d = nullptr;  // [rows][width], the gradient of silu(gate) * up
+  void* both = nullptr;     // [rows][2 * width]: gate and up become their gradients
+  std::int64_t rows = 0;
+  int width = 0;  // a multiple of 8
+};
+
+template <class S>
+__global__ void __launch_bounds__(kElementThreads)
+    swiglu_backward_kernel(const __grid_constant__ SwiGluBackwardArgs a) {
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const int parts = a.width / 8;
+  const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
+  const std::int64_t row = number / parts;
+  if (row >= a.rows) return;
+  const int at = static_cast<int>(number - row * parts) * 8;
+  S* const both = static_cast<S*>(a.both) + row * 2 * a.width + at;
+  float d[8];
+  float gate[8];
+  float up[8];
+  load8(static_cast<const S*>(a.d) + row * a.width + at, d);
+  load8(static_cast<const S*>(both), gate);
+  load8(static_cast<const S*>(both + a.width), up);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float sigmoid = 1.0F / (1.0F + __expf(-gate[i]));
+    const float of_up = d[i] * gate[i] * sigmoid;
+    gate[i] = d[i] * up[i] * sigmoid * (1.0F + gate[i] * (1.0F - sigmoid));
+    up[i] = of_up;
+  }
+  store8(both, gate);
+  store8(both + a.width, up);
+}
+
+struct EmbedBackwardArgs {
+  const float* d = nullptr;                 // [rows][width]
+  float* gradient = nullptr;                // [vocab][width], added to
+  const std::int32_t* ids = nullptr;        // [gridDim.x], the tokens that occur
+  const std::int32_t* row_begin = nullptr;  // [gridDim.x + 1], into rows
+  const std::int32_t* rows = nullptr;       // where each of them occurs, ascending
+  int width = 0;
+};
+
+// A block takes a token and adds the rows where it occurs, in order.
+template <int>
+__global__ void __launch_bounds__(kElementThreads)
+    embed_backward_kernel(const __grid_constant__ EmbedBackwardArgs a) {
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const int begin = a.row_begin[blockIdx.x];
+  const int end = a.row_begin[blockIdx.x + 1];
+  float* const to = a.gradient + static_cast<std::int64_t>(a.ids[blockIdx.x]) * a.width;
+  for (int column = static_cast<int>(threadIdx.x); column < a.width; column += kElementThreads) {
+    float sum = 0.0F;
+#pragma unroll 4
+    for (int i = begin; i < end; ++i) sum += a.d[static_cast<std::int64_t>(a.rows[i]) * a.width + column];
+    to[column] += sum;
+  }
+}
+
+struct CrossEntropyArgs {
+  const float* logits = nullptr;         // [gridDim.x][stride]
+  const std::int32_t* labels = nullptr;  // [gridDim.x]
+  float* losses = nullptr;               // [gridDim.x], -log p(label)
+  void* d = nullptr;                     // [gridDim.x][stride], scale * (softmax - one hot); or null
+  std::int64_t stride = 0;
+  int vocab = 0;
+  float scale = 0.0F;
+};
+
+inline constexpr int kCrossEntropyThreads = 512;
+
+// A block takes a row. Columns of d from vocab to stride become 0.
+template <class S>
+__global__ void __launch_bounds__(kCrossEntropyThreads)
+    cross_entropy_kernel(const __grid_constant__ CrossEntropyArgs a) {
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  constexpr int kWarps = kCrossEntropyThreads / 32;
+  __shared__ float tops[kWarps];
+  __shared__ float totals[kWarps];
+  const float* const row = a.logits + blockIdx.x * a.stride;
+  float top = -INFINITY;
+  for (int i = static_cast<int>(threadIdx.x); i < a.vocab; i += kCrossEntropyThreads) {
+    const float x = row[i];
+    top = x > top || x != x ? x : top;  // NaN stays
+  }
+  top = warp_max(top);
+  if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+  __syncthreads();
+  top = tops[0];
+#pragma unroll
+  for (int w = 1; w < kWarps; ++w) top = fmaxf(top, tops[w]);
+  float total = 0.0F;
+  for (int i = static_cast<int>(threadIdx.x); i < a.vocab; i += kCrossEntropyThreads)
+    total += __expf(row[i] - top);
+  total = warp_sum(total);
+  if (threadIdx.x % 32 == 0) totals[threadIdx.x / 32] = total;
+  __syncthreads();
+  total = 0.0F;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) total += totals[w];
+  const int label = a.labels[blockIdx.x];
+  if (threadIdx.x == 0) a.losses[blockIdx.x] = logf(total) + top - row[label];
+  if (a.d == nullptr) return;
+  S* const d = static_cast<S*>(a.d) + blockIdx.x * a.stride;
+  const float factor = a.scale / total;
+  for (int i = static_cast<int>(threadIdx.x); i < a.stride; i += kCrossEntropyThreads) {
+    float out = 0.0F;
+    if (i < a.vocab) out = __expf(row[i] - top) * factor - (i == label ? a.scale : 0.0F);
+    store1(d + i, out);
+  }
+}
+
+struct RoundArgs {
+  const float* from = nullptr;  // [size]
+  void* to = nullptr;           // [size]
+  std::int64_t size = 0;        // a multiple of 8
+};
+
+template <class S>
+__global__ void __launch_bounds__(kElementThreads) round_kernel(const __grid_constant__ RoundArgs a) {
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const std::int64_t at = (static_cast<std::int64_t>(blockIdx.x) * kElementThreads + threadIdx.x) * 8;
+  if (at >= a.size) return;
+  float values[8];
+  load8(a.from + at, values);
+  store8(static_cast<S*>(a.to) + at, values);
+}
+
+}  // namespace prefillshare::cuda::detail

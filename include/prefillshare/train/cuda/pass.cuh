@@ -1,0 +1,409 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/train/cuda/pass.cuh - loss and gradients of a whole decoder over a batch of segments on the GPU.
+// Layer: train/cuda (host, needs nvcc and cuBLAS).
+// See: PrefillShare (arXiv 2602.12029) equation 7; prefillshare/train/pass.hpp
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include <prefillshare/train/cuda/cache_forward.cuh>
+
+namespace prefillshare::cuda {
+
+/// LossBatch with prefixes on the device: sequences one after the other in rows, and the tokens that some rows
+/// are to predict. Segments cover the rows in order, without gaps; segment i's prefix is the next
+/// segments[i].prefix rows of `prefixes`.
+template <TrainStorage S>
+struct DeviceLossBatch {
+  /// As Segment, its prefix in `prefixes`.
+  struct Piece {
+    std::int64_t count = 0;   ///< rows
+    std::int64_t prefix = 0;  ///< tokens before them
+  };
+  std::vector<std::int32_t> tokens;     ///< [rows]
+  std::vector<Piece> segments;          ///< the rows cut into sequences
+  std::vector<std::int32_t> loss_rows;  ///< ascending
+  std::vector<std::int32_t> labels;     ///< [loss_rows]: the next token at each of them
+  DevicePrefixView<S> prefixes;         ///< device memory, read by the pass
+
+  /// No rows and no prefixes.
+  void clear() {
+    tokens.clear();
+    segments.clear();
+    loss_rows.clear();
+    labels.clear();
+    prefixes = {};
+  }
+};
+
+/// What of a pass is kept for its backward half.
+enum class Activations : std::uint8_t {
+  kKept,        ///< all: some 19 KB a row and block at hidden size 576
+  kRecomputed,  ///< the residual stream between blocks; blocks run once more, as on the CPU
+};
+
+/// The memory of passes of up to `rows` rows. One thread, one stream. S: TrainStorage.
+template <TrainStorage S>
+class DeviceTrainPass {
+ public:
+  /// Positions up to max_context. kInvalidArgument for numbers below 1; kOutOfMemory, kCudaError.
+  [[nodiscard]] static Result<DeviceTrainPass> create(const ModelConfig& config, std::int64_t max_rows,
+                                                      std::int64_t max_context, Activations activations,
+                                                      const Device& device, cudaStream_t stream) {
+    if (max_rows < 1 || max_context < 1 || max_rows > kMostRows) {
+      return codegemm::error(StatusCode::kInvalidArgument, "DeviceTrainPass for ", max_rows,
+                             " rows and a context of ", max_context);
+    }
+    if (Status s = prefillshare::validate(config); !s.ok()) return s;
+    Result<detail::TrainStream> ts = detail::TrainStream::create(device, stream);
+    if (!ts.ok()) return ts.status();
+    Result<detail::DeviceRope> rope = detail::DeviceRope::create(config.rope, max_context);
+    if (!rope.ok()) return rope.status();
+    DeviceTrainPass out(*std::move(ts), config);
+    out.max_rows_ = max_rows;
+    out.max_context_ = max_context;
+    out.rope_ = *std::move(rope);
+    out.kept_ = activations == Activations::kKept ? config.layers : 1;
+    if (Status s = out.allocate(); !s.ok()) return s.with_prefix("DeviceTrainPass");
+    return out;
+  }
+
+  /// losses[i] = -log p(labels[i]) at loss_rows[i], on the device, and the gradient of scale * (their sum) is
+  /// added to the model's. Puts the work into the stream. Errors as TrainPass::run(), before anything is
+  /// launched; kCudaError.
+  [[nodiscard]] Status run(DeviceTrainable<S>& model, const DeviceLossBatch<S>& batch, float scale,
+                           float* losses) {
+    return run(model.view(), &model, batch, scale, losses);
+  }
+  /// The losses alone, of any weights of this config.
+  [[nodiscard]] Status evaluate(const detail::DeviceWeightsView<S>& weights, const DeviceLossBatch<S>& batch,
+                                float* losses) {
+    return run(weights, nullptr, batch, 0.0F, losses);
+  }
+
+  [[nodiscard]] std::int64_t max_rows() const noexcept { return max_rows_; }  ///< of a batch
+  /// Positions of a sequence, its prefix included.
+  [[nodiscard]] std::int64_t max_context() const noexcept { return max_context_; }
+  /// For DeviceTrainable.
+  [[nodiscard]] detail::TrainStream& train_stream() noexcept { return ts_; }
+
+ private:
+  static constexpr std::int64_t kMostRows = std::int64_t{1} << 20;
+
+  DeviceTrainPass(detail::TrainStream ts, const ModelConfig& config) : ts_(std::move(ts)), c_(config) {}
+
+  [[nodiscard]] Status run(const detail::DeviceWeightsView<S>& w, DeviceTrainable<S>* model,
+                           const DeviceLossBatch<S>& batch, float scale, float* losses) {
+    if (Status s = check(*w.config, batch); !s.ok()) return s;
+    if (batch.tokens.empty()) return {};
+    if (Status s = send(batch); !s.ok()) return s;
+    detail::BlockLaunches<S> launches(ts_, c_, rows_);
+    forward(w, batch, launches);
+    head(model, w, batch, scale, losses, launches);
+    if (model != nullptr) back(*model, w, batch, launches);
+    return ts_.take();
+  }
+
+  [[nodiscard]] Status allocate() {
+    const std::int64_t r = max_rows_;
+    const std::int64_t h = c_.hidden_size;
+    const std::int64_t width = c_.q_size() + 2 * c_.kv_size();
+    stride_ = (c_.vocab_size + 7) / 8 * 8;
+    chunk_ = std::clamp<std::int64_t>((std::int64_t{1} << 27) / stride_, 1, r);
+    detail::Allocations memory;
+    memory.make(x_, (c_.layers + 1) * r * h);
+    memory.make(mid_, kept_ * r * h);
+    memory.make(lse_, kept_ * r * c_.heads);
+    for (DeviceArray<S>* x : {&normed_, &normed2_}) memory.make(*x, kept_ * r * h);
+    if (c_.qk_norm) memory.make(raw_, kept_ * r * width);
+    memory.make(qkv_, kept_ * r * width);
+    memory.make(attended_, kept_ * r * c_.q_size());
+    memory.make(both_, kept_ * r * 2 * c_.intermediate_size);
+    memory.make(act_, kept_ * r * c_.intermediate_size);
+    for (DeviceArray<S>* x : {&y_, &d_normed_, &chosen_, &d_chosen_}) memory.make(*x, r * h);
+    memory.make(d_act_, r * c_.intermediate_size);
+    memory.make(d_attended_, r * c_.q_size());
+    memory.make(d_qkv_, r * width);
+    memory.make(delta_, r * c_.heads);
+    memory.make(dx_, r * h);
+    if constexpr (!std::is_same_v<S, float>) memory.make(dx_low_, r * h);
+    memory.make(norm_parts_, (2 * c_.layers + 1) * detail::kNormParts * h);
+    if (c_.qk_norm) memory.make(head_parts_, c_.layers * detail::kHeadParts * 2 * c_.head_dim);
+    if (c_.attention_bias) memory.make(bias_parts_, detail::kColumnParts * width);
+    memory.make(logits_, chunk_ * stride_);
+    memory.make(d_logits_, chunk_ * stride_);
+    if (Status s = memory.finish(); !s.ok()) return s;
+    // Tokens, positions, segments and their tiles, loss rows, labels, and the rows of each token.
+    return input_.allocate(r * (3 + 4 + 2 * (c_.heads / c_.kv_heads) + 2 + 2 + 3) + 64);
+  }
+
+  [[nodiscard]] Status check(const ModelConfig& config, const DeviceLossBatch<S>& batch) const {
+    const std::int64_t rows = std::ssize(batch.tokens);
+    const auto wrong = [](const auto&... parts) {
+      return codegemm::error(StatusCode::kInvalidArgument, "LossBatch: ", parts...);
+    };
+    if (!(config == c_))
+      return codegemm::error(StatusCode::kShapeMismatch, "TrainPass: made for another config");
+    if (rows > max_rows_) return wrong(rows, " rows, the pass is for ", max_rows_);
+    std::int64_t at = 0;
+    std::int64_t before = 0;
+    for (const auto& s : batch.segments) {
+      if (s.count < 1 || s.prefix < 0 || s.prefix + s.count > max_context_ || s.count > rows - at ||
+          s.prefix > batch.prefixes.rows - before) {
+        return wrong("a segment of ", s.count, " rows at row ", at, " behind ", s.prefix, " of ",
+                     batch.prefixes.rows - before, " tokens; rows ", rows, ", context at most ",
+                     max_context_);
+      }
+      at += s.count;
+      before += s.prefix;
+    }
+    if (before > 0 && batch.prefixes.data == nullptr)
+      return codegemm::error(StatusCode::kNullPointer, "LossBatch: a prefix without keys or values");
+    if (at != rows) return wrong("segments cover ", at, " of ", rows, " rows");
+    if (batch.labels.size() != batch.loss_rows.size())
+      return wrong(batch.labels.size(), " labels for ", batch.loss_rows.size(), " rows");
+    for (const auto* ids : {&batch.tokens, &batch.labels}) {
+      for (const std::int32_t id : *ids) {
+        if (id < 0 || id >= c_.vocab_size) return wrong("token ", id, ", the vocabulary has ", c_.vocab_size);
+      }
+    }
+    std::int32_t last = -1;
+    for (const std::int32_t row : batch.loss_rows) {
+      if (row <= last || row >= rows) return wrong("loss row ", row, " behind ", last, ", rows ", rows);
+      last = row;
+    }
+    return {};
+  }
+
+  /// What the kernels read of a batch, to the device.
+  [[nodiscard]] Status send(const DeviceLossBatch<S>& batch) {
+    positions_.clear();
+    segments_.clear();
+    std::int64_t before = 0;
+    for (const auto& s : batch.segments) {
+      segments_.push_back({static_cast<std::int32_t>(positions_.size()), static_cast<std::int32_t>(s.count),
+                           static_cast<std::int32_t>(s.prefix), static_cast<std::int32_t>(before)});
+      for (std::int64_t i = 0; i < s.count; ++i)
+        positions_.push_back(static_cast<std::int32_t>(s.prefix + i));
+      before += s.prefix;
+    }
+    tiles_.assign(segments_, c_.heads / c_.kv_heads);
+    // Where each token occurs, so that one block adds up its gradient.
+    occurrences_.resize(batch.tokens.size());
+    std::iota(occurrences_.begin(), occurrences_.end(), 0);
+    std::stable_sort(occurrences_.begin(), occurrences_.end(), [&](std::int32_t a, std::int32_t b) {
+      return batch.tokens[static_cast<std::size_t>(a)] < batch.tokens[static_cast<std::size_t>(b)];
+    });
+    ids_.clear();
+    id_begin_.clear();
+    for (std::size_t i = 0; i < occurrences_.size(); ++i) {
+      const std::int32_t id = batch.tokens[static_cast<std::size_t>(occurrences_[i])];
+      if (!ids_.empty() && ids_.back() == id) continue;
+      ids_.push_back(id);
+      id_begin_.push_back(static_cast<std::int32_t>(i));
+    }
+    id_begin_.push_back(static_cast<std::int32_t>(occurrences_.size()));
+
+    using Ints = std::span<const std::int32_t>;
+    if (Status s = input_.begin(); !s.ok()) return s;
+    rows_.rows = std::ssize(batch.tokens);
+    tokens_ = input_.add(Ints(batch.tokens));
+    rows_.positions = input_.add(Ints(positions_));
+    rows_.cos = rope_.cos.data();
+    rows_.sin = rope_.sin.data();
+    rows_.tiles.segments = input_.add(std::span<const detail::DeviceSegment>(segments_));
+    rows_.tiles.segment_of = input_.add(Ints(tiles_.segment_of));
+    rows_.tiles.queries = input_.add(Ints(tiles_.queries));
+    rows_.tiles.keys = input_.add(Ints(tiles_.keys));
+    rows_.tiles.query_tiles = std::ssize(tiles_.queries) / 2;
+    rows_.tiles.key_tiles = std::ssize(tiles_.keys) / 2;
+    loss_rows_ = input_.add(Ints(batch.loss_rows));
+    labels_ = input_.add(Ints(batch.labels));
+    embed_.ids = input_.add(Ints(ids_));
+    embed_.row_begin = input_.add(Ints(id_begin_));
+    embed_.rows = input_.add(Ints(occurrences_));
+    return input_.send(ts_.stream());
+  }
+
+  [[nodiscard]] float* stream(std::int64_t i) const { return x_.data() + i * max_rows_ * c_.hidden_size; }
+  [[nodiscard]] detail::BlockActivations<S> activations(std::int64_t i) const {
+    const std::int64_t at = (kept_ > 1 ? i : 0) * max_rows_;
+    const std::int64_t width = c_.q_size() + 2 * c_.kv_size();
+    detail::BlockActivations<S> a;
+    a.x = stream(i);
+    a.mid = mid_.data() + at * c_.hidden_size;
+    a.normed = normed_.data() + at * c_.hidden_size;
+    a.qkv = qkv_.data() + at * width;
+    a.raw = c_.qk_norm ? raw_.data() + at * width : a.qkv;
+    a.attended = attended_.data() + at * c_.q_size();
+    a.lse = lse_.data() + at * c_.heads;
+    a.normed2 = normed2_.data() + at * c_.hidden_size;
+    a.both = both_.data() + at * 2 * c_.intermediate_size;
+    a.act = act_.data() + at * c_.intermediate_size;
+    a.keys = a.qkv + c_.q_size();
+    a.values = a.keys + c_.kv_size();
+    a.kv_stride = width;
+    return a;
+  }
+  [[nodiscard]] detail::BlockScratch<S> scratch() const {
+    return {y_.data(),     d_act_.data(), d_normed_.data(),  d_attended_.data(),
+            d_qkv_.data(), delta_.data(), bias_parts_.data()};
+  }
+  [[nodiscard]] S* low_gradient() const {
+    if constexpr (std::is_same_v<S, float>) return dx_.data();
+    if constexpr (!std::is_same_v<S, float>) return dx_low_.data();
+  }
+
+  void forward(const detail::DeviceWeightsView<S>& w, const DeviceLossBatch<S>& batch,
+               detail::BlockLaunches<S>& launches) {
+    EmbedArgs embed;
+    embed.tokens = tokens_;
+    embed.table = w.embedding();
+    embed.out = stream(0);
+    embed.width = static_cast<int>(c_.hidden_size);
+    embed.vocab = static_cast<int>(c_.vocab_size);
+    ts_.start(embed_kernel<S>, embed, rows_.rows, kEmbedThreads);
+    for (std::int64_t i = 0; i < c_.layers; ++i) {
+      const detail::DeviceBlockWeights<S> block = w.block(i);
+      const detail::BlockActivations<S> a = activations(i);
+      if (i == 0) {
+        launches.norm(a.x, nullptr, nullptr, block.input_norm, a.normed);
+      } else {
+        launches.norm(activations(i - 1).mid, y_.data(), a.x, block.input_norm, a.normed);
+      }
+      launches.project(block, a);
+      launches.finish(block, a, scratch(), batch.prefixes.layer(i, c_.kv_size()));
+    }
+    launches.norm(activations(c_.layers - 1).mid, y_.data(), stream(c_.layers), nullptr, nullptr);
+  }
+
+  /// Losses; with a model to train dx_ becomes the gradient of the last block's output.
+  void head(DeviceTrainable<S>* model, const detail::DeviceWeightsView<S>& w, const DeviceLossBatch<S>& batch,
+            float scale, float* losses, detail::BlockLaunches<S>& launches) {
+    const bool backward = model != nullptr;
+    const std::int64_t h = c_.hidden_size;
+    const std::int64_t count = std::ssize(batch.loss_rows);
+    detail::NormArgs norm;
+    norm.x = stream(c_.layers);
+    norm.chosen = loss_rows_;
+    norm.weight = w.final_norm();
+    norm.out = chosen_.data();
+    norm.rows = count;
+    launches.norm(norm);
+    for (std::int64_t first = 0; first < count; first += chunk_) {
+      const std::int64_t size = std::min(chunk_, count - first);
+      const S* const in = chosen_.data() + first * h;
+      ts_.nt(in, w.head(), logits_.data(), size, c_.vocab_size, h, stride_);
+      detail::CrossEntropyArgs args;
+      args.logits = logits_.data();
+      args.labels = labels_ + first;
+      args.losses = losses + first;
+      args.d = backward ? d_logits_.data() : nullptr;
+      args.stride = stride_;
+      args.vocab = static_cast<int>(c_.vocab_size);
+      args.scale = scale;
+      ts_.start(detail::cross_entropy_kernel<S>, args, size, detail::kCrossEntropyThreads);
+      if (!backward) continue;
+      ts_.nn(d_logits_.data(), w.head(), d_chosen_.data() + first * h, size, c_.vocab_size, h, stride_);
+      ts_.tn(d_logits_.data(), in, model->head_gradient(), size, c_.vocab_size, h, stride_);
+    }
+    if (!backward) return;
+    ts_.zero(dx_.data(), static_cast<std::size_t>(rows_.rows * h) * sizeof(float));
+    ts_.zero(dx_low_.data(), dx_low_.size() == 0 ? 0 : static_cast<std::size_t>(rows_.rows * h) * sizeof(S));
+    if (count == 0) return;
+    detail::NormBackwardArgs norm_back;
+    norm_back.x = stream(c_.layers);
+    norm_back.weight = w.final_norm();
+    norm_back.dy = d_chosen_.data();
+    norm_back.dx = dx_.data();
+    norm_back.dx_low = dx_low_.data();
+    norm_back.chosen = loss_rows_;
+    norm_back.rows = count;
+    float* const sums = model->vector_gradients();
+    float* const parts = norm_parts_.data() + 2 * c_.layers * detail::kNormParts * h;
+    norm_back.parts = sums == nullptr ? nullptr : parts;
+    launches.norm_backward(norm_back);
+    if (sums == nullptr) return;
+    launches.add_parts(parts, 1, detail::kNormParts, launches.norm_parts(count), h,
+                       sums + detail::WeightsLayout(c_).final_norm());
+  }
+
+  void back(DeviceTrainable<S>& model, const detail::DeviceWeightsView<S>& w, const DeviceLossBatch<S>& batch,
+            detail::BlockLaunches<S>& launches) {
+    const std::int64_t h = c_.hidden_size;
+    float* const vectors = model.vector_gradients();
+    for (std::int64_t i = c_.layers - 1; i >= 0; --i) {
+      const detail::DeviceBlockWeights<S> block = w.block(i);
+      const detail::BlockActivations<S> a = activations(i);
+      const detail::LayerPrefix<S> prefix = batch.prefixes.layer(i, c_.kv_size());
+      if (kept_ < c_.layers && i + 1 < c_.layers) {  // the last block's activations are still there
+        launches.norm(a.x, nullptr, nullptr, block.input_norm, a.normed);
+        launches.project(block, a);
+        launches.finish(block, a, scratch(), prefix);
+      }
+      float* const norms = vectors == nullptr ? nullptr : norm_parts_.data() + i * 2 * detail::kNormParts * h;
+      float* const heads = vectors == nullptr || !c_.qk_norm
+                               ? nullptr
+                               : head_parts_.data() + i * detail::kHeadParts * 2 * c_.head_dim;
+      launches.backward(block, model.block_gradients(i), a, scratch(), prefix, dx_.data(), low_gradient(),
+                        norms, heads);
+    }
+    if (vectors != nullptr) {
+      launches.add_parts(norm_parts_.data(), 2 * c_.layers, detail::kNormParts,
+                         launches.norm_parts(rows_.rows), h, vectors);
+      if (c_.qk_norm) {
+        launches.add_parts(head_parts_.data(), c_.layers, detail::kHeadParts, launches.head_parts(),
+                           2 * c_.head_dim, vectors + detail::WeightsLayout(c_).head_norms());
+      }
+    }
+    if (model.embedding_gradient() == nullptr) return;
+    detail::EmbedBackwardArgs args = embed_;
+    args.d = dx_.data();
+    args.gradient = model.embedding_gradient();
+    args.width = static_cast<int>(h);
+    ts_.start(detail::embed_backward_kernel<0>, args, std::ssize(ids_), detail::kElementThreads);
+  }
+
+  detail::TrainStream ts_;
+  ModelConfig c_;
+  std::int64_t max_rows_ = 0;
+  std::int64_t max_context_ = 0;
+  std::int64_t kept_ = 1;    // blocks whose activations are kept
+  std::int64_t stride_ = 0;  // of logits
+  std::int64_t chunk_ = 1;   // rows of logits
+  detail::DeviceRope rope_;
+  detail::PassInput input_;
+  // Of the batch at hand.
+  detail::DeviceRows rows_;
+  const std::int32_t* tokens_ = nullptr;
+  const std::int32_t* loss_rows_ = nullptr;
+  const std::int32_t* labels_ = nullptr;
+  detail::EmbedBackwardArgs embed_;
+  std::vector<std::int32_t> positions_, occurrences_, ids_, id_begin_;
+  std::vector<detail::DeviceSegment> segments_;
+  detail::AttentionTiles tiles_;
+
+  DeviceArray<float> x_;                         // [layers + 1][rows][hidden]
+  DeviceArray<float> mid_, lse_;                 // of each kept block
+  DeviceArray<S> normed_, normed2_, raw_, qkv_;  // the same
+  DeviceArray<S> attended_, both_, act_;         // the same
+  DeviceArray<S> y_, d_normed_;                  // [rows][hidden]
+  DeviceArray<S> d_act_, d_attended_, d_qkv_;
+  DeviceArray<float> delta_;          // [rows][heads]
+  DeviceArray<float> dx_;             // [rows][hidden], of the residual stream
+  DeviceArray<S> dx_low_;             // the same in S; empty where S is float
+  DeviceArray<S> chosen_, d_chosen_;  // [loss rows][hidden]
+  DeviceArray<float> logits_;         // [chunk][stride]
+  DeviceArray<S> d_logits_;           // [chunk][stride]
+  DeviceArray<float> norm_parts_;     // [2 layers + 1][kNormParts][hidden]
+  DeviceArray<float> head_parts_;     // [layers][kHeadParts][2][head_dim]
+  DeviceArray<float> bias_parts_;     // [kColumnParts][q + 2 kv]
+};
+
+}  // namespace prefillshare::cuda

@@ -1,0 +1,696 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// tests/prefillshare/train/gradients_gpu_test.cu - training on the GPU against the CPU's: losses and gradients of
+// every parameter in double, runs of the trainer step by step, and their bits.
+
+// What nvcc's front end remarks on in Eigen and in the CPU's kernels.
+#pragma nv_diag_suppress 20012, 1675, 550
+
+#include <prefillshare/train/cuda/generator.cuh>
+#include <prefillshare/train/cuda/trainer.cuh>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <codegemm/base/thread_pool.hpp>
+#include <codegemm/io/temporary_folder.hpp>
+#include <prefillshare/train/trainer.hpp>
+#include <support/catch.hpp>
+#include <support/quantized.hpp>
+#include <support/tiny_model.hpp>
+
+#include "../../codegemm/cuda/gpu.cuh"
+
+namespace prefillshare::test {
+namespace {
+
+using codegemm::test::gpu_or_skip;
+using codegemm::test::require_ok;
+using codegemm::test::TemporaryFolder;
+using cuda::Activations;
+using cuda::Device;
+using cuda::DeviceFrozenWeights;
+using cuda::DeviceGenerator;
+using cuda::DeviceLossBatch;
+using cuda::DeviceTrainable;
+using cuda::DeviceTrainer;
+using cuda::DeviceTrainPass;
+
+template <class S>
+constexpr bool kExact = std::is_same_v<S, float>;
+
+struct Stream {
+  cudaStream_t get = nullptr;
+  Stream() { REQUIRE_CUDA(cudaStreamCreateWithFlags(&get, cudaStreamNonBlocking)); }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  ~Stream() { cudaStreamDestroy(get); }
+};
+
+struct Variant {
+  const char* name;
+  ModelConfig config;
+  std::vector<std::pair<std::int64_t, std::int64_t>> segments;  // rows, prefix
+};
+
+ModelConfig config_of(std::int64_t hidden, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim) {
+  ModelConfig c = tiny_config();
+  c.vocab_size = 203;
+  c.hidden_size = hidden;
+  c.intermediate_size = 136;
+  c.heads = heads;
+  c.kv_heads = kv_heads;
+  c.head_dim = head_dim;
+  c.rope.head_dim = static_cast<int>(head_dim);
+  return c;
+}
+
+std::vector<Variant> variants() {
+  ModelConfig plain = tiny_config();
+  plain.rope.scaling = RopeScaling::kLinear;
+  plain.rope.factor = 2.0;
+  ModelConfig qwen = config_of(48, 6, 2, 24);
+  qwen.tied_embeddings = false;
+  qwen.attention_bias = qwen.qk_norm = true;
+  ModelConfig gguf = config_of(32, 4, 4, 16);
+  gguf.rope.layout = RopeLayout::kInterleaved;
+  ModelConfig smol = config_of(72, 6, 2, 64);  // on tensor cores in bf16
+  ModelConfig wide = config_of(1096, 4, 2, 128);
+  wide.tied_embeddings = false;
+  wide.qk_norm = true;
+  return {{"tied, linear scaling", plain, {{4, 5}, {7, 0}}},
+          {"biases, head norms, untied", qwen, {{40, 33}, {7, 0}, {1, 12}}},
+          {"interleaved, no GQA", gguf, {{9, 3}, {70, 0}}},
+          {"head size 64", smol, {{150, 70}, {41, 0}, {1, 130}, {23, 1}}},
+          {"head size 128, wide, head norms", wide, {{37, 90}, {70, 0}}}};
+}
+
+/// The same rows for both: constants as prefixes, losses at some rows.
+struct Problem {
+  LossBatch<double> batch;
+  std::vector<std::vector<double>> keys, values;  // of each segment, [layers][prefix][kv]
+  std::int64_t prefix_rows = 0;
+
+  Problem(const Variant& v, std::uint64_t seed) {
+    const ModelConfig& c = v.config;
+    Rng rng(seed);
+    std::int64_t rows = 0;
+    keys.resize(v.segments.size());
+    values.resize(v.segments.size());
+    for (std::size_t i = 0; i < v.segments.size(); ++i) {
+      const auto [count, prefix] = v.segments[i];
+      for (auto* x : {&keys[i], &values[i]}) {
+        for (const float value : rng.normals(c.layers * prefix * c.kv_size()))
+          x->push_back(static_cast<double>(__bfloat162float(__float2bfloat16(value))));
+      }
+      batch.segments.push_back({rows, count, prefix, prefix, keys[i].data(), values[i].data()});
+      rows += count;
+      prefix_rows += prefix;
+    }
+    batch.tokens = random_tokens(rng, rows, c.vocab_size);
+    batch.tokens[static_cast<std::size_t>(rows) - 1] = batch.tokens[0];  // one that occurs twice
+    for (std::int64_t row = 0; row < rows; row += 1 + rng.below(3)) batch.loss_rows.push_back(row);
+    batch.labels = random_tokens(rng, std::ssize(batch.loss_rows), c.vocab_size);
+  }
+
+  template <class S>
+  [[nodiscard]] DeviceLossBatch<S> on_device(const ModelConfig& c,
+                                             codegemm::cuda::DeviceArray<S>& memory) const {
+    DeviceLossBatch<S> out;
+    out.tokens = batch.tokens;
+    out.labels = batch.labels;
+    for (const std::int64_t row : batch.loss_rows) out.loss_rows.push_back(static_cast<std::int32_t>(row));
+    const std::int64_t width = c.kv_size();
+    std::vector<S> cache(static_cast<std::size_t>(c.layers * prefix_rows * 2 * width));
+    std::int64_t first = 0;
+    for (std::size_t i = 0; i < batch.segments.size(); ++i) {
+      const Segment<double>& s = batch.segments[i];
+      out.segments.push_back({s.count, s.prefix});
+      for (std::int64_t layer = 0; layer < c.layers; ++layer) {
+        for (std::int64_t t = 0; t < s.prefix; ++t) {
+          S* const to = cache.data() + (layer * prefix_rows + first + t) * 2 * width;
+          for (std::int64_t d = 0; d < width; ++d) {
+            const auto from = static_cast<std::size_t>((layer * s.prefix + t) * width + d);
+            to[d] = static_cast<S>(static_cast<float>(keys[i][from]));
+            to[width + d] = static_cast<S>(static_cast<float>(values[i][from]));
+          }
+        }
+      }
+      first += s.prefix;
+    }
+    memory = codegemm::cuda::DeviceArray<S>::copy_of(cache).value();
+    out.prefixes = {memory.data(), prefix_rows};
+    return out;
+  }
+};
+
+/// Weights that bf16 holds, so that only activations are rounded.
+std::shared_ptr<const LlamaModel<DenseLinear>> rounded_model(const ModelConfig& c, std::uint64_t seed) {
+  auto out = std::make_shared<LlamaModel<DenseLinear>>(*random_model(c, seed));
+  const auto round = [](std::span<const float> values) {
+    std::vector<float> low(values.begin(), values.end());
+    for (float& value : low) value = __bfloat162float(__float2bfloat16(value));
+    return low;
+  };
+  out->embedding = std::make_shared<const std::vector<float>>(round(*out->embedding));
+  for_each_linear(*out, [&](const std::string& name, DenseLinear& layer) {
+    const auto weights = layer.weights();
+    const auto size = static_cast<std::size_t>(weights.rows * weights.cols);
+    auto low = std::make_shared<const std::vector<float>>(round({weights.data, size}));
+    if (c.tied_embeddings && name == "lm_head") low = out->embedding;
+    layer = DenseLinear(std::move(low), layer.rows(), layer.cols(),
+                        std::vector<float>(layer.bias().begin(), layer.bias().end()));
+  });
+  return out;
+}
+
+std::map<std::string, codegemm::QuantizedMatrix> random_matrices(const LlamaModel<DenseLinear>& model,
+                                                                 std::uint64_t seed) {
+  codegemm::test::Rng rng(seed);
+  const codegemm::Format formats[] = {{8, 2, 4, -1}, {4, 1, 5, 8}, {2, 3, 4, 16}};
+  std::map<std::string, codegemm::QuantizedMatrix> out;
+  std::size_t i = 0;
+  for_each_linear(model, [&](const std::string& name, const DenseLinear& layer) {
+    if (name == "lm_head" && model.config.tied_embeddings) return;
+    if (name == "model.layers.1.mlp.gate_proj") return;  // one stays dense
+    codegemm::QuantizedMatrix matrix =
+        codegemm::test::random_matrix(formats[i++ % 3], layer.rows(), layer.cols(), rng);
+    for (codegemm::Half& value : matrix.scales())
+      value =
+          codegemm::Half::from_float(rng.uniform(0.5F, 1.0F) / std::sqrt(static_cast<float>(layer.cols())));
+    out.emplace(name, std::move(matrix));
+  });
+  return out;
+}
+
+enum class Kind { kFull, kLowRank, kCodebooks };
+
+template <class T>
+TrainableModel<T> trainable(const std::shared_ptr<const LlamaModel<DenseLinear>>& model, Kind kind) {
+  if (kind == Kind::kFull) return TrainableModel<T>::full(model).value();
+  if (kind == Kind::kCodebooks)
+    return TrainableModel<T>::codebooks(model, random_matrices(*model, 77)).value();
+  auto out = TrainableModel<T>::low_rank(model, LowRankOptions{11, 5.5, 3}).value();
+  Rng rng(78);
+  for (Parameter<T>& p : out.parameters()) {
+    for (T& x : p.value.span()) x += static_cast<T>(0.1F * rng.normal());
+  }
+  return out;
+}
+
+/// ||got - want|| / ||want||; NaN counts as infinite.
+double relative(const Tensor<float>& got, const Tensor<double>& want) {
+  double off = 0.0;
+  double size = 1e-30;
+  for (std::int64_t i = 0; i < want.size(); ++i) {
+    const double d = static_cast<double>(got[i]) - want[i];
+    off += d * d;
+    size += want[i] * want[i];
+  }
+  const double out = std::sqrt(off / size);
+  return out == out ? out : HUGE_VAL;
+}
+
+template <class S>
+struct DeviceRun {
+  std::vector<float> losses;
+  TrainableModel<float> model;
+};
+
+template <class S>
+DeviceRun<S> run_on_device(const Variant& v, const Problem& problem, TrainableModel<float> model,
+                           Activations activations, const Device& device, cudaStream_t stream) {
+  auto pass = DeviceTrainPass<S>::create(v.config, std::ssize(problem.batch.tokens), 256, activations, device,
+                                         stream);
+  require_ok(pass.status());
+  auto weights = DeviceTrainable<S>::create(model, device, stream);
+  require_ok(weights.status());
+  codegemm::cuda::DeviceArray<S> memory;
+  const DeviceLossBatch<S> batch = problem.on_device<S>(v.config, memory);
+  codegemm::test::DeviceBuffer<float> losses(batch.labels.size());
+  losses.poison();
+  for (Parameter<float>& p : model.parameters())
+    std::fill(p.gradient.span().begin(), p.gradient.span().end(), std::numeric_limits<float>::quiet_NaN());
+  weights->zero_gradients(pass->train_stream());
+  require_ok(pass->run(*weights, batch, 0.5F, losses.data()));
+  require_ok(pass->run(*weights, batch, 0.5F, losses.data()));  // gradients add up
+  weights->collect(pass->train_stream());
+  require_ok(weights->download_gradients(model, pass->train_stream()));
+  CHECK(losses.guards_intact());
+  return {losses.download(), std::move(model)};
+}
+
+template <class S>
+void check_against_double(const Device& device, cudaStream_t stream) {
+  codegemm::ThreadPool pool(4);
+  for (const Variant& v : variants()) {
+    for (const Kind kind : {Kind::kFull, Kind::kLowRank, Kind::kCodebooks}) {
+      const Problem problem(v, 71);
+      const auto model = rounded_model(v.config, 72);
+      auto exact = trainable<double>(model, kind);
+      auto pass = TrainPass<double>::create(v.config, std::ssize(problem.batch.tokens), 256, pool).value();
+      std::vector<double> want;
+      require_ok(pass.run(exact, problem.batch, true, 1.0, want));
+      const DeviceRun<S> got =
+          run_on_device<S>(v, problem, trainable<float>(model, kind), Activations::kKept, device, stream);
+      double loss_error = 0.0;
+      for (std::size_t i = 0; i < want.size(); ++i) {
+        const double off = std::abs(static_cast<double>(got.losses[i]) - want[i]);
+        loss_error = off <= loss_error ? loss_error : (off == off ? off : HUGE_VAL);
+      }
+      // bf16: each of some ten roundings a block is 2^-9 of its tensor, and they add up over two blocks.
+      const double loss_bound = kExact<S> ? 1e-4 : 0.1;
+      const double bound = kExact<S> ? 1e-4 : 0.05;
+      double worst = 0.0;
+      std::string worst_name;
+      for (std::size_t i = 0; i < exact.parameters().size(); ++i) {
+        const double off = relative(got.model.parameters()[i].gradient, exact.parameters()[i].gradient);
+        if (off >= worst) {
+          worst = off;
+          worst_name = exact.parameters()[i].name;
+        }
+        if (off > bound) std::printf("  %s: off by %.3g\n", exact.parameters()[i].name.c_str(), off);
+      }
+      std::printf("%s, %s, kind %d: losses off by %.2g, gradients by at most %.2g (%s)\n",
+                  kExact<S> ? "fp32" : "bf16", v.name, static_cast<int>(kind), loss_error, worst,
+                  worst_name.c_str());
+      std::fflush(stdout);
+      CAPTURE(v.name, static_cast<int>(kind), worst_name);
+      CHECK(loss_error <= loss_bound);
+      CHECK(worst <= bound);
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("gradients in fp32 on the GPU are those of the CPU in double", "[train][gpu]") {
+  const Device device = gpu_or_skip();
+  const Stream stream;
+  check_against_double<float>(device, stream.get);
+}
+
+TEST_CASE("gradients in bf16 on the GPU are near those of the CPU in double", "[train][gpu]") {
+  const Device device = gpu_or_skip();
+  const Stream stream;
+  check_against_double<__nv_bfloat16>(device, stream.get);
+}
+
+TEST_CASE("gradients on the GPU are the same bits again, and where activations are recomputed",
+          "[train][gpu]") {
+  const Device device = gpu_or_skip();
+  const Stream stream;
+  for (const Variant& v : variants()) {
+    for (const Kind kind : {Kind::kFull, Kind::kLowRank, Kind::kCodebooks}) {
+      CAPTURE(v.name, static_cast<int>(kind));
+      using S = __nv_bfloat16;
+      const Problem problem(v, 81);
+      const auto model = random_model(v.config, 82);
+      const auto run = [&](Activations activations) {
+        return run_on_device<S>(v, problem, trainable<float>(model, kind), activations, device, stream.get);
+      };
+      const DeviceRun<S> first = run(Activations::kKept);
+      for (const Activations activations : {Activations::kKept, Activations::kRecomputed}) {
+        const DeviceRun<S> again = run(activations);
+        CHECK(std::memcmp(first.losses.data(), again.losses.data(), first.losses.size() * sizeof(float)) ==
+              0);
+        int different = 0;
+        for (std::size_t i = 0; i < first.model.parameters().size(); ++i) {
+          const auto& a = first.model.parameters()[i].gradient;
+          const auto& b = again.model.parameters()[i].gradient;
+          different += std::memcmp(a.data(), b.data(), a.span().size_bytes()) == 0 ? 0 : 1;
+        }
+        CHECK(different == 0);
+      }
+    }
+  }
+}
+
+namespace {
+
+ModelConfig small_config() {
+  ModelConfig c = tiny_config();
+  c.qk_norm = true;
+  return c;
+}
+
+std::vector<TrainingExample> some_examples(std::uint64_t seed, int count) {
+  Rng rng(seed);
+  std::vector<TrainingExample> out;
+  for (int i = 0; i < count; ++i) {
+    TrainingExample example;
+    example.prompt = random_tokens(rng, 1 + rng.below(9), 60);
+    example.target = {(2 * example.prompt.back()) % 60, 60};
+    if (rng.below(2) == 0) example.target.insert(example.target.begin(), example.prompt.back());
+    out.push_back(std::move(example));
+  }
+  return out;
+}
+
+TrainOptions quick_options() {
+  TrainOptions options;
+  options.steps = 60;
+  options.batch = 8;
+  options.pass_tokens = 24;
+  options.max_tokens = 16;
+  options.rate = 1e-2;
+  options.warmup = 0.1;
+  options.adam.weight_decay = 0.01;
+  return options;
+}
+
+template <class S>
+std::shared_ptr<const DeviceFrozenWeights<S>> on_device(const LlamaModel<DenseLinear>& base,
+                                                        const Device& device, cudaStream_t stream) {
+  auto made = DeviceFrozenWeights<S>::create(base, device, stream);
+  require_ok(made.status());
+  return std::make_shared<const DeviceFrozenWeights<S>>(std::move(made).value());
+}
+
+std::vector<float> values_of(const TrainableModel<float>& model) {
+  std::vector<float> out;
+  for (const Parameter<float>& p : model.parameters())
+    out.insert(out.end(), p.value.span().begin(), p.value.span().end());
+  return out;
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+}  // namespace
+
+TEST_CASE("fine-tuning in fp32 on the GPU takes the CPU's steps", "[train][gpu]") {
+  const Device device = gpu_or_skip();
+  const Stream stream;
+  const auto base = random_model(small_config(), 1011);
+  const auto held_out = some_examples(1013, 40);
+  codegemm::ThreadPool pool(2);
+  for (const Kind kind : {Kind::kFull, Kind::kLowRank, Kind::kCodebooks}) {
+    for (const double sharing : {0.0, 0.5, 1.0}) {
+      TrainOptions options = quick_options();
+      options.steps = 5;
+      options.sharing = sharing;
+      options.clip = 1.0;
+      options.adam.epsilon = 1e-4;  // or gradients of nearly 0 decide the direction of a step
+      const auto examples = some_examples(1012, 19);
+      auto here = trainable<float>(base, kind);
+      auto there = trainable<float>(base, kind);
+      auto cpu = Trainer<DenseLinear>::create(here, base, examples, options, "x", pool).value();
+      auto gpu = DeviceTrainer<float>::create(there, on_device<float>(*base, device, stream.get), examples,
+                                              options, "x", device, stream.get);
+      require_ok(gpu.status());
+      CAPTURE(static_cast<int>(kind), sharing);
+      for (const double judged : {0.0, 0.3, 1.0}) {
+        CHECK(std::abs(gpu->evaluate(held_out, judged).value() - cpu.evaluate(held_out, judged).value()) <=
+              1e-4);
+      }
+      for (int step = 0; step < 5; ++step) {
+        const TrainProgress want = cpu.step().value();
+        const auto got = gpu->step();
+        require_ok(got.status());
+        CAPTURE(step, want.loss, got->loss);
+        CHECK(std::abs(got->loss - want.loss) <= 1e-3);
+        CHECK(got->rate == want.rate);
+      }
+      require_ok(gpu->download());
+      double off = 0.0;
+      double size = 0.0;
+      const std::vector<float> a = values_of(here);
+      const std::vector<float> b = values_of(there);
+      for (std::size_t i = 0; i < a.size(); ++i) {
+        off += std::pow(static_cast<double>(a[i]) - static_cast<double>(b[i]), 2);
+        size += std::pow(static_cast<double>(a[i]), 2);
+      }
+      CAPTURE(off, size);
+      CHECK(std::sqrt(off) <= 1e-3 * std::sqrt(size));
+      std::printf("fp32, kind %d, sharing %.1f: parameters off by %.2g\n", static_cast<int>(kind), sharing,
+                  std::sqrt(off / size));
+    }
+  }
+}
+
+TEST_CASE("fine-tuning in bf16 on the GPU learns a rule from the base's cache", "[train][gpu]") {
+  const Device device = gpu_or_skip();
+  const Stream stream;
+  const auto base = random_model(small_config(), 1011);
+  const auto held_out = some_examples(1013, 40);
+  for (const Kind kind : {Kind::kFull, Kind::kLowRank}) {
+    CAPTURE(static_cast<int>(kind));
+    auto model = kind == Kind::kFull ? TrainableModel<float>::full(base).value()
+                                     : TrainableModel<float>::low_rank(base, {6, 12.0, 1}).value();
+    using S = __nv_bfloat16;
+    auto trainer =
+        DeviceTrainer<S>::create(model, on_device<S>(*base, device, stream.get), some_examples(1012, 150),
+                                 quick_options(), "x", device, stream.get);
+    require_ok(trainer.status());
+    const double before = trainer->evaluate(held_out, 1.0).value();
+    std::vector<TrainProgress> told;
+    require_ok(trainer->run("", 0, [&](const TrainProgress& now) { told.push_back(now); }));
+    const double after = trainer->evaluate(held_out, 1.0).value();
+    CAPTURE(before, after);
+    CHECK(after < 0.6 * before);
+    REQUIRE(told.size() == 60);
+    CHECK(told.back().loss < told.front().loss);
+    CHECK(told.back().tokens_per_second > 0.0);
+    CHECK(trainer->step().status().message() == "Trainer: all 60 steps are done");
+    // What is downloaded is what was trained: judged by the CPU's pass in fp32.
+    require_ok(trainer->download());
+    codegemm::ThreadPool pool(2);
+    auto cpu = Trainer<DenseLinear>::create(model, base, some_examples(1012, 150), quick_options(), "x", pool)
+                   .value();
+    CHECK(std::abs(cpu.evaluate(held_out, 1.0).value() - after) <= 0.03);
+  }
+}
+
+namespace {
+
+/// The largest logit each time, by plain double loops: the base's cache, then the module.
+std::vector<std::int32_t> reference_answer(const LlamaModel<DenseLinear>& base,
+                                           const LlamaModel<DenseLinear>& module,
+                                           const std::vector<std::int32_t>& prompt, double sharing,
+                                           std::int64_t most, std::int32_t stop) {
+  std::vector<ReferenceCache> caches;
+  const auto shared = static_cast<std::size_t>(shared_tokens(std::ssize(prompt), sharing));
+  reference_forward(base, std::span(prompt).first(shared), caches);
+  std::vector<double> logits = reference_forward(module, std::span(prompt).subspan(shared), caches).back();
+  std::vector<std::int32_t> out;
+  while (true) {
+    const auto token =
+        static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+    if (token == stop) return out;
+    out.push_back(token);
+    if (std::ssize(out) == most) return out;
+    logits = reference_forward(module, std::span(&out.back(), 1), caches).back();
+  }
+}
+
+}  // namespace
+
+TEST_CASE("answers generated on the GPU are the reference's", "[train][gpu]") {
+  const Device device = gpu_or_skip();
+  const Stream stream;
+  const ModelConfig wide_head = config_of(72, 6, 2, 64);
+  for (const ModelConfig& config : {small_config(), wide_head}) {
+    CAPTURE(config.head_dim);
+    const auto base = random_model(config, 1051);
+    const auto module = random_model(config, 1052);
+    Rng rng(1053);
+    std::vector<std::vector<std::int32_t>> prompts;
+    for (int i = 0; i < 41; ++i)
+      prompts.push_back(random_tokens(rng, 1 + rng.below(i < 3 ? 80 : 20), config.vocab_size));
+    constexpr std::int64_t kMost = 9;
+    const std::int32_t stop[] = {7};
+    // Prompts at a time: fewer than there are, so that batches follow one another.
+    const auto answers = [&]<class S>(S, double sharing) {
+      const auto on_base = on_device<S>(*base, device, stream.get);
+      const auto on_module = on_device<S>(*module, device, stream.get);
+      auto generator = DeviceGenerator<S>::create(config, config, 17, 100, device, stream.get);
+      require_ok(generator.status());
+      auto out = generator->generate(on_base->view(), on_module->view(), prompts, sharing, kMost, stop);
+      require_ok(out.status());
+      const auto again =
+          generator->generate(on_base->view(), on_module->view(), prompts, sharing, kMost, stop);
+      CHECK(*out == *again);
+      return *std::move(out);
+    };
+    for (const double sharing : {0.0, 0.5, 1.0}) {
+      CAPTURE(sharing);
+      const auto exact = answers(float{}, sharing);
+      const auto low = answers(__nv_bfloat16{}, sharing);
+      int same = 0;
+      int near = 0;
+      for (std::size_t i = 0; i < prompts.size(); ++i) {
+        const auto want = reference_answer(*base, *module, prompts[i], sharing, kMost, 7);
+        same += exact[i] == want ? 1 : 0;
+        const bool alike = low[i].empty() == want.empty() && (want.empty() || low[i][0] == want[0]);
+        near += alike ? 1 : 0;
+      }
+      std::printf("answers, head size %lld, sharing %.1f: fp32 %d of %zu, first tokens of bf16 %d\n",
+                  static_cast<long long>(config.head_dim), sharing, same, prompts.size(), near);
+      CHECK(same >= 40);  // two logits may be nearly equal
+      CHECK(near >= 35);
+    }
+    auto generator = DeviceGenerator<float>::create(config, config, 4, 20, device, stream.get).value();
+    const auto weights = on_device<float>(*base, device, stream.get);
+    const auto refusal = [&](const std::vector<std::int32_t>& prompt) {
+      return generator.generate(weights->view(), weights->view(), std::span(&prompt, 1), 1.0, 9, stop)
+          .status()
+          .message();
+    };
+    CHECK(refusal({}) == "prompt 0: a prompt of 0 tokens and an answer of up to 9, at most 20 together");
+    CHECK(refusal({1, 2, 60000}) ==
+          codegemm::concat("prompts from 0: token 60000, the vocabulary has ", config.vocab_size));
+  }
+}
+
+TEST_CASE("a run on the GPU that was killed goes on to the same bits", "[train][gpu]") {
+  const Device device = gpu_or_skip();
+  const Stream stream;
+  using S = __nv_bfloat16;
+  const auto base = random_model(small_config(), 1021);
+  const auto frozen = on_device<S>(*base, device, stream.get);
+  const auto examples = some_examples(1022, 13);
+  TrainOptions options = quick_options();
+  options.steps = 7;
+  options.clip = 0.5;
+  const TemporaryFolder folder;
+  const auto make = [&](TrainableModel<float>& model) {
+    auto made = DeviceTrainer<S>::create(model, frozen, examples, options, "x", device, stream.get);
+    require_ok(made.status());
+    return std::move(made).value();
+  };
+  for (const Kind kind : {Kind::kFull, Kind::kLowRank, Kind::kCodebooks}) {
+    CAPTURE(static_cast<int>(kind));
+    auto whole = trainable<float>(base, kind);
+    auto trainer = make(whole);
+    require_ok(trainer.run(folder / "whole", 0));
+    const std::vector<float> want = values_of(whole);
+
+    auto first = trainable<float>(base, kind);
+    {
+      auto half = make(first);
+      for (int i = 0; i < 4; ++i) require_ok(half.step().status());
+      require_ok(half.save(folder / "state"));
+      require_ok(half.step().status());  // lost
+    }
+    auto second = trainable<float>(base, kind);
+    auto rest = make(second);
+    require_ok(rest.load(folder / "state"));
+    CHECK(rest.steps_done() == 4);
+    require_ok(rest.run(folder / "state", 2));
+    CHECK(same_bits(values_of(second), want));
+    CHECK(codegemm::test::get_file(folder / "state") == codegemm::test::get_file(folder / "whole"));
+    options.seed = 2;
+    auto other = make(second);
+    CHECK(other.load(folder / "state").code() == StatusCode::kIncompatible);
+    options.seed = 1;
+  }
+}
+
+TEST_CASE("a loss that is not finite stops a run on the GPU at the last good step", "[train][gpu]") {
+  const Device device = gpu_or_skip();
+  const Stream stream;
+  using S = __nv_bfloat16;
+  const auto base = random_model(small_config(), 1031);
+  auto examples = some_examples(1032, 24);
+  for (TrainingExample& example : examples) {
+    for (std::int32_t& token : example.prompt) token = token == 59 ? 3 : token;
+  }
+  examples[17].prompt.back() = 59;  // no other has it
+  TrainOptions options = quick_options();
+  options.steps = 3;  // each example once
+  options.adam.weight_decay = 0.0;
+  const TemporaryFolder folder;
+  auto poisoned = std::make_shared<LlamaModel<DenseLinear>>(*base);
+  poisoned->config.tied_embeddings = false;
+  poisoned->embedding = [&] {
+    auto table = std::make_shared<std::vector<float>>(*base->embedding);
+    (*table)[59 * 24 + 1] = std::numeric_limits<float>::infinity();
+    return table;
+  }();
+  auto model = TrainableModel<float>::full(poisoned).value();
+  auto trainer = DeviceTrainer<S>::create(model, on_device<S>(*base, device, stream.get), examples, options,
+                                          "x", device, stream.get);
+  require_ok(trainer.status());
+  std::vector<float> last = values_of(model);
+  std::int64_t good = 0;
+  const Status status = trainer->run(folder / "state", 0, [&](const TrainProgress& now) {
+    require_ok(trainer->download());
+    last = values_of(model);
+    good = now.step;
+  });
+  CAPTURE(status.message());
+  CHECK(status.code() == StatusCode::kInvalidArgument);
+  CHECK(codegemm::test::contains(status.message(), codegemm::concat("in step ", good + 1,
+                                                                    ", example 17, target token 0; the "
+                                                                    "parameters are those after ",
+                                                                    good, " steps")));
+  require_ok(trainer->download());
+  CHECK(same_bits(values_of(model), last));
+  require_ok(trainer->load(folder / "state"));
+  CHECK(trainer->steps_done() == good);
+}
+
+TEST_CASE("what cannot be trained on is refused on the GPU as on the CPU", "[train][gpu]") {
+  const Device device = gpu_or_skip();
+  const Stream stream;
+  const auto base = random_model(small_config(), 1041);
+  const auto frozen = on_device<float>(*base, device, stream.get);
+  auto model = TrainableModel<float>::full(base).value();
+  const auto refusal = [&](const std::vector<TrainingExample>& examples, const TrainOptions& options) {
+    return DeviceTrainer<float>::create(model, frozen, examples, options, "x", device, stream.get)
+        .status()
+        .message();
+  };
+  const TrainOptions good = quick_options();
+  CHECK(refusal({{{1}, {2}}, {{1}, {}}}, good) == "example 1: the target is empty");
+  CHECK(refusal({{{1}, {61}}}, good) == "example 0: token 61, the vocabulary has 61");
+  CHECK(refusal({}, good) == "Trainer: no examples");
+  TrainOptions bad = good;
+  bad.sharing = 1.5;
+  CHECK(refusal({{{1}, {2}}}, bad) == "TrainOptions::sharing is 1.5, must be in 0..1");
+  auto odd = std::make_shared<LlamaModel<DenseLinear>>(*base);
+  odd->layers[0].down = DenseLinear(odd->layers[0].down.shared_weights(), 24, 40, std::vector<float>(24));
+  const auto biased = DeviceFrozenWeights<float>::create(*odd, device, stream.get);
+  CHECK(biased.status().message().substr(0, 36) == "model.layers.0.mlp.down_proj has a b");
+
+  DeviceLossBatch<float> batch;
+  batch.tokens = {1, 2, 3};
+  batch.segments = {{3, 0}};
+  batch.loss_rows = {1, 2};
+  batch.labels = {4, 5};
+  auto pass =
+      DeviceTrainPass<float>::create(base->config, 8, 16, Activations::kKept, device, stream.get).value();
+  auto weights = DeviceTrainable<float>::create(model, device, stream.get).value();
+  codegemm::test::DeviceBuffer<float> losses(2);
+  const auto refused = [&](const DeviceLossBatch<float>& b) {
+    return pass.evaluate(weights.view(), b, losses.data()).message();
+  };
+  CHECK(refused(batch).empty());
+  DeviceLossBatch<float> wrong = batch;
+  wrong.segments = {{2, 0}};
+  CHECK(refused(wrong) == "LossBatch: segments cover 2 of 3 rows");
+  wrong = batch;
+  wrong.tokens[2] = 61;
+  CHECK(refused(wrong) == "LossBatch: token 61, the vocabulary has 61");
+  wrong = batch;
+  wrong.segments = {{3, 4}};
+  CHECK(refused(wrong) ==
+        "LossBatch: a segment of 3 rows at row 0 behind 4 of 0 tokens; rows 3, context at most 16");
+  wrong = batch;
+  wrong.loss_rows = {2, 1};
+  CHECK(refused(wrong) == "LossBatch: loss row 1 behind 2, rows 3");
+  REQUIRE_CUDA(cudaStreamSynchronize(stream.get));
+}
+
+}  // namespace prefillshare::test
