@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/finetune.cpp - PrefillShare's claim on a real model, small enough for a CPU: base, fine-tuning with its
-// own prefill, fine-tuning on the base's cache, and naive sharing, on a task with exact answers. finetune-gpu
-// is the whole of it.
+// bench/finetune.cpp - PrefillShare's claim on a real model, small enough for a CPU: base, fine-tuning with
+// its own prefill, fine-tuning on the base's cache, and naive sharing, on a task with exact answers.
+// finetune-gpu is the whole of it.
 
 #if !defined(NDEBUG) && !defined(__clang_analyzer__)
 #error "Benchmarks must be built in Release mode: cmake --preset bench"

@@ -4,6 +4,8 @@
 // seeds, a grid of learning rates, the curve over the sharing ratio, modules of 2 and 4 bits, and the
 // specialists of the demo.
 
+#pragma nv_diag_suppress 20012, 1675, 550  // Eigen's annotations and hints to gcc, of no use to nvcc
+
 #include <cstdio>
 #include <exception>
 #include <utility>

@@ -2,8 +2,8 @@
 //
 // Three agents read one document. A frozen base model prefills it once; each agent has a decode module of its
 // own, at a few bits a weight, that reads the base's cache. Then the same session again, every agent with a
-// prefill and a cache of its own, so that the two can be compared. Then specialists, fine-tuned for a task on the
-// base's cache, answer requests that the base cannot.
+// prefill and a cache of its own, so that the two can be compared. Then specialists, fine-tuned for a task on
+// the base's cache, answer requests that the base cannot.
 //
 // Run it with: scripts/demo
 // test: --model {model} --document {source}/tests/data/short_document.txt --agents {source}/tests/data/two_agents.json --cache {cache} --max-tokens 6

@@ -42,8 +42,8 @@ struct TrainJob {
 
 /// Trains decode modules of one frozen base and generates with them. Module is a handle to a decode module
 /// wherever its weights are; it may be moved, and is freed with its last owner. Made by
-/// `static Result<B> create(DenseModelPtr base, std::int64_t max_tokens, Executor& executor)`, max_tokens of a
-/// prompt and its answer together; the executor, for what the host computes, outlives the backend.
+/// `static Result<B> create(DenseModelPtr base, std::int64_t max_tokens, Executor& executor)`, max_tokens of
+/// a prompt and its answer together; the executor, for what the host computes, outlives the backend.
 template <class B>
 concept FinetuneBackend = requires(B& backend, Executor& executor, const TrainJob& job, DenseModelPtr model,
                                    const typename B::Module& module,

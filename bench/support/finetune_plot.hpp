@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/support/finetune_plot.hpp - accuracies of the suite finetune, drawn: bars for each task and method, and
-// curves over the sharing ratio.
+// bench/support/finetune_plot.hpp - accuracies of the suite finetune, drawn: bars for each task and method,
+// and curves over the sharing ratio.
 #pragma once
 
 #include <algorithm>

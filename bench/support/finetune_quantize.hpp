@@ -20,8 +20,8 @@
 namespace codegemm::bench {
 
 /// The linear layers of the blocks in `format`: k-means weighted by the inputs on `texts`, the weights
-/// corrected for the errors of the layers before them where there are tokens enough. Layers that are done stay
-/// in `folder`.
+/// corrected for the errors of the layers before them where there are tokens enough. Layers that are done
+/// stay in `folder`.
 [[nodiscard]] inline Matrices quantize_module(const DenseModelPtr& dense, const std::string& fingerprint,
                                               Format format, const std::vector<Tokens>& texts,
                                               const std::string& folder, Executor& executor) {

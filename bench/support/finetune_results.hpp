@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/support/finetune_results.hpp - finished runs of the suite finetune put together: the learning rate of each
-// method, seeds, rows and curves.
+// bench/support/finetune_results.hpp - finished runs of the suite finetune put together: the learning rate of
+// each method, seeds, rows and curves.
 #pragma once
 
 #include <algorithm>

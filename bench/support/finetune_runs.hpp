@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/support/finetune_runs.hpp - finished runs of the suite finetune, each a small file; and the table of them.
+// bench/support/finetune_runs.hpp - finished runs of the suite finetune, each a small file; and the table of
+// them.
 #pragma once
 
 #include <cmath>

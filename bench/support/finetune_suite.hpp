@@ -221,7 +221,8 @@ class FinetuneSuite {
     return each * size(o_.tasks);
   }
 
-  /// Does what is not done yet and is in time. `whole`: whether what the run leaves beside its numbers is there.
+  /// Does what is not done yet and is in time. `whole`: whether what the run leaves beside its numbers is
+  /// there.
   void one(const std::string& name, const std::string& method, const std::function<void(FinetuneRun&)>& make,
            bool whole = true) {
     if (find(name) != nullptr) return;

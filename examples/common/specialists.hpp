@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// common/specialists.hpp - the specialists of the demo: a few held-out requests of each one's task, answered by
-// the base and by the specialist from one cache.
+// common/specialists.hpp - the specialists of the demo: a few held-out requests of each one's task, answered
+// by the base and by the specialist from one cache.
 // Layer: examples (host only).
 #pragma once
 
@@ -62,9 +62,9 @@ struct SpecialistScore {
   return out;
 }
 
-/// Shows and judges them: `items` held-out requests for each specialist of `folder`, its deltas merged into the
-/// base's weights and quantized, what the quantizer made being kept in `cache`. Files made for another base are
-/// left out, with a line that says so. Throws UserError for files that are damaged.
+/// Shows and judges them: `items` held-out requests for each specialist of `folder`, its deltas merged into
+/// the base's weights and quantized, what the quantizer made being kept in `cache`. Files made for another
+/// base are left out, with a line that says so. Throws UserError for files that are damaged.
 class SpecialistRound {
  public:
   SpecialistRound(const LoadedModel& loaded, const Tokenizer& tokenizer,

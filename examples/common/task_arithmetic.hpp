@@ -106,8 +106,7 @@ inline constexpr const char* kAsides[] = {
 
 /// "Mara has 37 marbles and finds ..."; the target is "37 + 24 = 61; 61 - 5 = 56. Answer: 56".
 [[nodiscard]] inline TaskItem make_arithmetic(TaskRandom& random) {
-  using namespace detail;
-  const WordProblem& problem = random.pick(kWordProblems);
+  const detail::WordProblem& problem = random.pick(detail::kWordProblems);
   const bool product = problem.first == '*';
   int a = 0;
   int b = 0;
@@ -117,25 +116,25 @@ inline constexpr const char* kAsides[] = {
     a = product ? random.between(3, 9) : random.between(12, 79);
     b = product ? random.between(3, 9) : random.between(4, 49);
     c = random.between(3, 39);
-    result = calculate(calculate(a, problem.first, b), problem.second, c);
-  } while (result < 1 || calculate(a, problem.first, b) < 1 || a == b || b == c || a == c);
-  const std::string who = random.pick(kPeople);
-  std::string other = random.pick(kPeople);
-  while (other == who) other = random.pick(kPeople);
-  const std::string things = random.pick(kThings);
+    result = detail::calculate(detail::calculate(a, problem.first, b), problem.second, c);
+  } while (result < 1 || detail::calculate(a, problem.first, b) < 1 || a == b || b == c || a == c);
+  const std::string who = random.pick(detail::kPeople);
+  std::string other = random.pick(detail::kPeople);
+  while (other == who) other = random.pick(detail::kPeople);
+  const std::string things = random.pick(detail::kThings);
   std::string story;
   if (random.chance(40)) {
-    const char* const aside = random.pick(kAsides);
+    const char* const aside = random.pick(detail::kAsides);
     story = fill(aside, {{"who", who}, {"other", other}, {"d", std::to_string(random.between(5, 59))}});
   }
-  if (random.chance(25)) story += who + " and " + other + " are " + random.pick(kPlaces) + ". ";
+  if (random.chance(25)) story += who + " and " + other + " are " + random.pick(detail::kPlaces) + ". ";
   story += fill(problem.text, {{"who", who},
                                {"other", other},
                                {"things", things},
                                {"a", std::to_string(a)},
                                {"b", std::to_string(b)},
                                {"c", std::to_string(c)}});
-  const int middle = calculate(a, problem.first, b);
+  const int middle = detail::calculate(a, problem.first, b);
   TaskItem item;
   item.prompt = "Solve the problem. Write the calculation, then \"Answer: \" and the number.\n" + story;
   item.target = codegemm::concat(a, " ", problem.first, " ", b, " = ", middle, "; ", middle, " ",

@@ -17,8 +17,8 @@ namespace prefillshare::examples {
 
 namespace detail {
 
-inline constexpr const char* kTops[] = {"/var/log", "/srv/www", "/home/ana", "/opt/shop",
-                                        "/data",    "/backup",  "/mnt/disk", "/etc/mail"};
+inline constexpr const char* kTops[] = {"/var/log", "/srv/www", "/var/mail",   "/opt/shop",
+                                        "/data",    "/backup",  "/media/disk", "/etc/mail"};
 inline constexpr const char* kFolders[] = {"reports", "images", "old",   "cache", "orders", "drafts",
                                            "music",   "tests",  "nginx", "maps",  "photos", "invoices"};
 inline constexpr const char* kFiles[] = {"access", "users", "notes", "sales", "events", "errors", "prices",
@@ -129,7 +129,6 @@ inline constexpr const char* kRights[] = {"nothing",           "only execute", "
 
 /// "Show the last 20 lines of /var/log/old/access.log."; the target is "tail -n 20 /var/log/old/access.log".
 [[nodiscard]] inline TaskItem make_shell_command(TaskRandom& random) {
-  using namespace detail;
   /// A command, and ways to ask for it.
   struct Recipe {
     const char* command;
@@ -195,11 +194,11 @@ inline constexpr const char* kRights[] = {"nothing",           "only execute", "
   };
 
   const auto folder = [&] {
-    std::string out = random.pick(kTops);
+    std::string out = random.pick(detail::kTops);
     const int depth = random.between(1, 2);
     for (int i = 0; i < depth; ++i) {
       out += '/';
-      out += random.pick(kFolders);
+      out += random.pick(detail::kFolders);
     }
     return out;
   };
@@ -209,14 +208,15 @@ inline constexpr const char* kRights[] = {"nothing",           "only execute", "
   std::string dir2 = folder();
   while (dir2 == dir) dir2 = folder();
   std::string file = random.chance(50) ? folder() + "/" : std::string();
-  file += random.pick(kFiles);
+  file += random.pick(detail::kFiles);
   file += '.';
-  file += random.pick(kEndings);
-  const std::string name = codegemm::concat(random.pick(kFiles), random.between(1, 99));
-  const std::string ext = random.pick(kEndings);
-  const std::string word = random.pick(kWords);
-  std::string word2 = random.pick(kWords);
-  while (word2 == word) word2 = random.pick(kWords);
+  file += random.pick(detail::kEndings);
+  std::string name = random.pick(detail::kFiles);
+  name += std::to_string(random.between(1, 99));
+  const std::string ext = random.pick(detail::kEndings);
+  const std::string word = random.pick(detail::kWords);
+  std::string word2 = random.pick(detail::kWords);
+  while (word2 == word) word2 = random.pick(detail::kWords);
   const std::string n = std::to_string(random.between(2, 95));
   const std::string k = std::to_string(random.between(2, 9));
   const int owner = random.between(4, 7);
@@ -238,9 +238,9 @@ inline constexpr const char* kRights[] = {"nothing",           "only execute", "
                        {"count", kCounts[counted]},
                        {"counted", kCounted[counted]},
                        {"mode", codegemm::concat(owner, group, others)},
-                       {"mode1", kRights[owner]},
-                       {"mode2", kRights[group]},
-                       {"mode3", kRights[others]}});
+                       {"mode1", detail::kRights[owner]},
+                       {"mode2", detail::kRights[group]},
+                       {"mode3", detail::kRights[others]}});
   };
   TaskItem item;
   item.prompt =

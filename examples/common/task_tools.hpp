@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// common/task_tools.hpp - requests and the tool call that serves them, as JSON; name and arguments are judged.
+// common/task_tools.hpp - requests and the tool call that serves each, as JSON; name and arguments are
+// judged.
 // Layer: examples (host only).
 #pragma once
 
@@ -96,28 +97,27 @@ inline constexpr ToolText kTools[] = {
 
 /// Four tools and a request for one of them; the target is {"name": "set_timer", "arguments": {...}}.
 [[nodiscard]] inline TaskItem make_tool_call(TaskRandom& random) {
-  using namespace detail;
   std::vector<std::size_t> shown;
   while (shown.size() < 4) {
-    const auto tool = static_cast<std::size_t>(random.next() % std::size(kTools));
+    const auto tool = static_cast<std::size_t>(random.next() % std::size(detail::kTools));
     if (std::find(shown.begin(), shown.end(), tool) == shown.end()) shown.push_back(tool);
   }
-  const ToolText& tool = kTools[shown[random.next() % shown.size()]];
+  const detail::ToolText& tool = detail::kTools[shown[random.next() % shown.size()]];
   const std::string name = tool.name;
 
   // All that a request may name is drawn, whether it does or not.
-  const std::string city = random.pick(kCities);
-  std::string city2 = random.pick(kCities);
-  while (city2 == city) city2 = random.pick(kCities);
-  const std::string money = random.pick(kMoney);
-  std::string money2 = random.pick(kMoney);
-  while (money2 == money) money2 = random.pick(kMoney);
-  const std::string day = random.pick(kDays);
-  const std::string room = random.pick(kRooms);
-  const std::string who = random.pick(kGuests);
-  const std::string label = random.pick(kLabels);
-  const std::string goods = random.pick(kGoods);
-  const std::string mode = random.pick(kModes);
+  const std::string city = random.pick(detail::kCities);
+  std::string city2 = random.pick(detail::kCities);
+  while (city2 == city) city2 = random.pick(detail::kCities);
+  const std::string money = random.pick(detail::kMoney);
+  std::string money2 = random.pick(detail::kMoney);
+  while (money2 == money) money2 = random.pick(detail::kMoney);
+  const std::string day = random.pick(detail::kDays);
+  const std::string room = random.pick(detail::kRooms);
+  const std::string who = random.pick(detail::kGuests);
+  const std::string label = random.pick(detail::kLabels);
+  const std::string goods = random.pick(detail::kGoods);
+  const std::string mode = random.pick(detail::kModes);
   const bool on = random.chance(50);
   const int hour = random.between(1, 23);
   const bool by_twelve = hour != 12 && random.chance(60);
@@ -138,7 +138,7 @@ inline constexpr ToolText kTools[] = {
   }
   const int n = random.between(low, high);
   const bool in_words = n >= 2 && n <= 10 && random.chance(60);
-  const std::string number = in_words ? kNumbers[n - 2] : std::to_string(n);
+  const std::string number = in_words ? detail::kNumbers[n - 2] : std::to_string(n);
   const char* const text = random.pick(tool.requests);
 
   nlohmann::ordered_json arguments;
@@ -158,7 +158,7 @@ inline constexpr ToolText kTools[] = {
   TaskItem item;
   item.prompt = "Tools:";
   for (const std::size_t i : shown)
-    item.prompt += codegemm::concat(" ", kTools[i].name, "(", kTools[i].signature, ")");
+    item.prompt += codegemm::concat(" ", detail::kTools[i].name, "(", detail::kTools[i].signature, ")");
   item.prompt +=
       "\nCall one with JSON: {\"name\": ..., \"arguments\": {...}}. Hours are 0 to 23.\nRequest: " +
       fill(text, {{"n", number},

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/bench/finetune_test.cpp - the tasks and their judges, specialists' files, and the suite finetune from end
-// to end at a toy size.
+// tests/bench/finetune_test.cpp - the tasks and their judges, specialists' files, and the suite finetune from
+// end to end at a toy size.
 
 #include <algorithm>
 #include <cmath>
@@ -114,6 +114,20 @@ TEST_CASE("items come from the seed alone, and no answer stands in two parts", "
     for (const TaskItem& item : test) held_out.insert(item.target);
     CHECK(held_out.size() > 450);
     for (const TaskItem& item : test) REQUIRE(item.prompt.find('{' + std::string("a}")) == std::string::npos);
+  }
+}
+
+TEST_CASE("items are the same whatever the compiler", "[finetune]") {
+  const std::uint64_t want[] = {0x6214312eb326d6da, 0x5e9e8928626658cb, 0xb7a8eba41cb5a1ab};
+  std::size_t at = 0;
+  for (const Task& task : kTasks) {
+    std::uint64_t state = 0xcbf29ce484222325ULL;
+    for (const TaskItem& item : task_items(task, TaskPart::kTest, 200, 1)) {
+      for (const char c : item.prompt + item.target)
+        state = (state ^ static_cast<unsigned char>(c)) * 0x100000001b3ULL;
+    }
+    INFO(task.name);
+    CHECK(state == want[at++]);
   }
 }
 
