@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/train_gpu.cu - suite train-gpu: fine-tuning on the GPU at the shape of SmolLM2-135M, with random weights:
-// tokens of prompt and target a second, and device memory, of full fine-tuning, of fine-tuning on the base's cache,
-// and of low-rank deltas and codebooks on it; beside PyTorch on the same examples in the same run.
+// bench/train_gpu.cu - suite train-gpu: fine-tuning on the GPU at the shape of SmolLM2-135M, with random
+// weights: tokens of prompt and target a second, and device memory, of full fine-tuning, of fine-tuning on
+// the base's cache, and of low-rank deltas and codebooks on it; beside PyTorch on the same examples in the
+// same run.
 //
-// A step is timed as a user sees it: packing, copies, the base's prefill, both passes, AdamW and the read back.
+// A step is timed as a user sees it: packing, copies, the base's prefill, both passes, AdamW and the read
+// back.
 //
-// usage: train-gpu [--json FILE] [--quick] [--batch EXAMPLES] [--pass TOKENS] [--steps N] [--only METHOD] [--once]
-//   --only  full, prefillshare, low-rank or codebooks
+// usage: train-gpu [--json FILE] [--quick] [--batch EXAMPLES] [--pass TOKENS] [--steps N] [--only METHOD]
+// [--once]
+//   --only  full, prefillshare, low-rank, generate or codebooks
 //   --once  one step of each, and no timing: for a profiler
 // The fixed parts of nvcc's front end's remarks on Eigen.
 #pragma nv_diag_suppress 20012, 1675, 550
@@ -23,6 +26,7 @@
 #include <utility>
 #include <vector>
 
+#include <prefillshare/train/cuda/generator.cuh>
 #include <prefillshare/train/cuda/trainer.cuh>
 
 #include "support/gpu_program.hpp"
@@ -148,6 +152,7 @@ struct Measured {
   double tokens_per_s = 0.0;
   double step_ms = 0.0;
   double gigabytes = 0.0;
+  double setup_s = 0.0;  // of the trainer
   double first_loss = 0.0;
   double last_loss = 0.0;
 };
@@ -177,6 +182,7 @@ class Suite {
     if (wanted("full")) row("full", TrainableModel<float>::full(model_), 0.0, true);
     if (wanted("prefillshare")) row("prefillshare", TrainableModel<float>::full(model_), 1.0, false);
     if (wanted("low-rank")) row("low-rank", TrainableModel<float>::low_rank(model_, {}), 1.0, false);
+    if (wanted("generate")) generate();
     if (wanted("codebooks"))
       row("codebooks", TrainableModel<float>::codebooks(model_, random_codes(*model_)), 1.0, false);
   }
@@ -200,8 +206,10 @@ class Suite {
     check(made.status());
     TrainableModel<float> model = std::move(made).value();
     const Measured m = measure(model, sharing);
-    std::printf("%-13s %9.0f tokens/s, %7.2f ms a step of %d examples, %5.2f GB, loss %.3f to %.3f\n", method,
-                m.tokens_per_s, m.step_ms, options_.batch, m.gigabytes, m.first_loss, m.last_loss);
+    std::printf(
+        "%-13s %9.0f tokens/s, %7.2f ms a step of %d examples, %5.2f GB, loss %.3f to %.3f, %.2f s to set "
+        "up\n",
+        method, m.tokens_per_s, m.step_ms, options_.batch, m.gigabytes, m.first_loss, m.last_loss, m.setup_s);
     std::fflush(stdout);
     if (options_.once) return;
     nlohmann::json peers = nlohmann::json::array();
@@ -235,6 +243,35 @@ class Suite {
                      {"peers", peers}});
   }
 
+  // Greedy answers of 48 tokens to 1,024 prompts, all but the last token of each run by the base.
+  void generate() {
+    constexpr int kPrompts = 1024;
+    constexpr int kMost = 48;
+    auto generator =
+        DeviceGenerator<S>::create(model_->config, model_->config, kPrompts, 256, device_, stream_);
+    check(generator.status());
+    std::vector<std::vector<std::int32_t>> prompts;
+    for (int i = 0; i < kPrompts; ++i)
+      prompts.push_back(examples_[static_cast<std::size_t>(i) % examples_.size()].prompt);
+    std::vector<double> times;
+    for (int i = 0; i < (options_.once ? 1 : 4); ++i) {
+      const auto start = std::chrono::steady_clock::now();
+      const auto answers = generator->generate(base_->view(), base_->view(), prompts, 1.0, kMost, {});
+      check(answers.status());
+      times.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+    const double seconds = codegemm::bench::median({times.begin() + (times.size() > 1 ? 1 : 0), times.end()});
+    std::printf("generate      %9.0f tokens/s, %7.2f ms for %d prompts and answers of %d\n",
+                kPrompts * kMost / seconds, seconds * 1e3, kPrompts, kMost);
+    std::fflush(stdout);
+    rows_.push_back({{"name", "generate"},
+                     {"model", "SmolLM2-135M"},
+                     {"examples", kPrompts},
+                     {"answer_tokens", kMost},
+                     {"tokens_per_s", kPrompts * kMost / seconds},
+                     {"median_us", seconds * 1e6}});
+  }
+
   Measured measure(TrainableModel<float>& model, double sharing) {
     TrainOptions o;
     o.steps = 100000;
@@ -247,8 +284,10 @@ class Suite {
     o.clip = 1.0;
     Measured out;
     const double before = free_gigabytes();
+    const auto begin = std::chrono::steady_clock::now();
     auto trainer = DeviceTrainer<S>::create(model, base_, examples_, o, "bench", device_, stream_);
     check(trainer.status());
+    out.setup_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     const int warm = options_.once ? 0 : 3;
     const int steps = options_.once ? 1 : options_.steps;
     std::vector<double> times;

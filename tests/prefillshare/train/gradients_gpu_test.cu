@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/prefillshare/train/gradients_gpu_test.cu - training on the GPU against the CPU's: losses and gradients of
-// every parameter in double, runs of the trainer step by step, and their bits.
+// tests/prefillshare/train/gradients_gpu_test.cu - training on the GPU against the CPU's: losses and
+// gradients of every parameter in double, runs of the trainer step by step, and their bits.
 
 // What nvcc's front end remarks on in Eigen and in the CPU's kernels.
 #pragma nv_diag_suppress 20012, 1675, 550
@@ -263,13 +263,16 @@ void check_against_double(const Device& device, cudaStream_t stream) {
       const DeviceRun<S> got =
           run_on_device<S>(v, problem, trainable<float>(model, kind), Activations::kKept, device, stream);
       double loss_error = 0.0;
+      double largest = 0.0;
       for (std::size_t i = 0; i < want.size(); ++i) {
         const double off = std::abs(static_cast<double>(got.losses[i]) - want[i]);
+        largest = std::max(largest, want[i]);
         loss_error = off <= loss_error ? loss_error : (off == off ? off : HUGE_VAL);
       }
-      // bf16: each of some ten roundings a block is 2^-9 of its tensor, and they add up over two blocks.
-      const double loss_bound = kExact<S> ? 1e-4 : 0.1;
-      const double bound = kExact<S> ? 1e-4 : 0.05;
+      // bf16: each of some ten roundings a block is 2^-9 of its tensor, and they add up over two blocks; a
+      // norm of a row that is nearly zero makes the worst of them larger.
+      const double loss_bound = (kExact<S> ? 1e-5 : 0.03) * largest;
+      const double bound = kExact<S> ? 2e-5 : 0.1;
       double worst = 0.0;
       std::string worst_name;
       for (std::size_t i = 0; i < exact.parameters().size(); ++i) {

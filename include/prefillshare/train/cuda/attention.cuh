@@ -4,7 +4,9 @@
 // Layer: train/cuda (host, needs nvcc).
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
@@ -45,7 +47,35 @@ struct AttentionTiles {
       cut(keys, segments[i].count);
       segment_of.insert(segment_of.end(), static_cast<std::size_t>(segments[i].count), number);
     }
+    // Tiles with much to do begin first.
+    sort(queries, [&](std::int32_t segment, std::int32_t row) {
+      return segments[static_cast<std::size_t>(segment)].prefix + row / group;
+    });
+    sort(keys, [&](std::int32_t segment, std::int32_t row) {
+      return static_cast<std::int64_t>(segments[static_cast<std::size_t>(segment)].count - row);
+    });
   }
+
+ private:
+  template <class Work>
+  void sort(std::vector<std::int32_t>& tiles, Work&& work) {
+    order_.clear();
+    for (std::size_t i = 0; i < tiles.size(); i += 2)
+      order_.push_back({work(tiles[i], tiles[i + 1]), tiles[i], tiles[i + 1]});
+    std::stable_sort(order_.begin(), order_.end(),
+                     [](const Tile& a, const Tile& b) { return a.work > b.work; });
+    for (std::size_t i = 0; i < order_.size(); ++i) {
+      tiles[2 * i] = order_[i].segment;
+      tiles[2 * i + 1] = order_[i].row;
+    }
+  }
+
+  struct Tile {
+    std::int64_t work = 0;
+    std::int32_t segment = 0;
+    std::int32_t row = 0;
+  };
+  std::vector<Tile> order_;
 };
 
 /// A batch's tiles on the device.

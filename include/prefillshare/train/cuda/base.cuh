@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/train/cuda/base.cuh - the frozen base of a fine-tuning on the GPU: keys and values of the shared
-// part of many prompts at once.
+// prefillshare/train/cuda/base.cuh - the frozen base of a fine-tuning on the GPU: keys and values of the
+// shared part of many prompts at once.
 // Layer: train/cuda (host, needs nvcc and cuBLAS).
 // See: PrefillShare (arXiv 2602.12029) section 3.2.
 #pragma once
@@ -39,8 +39,8 @@ class DeviceFrozenBase {
 
   [[nodiscard]] const ModelConfig& config() const noexcept { return weights_->config(); }  ///< of the base
 
-  /// The KV of all sequences, one after the other in rows, until the next call. kInvalidArgument for a sequence
-  /// longer than a pass or a token outside of the vocabulary; kOutOfMemory, kCudaError.
+  /// The KV of all sequences, one after the other in rows, until the next call. kInvalidArgument for a
+  /// sequence longer than a pass or a token outside of the vocabulary; kOutOfMemory, kCudaError.
   [[nodiscard]] Result<DevicePrefixView<S>> run(std::span<const std::span<const std::int32_t>> sequences) {
     std::int64_t rows = 0;
     for (const std::span<const std::int32_t> s : sequences) rows += std::ssize(s);

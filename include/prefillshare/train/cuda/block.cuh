@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/train/cuda/block.cuh - one block of a Llama-family decoder over a batch of segments on the GPU:
-// forward with its activations kept, and backward.
+// prefillshare/train/cuda/block.cuh - one block of a Llama-family decoder over a batch of segments on the
+// GPU: forward with its activations kept, and backward.
 // Layer: train/cuda (host, needs nvcc and cuBLAS).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include <prefillshare/model/cuda/kernels/tokens.cuh>
 #include <prefillshare/train/cuda/attention.cuh>
@@ -82,11 +84,9 @@ class BlockLaunches {
   void norm(NormArgs args) {
     args.width = static_cast<int>(c_.hidden_size);
     args.epsilon = static_cast<float>(c_.rms_epsilon);
-    if (narrow()) {
-      ts_.start(norm_kernel<S, 1>, args, (args.rows + kRowsOfBlock - 1) / kRowsOfBlock, kNormThreads);
-    } else {
-      ts_.start(norm_kernel<S, kNormThreads / 32>, args, args.rows, kNormThreads);
-    }
+    const std::int64_t blocks = narrow() ? (args.rows + kRowsOfBlock - 1) / kRowsOfBlock : args.rows;
+    with_norm_shape(
+        [&](auto warps, auto pairs) { ts_.start(norm_kernel<S, warps, pairs>, args, blocks, kNormThreads); });
   }
   /// The blocks, and so the parts, of a backward norm over `rows`.
   [[nodiscard]] int norm_parts(std::int64_t rows) const {
@@ -96,11 +96,9 @@ class BlockLaunches {
   void norm_backward(NormBackwardArgs args) {
     args.width = static_cast<int>(c_.hidden_size);
     args.epsilon = static_cast<float>(c_.rms_epsilon);
-    if (narrow()) {
-      ts_.start(norm_backward_kernel<S, 1>, args, norm_parts(args.rows), kNormThreads);
-    } else {
-      ts_.start(norm_backward_kernel<S, kNormThreads / 32>, args, norm_parts(args.rows), kNormThreads);
-    }
+    with_norm_shape([&](auto warps, auto pairs) {
+      ts_.start(norm_backward_kernel<S, warps, pairs>, args, norm_parts(args.rows), kNormThreads);
+    });
   }
 
   /// Q, K and V of normed; `a` says where they go.
@@ -115,6 +113,10 @@ class BlockLaunches {
     args.v = a.values;
     args.kv_stride = a.kv_stride;
     args.kv_rows = r_.kv_rows;
+    if (turns_alone(args.shape)) {
+      turn(args, 1.0F, a.keys != a.qkv + c_.q_size());
+      return;
+    }
     const std::int64_t heads = r_.rows * (c_.heads + 2 * c_.kv_heads);
     ts_.start(heads_kernel<S>, args, (heads + kHeadWarps - 1) / kHeadWarps, kHeadThreads);
   }
@@ -177,15 +179,7 @@ class BlockLaunches {
     attention_args.dv = scratch.d_qkv + c_.q_size() + c_.kv_size();
     attention_args.delta = scratch.delta;
     attend_backward<S>(ts_, attention_args, r_.tiles);
-    HeadsBackwardArgs heads;
-    heads.shape = shape(w);
-    heads.raw = a.raw;
-    heads.d = scratch.d_qkv;
-    heads.parts = head_sums;
-    const std::int64_t warps = rows * (c_.heads + c_.kv_heads);
-    const std::int64_t blocks = (warps + kHeadWarps - 1) / kHeadWarps;
-    ts_.start(heads_backward_kernel<S>, heads,
-              c_.qk_norm ? std::min<std::int64_t>(blocks, kHeadParts) : blocks, kHeadThreads);
+    heads_backward(w, a, scratch, head_sums);
     if (g.qkv_bias != nullptr) column_sums(scratch.d_qkv, rows, width(), scratch.bias_parts, g.qkv_bias);
     ts_.tn(scratch.d_qkv, a.normed, g.qkv, rows, width(), h);
     ts_.nn(scratch.d_qkv, w.qkv, scratch.d_normed, rows, width(), h);
@@ -219,10 +213,52 @@ class BlockLaunches {
   static constexpr std::int64_t kRowsOfBlock = kNormThreads / 32;
 
   [[nodiscard]] bool narrow() const { return c_.hidden_size <= kNormWarpWidth; }
+  /// body(warps of a row, pairs of a thread).
+  template <class Body>
+  void with_norm_shape(Body&& body) const {
+    using std::integral_constant;
+    if (c_.hidden_size <= 64 * kNormFewPairs) {
+      body(integral_constant<int, 1>{}, integral_constant<int, kNormFewPairs>{});
+    } else if (narrow()) {
+      body(integral_constant<int, 1>{}, integral_constant<int, kNormPairs>{});
+    } else {
+      body(integral_constant<int, kNormThreads / 32>{}, integral_constant<int, kNormPairs>{});
+    }
+  }
   [[nodiscard]] std::int64_t width() const { return c_.q_size() + 2 * c_.kv_size(); }
   /// Where S is fp32 the copy is the gradient itself.
   [[nodiscard]] static void* low_of(float* dx, S* dx_low) {
     return static_cast<const void*>(dx) == static_cast<const void*>(dx_low) ? nullptr : dx_low;
+  }
+
+  void heads_backward(const DeviceBlockWeights<S>& w, const BlockActivations<S>& a,
+                      const BlockScratch<S>& scratch, float* head_sums) {
+    if (turns_alone(shape(w))) {
+      HeadsArgs args;
+      args.shape = shape(w);
+      args.in = args.q = scratch.d_qkv;
+      args.k = scratch.d_qkv + c_.q_size();
+      args.q_stride = args.kv_stride = width();
+      turn(args, -1.0F, false);
+      return;
+    }
+    HeadsBackwardArgs args;
+    args.shape = shape(w);
+    args.raw = a.raw;
+    args.d = scratch.d_qkv;
+    args.parts = head_sums;
+    const std::int64_t warps = r_.rows * (c_.heads + c_.kv_heads);
+    const std::int64_t blocks = (warps + kHeadWarps - 1) / kHeadWarps;
+    ts_.start(heads_backward_kernel<S>, args,
+              c_.qk_norm ? std::min<std::int64_t>(blocks, kHeadParts) : blocks, kHeadThreads);
+  }
+  void turn(const HeadsArgs& heads, float direction, bool values) {
+    TurnArgs args;
+    args.heads = heads;
+    args.direction = direction;
+    args.values = values;
+    const std::int64_t threads = r_.rows * (c_.heads + (values ? 2 : 1) * c_.kv_heads) * (c_.head_dim / 16);
+    ts_.start(turn_kernel<S>, args, (threads + kHeadThreads - 1) / kHeadThreads, kHeadThreads);
   }
 
   [[nodiscard]] HeadsShape shape(const DeviceBlockWeights<S>& w) const {

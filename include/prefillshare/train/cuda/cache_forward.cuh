@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/train/cuda/cache_forward.cuh - the forward pass of the training weights over a cache of rows on the
-// GPU: what a frozen base makes, and what generates.
+// prefillshare/train/cuda/cache_forward.cuh - the forward pass of the training weights over a cache of rows
+// on the GPU: what a frozen base makes, and what generates.
 // Layer: train/cuda (host, needs nvcc and cuBLAS).
 #pragma once
 
@@ -69,7 +69,8 @@ struct CacheTarget {
 template <class S>
 class CacheForward {
  public:
-  /// Passes of up to max_rows rows, positions up to max_context, logits of up to max_logits sequences (0: none).
+  /// Passes of up to max_rows rows, positions up to max_context, logits of up to max_logits sequences (0:
+  /// none).
   [[nodiscard]] static Result<CacheForward> create(const ModelConfig& c, std::int64_t max_rows,
                                                    std::int64_t max_context, std::int64_t max_logits,
                                                    const Device& device, cudaStream_t stream) {
@@ -140,9 +141,9 @@ class CacheForward {
     return {};
   }
 
-  /// KV of the pieces' tokens to the cache. With `chosen` (device, [pieces]) the largest logit's id behind each
-  /// piece's last token goes there. `tokens` (device), where given, are the pieces' tokens in place of theirs.
-  /// kInvalidArgument for a token outside of the vocabulary, kCudaError.
+  /// KV of the pieces' tokens to the cache. With `chosen` (device, [pieces]) the largest logit's id behind
+  /// each piece's last token goes there. `tokens` (device), where given, are the pieces' tokens in place of
+  /// theirs. kInvalidArgument for a token outside of the vocabulary, kCudaError.
   [[nodiscard]] Status run(const DeviceWeightsView<S>& w, std::span<const CachedPiece> pieces,
                            CacheTarget<S> cache, std::int32_t* chosen, const std::int32_t* tokens) {
     if (Status s = send(pieces, tokens); !s.ok()) return s;

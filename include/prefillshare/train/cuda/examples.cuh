@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/train/cuda/examples.cuh - training examples through passes on the GPU, each behind the base's cache
-// of its prompt.
+// prefillshare/train/cuda/examples.cuh - training examples through passes on the GPU, each behind the base's
+// cache of its prompt.
 // Layer: train/cuda (host, needs nvcc and cuBLAS).
 #pragma once
 
@@ -41,9 +41,10 @@ class DeviceExamples {
     return DeviceExamples(*std::move(frozen), *std::move(pass), c, pass_tokens);
   }
 
-  /// Adds the gradients of scale * (the sum of losses) of examples[chosen] to the model's. Gives the losses of
-  /// their target tokens, device memory until the next call, in the order of the examples in `visited`. Puts
-  /// the work into the stream. Errors of DeviceFrozenBase::run() and DeviceTrainPass::run(); kOutOfMemory.
+  /// Adds the gradients of scale * (the sum of losses) of examples[chosen] to the model's. Gives the losses
+  /// of their target tokens, device memory until the next call, in the order of the examples in `visited`.
+  /// Puts the work into the stream. Errors of DeviceFrozenBase::run() and DeviceTrainPass::run();
+  /// kOutOfMemory.
   [[nodiscard]] Result<const float*> backward(DeviceTrainable<S>& model,
                                               std::span<const TrainingExample> examples,
                                               const std::vector<std::size_t>& chosen, double sharing,
@@ -53,8 +54,8 @@ class DeviceExamples {
                       [&](float* losses) { return pass_.run(model, batch_, scale, losses); });
   }
 
-  /// Mean loss of these weights over the target tokens, reading `sharing` of each prompt from the base; waits.
-  /// kInvalidArgument with the number of an example that validate() refuses; others as backward().
+  /// Mean loss of these weights over the target tokens, reading `sharing` of each prompt from the base;
+  /// waits. kInvalidArgument with the number of an example that validate() refuses; others as backward().
   [[nodiscard]] Result<double> evaluate(const detail::DeviceWeightsView<S>& weights,
                                         std::span<const TrainingExample> examples, double sharing) {
     std::int64_t targets = 0;

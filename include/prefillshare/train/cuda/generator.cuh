@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/train/cuda/generator.cuh - greedy answers of a decode module for many prompts at once, from the
-// weights that training has on the GPU: what a fine-tuning is judged by.
+// prefillshare/train/cuda/generator.cuh - greedy answers of a decode module for many prompts at once, from
+// the weights that training has on the GPU: what a fine-tuning is judged by.
 // Layer: train/cuda (host, needs nvcc and cuBLAS).
-// See: PrefillShare (arXiv 2602.12029) section 3, equations 5 and 6; prefillshare/model/cuda/modules.cuh serves
+// See: PrefillShare (arXiv 2602.12029) section 3, equations 5 and 6; prefillshare/model/cuda/modules.cuh
+// serves
 #pragma once
 
 #include <algorithm>
@@ -24,8 +25,8 @@ template <TrainStorage S>
 class DeviceGenerator {
  public:
   /// For modules of config `c` on a base of config `base`, up to max_sequences prompts at a time, and up to
-  /// max_tokens tokens of a prompt and its answer together. kIncompatible, kInvalidArgument for numbers below 1,
-  /// kOutOfMemory, kCudaError.
+  /// max_tokens tokens of a prompt and its answer together. kIncompatible, kInvalidArgument for numbers
+  /// below 1, kOutOfMemory, kCudaError.
   [[nodiscard]] static Result<DeviceGenerator> create(const ModelConfig& base, const ModelConfig& c,
                                                       std::int64_t max_sequences, std::int64_t max_tokens,
                                                       const Device& device, cudaStream_t stream) {
@@ -51,8 +52,8 @@ class DeviceGenerator {
 
   /// Answers in the prompts' order: `base` runs the first shared_tokens(prompt, sharing) tokens of each, the
   /// module the rest and all that it generates, the largest logit (the lowest id among equals) each time. An
-  /// answer ends before the first token of `stop`, or after `most` tokens. kInvalidArgument for an empty prompt,
-  /// or more than max_tokens; kOutOfMemory, kCudaError.
+  /// answer ends before the first token of `stop`, or after `most` tokens. kInvalidArgument for an empty
+  /// prompt, or more than max_tokens; kOutOfMemory, kCudaError.
   [[nodiscard]] Result<std::vector<std::vector<std::int32_t>>> generate(
       const detail::DeviceWeightsView<S>& base, const detail::DeviceWeightsView<S>& module,
       std::span<const std::vector<std::int32_t>> prompts, double sharing, std::int64_t most,

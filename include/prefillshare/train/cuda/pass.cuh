@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/train/cuda/pass.cuh - loss and gradients of a whole decoder over a batch of segments on the GPU.
+// prefillshare/train/cuda/pass.cuh - loss and gradients of a whole decoder over a batch of segments on the
+// GPU.
 // Layer: train/cuda (host, needs nvcc and cuBLAS).
 // See: PrefillShare (arXiv 2602.12029) equation 7; prefillshare/train/pass.hpp
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 #include <span>
 #include <utility>
 #include <vector>
@@ -16,8 +16,8 @@
 
 namespace prefillshare::cuda {
 
-/// LossBatch with prefixes on the device: sequences one after the other in rows, and the tokens that some rows
-/// are to predict. Segments cover the rows in order, without gaps; segment i's prefix is the next
+/// LossBatch with prefixes on the device: sequences one after the other in rows, and the tokens that some
+/// rows are to predict. Segments cover the rows in order, without gaps; segment i's prefix is the next
 /// segments[i].prefix rows of `prefixes`.
 template <TrainStorage S>
 struct DeviceLossBatch {
@@ -194,22 +194,7 @@ class DeviceTrainPass {
       before += s.prefix;
     }
     tiles_.assign(segments_, c_.heads / c_.kv_heads);
-    // Where each token occurs, so that one block adds up its gradient.
-    occurrences_.resize(batch.tokens.size());
-    std::iota(occurrences_.begin(), occurrences_.end(), 0);
-    std::stable_sort(occurrences_.begin(), occurrences_.end(), [&](std::int32_t a, std::int32_t b) {
-      return batch.tokens[static_cast<std::size_t>(a)] < batch.tokens[static_cast<std::size_t>(b)];
-    });
-    ids_.clear();
-    id_begin_.clear();
-    for (std::size_t i = 0; i < occurrences_.size(); ++i) {
-      const std::int32_t id = batch.tokens[static_cast<std::size_t>(occurrences_[i])];
-      if (!ids_.empty() && ids_.back() == id) continue;
-      ids_.push_back(id);
-      id_begin_.push_back(static_cast<std::int32_t>(i));
-    }
-    id_begin_.push_back(static_cast<std::int32_t>(occurrences_.size()));
-
+    list_occurrences(batch.tokens);
     using Ints = std::span<const std::int32_t>;
     if (Status s = input_.begin(); !s.ok()) return s;
     rows_.rows = std::ssize(batch.tokens);
@@ -229,6 +214,29 @@ class DeviceTrainPass {
     embed_.row_begin = input_.add(Ints(id_begin_));
     embed_.rows = input_.add(Ints(occurrences_));
     return input_.send(ts_.stream());
+  }
+
+  /// Where each token occurs, so that one block adds up its gradient: ids in the order of their first rows.
+  void list_occurrences(const std::vector<std::int32_t>& tokens) {
+    // How often, then where the next one goes.
+    counts_.resize(static_cast<std::size_t>(c_.vocab_size));
+    ids_.clear();
+    id_begin_.assign(1, 0);
+    for (const std::int32_t id : tokens) {
+      if (counts_[static_cast<std::size_t>(id)]++ == 0) ids_.push_back(id);
+    }
+    for (const std::int32_t id : ids_) {
+      std::int32_t& count = counts_[static_cast<std::size_t>(id)];
+      const std::int32_t begin = id_begin_.back();
+      id_begin_.push_back(begin + count);
+      count = begin;
+    }
+    occurrences_.resize(tokens.size());
+    for (std::size_t row = 0; row < tokens.size(); ++row) {
+      const auto at = static_cast<std::size_t>(counts_[static_cast<std::size_t>(tokens[row])]++);
+      occurrences_[at] = static_cast<std::int32_t>(row);
+    }
+    for (const std::int32_t id : ids_) counts_[static_cast<std::size_t>(id)] = 0;
   }
 
   [[nodiscard]] float* stream(std::int64_t i) const { return x_.data() + i * max_rows_ * c_.hidden_size; }
@@ -385,7 +393,7 @@ class DeviceTrainPass {
   const std::int32_t* loss_rows_ = nullptr;
   const std::int32_t* labels_ = nullptr;
   detail::EmbedBackwardArgs embed_;
-  std::vector<std::int32_t> positions_, occurrences_, ids_, id_begin_;
+  std::vector<std::int32_t> positions_, occurrences_, ids_, id_begin_, counts_;
   std::vector<detail::DeviceSegment> segments_;
   detail::AttentionTiles tiles_;
 

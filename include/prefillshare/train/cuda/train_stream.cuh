@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/train/cuda/train_stream.cuh - launches and matrix products of a training pass in one stream; the
-// first failure is kept and all that comes after it is left out.
+// prefillshare/train/cuda/train_stream.cuh - launches and matrix products of a training pass in one stream;
+// the first failure is kept and all that comes after it is left out.
 // Layer: train/cuda (host, needs nvcc and cuBLAS).
 #pragma once
 

@@ -37,8 +37,8 @@ struct DeviceBlockGradients {
 template <TrainStorage S>
 class DeviceTrainable {
  public:
-  /// A copy of `model`'s parameters; its dense model is read too, and nothing is kept of either. kUnsupported as
-  /// check_trainable(), kOutOfMemory, kCudaError.
+  /// A copy of `model`'s parameters; its dense model is read too, and nothing is kept of either.
+  /// kUnsupported as check_trainable(), kOutOfMemory, kCudaError.
   [[nodiscard]] static Result<DeviceTrainable> create(const TrainableModel<float>& model,
                                                       const Device& device, cudaStream_t stream) {
     const LlamaModel<DenseLinear>& source = *model.source();

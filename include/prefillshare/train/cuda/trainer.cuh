@@ -24,15 +24,16 @@
 
 namespace prefillshare::cuda {
 
-/// Trainer on the GPU: the same steps on the same examples, options and texts, with weights and activations in
-/// S (__nv_bfloat16, or float to check it), and parameters, moments and sums in fp32. The TrainableModel on the
-/// host gets the parameters in save() and download(); its state files are Trainer's, but name S, since a run
-/// goes on to the same bits on the same card and storage only. One read back from the device a step.
+/// Trainer on the GPU: the same steps on the same examples, options and texts, with weights and activations
+/// in S (__nv_bfloat16, or float to check it), and parameters, moments and sums in fp32. The TrainableModel
+/// on the host gets the parameters in save() and download(); its state files are Trainer's, but name S,
+/// since a run goes on to the same bits on the same card and storage only. One read back from the device a
+/// step.
 template <TrainStorage S>
 class DeviceTrainer {
  public:
-  /// Goes on from `model`, which must outlive the trainer, as must the stream. `base` may be shared by trainers.
-  /// Errors as Trainer::create(); kUnsupported as check_trainable(); kCudaError.
+  /// Goes on from `model`, which must outlive the trainer, as must the stream. `base` may be shared by
+  /// trainers. Errors as Trainer::create(); kUnsupported as check_trainable(); kCudaError.
   [[nodiscard]] static Result<DeviceTrainer> create(TrainableModel<float>& model,
                                                     std::shared_ptr<const DeviceFrozenWeights<S>> base,
                                                     std::vector<TrainingExample> examples,

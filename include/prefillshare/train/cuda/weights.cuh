@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/train/cuda/weights.cuh - where the weights of a decoder lie on the device: matrices one after the
-// other in what products read, vectors in fp32.
+// prefillshare/train/cuda/weights.cuh - where the weights of a decoder lie on the device: matrices one after
+// the other in what products read, vectors in fp32.
 // Layer: train/cuda (host, needs nvcc).
 #pragma once
 
@@ -47,8 +47,8 @@ namespace prefillshare::cuda {
 
 namespace detail {
 
-/// Offsets in elements. Matrices: embedding, then q, k, v, o, gate, up, down of each block, then the head unless
-/// it is tied. Vectors: both norms of each block, both head norms of each block, the final norm.
+/// Offsets in elements. Matrices: embedding, then q, k, v, o, gate, up, down of each block, then the head
+/// unless it is tied. Vectors: both norms of each block, both head norms of each block, the final norm.
 class WeightsLayout {
  public:
   explicit WeightsLayout(const ModelConfig& c) : c_(c) {}

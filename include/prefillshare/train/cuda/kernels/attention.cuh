@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/train/cuda/kernels/attention.cuh - causal grouped-query attention over segments of a batch, each
-// behind a prefix of constant keys and values, forward and backward; a warp a row, for fp32 and for head sizes
-// that the tensor-core kernels do not take.
+// prefillshare/train/cuda/kernels/attention.cuh - causal grouped-query attention over segments of a batch,
+// each behind a prefix of constant keys and values, forward and backward; a warp a row, for fp32 and for
+// head sizes that the tensor-core kernels do not take.
 // Layer: train/cuda/kernels (device).
 #pragma once
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/train/cuda/kernels/attention_mma.cuh - the attention of attention.cuh on tensor cores, in bf16.
-// The query heads of a KV head are rows of one tile: row r is query r / group, head r % group.
+// prefillshare/train/cuda/kernels/attention_mma.cuh - the attention of attention.cuh on tensor cores, in
+// bf16. The query heads of a KV head are rows of one tile: row r is query r / group, head r % group.
 // Layer: train/cuda/kernels (device).
 // See: Dao, FlashAttention-2 (arXiv 2307.08691) algorithms 1 and 2; without its atomic additions.
 #pragma once
@@ -15,6 +15,8 @@
 
 namespace prefillshare::cuda::detail {
 
+inline constexpr float kLog2E = 1.4426950408889634F;
+
 // kDim: elements of a head; kOther: rows of the tile that is stepped over.
 template <int kHeadDim, int kOtherRows>
 struct MmaTile {
@@ -22,10 +24,12 @@ struct MmaTile {
   static constexpr int kRows = 64;  // 16 a warp
   static constexpr int kOther = kOtherRows;
   static constexpr int kThreads = 128;
-  static constexpr int kStride = kHeadDim + 8;  // of shared rows: no two of eight in the same banks
-  static constexpr std::size_t kForwardShared = sizeof(__nv_bfloat16) * kStride * (kRows + 2 * kOther);
-  static constexpr std::size_t kBackwardShared = sizeof(__nv_bfloat16) * kStride * (2 * kRows + 2 * kOther) +
-                                                 sizeof(float) * 2 * (kRows > kOther ? kRows : kOther);
+  static constexpr int kStride = kHeadDim + 8;            // of shared rows: no two of eight in the same banks
+  static constexpr int kPair = 2 * kOtherRows * kStride;  // elements of two tiles that are stepped over
+  // Those of the next step come in while this one's are multiplied.
+  static constexpr std::size_t kForwardShared = sizeof(__nv_bfloat16) * (kRows * kStride + 2 * kPair);
+  static constexpr std::size_t kBackwardShared =
+      sizeof(__nv_bfloat16) * (2 * kRows * kStride + 2 * kPair) + sizeof(float) * 4 * kOther;
 };
 
 [[nodiscard]] __device__ __forceinline__ unsigned shared_address(const void* p) {
@@ -45,6 +49,13 @@ __device__ __forceinline__ void load_tile(__nv_bfloat16* to, const void* anywher
     copy_or_zero(shared_address(to + row * Tile::kStride + at), source == nullptr ? anywhere : source + at,
                  source != nullptr);
   }
+}
+
+// Copies a number into shared memory while the thread goes on, or writes zero there.
+__device__ __forceinline__ void copy_number(float* to, const float* from, bool copy) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(copy ? 4 : 0)
+               : "memory");
 }
 
 // a[16][16] of rows `row` on and columns `column` on.
@@ -150,8 +161,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
   wait_for_previous_kernel();
   allow_next_kernel();
   E* const q = reinterpret_cast<E*>(shared);
-  E* const k = q + Tile::kRows * Tile::kStride;
-  E* const v = k + Tile::kOther * Tile::kStride;
+  E* const pairs = q + Tile::kRows * Tile::kStride;  // [2][k, v]
   const DeviceSegment s = a.segments[a.tiles[2 * blockIdx.x]];
   const int group = a.heads / a.kv_heads;
   const int kv = static_cast<int>(blockIdx.y);
@@ -161,24 +171,33 @@ __global__ void __launch_bounds__(Tile::kThreads)
   });
   const int last = min(rows.begin + Tile::kRows, rows.end) - 1;
   const int keys = s.prefix + last / group + 1;
+  const auto load_keys = [&](int base, E* to) {
+    load_tile<Tile, Tile::kOther>(to, a.q, [&](int r) {
+      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.k, a.prefix_k) : nullptr;
+    });
+    load_tile<Tile, Tile::kOther>(to + Tile::kOther * Tile::kStride, a.q, [&](int r) {
+      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.v, a.prefix_v) : nullptr;
+    });
+    end_copy_group();
+  };
+  load_keys(0, pairs);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int mine = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4;  // and mine + 8
   const int seen[2] = {s.prefix + rows.query(mine) + 1, s.prefix + rows.query(mine + 8) + 1};
   float out[Tile::kDim / 8][4] = {};
   float top[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0F, 0.0F};
-  const float scale_log2 = a.scale * 1.4426950408889634F;
-  for (int base = 0; base < keys; base += Tile::kOther) {
-    __syncthreads();
-    load_tile<Tile, Tile::kOther>(k, a.q, [&](int r) {
-      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.k, a.prefix_k) : nullptr;
-    });
-    end_copy_group();
-    load_tile<Tile, Tile::kOther>(v, a.q, [&](int r) {
-      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.v, a.prefix_v) : nullptr;
-    });
-    end_copy_group();
-    wait_for_copies<1>();
+  const float scale_log2 = a.scale * kLog2E;
+  for (int base = 0, stage = 0; base < keys; base += Tile::kOther, stage ^= 1) {
+    const E* const k = pairs + stage * Tile::kPair;
+    const E* const v = k + Tile::kOther * Tile::kStride;
+    __syncthreads();  // the tiles before these are used up
+    if (base + Tile::kOther < keys) {
+      load_keys(base + Tile::kOther, pairs + (stage ^ 1) * Tile::kPair);
+      wait_for_copies<1>();
+    } else {
+      wait_for_copies<0>();
+    }
     __syncthreads();
     float p[Tile::kOther / 8][4];
     multiply_rows<Tile, Tile::kOther>(p, q, static_cast<int>(threadIdx.x) / 32 * 16, k);
@@ -214,8 +233,6 @@ __global__ void __launch_bounds__(Tile::kThreads)
         out[n][2 * half + 1] *= shrink;
       }
     }
-    wait_for_copies<0>();
-    __syncthreads();
     multiply_add<Tile, Tile::kOther>(out, p, v);
   }
 #pragma unroll
@@ -242,8 +259,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
   allow_next_kernel();
   E* const q = reinterpret_cast<E*>(shared);
   E* const dout = q + Tile::kRows * Tile::kStride;
-  E* const k = dout + Tile::kRows * Tile::kStride;
-  E* const v = k + Tile::kOther * Tile::kStride;
+  E* const pairs = dout + Tile::kRows * Tile::kStride;  // [2][k, v]
   const DeviceSegment s = a.segments[a.tiles[2 * blockIdx.x]];
   const int group = a.heads / a.kv_heads;
   const int kv = static_cast<int>(blockIdx.y);
@@ -257,11 +273,21 @@ __global__ void __launch_bounds__(Tile::kThreads)
   end_copy_group();
   const int last = min(rows.begin + Tile::kRows, rows.end) - 1;
   const int keys = s.prefix + last / group + 1;
+  const auto load_keys = [&](int base, E* to) {
+    load_tile<Tile, Tile::kOther>(to, a.q, [&](int r) {
+      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.k, a.prefix_k) : nullptr;
+    });
+    load_tile<Tile, Tile::kOther>(to + Tile::kOther * Tile::kStride, a.q, [&](int r) {
+      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.v, a.prefix_v) : nullptr;
+    });
+    end_copy_group();
+  };
+  load_keys(0, pairs);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int mine = warp_row + lane / 4;  // and mine + 8
   const int seen[2] = {s.prefix + rows.query(mine) + 1, s.prefix + rows.query(mine + 8) + 1};
-  wait_for_copies<0>();
+  wait_for_copies<1>();
   __syncthreads();
   float lse[2] = {0.0F, 0.0F};  // in powers of two
   float delta[2] = {0.0F, 0.0F};
@@ -271,7 +297,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
     float along = 0.0F;
     if (rows.has(r)) {
       const std::int64_t item = rows.item(r, a.heads);
-      lse[half] = a.lse[item] * 1.4426950408889634F;
+      lse[half] = a.lse[item] * kLog2E;
       const E* const out = static_cast<const E*>(a.out) + item * Tile::kDim;
 #pragma unroll
       for (int n = 0; n < Tile::kDim / 8; ++n) {
@@ -285,17 +311,17 @@ __global__ void __launch_bounds__(Tile::kThreads)
     if (rows.has(r) && lane % 4 == 0) a.delta[rows.item(r, a.heads)] = delta[half];
   }
   float dq[Tile::kDim / 8][4] = {};
-  const float scale_log2 = a.scale * 1.4426950408889634F;
-  for (int base = 0; base < keys; base += Tile::kOther) {
-    __syncthreads();
-    load_tile<Tile, Tile::kOther>(k, a.q, [&](int r) {
-      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.k, a.prefix_k) : nullptr;
-    });
-    load_tile<Tile, Tile::kOther>(v, a.q, [&](int r) {
-      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.v, a.prefix_v) : nullptr;
-    });
-    end_copy_group();
-    wait_for_copies<0>();
+  const float scale_log2 = a.scale * kLog2E;
+  for (int base = 0, stage = 0; base < keys; base += Tile::kOther, stage ^= 1) {
+    const E* const k = pairs + stage * Tile::kPair;
+    const E* const v = k + Tile::kOther * Tile::kStride;
+    __syncthreads();  // the tiles before these are used up
+    if (base + Tile::kOther < keys) {
+      load_keys(base + Tile::kOther, pairs + (stage ^ 1) * Tile::kPair);
+      wait_for_copies<1>();
+    } else {
+      wait_for_copies<0>();
+    }
     __syncthreads();
     float p[Tile::kOther / 8][4];
     float dp[Tile::kOther / 8][4];
@@ -326,7 +352,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
 
 // Block (x, y): kRows keys of tile x (segment, first key) and KV head y; steps over the query rows.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kDim <= 64 ? 3 : 2)
     attention_mma_dkv_kernel(const __grid_constant__ AttentionArgs a) {
   using E = __nv_bfloat16;
   extern __shared__ __align__(16) unsigned char shared[];
@@ -334,10 +360,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
   allow_next_kernel();
   E* const k = reinterpret_cast<E*>(shared);
   E* const v = k + Tile::kRows * Tile::kStride;
-  E* const q = v + Tile::kRows * Tile::kStride;
-  E* const dout = q + Tile::kOther * Tile::kStride;
-  float* const lse = reinterpret_cast<float*>(dout + Tile::kOther * Tile::kStride);  // [kOther]
-  float* const delta = lse + Tile::kOther;                                           // [kOther]
+  E* const pairs = v + Tile::kRows * Tile::kStride;                          // [2][q, dout]
+  float* const numbers = reinterpret_cast<float*>(pairs + 2 * Tile::kPair);  // [2][lse, delta][kOther]
   const DeviceSegment s = a.segments[a.tiles[2 * blockIdx.x]];
   const int group = a.heads / a.kv_heads;
   const int kv = static_cast<int>(blockIdx.y);
@@ -347,30 +371,46 @@ __global__ void __launch_bounds__(Tile::kThreads)
     return static_cast<const E*>(from) + std::int64_t{s.first + first_key + r} * a.kv_stride +
            kv * Tile::kDim;
   };
+  const auto load_queries = [&](int begin, int stage) {
+    const GroupedRows rows{s.first, group, kv, begin, s.count * group};
+    E* const to = pairs + stage * Tile::kPair;
+    load_tile<Tile, Tile::kOther>(to, a.q, [&](int r) {
+      return rows.has(r) ? static_cast<const E*>(a.q) + rows.element(r, a.stride, Tile::kDim) : nullptr;
+    });
+    load_tile<Tile, Tile::kOther>(to + Tile::kOther * Tile::kStride, a.q, [&](int r) {
+      return rows.has(r) ? static_cast<const E*>(a.dout) + rows.item(r, a.heads) * Tile::kDim : nullptr;
+    });
+    for (int i = static_cast<int>(threadIdx.x); i < 2 * Tile::kOther; i += Tile::kThreads) {
+      const int r = i % Tile::kOther;
+      const bool there = rows.has(r);
+      const float* const from = i < Tile::kOther ? a.lse : a.delta;
+      copy_number(numbers + stage * 2 * Tile::kOther + i, from + (there ? rows.item(r, a.heads) : 0), there);
+    }
+    end_copy_group();
+  };
   load_tile<Tile, Tile::kRows>(k, a.q, [&](int r) { return key_at(a.k, r); });
   load_tile<Tile, Tile::kRows>(v, a.q, [&](int r) { return key_at(a.v, r); });
+  load_queries(first_key * group, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int mine = warp_row + lane / 4;  // and mine + 8
   float dk[Tile::kDim / 8][4] = {};
   float dv[Tile::kDim / 8][4] = {};
-  const float scale_log2 = a.scale * 1.4426950408889634F;
-  for (int begin = first_key * group; begin < s.count * group; begin += Tile::kOther) {
-    const GroupedRows rows{s.first, group, kv, begin, s.count * group};
-    __syncthreads();
-    load_tile<Tile, Tile::kOther>(q, a.q, [&](int r) {
-      return rows.has(r) ? static_cast<const E*>(a.q) + rows.element(r, a.stride, Tile::kDim) : nullptr;
-    });
-    load_tile<Tile, Tile::kOther>(dout, a.q, [&](int r) {
-      return rows.has(r) ? static_cast<const E*>(a.dout) + rows.item(r, a.heads) * Tile::kDim : nullptr;
-    });
-    end_copy_group();
-    for (int r = static_cast<int>(threadIdx.x); r < Tile::kOther; r += Tile::kThreads) {
-      const bool there = rows.has(r);
-      lse[r] = there ? a.lse[rows.item(r, a.heads)] * 1.4426950408889634F : 0.0F;
-      delta[r] = there ? a.delta[rows.item(r, a.heads)] : 0.0F;
+  const float scale_log2 = a.scale * kLog2E;
+  const int end = s.count * group;
+  for (int begin = first_key * group, stage = 0; begin < end; begin += Tile::kOther, stage ^= 1) {
+    const GroupedRows rows{s.first, group, kv, begin, end};
+    const E* const q = pairs + stage * Tile::kPair;
+    const E* const dout = q + Tile::kOther * Tile::kStride;
+    const float* const lse = numbers + stage * 2 * Tile::kOther;
+    const float* const delta = lse + Tile::kOther;
+    __syncthreads();  // the tiles before these are used up
+    if (begin + Tile::kOther < end) {
+      load_queries(begin + Tile::kOther, stage ^ 1);
+      wait_for_copies<1>();
+    } else {
+      wait_for_copies<0>();
     }
-    wait_for_copies<0>();
     __syncthreads();
     float p[Tile::kOther / 8][4];   // [keys][queries]
     float dp[Tile::kOther / 8][4];  // the same
@@ -382,8 +422,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
       for (int e = 0; e < 4; ++e) {
         const int column = n * 8 + lane % 4 * 2 + e % 2;
         const int key = first_key + mine + 8 * (e / 2);
-        const bool visible = rows.has(column) && key <= rows.query(column);
-        p[n][e] = visible ? exp2_fast(p[n][e] * scale_log2 - lse[column]) : 0.0F;
+        const bool visible = rows.has(column) && key * group <= begin + column;
+        p[n][e] = visible ? exp2_fast(p[n][e] * scale_log2 - lse[column] * kLog2E) : 0.0F;
         dp[n][e] = p[n][e] * (dp[n][e] - delta[column]) * a.scale;
       }
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/train/cuda/kernels/composed.cuh - weights that are made of parameters: low-rank deltas, and the
-// codebooks and scales of fixed codes. Forward: the dense weights. Backward: from their gradient to the
+// prefillshare/train/cuda/kernels/composed.cuh - weights that are made of parameters: low-rank deltas, and
+// the codebooks and scales of fixed codes. Forward: the dense weights. Backward: from their gradient to the
 // parameters'. One launch serves all layers of a model.
 // Layer: train/cuda/kernels (device).
 #pragma once
@@ -155,18 +155,27 @@ __global__ void __launch_bounds__(kComposeThreads)
   }
 }
 
-__device__ __forceinline__ float unscaled_weight(const CodesTask& t, int row, int k) {
+inline constexpr int kVectorMost = 16;  // elements of a vector
+
+// Vector j of a row without its scale.
+__device__ __forceinline__ void unscaled_vector(const CodesTask& t, int row, int j,
+                                                float (&out)[kVectorMost]) {
   const int vectors = t.cols / t.v;
-  const int j = k / t.v;
-  const int e = k - j * t.v;
   const std::uint16_t* const codes = t.codes + static_cast<std::int64_t>(row) * t.m * vectors + j;
-  float sum = 0.0F;
-  for (int c = 0; c < t.m; ++c)
-    sum +=
-        t.books[(static_cast<std::int64_t>(c) * t.centroids + codes[static_cast<std::int64_t>(c) * vectors]) *
-                    t.v +
-                e];
-  return sum;
+#pragma unroll
+  for (int e = 0; e < kVectorMost; ++e) out[e] = 0.0F;
+  for (int c = 0; c < t.m; ++c) {
+    const float* const centroid =
+        t.books +
+        (static_cast<std::int64_t>(c) * t.centroids + codes[static_cast<std::int64_t>(c) * vectors]) * t.v;
+#pragma unroll
+    for (int e = 0; e < kVectorMost; e += 2) {
+      if (e >= t.v) break;
+      const float2 pair = load2(centroid + e);
+      out[e] += pair.x;
+      out[e + 1] += pair.y;
+    }
+  }
 }
 
 // kComposeRows rows a block.
@@ -177,11 +186,18 @@ __global__ void __launch_bounds__(kComposeThreads)
   allow_next_kernel();
   const CodesTask t = args.tasks[args.blocks[2 * blockIdx.x]];
   const int first = args.blocks[2 * blockIdx.x + 1];
-  for (int row = first; row < min(first + kComposeRows, t.rows); ++row) {
-    for (int k = static_cast<int>(threadIdx.x); k < t.cols; k += kComposeThreads) {
-      const float scale = t.scales[static_cast<std::int64_t>(row) * t.groups + k / t.group];
-      store1(static_cast<S*>(t.out) + static_cast<std::int64_t>(row) * t.cols + k,
-             unscaled_weight(t, row, k) * scale);
+  const int vectors = t.cols / t.v;
+  const int items = min(kComposeRows, t.rows - first) * vectors;
+  for (int i = static_cast<int>(threadIdx.x); i < items; i += kComposeThreads) {
+    const int row = first + i / vectors;
+    const int j = i % vectors;
+    float w[kVectorMost];
+    unscaled_vector(t, row, j, w);
+    const float scale = t.scales[static_cast<std::int64_t>(row) * t.groups + j * t.v / t.group];
+    S* const to = static_cast<S*>(t.out) + static_cast<std::int64_t>(row) * t.cols + j * t.v;
+#pragma unroll
+    for (int e = 0; e < kVectorMost; e += 2) {
+      if (e < t.v) store2(to + e, make_float2(w[e] * scale, w[e + 1] * scale));
     }
   }
 }
@@ -197,17 +213,24 @@ __global__ void __launch_bounds__(kComposeThreads)
   if (row >= t.rows) return;
   const float* const dw = t.dw + static_cast<std::int64_t>(row) * t.cols;
   for (int g = 0; g < t.groups; ++g) {
-    const int end = min(t.cols, (g + 1) * t.group);
+    const int end = min(t.cols, (g + 1) * t.group) / t.v;
     float sum = 0.0F;
-    for (int k = g * t.group + static_cast<int>(threadIdx.x) % 32; k < end; k += 32)
-      sum += dw[k] * unscaled_weight(t, row, k);
+    for (int j = g * t.group / t.v + static_cast<int>(threadIdx.x) % 32; j < end; j += 32) {
+      float w[kVectorMost];
+      unscaled_vector(t, row, j, w);
+#pragma unroll
+      for (int e = 0; e < kVectorMost; e += 2) {
+        if (e >= t.v) break;
+        const float2 d = load2(dw + j * t.v + e);
+        sum += d.x * w[e] + d.y * w[e + 1];
+      }
+    }
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) t.dscales[static_cast<std::int64_t>(row) * t.groups + g] += sum;
   }
 }
 
 inline constexpr int kCentroidThreads = 128;
-inline constexpr int kVectorMost = 16;  // elements of a vector
 
 struct CentroidPartsArgs {
   const CodesTask* tasks = nullptr;
@@ -230,10 +253,13 @@ __global__ void __launch_bounds__(kCentroidThreads)
     const int place = args.places[i];
     const int row = place / t.cols;
     const int k = place - row * t.cols;
-    const float* const scales = t.scales + static_cast<std::int64_t>(row) * t.groups;
+    const float scale = t.scales[static_cast<std::int64_t>(row) * t.groups + k / t.group];
 #pragma unroll
-    for (int e = 0; e < kVectorMost; ++e) {
-      if (e < t.v) sums[e] += t.dw[place + e] * scales[(k + e) / t.group];
+    for (int e = 0; e < kVectorMost; e += 2) {
+      if (e >= t.v) break;
+      const float2 d = load2(t.dw + place + e);
+      sums[e] += d.x * scale;
+      sums[e + 1] += d.y * scale;
     }
   }
 #pragma unroll

@@ -87,45 +87,66 @@ struct CrossEntropyArgs {
 
 inline constexpr int kCrossEntropyThreads = 512;
 
-// A block takes a row. Columns of d from vocab to stride become 0.
+// The largest of some logits and the sum of their exponentials behind it.
+struct SoftmaxPart {
+  float top = -INFINITY;
+  float total = 0.0F;
+
+  __device__ __forceinline__ void add(const SoftmaxPart& other) {
+    const float most = fmaxf(top, other.top);
+    if (most == -INFINITY) return;  // neither has any
+    total = total * __expf(top - most) + other.total * __expf(other.top - most);
+    top = most;
+  }
+};
+
+// A block takes a row, at a multiple of 16 bytes. Columns of d from vocab to stride become 0.
 template <class S>
 __global__ void __launch_bounds__(kCrossEntropyThreads)
     cross_entropy_kernel(const __grid_constant__ CrossEntropyArgs a) {
   wait_for_previous_kernel();
   allow_next_kernel();
   constexpr int kWarps = kCrossEntropyThreads / 32;
-  __shared__ float tops[kWarps];
-  __shared__ float totals[kWarps];
+  __shared__ SoftmaxPart parts[kWarps];
   const float* const row = a.logits + blockIdx.x * a.stride;
-  float top = -INFINITY;
-  for (int i = static_cast<int>(threadIdx.x); i < a.vocab; i += kCrossEntropyThreads) {
-    const float x = row[i];
-    top = x > top || x != x ? x : top;  // NaN stays
+  const int whole = a.vocab / 4 * 4;
+  SoftmaxPart mine;
+  for (int i = static_cast<int>(threadIdx.x) * 4; i < whole; i += 4 * kCrossEntropyThreads) {
+    const float4 x = *reinterpret_cast<const float4*>(row + i);
+    const float most = fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w));
+    if (most > mine.top) {
+      mine.total *= __expf(mine.top - most);
+      mine.top = most;
+    }
+    mine.total +=
+        __expf(x.x - mine.top) + __expf(x.y - mine.top) + __expf(x.z - mine.top) + __expf(x.w - mine.top);
   }
-  top = warp_max(top);
-  if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
-  __syncthreads();
-  top = tops[0];
+  for (int i = whole + static_cast<int>(threadIdx.x); i < a.vocab; i += kCrossEntropyThreads)
+    mine.add({row[i], 1.0F});
 #pragma unroll
-  for (int w = 1; w < kWarps; ++w) top = fmaxf(top, tops[w]);
-  float total = 0.0F;
-  for (int i = static_cast<int>(threadIdx.x); i < a.vocab; i += kCrossEntropyThreads)
-    total += __expf(row[i] - top);
-  total = warp_sum(total);
-  if (threadIdx.x % 32 == 0) totals[threadIdx.x / 32] = total;
+  for (int lane = 16; lane > 0; lane /= 2) {
+    SoftmaxPart other;
+    other.top = __shfl_down_sync(0xFFFFFFFFU, mine.top, lane);
+    other.total = __shfl_down_sync(0xFFFFFFFFU, mine.total, lane);
+    mine.add(other);
+  }
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = mine;
   __syncthreads();
-  total = 0.0F;
+  SoftmaxPart all = parts[0];
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) total += totals[w];
+  for (int w = 1; w < kWarps; ++w) all.add(parts[w]);
   const int label = a.labels[blockIdx.x];
-  if (threadIdx.x == 0) a.losses[blockIdx.x] = logf(total) + top - row[label];
+  if (threadIdx.x == 0) a.losses[blockIdx.x] = logf(all.total) + all.top - row[label];
   if (a.d == nullptr) return;
   S* const d = static_cast<S*>(a.d) + blockIdx.x * a.stride;
-  const float factor = a.scale / total;
-  for (int i = static_cast<int>(threadIdx.x); i < a.stride; i += kCrossEntropyThreads) {
-    float out = 0.0F;
-    if (i < a.vocab) out = __expf(row[i] - top) * factor - (i == label ? a.scale : 0.0F);
-    store1(d + i, out);
+  const float factor = a.scale / all.total;
+  const auto slope = [&](float x, int i) {
+    return i >= a.vocab ? 0.0F : __expf(x - all.top) * factor - (i == label ? a.scale : 0.0F);
+  };
+  for (int i = static_cast<int>(threadIdx.x) * 4; i < a.stride; i += 4 * kCrossEntropyThreads) {
+    const float4 x = *reinterpret_cast<const float4*>(row + i);
+    store2(d + i, make_float2(slope(x.x, i), slope(x.y, i + 1)));
+    store2(d + i + 2, make_float2(slope(x.z, i + 2), slope(x.w, i + 3)));
   }
 }
 

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include <prefillshare/model/cuda/kernels/scalars.cuh>
 #include <prefillshare/train/cuda/kernels/row_norm.cuh>
 
 namespace prefillshare::cuda::detail {
@@ -112,6 +113,64 @@ __global__ void __launch_bounds__(kHeadThreads) heads_kernel(const __grid_consta
     store1(to + e, out.x);
     store1(to + e + step, out.y);
   }
+}
+
+// Where nothing but RoPE is to be done: eight elements of either half of a head a thread.
+[[nodiscard]] inline bool turns_alone(const HeadsShape& s) {
+  return s.bias == nullptr && s.q_norm == nullptr && s.half && s.head_dim % 16 == 0;
+}
+
+struct TurnArgs {
+  HeadsArgs heads;
+  float direction = 1.0F;  // -1: back, for gradients
+  bool values = false;     // v is copied
+};
+
+template <class S>
+__global__ void __launch_bounds__(kHeadThreads) turn_kernel(const __grid_constant__ TurnArgs args) {
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const HeadsArgs& a = args.heads;
+  const HeadsShape& s = a.shape;
+  const int of_head = s.head_dim / 16;
+  const int of_row = (s.heads + (args.values ? 2 : 1) * s.kv_heads) * of_head;
+  const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * kHeadThreads + threadIdx.x;
+  const std::int64_t row = number / of_row;
+  if (row >= s.rows) return;
+  const int rest = static_cast<int>(number - row * of_row);
+  const int head = rest / of_head;
+  const int at = (rest - head * of_head) * 8;
+  const int other = s.head_dim / 2;
+  const S* const from = static_cast<const S*>(a.in) + row * s.width() + head * s.head_dim + at;
+  float low[8];
+  float high[8];
+  load8(from, low);
+  load8(from + other, high);
+  const bool is_q = head < s.heads;
+  const bool is_v = head >= s.heads + s.kv_heads;
+  if (!is_v) {
+    const std::int64_t angle = static_cast<std::int64_t>(s.positions[row]) * other + at;
+    float cos[8];
+    float sin[8];
+    load8(s.cos + angle, cos);
+    load8(s.sin + angle, sin);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float x = low[i];
+      const float y = high[i];
+      const float turn = args.direction * sin[i];
+      low[i] = x * cos[i] - y * turn;
+      high[i] = y * cos[i] + x * turn;
+    }
+  }
+  const std::int64_t kv_row = a.kv_rows == nullptr ? row : a.kv_rows[row];
+  S* to = static_cast<S*>(a.q) + row * a.q_stride + head * s.head_dim;
+  if (!is_q) {
+    const int kv = head - s.heads - (is_v ? s.kv_heads : 0);
+    to = static_cast<S*>(is_v ? a.v : a.k) + kv_row * a.kv_stride + kv * s.head_dim;
+  }
+  store8(to + at, low);
+  store8(to + at + other, high);
 }
 
 struct HeadsBackwardArgs {

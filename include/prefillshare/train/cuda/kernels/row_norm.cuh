@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/train/cuda/kernels/row_norm.cuh - RMSNorm of rows of the residual stream, forward and backward,
-// fused with the additions next to it.
+// prefillshare/train/cuda/kernels/row_norm.cuh - RMSNorm of rows of the residual stream, forward and
+// backward, fused with the additions next to it.
 // Layer: train/cuda/kernels (device).
 #pragma once
 
@@ -44,10 +44,11 @@ __device__ __forceinline__ float warp_max(float x) {
 }
 
 inline constexpr int kNormThreads = 256;
-inline constexpr int kNormPairs = 16;                                  // of a thread, at most
-inline constexpr int kNormWarpWidth = 64 * kNormPairs;                 // widest row of one warp
+inline constexpr int kNormPairs = 16;                   // of a thread, at most
+inline constexpr int kNormFewPairs = 9;                 // of a thread, for rows of up to 576: fewer registers
+inline constexpr int kNormWarpWidth = 64 * kNormPairs;  // widest row of one warp
 inline constexpr int kNormWidth = kNormWarpWidth * kNormThreads / 32;  // widest row of a block
-inline constexpr int kNormParts = 264;  // blocks of a backward pass, each with a sum of its own
+inline constexpr int kNormParts = 396;  // blocks of a backward pass, each with a sum of its own
 
 // The sum over the threads of a row, where kWarps warps share it.
 template <int kWarps>
@@ -77,7 +78,7 @@ struct NormArgs {
 };
 
 // sum = x + delta; out = weight * sum / rms(sum). kWarps: 1, or all warps of a block for wide rows.
-template <class S, int kWarps>
+template <class S, int kWarps, int kPairs>
 __global__ void __launch_bounds__(kNormThreads) norm_kernel(const __grid_constant__ NormArgs a) {
   wait_for_previous_kernel();
   allow_next_kernel();
@@ -87,12 +88,12 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(const __grid_constan
   const std::int64_t row =
       static_cast<std::int64_t>(blockIdx.x) * (kNormThreads / kStep) + threadIdx.x / kStep;
   const bool live = row < a.rows;
-  float2 value[kNormPairs];
+  float2 value[kPairs];
   float squares = 0.0F;
   if (live) {
     const std::int64_t from = a.chosen == nullptr ? row : a.chosen[row];
 #pragma unroll
-    for (int i = 0; i < kNormPairs; ++i) {
+    for (int i = 0; i < kPairs; ++i) {
       const int column = 2 * (at + i * kStep);
       value[i] = make_float2(0.0F, 0.0F);
       if (column >= a.width) continue;
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(const __grid_constan
   if (!live || a.out == nullptr) return;
   const float inverse = 1.0F / sqrtf(squares / static_cast<float>(a.width) + a.epsilon);
 #pragma unroll
-  for (int i = 0; i < kNormPairs; ++i) {
+  for (int i = 0; i < kPairs; ++i) {
     const int column = 2 * (at + i * kStep);
     if (column >= a.width) continue;
     const float2 w = load2(a.weight + column);
@@ -133,8 +134,8 @@ struct NormBackwardArgs {
   bool add = false;  // to dx
 };
 
-template <class S, int kWarps>
-__global__ void __launch_bounds__(kNormThreads)
+template <class S, int kWarps, int kPairs>
+__global__ void __launch_bounds__(kNormThreads, kPairs <= kNormFewPairs ? 3 : 2)
     norm_backward_kernel(const __grid_constant__ NormBackwardArgs a) {
   wait_for_previous_kernel();
   allow_next_kernel();
@@ -142,21 +143,21 @@ __global__ void __launch_bounds__(kNormThreads)
   constexpr int kRows = kNormThreads / kStep;
   __shared__ float shared[kNormThreads / 32];
   const int at = static_cast<int>(threadIdx.x) % kStep;
-  float2 sums[kNormPairs];
+  float2 sums[kPairs];
 #pragma unroll
-  for (int i = 0; i < kNormPairs; ++i) sums[i] = make_float2(0.0F, 0.0F);
+  for (int i = 0; i < kPairs; ++i) sums[i] = make_float2(0.0F, 0.0F);
   const std::int64_t mine = threadIdx.x / kStep;
   for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kRows; first < a.rows;
        first += static_cast<std::int64_t>(gridDim.x) * kRows) {
     const std::int64_t row = first + mine;
     const bool live = row < a.rows;
     const std::int64_t where = !live ? 0 : a.chosen == nullptr ? row : a.chosen[row];
-    float2 x[kNormPairs];
-    float2 d[kNormPairs];
+    float2 x[kPairs];
+    float2 d[kPairs];
     float squares = 0.0F;
     float along = 0.0F;
 #pragma unroll
-    for (int i = 0; i < kNormPairs; ++i) {
+    for (int i = 0; i < kPairs; ++i) {
       const int column = 2 * (at + i * kStep);
       x[i] = d[i] = make_float2(0.0F, 0.0F);
       if (!live || column >= a.width) continue;
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(kNormThreads)
     along *= inverse * inverse * inverse / static_cast<float>(a.width);
     if (!live) continue;
 #pragma unroll
-    for (int i = 0; i < kNormPairs; ++i) {
+    for (int i = 0; i < kPairs; ++i) {
       const int column = 2 * (at + i * kStep);
       if (column >= a.width) continue;
       const float2 w = load2(a.weight + column);
@@ -194,14 +195,14 @@ __global__ void __launch_bounds__(kNormThreads)
   float* const part = a.parts + static_cast<std::int64_t>(blockIdx.x) * a.width;
   if constexpr (kWarps > 1) {
 #pragma unroll
-    for (int i = 0; i < kNormPairs; ++i) {
+    for (int i = 0; i < kPairs; ++i) {
       const int column = 2 * (at + i * kStep);
       if (column < a.width) store2(part + column, sums[i]);
     }
   } else {
-    __shared__ float of_warps[kRows][kNormWarpWidth];
+    __shared__ float of_warps[kRows][64 * kPairs];
 #pragma unroll
-    for (int i = 0; i < kNormPairs; ++i) {
+    for (int i = 0; i < kPairs; ++i) {
       const int column = 2 * (at + i * kStep);
       if (column < a.width) store2(&of_warps[mine][column], sums[i]);
     }
