@@ -17,7 +17,7 @@ namespace codegemm::bench {
 struct FinetuneOptions {
   std::string model, work = "finetune-work", json_path, plot, specialists;
   std::vector<std::string> tasks = {"arithmetic", "tools", "shell"};
-  std::vector<std::string> stages = {"claim", "curve", "quantized", "specialists"};
+  std::vector<std::string> stages = {"claim", "specialists", "quantized", "curve"};
   bool low_rank = false;  // train deltas where it says "all weights"
 
   std::int64_t train_items = 0;  // 0: as many as a run takes
@@ -28,7 +28,7 @@ struct FinetuneOptions {
   std::vector<double> rates = {1e-4, 3e-4, 1e-3};  // the first run takes the middle one
   std::vector<double> sharing = {0.25, 0.5, 0.75};
 
-  std::int64_t steps = 300;
+  std::int64_t steps = 600;
   std::int64_t batch = 64;
   std::int64_t pass_tokens = 16384;
   double warmup = 0.05;
@@ -72,8 +72,8 @@ inline void add_options(CLI::App& app, FinetuneOptions& o) {
   app.add_option("--write-specialists", o.specialists, "folder for the deltas, TASK.safetensors");
   list("--tasks", o.tasks, "of arithmetic, tools and shell")
       ->check(CLI::IsMember({"arithmetic", "tools", "shell"}));
-  list("--stages", o.stages, "of claim, curve, quantized and specialists")
-      ->check(CLI::IsMember({"claim", "curve", "quantized", "specialists"}));
+  list("--stages", o.stages, "of claim, specialists, quantized and curve")
+      ->check(CLI::IsMember({"claim", "specialists", "quantized", "curve"}));
   number("--low-rank", o.low_rank, "deltas of low rank in place of all weights");
   number("--train-items", o.train_items, "of a task; 0: each is seen once");
   number("--development-items", o.development_items, "to choose the learning rate by")->check(positive);

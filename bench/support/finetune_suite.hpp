@@ -61,8 +61,8 @@ class FinetuneSuite {
   bool run() {
     if (o_.has_stage("claim")) claim();
     if (o_.has_stage("specialists")) specialists();
-    if (o_.has_stage("curve")) curve();
     if (o_.has_stage("quantized")) quantized();
+    if (o_.has_stage("curve")) curve();
     const std::vector<FinetuneRow> table = rows();
     print_rows(table);
     if (stopped_) {
@@ -138,7 +138,7 @@ class FinetuneSuite {
                                                       unwrap(backend_->low_rank(*module))};
               prefillshare::examples::check(write_specialist(file, made));
             },
-            std::filesystem::exists(file));
+            o_.specialists.empty() || std::filesystem::exists(file));
       }
       const auto rate = best_rate(data.task->name, "low-rank");
       if (!rate) continue;
