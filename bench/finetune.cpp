@@ -47,6 +47,7 @@ int main(int argc, char** argv) {
   options.low_rank = true;
   options.seeds = 1;
   options.rates = {3e-3};
+  options.sharing = {};
   options.steps = 40;
   options.batch = 8;
   options.pass_tokens = 1024;
