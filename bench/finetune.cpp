@@ -48,11 +48,11 @@ int main(int argc, char** argv) {
   options.seeds = 1;
   options.rates = {3e-3};
   options.sharing = {};
-  options.steps = 40;
+  options.steps = 32;
   options.batch = 8;
   options.pass_tokens = 1024;
   options.development_items = 8;
-  options.test_items = 64;
+  options.test_items = 48;
   options.answer_tokens = 48;
   CLI::App app{"Fine-tunes decode modules on the cache of a frozen base and judges what they answer."};
   add_options(app, options);
