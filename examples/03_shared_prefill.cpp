@@ -2,7 +2,8 @@
 //
 // Three agents read one document. A frozen base model prefills it once; each agent has a decode module of its
 // own, at a few bits a weight, that reads the base's cache. Then the same session again, every agent with a
-// prefill and a cache of its own, so that the two can be compared.
+// prefill and a cache of its own, so that the two can be compared. Then specialists, fine-tuned for a task on
+// the base's cache, answer requests that the base cannot.
 //
 // Run it with: scripts/demo
 // test: --model {model} --document {source}/tests/data/short_document.txt --agents {source}/tests/data/two_agents.json --cache {cache} --max-tokens 6
@@ -26,6 +27,7 @@
 #include <common/quantized_model.hpp>
 #include <common/report.hpp>
 #include <common/sampler.hpp>
+#include <common/specialists.hpp>
 #include <prefillshare/serve/session.hpp>
 
 namespace {
@@ -35,7 +37,8 @@ using namespace prefillshare::examples;
 using Clock = std::chrono::steady_clock;
 
 struct Options {
-  std::string model, document, agents, cache, json, svg;
+  std::string model, document, agents, cache, specialists, json, svg;
+  std::size_t specialist_items = 5;
   std::int64_t max_tokens = 96;
   int threads = 0;
   SamplerOptions sampler;
@@ -228,7 +231,11 @@ int run(const Options& options) {
   }
 
   print_report(shared, separate, summaries);
-  check(codegemm::write_file(options.json, report_json(shared, separate, summaries).dump(2) + "\n"));
+  SpecialistRound round(loaded, tokenizer, base, options.cache, pool);
+  const std::vector<SpecialistScore> scores = round.run(options.specialists, options.specialist_items);
+  nlohmann::ordered_json report = report_json(shared, separate, summaries);
+  if (!scores.empty()) report["specialists"] = scores_json(scores);
+  check(codegemm::write_file(options.json, report.dump(2) + "\n"));
   check(codegemm::write_file(options.svg, report_svg(shared, separate, summaries)));
   std::printf("\nnumbers: %s\ntimeline: %s\n", options.json.c_str(), options.svg.c_str());
   return 0;
@@ -246,6 +253,12 @@ int main(int argc, char** argv) {
   app.add_option("--document", options.document, "text that all agents read")->required();
   app.add_option("--agents", options.agents, "JSON: who takes part and what each is told")->required();
   app.add_option("--cache", options.cache, "folder for quantized weights")->required();
+  app.add_option(
+      "--specialists", options.specialists,
+      "folder of low-rank deltas, TASK.safetensors, that suite finetune-gpu wrote; none: left out");
+  app.add_option("--specialist-items", options.specialist_items, "requests for each of them")
+      ->check(CLI::Range(1, 1000))
+      ->capture_default_str();
   app.add_option("--max-tokens", options.max_tokens, "longest answer")
       ->check(CLI::Range(1, 4096))
       ->capture_default_str();

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// bench/finetune_gpu.cu - suite finetune-gpu: PrefillShare's claim on a real model, whole: three tasks, three
+// seeds, a grid of learning rates, the curve over the sharing ratio, modules of 2 and 4 bits, and the
+// specialists of the demo.
+
+// Eigen is for the host alone here; as CUDA code it would do without vector instructions.
+#define EIGEN_NO_CUDA
+#pragma nv_diag_suppress 20012, 1675, 550, 2810, 3189
+
+#include <cstdio>
+#include <exception>
+#include <utility>
+
+#include <CLI/CLI.hpp>
+
+#include <codegemm/base/thread_pool.hpp>
+#include <common/model_loader.hpp>
+#include <common/model_tokenizer.hpp>
+
+#include "support/finetune_gpu_backend.cuh"
+#include "support/finetune_suite.hpp"
+#include "support/gpu_timing.cuh"
+
+namespace {
+
+using namespace codegemm::bench;
+using prefillshare::examples::unwrap;
+
+int run(const FinetuneOptions& options) {
+  codegemm::ThreadPool pool(options.threads);
+  const codegemm::cuda::Device device = unwrap(codegemm::cuda::query_device(0));
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  Suite frame{"finetune", describe_card(device), measure_bandwidth(stream, device.multiprocessors), {}};
+  check(cudaStreamDestroy(stream), "cudaStreamDestroy");
+  const auto tokenizer = unwrap(prefillshare::examples::load_tokenizer(options.model));
+  const auto loaded =
+      unwrap(prefillshare::examples::load_model(*unwrap(prefillshare::examples::open_model(options.model))));
+  FinetuneSuite<FinetuneGpuBackend> suite(options, loaded, tokenizer, pool, std::move(frame));
+  suite.run();
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  FinetuneOptions options;
+  CLI::App app{
+      "Fine-tunes decode modules on the cache of a frozen base and judges what they answer, on a GPU."};
+  add_options(app, options);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return app.exit(e) == 0 ? 0 : 2;
+  }
+  try {
+    return run(options);
+  } catch (const std::exception& e) {
+    std::fflush(stdout);
+    std::fprintf(stderr, "finetune-gpu: %s\n", e.what());
+    return 2;
+  }
+}

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// bench/support/finetune_quantize.hpp - a fine-tuned module in a few bits: quantized on its task's own texts.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <codegemm/quantize/kmeans.hpp>
+#include <codegemm/reference.hpp>
+#include <common/text_quantizer.hpp>
+#include <common/unwrap.hpp>
+
+#include "finetune_backend.hpp"
+
+namespace codegemm::bench {
+
+/// The linear layers of the blocks in `format`: k-means weighted by the inputs on `texts`, the weights
+/// corrected for the errors of the layers before them where there are tokens enough. Layers that are done
+/// stay in `folder`.
+[[nodiscard]] inline Matrices quantize_module(const DenseModelPtr& dense, const std::string& fingerprint,
+                                              Format format, const std::vector<Tokens>& texts,
+                                              const std::string& folder, Executor& executor) {
+  using namespace prefillshare::examples;
+  TextQuantizerOptions options;
+  options.layers.rounds = 0;
+  std::int64_t tokens = 0;
+  for (const Tokens& text : texts) tokens += static_cast<std::int64_t>(text.size());
+  options.correct = tokens >= 2 * dense->config.intermediate_size;
+  QuantizedLayers made =
+      quantize_on_sequences({dense, fingerprint}, format, texts, options, folder, executor, {});
+  Matrices out;
+  for (std::size_t i = 0; i < made.names.size(); ++i) out.emplace(made.names[i], std::move(made.matrices[i]));
+  return out;
+}
+
+/// The same by plain k-means, without texts: what the demo does with a specialist.
+[[nodiscard]] inline Matrices quantize_plainly(const DenseModel& dense, Format format, Executor& executor) {
+  Matrices out;
+  prefillshare::for_each_linear(dense, [&](const std::string& name, const prefillshare::DenseLinear& layer) {
+    if (name == "lm_head") return;
+    out.emplace(name, prefillshare::examples::unwrap(quantize_kmeans(layer.weights(), format, {}, executor)));
+  });
+  return out;
+}
+
+/// The model with these layers as their codes say.
+[[nodiscard]] inline DenseModelPtr dequantize_module(const DenseModel& dense, const Matrices& matrices) {
+  auto out = std::make_shared<DenseModel>(dense);
+  prefillshare::for_each_linear(*out, [&](const std::string& name, prefillshare::DenseLinear& layer) {
+    const auto at = matrices.find(name);
+    if (at == matrices.end()) return;
+    auto values = std::make_shared<std::vector<float>>(static_cast<std::size_t>(layer.rows() * layer.cols()));
+    reference_dequantize(at->second.view(), MatrixView<float>(values->data(), layer.rows(), layer.cols()));
+    layer = prefillshare::DenseLinear(std::move(values), layer.rows(), layer.cols(),
+                                      std::vector<float>(layer.bias().begin(), layer.bias().end()));
+  });
+  return out;
+}
+
+}  // namespace codegemm::bench
