@@ -64,6 +64,18 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return rank;
 }
 
+// One thread of a block tells one of another block of the grid, by a word in global memory, that what its block
+// wrote is there; its other threads meet it before.
+__device__ __forceinline__ void hand_over(unsigned* word) {
+  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(word) : "memory");
+}
+__device__ __forceinline__ void wait_for_hand_over(const unsigned* word) {
+  unsigned there;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(word) : "memory");
+  } while (there == 0);
+}
+
 // A barrier in shared memory at byte address `barrier` for one phase: it opens once `bytes` have been pushed
 // to this block. One thread calls; the blocks of a cluster meet (cluster_arrive, cluster_wait) before the
 // first push.
@@ -161,6 +173,16 @@ __device__ __forceinline__ void arrive(unsigned barrier) {
 // At a barrier of any block of the cluster, see address_in().
 __device__ __forceinline__ void arrive_in_cluster(unsigned barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// At one of this block and one of another, if `does`.
+__device__ __forceinline__ void arrive_at_both(unsigned barrier, unsigned other, bool does) {
+  asm volatile(
+      "{\n\t.reg .pred does;\n\t.reg .b64 state;\n\t"
+      "setp.ne.b32 does, %2, 0;\n\t"
+      "@does mbarrier.arrive.shared::cta.b64 state, [%0];\n\t"
+      "@does mbarrier.arrive.shared::cluster.b64 _, [%1];\n\t}" ::"r"(barrier),
+      "r"(other), "r"(static_cast<int>(does))
+      : "memory");
 }
 __device__ __forceinline__ void arrive_and_expect(unsigned barrier, unsigned bytes) {
   asm volatile("{.reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;}" ::"r"(barrier),

@@ -9,6 +9,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <codegemm/cuda/block/centroid_table.cuh>
+
 namespace codegemm::cuda {
 
 enum class ScalarType : int { kHalf = 0, kBFloat16 = 1, kFloat = 2 };
@@ -42,6 +44,18 @@ __device__ __forceinline__ void store_scalar(void* to, std::int64_t at, ScalarTy
     case ScalarType::kHalf: static_cast<__half*>(to)[at] = __float2half_rn(value); break;
     case ScalarType::kBFloat16: static_cast<__nv_bfloat16*>(to)[at] = __float2bfloat16_rn(value); break;
     default: static_cast<float*>(to)[at] = value; break;
+  }
+}
+
+// Two 16-bit numbers, the first one in the low half.
+template <PairType Type>
+[[nodiscard]] __device__ __forceinline__ unsigned pack_pair(float low, float high) {
+  if constexpr (Type == PairType::kHalf) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const unsigned*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const unsigned*>(&pair);
   }
 }
 
@@ -93,13 +107,8 @@ __device__ __forceinline__ void store_output4(const Output& o, std::int64_t toke
   for (int i = 0; i < 2; ++i) {
     const float low = finish_sum(o, token, row + i * 2, sums[i * 2]);
     const float high = finish_sum(o, token, row + i * 2 + 1, sums[i * 2 + 1]);
-    if (o.type == ScalarType::kHalf) {
-      const __half2 pair = __floats2half2_rn(low, high);
-      words[i] = *reinterpret_cast<const unsigned*>(&pair);
-    } else {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-      words[i] = *reinterpret_cast<const unsigned*>(&pair);
-    }
+    words[i] = o.type == ScalarType::kHalf ? pack_pair<PairType::kHalf>(low, high)
+                                           : pack_pair<PairType::kBFloat16>(low, high);
   }
   *reinterpret_cast<uint2*>(static_cast<unsigned short*>(o.y) + token * o.y_stride + row) =
       make_uint2(words[0], words[1]);
@@ -160,19 +169,79 @@ struct EightRows {
       unsigned words[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (o.type == ScalarType::kHalf) {
-          const __half2 pair = __floats2half2_rn(sums[i * 2], sums[i * 2 + 1]);
-          words[i] = *reinterpret_cast<const unsigned*>(&pair);
-        } else {
-          const __nv_bfloat162 pair = __floats2bfloat162_rn(sums[i * 2], sums[i * 2 + 1]);
-          words[i] = *reinterpret_cast<const unsigned*>(&pair);
-        }
+        words[i] = o.type == ScalarType::kHalf ? pack_pair<PairType::kHalf>(sums[i * 2], sums[i * 2 + 1])
+                                               : pack_pair<PairType::kBFloat16>(sums[i * 2], sums[i * 2 + 1]);
       }
       *reinterpret_cast<uint4*>(static_cast<unsigned short*>(o.y) + at) =
           make_uint4(words[0], words[1], words[2], words[3]);
     }
   }
 };
+
+#if __CUDA_ARCH__ >= 900
+// Sums of 16 rows in the fragments of a warp's wgmma: d[8 i + e] is that of row lane / 4 + e / 2 % 2 * 8 and token
+// 16 i + e / 4 * 8 + lane % 4 * 2 + e % 2. Transposed, as 16-bit numbers, 16 tokens at a time in shared memory of
+// the warp, twice 512 bytes: 16 bytes a lane then go out, a sector for two lanes.
+struct FragmentsOut {
+  unsigned shared = 0;  // at a multiple of 16 bytes
+  int row = 0;          // the first one
+
+  // Whether rows [first, first + 16) may go out by this way; end: of the rows that there are.
+  [[nodiscard]] __device__ __forceinline__ bool fits(const Output& o, int first, int end) {
+    row = first;
+    return first + 16 <= end && first + 16 <= o.rows && o.type != ScalarType::kFloat &&
+           o.residual == nullptr && o.y_stride % 8 == 0 && reinterpret_cast<std::uintptr_t>(o.y) % 16 == 0;
+  }
+
+  template <PairType Type, int Sums>
+  __device__ __forceinline__ void store(const Output& o, int first_token, int tokens,
+                                        const float (&d)[Sums]) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    float scale[2], bias[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int of = row + lane / 4 + 8 * i;
+      scale[i] = o.unscale;
+      if (o.row_scales != nullptr) scale[i] *= __half2float(__ushort_as_half(o.row_scales[of]));
+      bias[i] = o.bias != nullptr ? load_scalar(o.bias, of, o.type) : 0.0F;
+    }
+    // Halves of four tokens in a row change places, so that neither way has a bank conflict.
+    const auto place = [](int token, int half) {
+      return static_cast<unsigned>(token * 32 + (half ^ (token / 4 % 2)) * 16);
+    };
+    const unsigned to_shared = shared + place(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    const unsigned from_shared = shared + place(lane / 2, lane % 2);
+    int token = first_token + lane / 2;
+    unsigned short* to = static_cast<unsigned short*>(o.y) + token * o.y_stride + row + lane % 2 * 8;
+#pragma unroll
+    for (int n = 0; n < Sums / 8; ++n) {
+      if (first_token + n * 16 >= tokens) break;
+      unsigned pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float low = d[n * 8 + i * 2] * scale[i % 2] + bias[i % 2];
+        const float high = d[n * 8 + i * 2 + 1] * scale[i % 2] + bias[i % 2];
+        pairs[i] = pack_pair<Type>(low, high);
+      }
+      constexpr unsigned kBuffer = 512;
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                       to_shared + n % 2 * kBuffer),
+                   "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
+                   : "memory");
+      __syncwarp();
+      uint4 out;
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
+                   : "r"(from_shared + n % 2 * kBuffer)
+                   : "memory");
+      if (token < tokens) *reinterpret_cast<uint4*>(to) = out;
+      token += 16;
+      to += 16 * o.y_stride;
+    }
+    __syncwarp();  // what comes next may write there
+  }
+};
+#endif
 
 }  // namespace detail
 }  // namespace codegemm::cuda

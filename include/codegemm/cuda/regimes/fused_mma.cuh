@@ -17,8 +17,8 @@
 
 namespace codegemm::cuda::detail {
 
-/// The regime over a config_list of fused configurations, see configs.cuh. Needs no workspace.
-template <class Configs>
+/// The regime over a config_list of fused configurations, see configs.cuh; with or without SwiGLU. Needs no workspace.
+template <class Configs, bool SwiGlu = true>
 struct FusedMmaRegime {
   template <class Fn>
   [[nodiscard]] static bool match(const DevicePackedView& w, const Device& device, bool gated,
@@ -56,7 +56,7 @@ struct FusedMmaRegime {
 
   template <class X, class Y>
   [[nodiscard]] static bool serves(const GemmProblem<X, Y>& p, const Device& device) {
-    return match(p.weights, device, gated(p), p.tuning, [](auto) {});
+    return (SwiGlu || !gated(p)) && match(p.weights, device, gated(p), p.tuning, [](auto) {});
   }
 
   template <class X, class Y>
@@ -112,8 +112,10 @@ struct FusedMmaRegime {
     shape.overlap = p.overlap && device.arch >= 90;
     constexpr PairType kPairs =
         ScalarOf<X>::kType == ScalarType::kHalf ? PairType::kHalf : PairType::kBFloat16;
-    return gated(p) ? launch(fused_mma_kernel<Config, kPairs, Tokens, true>, shape, args, stream)
-                    : launch(fused_mma_kernel<Config, kPairs, Tokens, false>, shape, args, stream);
+    if constexpr (SwiGlu) {
+      if (gated(p)) return launch(fused_mma_kernel<Config, kPairs, Tokens, true>, shape, args, stream);
+    }
+    return launch(fused_mma_kernel<Config, kPairs, Tokens, false>, shape, args, stream);
   }
 };
 
