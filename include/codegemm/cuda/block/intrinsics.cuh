@@ -33,6 +33,30 @@ __device__ __forceinline__ uint4 load_once(const void* address) {
   return out;
 }
 
+// Asynchronous copies of a thread, in groups; both sides are at multiples of 16 bytes.
+__device__ __forceinline__ void copy_16_bytes(unsigned shared, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+}
+// `bytes` of them, zeros behind.
+__device__ __forceinline__ void copy_16_bytes(unsigned shared, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most Pending groups are not there.
+template <int Pending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+// Four 8 x 8 matrices of 16-bit numbers: lane 8 i + j names row j of the i-th, and gets numbers 2 (lane % 4) and the
+// next of row lane / 4 of each.
+__device__ __forceinline__ void load_matrices(unsigned shared, unsigned (&out)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared)
+               : "memory");
+}
+
 // Programmatic dependent launch. On hardware without it a kernel starts when the one before has ended.
 __device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -192,9 +216,6 @@ __device__ __forceinline__ void arrive_and_expect(unsigned barrier, unsigned byt
 // This thread's asynchronous copies arrive when they are done, as one of the barrier's arrivals.
 __device__ __forceinline__ void arrive_after_copies(unsigned barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void copy_16_bytes(unsigned shared, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
 }
 // A box of a two-dimensional tensor, from (column, row) on, into the same place of every block in `blocks`.
 __device__ __forceinline__ void copy_box(unsigned shared, const void* map, int column, int row,
