@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/codegemm/cuda/crossovers_test.cpp - which measurement a format and a card get, and which cluster which
-// piece of a product.
+// tests/codegemm/cuda/crossovers_test.cpp - which measurement a format and a card get, and which cluster
+// which piece of a product.
 #include <codegemm/cuda/block/piece_schedule.hpp>
 #include <codegemm/cuda/crossovers.hpp>
 
@@ -52,8 +52,8 @@ TEST_CASE("cuda crossovers: every line is sensible") {
   }
 }
 
-// Every slab of every product is made once, and whoever ends a product finds all the pieces before its own with
-// the clusters of lower number just before it.
+// Every slab of every product is made once, and whoever ends a product finds all the pieces before its own
+// with the clusters of lower number just before it.
 void check_schedule(std::int64_t products, int slabs, int most, int splits) {
   CAPTURE(products, slabs, most, splits);
   const cuda::PieceSchedule s = cuda::schedule_pieces(products, slabs, most, splits);

@@ -57,8 +57,8 @@ TEST_CASE("cuda gemm: wgmma with every token tile", "[gpu]") {
       }
     }
   }
-  // More products than clusters run at once: five blocks of rows, 22 of tokens. What is left after whole waves
-  // is cut into pieces, whose borders then lie anywhere.
+  // More products than clusters run at once: five blocks of rows, 22 of tokens. What is left after whole
+  // waves is cut into pieces, whose borders then lie anywhere.
   for (const int splits : {1, 2, 5}) {
     cuda::GemmTuning tuning;
     tuning.token_tile = 32;

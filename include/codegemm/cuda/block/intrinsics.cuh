@@ -48,8 +48,8 @@ template <int Pending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
-// Four 8 x 8 matrices of 16-bit numbers: lane 8 i + j names row j of the i-th, and gets numbers 2 (lane % 4) and the
-// next of row lane / 4 of each.
+// Four 8 x 8 matrices of 16-bit numbers: lane 8 i + j names row j of the i-th, and gets numbers 2 (lane % 4)
+// and the next of row lane / 4 of each.
 __device__ __forceinline__ void load_matrices(unsigned shared, unsigned (&out)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -88,8 +88,8 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return rank;
 }
 
-// One thread of a block tells one of another block of the grid, by a word in global memory, that what its block
-// wrote is there; its other threads meet it before.
+// One thread of a block tells one of another block of the grid, by a word in global memory, that what its
+// block wrote is there; its other threads meet it before.
 __device__ __forceinline__ void hand_over(unsigned* word) {
   asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(word) : "memory");
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cuda/block/piece_schedule.hpp - products dealt out to clusters: whole ones as long as every cluster
-// gets one, and what is left in pieces of K, so that all end at the same time.
+// codegemm/cuda/block/piece_schedule.hpp - products dealt out to clusters: whole ones as long as every
+// cluster gets one, and what is left in pieces of K, so that all end at the same time.
 // Layer: cuda/block (host + device, no CUDA headers).
 #pragma once
 

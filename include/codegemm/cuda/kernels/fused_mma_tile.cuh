@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cuda/kernels/fused_mma_tile.cuh - y = x W^T for many tokens from compute capability 8.0 on: weights
-// are looked up straight into the fragments of mma.sync, each once for 128 tokens.
+// codegemm/cuda/kernels/fused_mma_tile.cuh - y = x W^T for many tokens from compute capability 8.0 on:
+// weights are looked up straight into the fragments of mma.sync, each once for 128 tokens.
 // Layer: cuda/kernels (device).
 #pragma once
 

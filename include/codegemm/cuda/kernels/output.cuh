@@ -179,9 +179,9 @@ struct EightRows {
 };
 
 #if __CUDA_ARCH__ >= 900
-// Sums of 16 rows in the fragments of a warp's wgmma: d[8 i + e] is that of row lane / 4 + e / 2 % 2 * 8 and token
-// 16 i + e / 4 * 8 + lane % 4 * 2 + e % 2. Transposed, as 16-bit numbers, 16 tokens at a time in shared memory of
-// the warp, twice 512 bytes: 16 bytes a lane then go out, a sector for two lanes.
+// Sums of 16 rows in the fragments of a warp's wgmma: d[8 i + e] is that of row lane / 4 + e / 2 % 2 * 8 and
+// token 16 i + e / 4 * 8 + lane % 4 * 2 + e % 2. Transposed, as 16-bit numbers, 16 tokens at a time in shared
+// memory of the warp, twice 512 bytes: 16 bytes a lane then go out, a sector for two lanes.
 struct FragmentsOut {
   unsigned shared = 0;  // at a multiple of 16 bytes
   int row = 0;          // the first one

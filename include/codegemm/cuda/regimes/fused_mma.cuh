@@ -18,7 +18,8 @@
 
 namespace codegemm::cuda::detail {
 
-/// The regime over a config_list of fused configurations, see configs.cuh; with or without SwiGLU. Needs no workspace.
+/// The regime over a config_list of fused configurations, see configs.cuh; with or without SwiGLU. Needs no
+/// workspace.
 template <class Configs, bool SwiGlu = true>
 struct FusedMmaRegime {
   template <class Fn>
