@@ -18,6 +18,7 @@
 #include <codegemm/cuda/block/wgmma_fragments.cuh>
 #include <codegemm/cuda/kernels/fused_wgmma_args.cuh>
 #include <codegemm/cuda/kernels/output.cuh>
+#include <codegemm/cuda/kernels/warpgroup_output.cuh>
 
 namespace codegemm::cuda {
 
@@ -34,13 +35,6 @@ __device__ __forceinline__ void take_registers() {
 }
 // The two warpgroups that multiply meet.
 __device__ __forceinline__ void wait_for_multipliers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
-// The threads of one of them, 0 or 1, meet.
-__device__ __forceinline__ void wait_for_warpgroup(int group) {
-  if (group == 0)
-    asm volatile("bar.sync 2, 128;" ::: "memory");
-  else
-    asm volatile("bar.sync 3, 128;" ::: "memory");
-}
 
 }  // namespace detail
 #endif
@@ -221,8 +215,8 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
     const int tile_of_block = (group - 1) * 4 + warp;
     float* const scratch = reinterpret_cast<float*>(code_memory + a.code_stages * code_stage_bytes) +
                            tile_of_block * Shape::kScratchFloats;
-    detail::FragmentsOut fragments_out;
-    fragments_out.shared = static_cast<unsigned>(__cvta_generic_to_shared(scratch));
+    const detail::WarpgroupOutput output{
+        static_cast<unsigned>(__cvta_generic_to_shared(scratch - warp * Shape::kScratchFloats)), group - 1};
     unsigned exchanges = 0;  // from the other block, of 16 tokens each
     const bool leader = threadIdx.x % 128 == 0;
     const unsigned other_empty = detail::address_in(empty_x(0), static_cast<unsigned>(rank ^ 1));
@@ -362,11 +356,12 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
       }
 
       if constexpr (!Gated) {
-        if (fragments_out.fits(a.out, (p.row_tile + tile_of_block) * 16, p.end_tile * 16)) {
+        const int first_row = (p.row_tile + (group - 1) * 4) * 16;
+        if (detail::WarpgroupOutput::fits(a.out, first_row, p.end_tile * 16)) {
           if (a.out.type == ScalarType::kHalf)
-            fragments_out.template store<PairType::kHalf>(a.out, p.token, a.tokens, d);
+            output.template store<PairType::kHalf>(a.out, first_row, p.token, a.tokens, d);
           else
-            fragments_out.template store<PairType::kBFloat16>(a.out, p.token, a.tokens, d);
+            output.template store<PairType::kBFloat16>(a.out, first_row, p.token, a.tokens, d);
           continue;
         }
       }

@@ -50,6 +50,7 @@ struct FusedWgmmaLimits {
   constexpr double kProductCycles = 1500.0;  // filling the stages
   constexpr double kTokenCycles = 14.0;      // of the output
   constexpr double kHandOverCycles = 2000.0;
+  constexpr double kPieceCycles = 500.0;         // until its sums are on their way
   constexpr double kPartialBytesACycle = 40.0;   // of a block
   const int row_tiles = limits.halves ? 8 : 16;  // of a cluster, in each half
   const std::int64_t row_blocks = cut_rows(l.first_tile, l.parts, row_tiles, limits.halves).blocks();
@@ -101,7 +102,7 @@ struct FusedWgmmaLimits {
         const auto pieces = static_cast<double>(divide_up(s.cutters, rest));
         if (cut) {
           p.cost += kProductCycles + kHandOverCycles +
-                    pieces * static_cast<double>(piece_bytes) / 2.0 / kPartialBytesACycle;
+                    pieces * (static_cast<double>(piece_bytes) / 2.0 / kPartialBytesACycle + kPieceCycles);
         }
       }
       if (best.token_tile == 0 || p.cost < best.cost) best = p;
