@@ -43,14 +43,18 @@ __device__ __forceinline__ void wait_for_multipliers() { asm volatile("bar.sync 
 /// schedule says; products are numbered [part][token block][row block], and consecutive ones run at once.
 /// With SwiGLU one of the blocks takes rows of the first half, the other their partners. In a block one
 /// warpgroup copies: a warp asks the copy engine for x, half of it for both blocks, the others bring codes
-/// and scales. Two warpgroups multiply 64 rows each. Weights of two steps are looked up while the products of
-/// the two before run.
+/// and scales. Two warpgroups multiply 64 rows each. Weights of a group of steps are looked up while the
+/// products of the group before run.
 template <class Config, PairType Type, int TokenTile, bool Gated>
 __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_constant__ FusedWgmmaArgs a) {
 #if CODEGEMM_HAS_WGMMA
   using Shape = FusedWgmmaShape<Config, TokenTile>;
   using Table = typename Shape::Table;
   constexpr int kStagesOfSlab = Shape::kLaneSpan / 4;
+  // Steps of 16 k whose weights are looked up at once: the more, the less of a look-up's latency is seen.
+  // Where there are registers, and an even number of groups in a slab.
+  constexpr int kGroup = TokenTile < 256 && kStagesOfSlab > 1 ? 4 : 2;
+  constexpr int kGroups = 4 * kStagesOfSlab / kGroup;  // of a slab
   constexpr int kRowTiles = Shape::kRowTiles;
   // The table, whose size is a multiple of 1024 bytes; x of the stages, which the swizzle wants at such ones;
   // codes and scales of the code stages; sums on their way out, and with SwiGLU those that come from the
@@ -252,9 +256,9 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
       // The sums of the piece before are not the ones of this one, which ptxas does not see.
 #pragma unroll
       for (int e = 0; e < TokenTile / 2; ++e) asm volatile("" : "=f"(d[e]));
-      int held = -1;  // the stage whose products may still run
-      unsigned weights[2][2][4];
-      typename detail::WgmmaFragments<Config, Type>::Pairs pairs[2];
+      int held[2] = {-1, -1};  // stages whose products may still run, the latest first
+      unsigned weights[2][kGroup][4];
+      typename detail::WgmmaFragments<Config, Type>::Pairs pairs[kGroup];
       const char* codes = nullptr;
       const char* scales = nullptr;
       const auto open_codes = [&] {
@@ -270,56 +274,69 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
           code_phase ^= 1U;
         }
       };
-      constexpr int kPairs = 2 * kStagesOfSlab;  // of steps, of a slab
+      const auto lookup = [&](int group_of_slab) {
+#pragma unroll
+        for (int step = 0; step < kGroup; ++step)
+          fragments.lookup(codes, scales, group_of_slab * kGroup + step, pairs[step]);
+      };
       open_codes();
-      fragments.lookup(codes, scales, 0, pairs[0]);
-      fragments.lookup(codes, scales, 1, pairs[1]);
+      lookup(0);
       for (int s = 0; s < p.slabs; ++s) {
         std::uint64_t tokens = 0;
 #pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair) {
-          detail::wgmma_wait<1>();  // the weights of the pair before the last are free
-          if (pair % 2 == 1) release_x(held);
+        for (int g = 0; g < kGroups; ++g) {
+          constexpr int kOfStage = 4 / kGroup;  // groups of a stage
+          const bool first_of_stage = g % kOfStage == 0;
+          const bool last_of_stage = g % kOfStage == kOfStage - 1;
+          detail::wgmma_wait<1>();  // the weights of the group before the last are free
+          if (last_of_stage) release_x(held[kOfStage == 1 ? 1 : 0]);
 #pragma unroll
-          for (int step = 0; step < 2; ++step) {
-            fragments.finish(pairs[step], weights[pair % 2][step]);
-            detail::keep_before(weights[pair % 2][step]);
+          for (int step = 0; step < kGroup; ++step) {
+            fragments.finish(pairs[step], weights[g % 2][step]);
+            detail::keep_before(weights[g % 2][step]);
           }
-          if (pair % 2 == 0) {
+          // With two groups in a stage, or in two stages for both: a wait in every group is one of the branches
+          // that keep_before() tells of.
+          if (g % 2 == 0) {
             detail::wait_for_phase(full_x(stage), phase);
-            tokens = detail::describe_tokens(x_at + static_cast<unsigned>(stage * Shape::kStageBytes));
+            if (kOfStage == 1) {
+              const bool wraps = stage + 1 == a.x_stages;
+              detail::wait_for_phase(full_x(wraps ? 0 : stage + 1), wraps ? phase ^ 1U : phase);
+            }
           }
+          if (first_of_stage)
+            tokens = detail::describe_tokens(x_at + static_cast<unsigned>(stage * Shape::kStageBytes));
           detail::wgmma_fence();
 #pragma unroll
-          for (int step = 0; step < 2; ++step) {
-            detail::wgmma_pairs<Type>(d, weights[pair % 2][step],
-                                      tokens + static_cast<std::uint64_t>((pair % 2 * 2 + step) * 2),
-                                      s > 0 || pair > 0 || step > 0);
+          for (int step = 0; step < kGroup; ++step) {
+            detail::wgmma_pairs<Type>(d, weights[g % 2][step],
+                                      tokens + static_cast<std::uint64_t>((g % kOfStage * kGroup + step) * 2),
+                                      s > 0 || g > 0 || step > 0);
           }
           detail::wgmma_commit();
-          if (pair % 2 == 1) {
-            held = stage;
+          if (last_of_stage) {
+            held[1] = held[0];
+            held[0] = stage;
             if (++stage == a.x_stages) {
               stage = 0;
               phase ^= 1U;
             }
           }
-          // The next pair's weights are looked up while this one's products run.
-          if (pair + 1 < kPairs) {
-            fragments.lookup(codes, scales, (pair + 1) * 2, pairs[0]);
-            fragments.lookup(codes, scales, (pair + 1) * 2 + 1, pairs[1]);
+          // The next group's weights are looked up while this one's products run.
+          if (g + 1 < kGroups) {
+            lookup(g + 1);
           } else {
             close_codes();
             if (s + 1 < p.slabs) {
               open_codes();
-              fragments.lookup(codes, scales, 0, pairs[0]);
-              fragments.lookup(codes, scales, 1, pairs[1]);
+              lookup(0);
             }
           }
         }
       }
       detail::wgmma_wait<0>();
-      release_x(held);
+      if (kGroup == 4) release_x(held[1]);
+      release_x(held[0]);
 
       // Pieces: the sums of a thread go to the same thread of another cluster, and are added there from the
       // piece just before on down.
