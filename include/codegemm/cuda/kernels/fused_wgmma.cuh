@@ -295,8 +295,8 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
             fragments.finish(pairs[step], weights[g % 2][step]);
             detail::keep_before(weights[g % 2][step]);
           }
-          // With two groups in a stage, or in two stages for both: a wait in every group is one of the branches
-          // that keep_before() tells of.
+          // With two groups in a stage, or in two stages for both: a wait in every group is one of the
+          // branches that keep_before() tells of.
           if (g % 2 == 0) {
             detail::wait_for_phase(full_x(stage), phase);
             if (kOfStage == 1) {
