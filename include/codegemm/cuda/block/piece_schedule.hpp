@@ -17,7 +17,9 @@ namespace codegemm::cuda {
 /// has at most two pieces: one at its end that does not end a product, the *head*, whose sums the cluster
 /// hands to whoever ends the product; and one that does, the *tail*, for which it adds what the clusters just
 /// before it hand over. A cluster begins with its head and ends with its tail: it waits for clusters of
-/// lower number alone, and for the first thing that those do.
+/// lower number alone, and for the first thing that those do. Blocks start in the order of their numbers
+/// (what CUB's decoupled look-back relies on too), so this ends even where other kernels keep some from
+/// starting.
 struct PieceSchedule {
   std::int32_t slabs = 0;         ///< of a product, along K
   std::int32_t clusters = 0;      ///< to launch
