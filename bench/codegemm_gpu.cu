@@ -8,8 +8,10 @@
 // usage: codegemm-gpu [--json FILE] [--quick] [--shape NxK]... [--format NAME]... [--tokens T]...
 //                     [--peer NAME=LIBRARY]... [--no-cublas] [--regime gather|mma|wgmma] [--cluster N]
 //                     [--ahead ROUNDS] [--shared BYTES] [--sets N] [--splits N] [--token-tile N]
-//                     [--energy] [--once]
+//                     [--energy] [--once] [--merged]
 //
+// --merged times merged Q, K and V, and merged gate and up with SwiGLU, of Llama-3 8B and 70B instead of
+// --shape, beside the plain product of one matrix of that size.
 // --energy also measures the energy of each product, a second and a half for each; --once launches each
 // product once and times nothing, for a profiler.
 #include <algorithm>
@@ -20,6 +22,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <cublas_v2.h>
@@ -76,6 +79,7 @@ struct PeerTime {
   std::optional<bench::Energy> energy = {};
 };
 struct Row {
+  std::string name = "gemm";
   std::string shape;
   std::string config;
   int tokens;
@@ -104,55 +108,117 @@ struct Effort {
   }
 };
 
+// What a shape's products read and write.
+struct Inputs {
+  std::vector<Half> x;
+  Buffer<Half> x_device;
+  std::vector<Half> y;
+  Buffer<Half> y_device;
+
+  Inputs(Shape shape, const std::vector<int>& token_counts)
+      : Inputs(shape, *std::max_element(token_counts.begin(), token_counts.end())) {}
+
+ private:
+  Inputs(Shape shape, int most)
+      : x(bench::draw_tokens(most, shape.cols)),
+        x_device(x),
+        y(static_cast<std::size_t>(most * shape.rows)),
+        y_device(y.size()) {}
+};
+
+int launches_of(int tokens, int copies) { return tokens >= 512 ? std::min(copies, 8) : std::max(copies, 8); }
+
+// One product with cold weights: checked, then timed.
+Row measure_ours(const bench::ColdMatrix& cold, Shape shape, Format format, int tokens, bool swiglu,
+                 const cuda::GemmTuning& tuning, const Effort& effort, const cuda::Device& device,
+                 cudaStream_t stream, Inputs& inputs) {
+  const std::size_t y_bytes = inputs.y.size() * sizeof(Half);
+  cuda::GemmProblem<Half, Half> p;
+  p.x = MatrixView<const Half>(inputs.x_device.data, tokens, shape.cols);
+  p.y = MatrixView<Half>(inputs.y_device.data, tokens, swiglu ? shape.rows / 2 : shape.rows);
+  p.activation = swiglu ? cuda::Activation::kSwiGlu : cuda::Activation::kNone;
+  p.tuning = tuning;
+  p.weights = cold.view(0);
+  const std::size_t workspace_bytes = cuda::workspace_bytes(p, device);
+  Buffer<std::byte> workspace(workspace_bytes);
+  check(cudaMemset(workspace.data, 0, std::max<std::size_t>(workspace_bytes, 1)), "cudaMemset");
+  check(cudaMemset(inputs.y_device.data, 0xFF, y_bytes), "cudaMemset");
+  check(cuda::run(p, device, workspace.data, workspace_bytes, stream));
+  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  check(cudaMemcpy(inputs.y.data(), inputs.y_device.data, y_bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
+  Row row;
+  row.error = error_of(cold.parts(), inputs.x, inputs.y, tokens, swiglu);
+  const auto enqueue = [&](int i) {
+    p.weights = cold.view(i);
+    check(cuda::run(p, device, workspace.data, workspace_bytes, stream));
+  };
+  const int launches = launches_of(tokens, cold.copies());
+  row.us = effort.time(stream, launches, tokens, enqueue);
+  row.energy = effort.energy_of(stream, launches, enqueue);
+  // All those launches over equal weights must have given the same bits as the first one.
+  std::vector<Half> again(inputs.y.size());
+  check(cudaMemcpy(again.data(), inputs.y_device.data, y_bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
+  if (std::memcmp(again.data(), inputs.y.data(), y_bytes) != 0)
+    throw std::runtime_error("two runs gave different results");
+  row.shape = shape.name();
+  row.config = format_name(format);
+  row.tokens = tokens;
+  double read = 0.0;
+  for (const QuantizedMatrix& part : cold.parts())
+    read += static_cast<double>(part.codes().size_bytes() + part.scales().size_bytes());
+  row.gb_per_s = effort.once ? 0.0 : read / row.us * 1e-3;
+  return row;
+}
+
+void print_row(const Row& row) {
+  std::printf("%-7s %-12s %-10s T=%-4d %8.2f us %7.0f GB/s  error %.1e", row.name.c_str(), row.shape.c_str(),
+              row.config.c_str(), row.tokens, row.us, row.gb_per_s, row.error);
+  if (row.energy) std::printf("  %.0f uJ", row.energy->microjoules);
+  for (const PeerTime& t : row.peers) {
+    if (t.energy) std::printf("  %s %.0f uJ", t.name.c_str(), t.energy->microjoules);
+    std::printf("  %s %.2f us (x%.2f, error %.1e)", t.name.c_str(), t.us, t.us / row.us, t.error);
+  }
+  std::printf("\n");
+  std::fflush(stdout);
+}
+
+// Matrices merged along N, with SwiGLU or without, beside the plain product of one matrix of that size.
+void measure_merged(const std::vector<Shape>& parts, bool swiglu, Format format,
+                    const std::vector<int>& token_counts, const cuda::GemmTuning& tuning,
+                    cuda::PackOptions pack_options, const Effort& effort, const cuda::Device& device,
+                    cudaStream_t stream, std::vector<Row>& rows) {
+  Shape shape{0, parts.front().cols};
+  for (const Shape part : parts) shape.rows += part.rows;
+  Inputs inputs(shape, token_counts);
+  const bench::ColdMatrix merged(parts, format, pack_options, effort.once ? 1 : 0);
+  const bench::ColdMatrix plain(shape, format, pack_options, effort.once ? 1 : 0);
+  for (const int tokens : token_counts) {
+    const auto ours = [&](const bench::ColdMatrix& cold, bool with_swiglu) {
+      return measure_ours(cold, shape, format, tokens, with_swiglu, tuning, effort, device, stream, inputs);
+    };
+    Row row = ours(merged, swiglu);
+    row.name = swiglu ? "swiglu" : "merged";
+    const Row beside = ours(plain, false);
+    row.peers.push_back({"plain", beside.us, beside.error, beside.energy});
+    print_row(row);
+    rows.push_back(std::move(row));
+  }
+}
+
 void measure(Shape shape, Format format, const std::vector<int>& token_counts, const cuda::GemmTuning& tuning,
              cuda::PackOptions pack_options, const Effort& effort, const std::vector<Peer>& peers,
              cublasHandle_t cublas, const cuda::Device& device, cudaStream_t stream, std::vector<Row>& rows) {
   const bench::ColdMatrix cold(shape, format, pack_options, effort.once ? 1 : 0);
   const QuantizedMatrix& w = cold.matrix();
   const int copies = cold.copies();
-  const int most = *std::max_element(token_counts.begin(), token_counts.end());
-  const std::vector<Half> x = bench::draw_tokens(most, shape.cols);
-  const Buffer<Half> x_device(x);
-  Buffer<Half> y_device(static_cast<std::size_t>(most * shape.rows));
-  std::vector<Half> y(static_cast<std::size_t>(most * shape.rows));
+  Inputs inputs(shape, token_counts);
+  const Buffer<Half>& x_device = inputs.x_device;
+  Buffer<Half>& y_device = inputs.y_device;
+  std::vector<Half>& y = inputs.y;
   const std::size_t y_bytes = y.size() * sizeof(Half);
   const std::size_t first_row = rows.size();
-
-  const auto launches_of = [&](int tokens) {
-    return tokens >= 512 ? std::min(copies, 8) : std::max(copies, 8);
-  };
   for (const int tokens : token_counts) {
-    cuda::GemmProblem<Half, Half> p;
-    p.x = MatrixView<const Half>(x_device.data, tokens, shape.cols);
-    p.y = MatrixView<Half>(y_device.data, tokens, shape.rows);
-    p.tuning = tuning;
-    p.weights = cold.view(0);
-    const std::size_t workspace_bytes = cuda::workspace_bytes(p, device);
-    Buffer<std::byte> workspace(workspace_bytes);
-    check(cudaMemset(workspace.data, 0, std::max<std::size_t>(workspace_bytes, 1)), "cudaMemset");
-    check(cudaMemset(y_device.data, 0xFF, y_bytes), "cudaMemset");
-    check(cuda::run(p, device, workspace.data, workspace_bytes, stream));
-    check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-    check(cudaMemcpy(y.data(), y_device.data, y_bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
-    Row row;
-    row.error = error_of(w, x, y, tokens);
-    const auto enqueue = [&](int i) {
-      p.weights = cold.view(i);
-      check(cuda::run(p, device, workspace.data, workspace_bytes, stream));
-    };
-    row.us = effort.time(stream, launches_of(tokens), tokens, enqueue);
-    row.energy = effort.energy_of(stream, launches_of(tokens), enqueue);
-    // All those launches over equal weights must have given the same bits as the first one.
-    std::vector<Half> again(y.size());
-    check(cudaMemcpy(again.data(), y_device.data, y_bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
-    if (std::memcmp(again.data(), y.data(), y_bytes) != 0)
-      throw std::runtime_error("two runs gave different results");
-    row.shape = shape.name();
-    row.config = format_name(format);
-    row.tokens = tokens;
-    const double read = static_cast<double>(w.codes().size_bytes() + w.scales().size_bytes());
-    row.gb_per_s = effort.once ? 0.0 : read / row.us * 1e-3;
-    rows.push_back(row);
+    rows.push_back(measure_ours(cold, shape, format, tokens, false, tuning, effort, device, stream, inputs));
   }
   if (cublas != nullptr) {  // the same weights in fp16, fp32 sums
     const auto n = static_cast<int>(shape.rows);
@@ -183,8 +249,8 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts, c
       enqueue(0);
       check(cudaStreamSynchronize(stream), "cublas");
       check(cudaMemcpy(y.data(), y_device.data, y_bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
-      const double error = error_of(w, x, y, row.tokens);
-      const int calls = row.tokens >= 512 ? std::min(copies16, 8) : std::max(copies16, 8);
+      const double error = error_of(cold.parts(), inputs.x, y, row.tokens);
+      const int calls = launches_of(row.tokens, copies16);
       row.peers.push_back({"cublas", effort.time(stream, calls, row.tokens, enqueue), error,
                            effort.energy_of(stream, calls, enqueue)});
     }
@@ -207,28 +273,17 @@ void measure(Shape shape, Format format, const std::vector<int>& token_counts, c
       if (peer.run(handle, 0, x_device.data, y_device.data, row.tokens, stream) != 0) continue;
       check(cudaStreamSynchronize(stream), peer.name.c_str());
       check(cudaMemcpy(y.data(), y_device.data, y_bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
-      const double error = error_of(w, x, y, row.tokens);
+      const double error = error_of(cold.parts(), inputs.x, y, row.tokens);
       const auto enqueue = [&](int j) {
         static_cast<void>(peer.run(handle, j % copies, x_device.data, y_device.data, row.tokens, stream));
       };
-      const int calls = launches_of(row.tokens);
+      const int calls = launches_of(row.tokens, copies);
       row.peers.push_back({peer.name, effort.time(stream, calls, row.tokens, enqueue), error,
                            effort.energy_of(stream, calls, enqueue)});
     }
     peer.destroy(handle);
   }
-  for (std::size_t i = first_row; i < rows.size(); ++i) {
-    const Row& row = rows[i];
-    std::printf("%-12s %-10s T=%-4d %8.2f us %7.0f GB/s  error %.1e", row.shape.c_str(), row.config.c_str(),
-                row.tokens, row.us, row.gb_per_s, row.error);
-    if (row.energy) std::printf("  %.0f uJ", row.energy->microjoules);
-    for (const PeerTime& t : row.peers) {
-      if (t.energy) std::printf("  %s %.0f uJ", t.name.c_str(), t.energy->microjoules);
-      std::printf("  %s %.2f us (x%.2f, error %.1e)", t.name.c_str(), t.us, t.us / row.us, t.error);
-    }
-    std::printf("\n");
-    std::fflush(stdout);
-  }
+  for (std::size_t i = first_row; i < rows.size(); ++i) print_row(rows[i]);
 }
 
 void put_energy(nlohmann::json& row, const std::optional<bench::Energy>& energy) {
@@ -246,7 +301,7 @@ void write_json(const std::string& path, const std::string& machine, const bench
       peers.push_back({{"name", t.name}, {"median_us", t.us}, {"ratio", t.us / r.us}, {"error", t.error}});
       put_energy(peers.back(), t.energy);
     }
-    all.push_back({{"name", "gemm"},
+    all.push_back({{"name", r.name},
                    {"shape", r.shape},
                    {"config", r.config},
                    {"tokens", r.tokens},
@@ -278,10 +333,12 @@ int program(int argc, char** argv) {
   std::string json;
   Effort effort;
   bool with_cublas = true;
+  bool merged = false;
   parse(argc, argv,
         {{"--quick", Option::flag(effort.quick)},
          {"--once", Option::flag(effort.once)},
          {"--energy", Option::flag([&] { effort.energy = std::make_unique<bench::EnergyCounter>(); })},
+         {"--merged", Option::flag(merged)},
          {"--no-cublas", Option::flag(with_cublas, false)},
          {"--json", Option::value(json)},
          {"--shape", bench::shape_option(shapes)},
@@ -317,6 +374,17 @@ int program(int argc, char** argv) {
     throw std::runtime_error("cublasCreate failed");
   std::vector<Row> rows;
   for (const Format format : formats) {
+    if (merged) {
+      const std::pair<std::vector<Shape>, bool> all[] = {{{{4096, 4096}, {1024, 4096}, {1024, 4096}}, false},
+                                                         {{{8192, 8192}, {1024, 8192}, {1024, 8192}}, false},
+                                                         {{{14336, 4096}, {14336, 4096}}, true},
+                                                         {{{28672, 8192}, {28672, 8192}}, true}};
+      for (const auto& [parts, swiglu] : all) {
+        measure_merged(parts, swiglu, format, tokens, tuning, pack_options, effort, *device, stream, rows);
+        if (!json.empty()) write_json(json, machine, bandwidth, rows);
+      }
+      continue;
+    }
     for (const Shape shape : shapes) {
       measure(shape, format, tokens, tuning, pack_options, effort, peers, cublas, *device, stream, rows);
       if (!json.empty()) write_json(json, machine, bandwidth, rows);

@@ -28,7 +28,7 @@ METRICS = {
     "occupancy_percent": ("sm__warps_active.avg.pct_of_peak_sustained_active", 1),
 }
 OURS = ("gather_kernel", "fused_mma_kernel", "fused_wgmma_kernel")
-HELPERS = ("dequantize_kernel", "add_splits_kernel")
+HELPERS = ("dequantize_kernel",)
 
 
 def problem_arguments(formats, shapes):

@@ -69,7 +69,7 @@ Measured measure(Shape shape, Format format, bool quick, const cuda::Device& dev
       check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
       check(cudaMemcpy(y.data(), y_device.data, y.size() * sizeof(Half), cudaMemcpyDeviceToHost),
             "cudaMemcpy");
-      const double error = bench::error_of(cold.matrix(), x, y, kTokens[t]);
+      const double error = bench::error_of(cold.parts(), x, y, kTokens[t]);
       if (!(error <= kMostError)) {
         throw std::runtime_error(concat(kRegimeNames[r], " on ", shape.name(), ' ', format_name(format),
                                         " with ", kTokens[t], " tokens is off by ", error));

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -68,13 +69,16 @@ inline int cold_copies(std::size_t bytes) {
   return static_cast<int>(std::clamp<std::size_t>(600'000'000 / bytes + 1, 2, 64));
 }
 
-// Random codes, centroids and scales; packed, and on the device `copies` times.
+// Random codes, centroids and scales, of one matrix or of several merged along N; packed, and on the device
+// `copies` times.
 class ColdMatrix {
  public:
   // copies 0: as many as make it cold.
   ColdMatrix(Shape shape, Format format, cuda::PackOptions options, int copies)
-      : matrix_(draw(shape, format)),
-        packed_(pack(matrix_, options)),
+      : ColdMatrix(std::vector<Shape>{shape}, format, options, copies) {}
+  ColdMatrix(const std::vector<Shape>& parts, Format format, cuda::PackOptions options, int copies)
+      : parts_(draw(parts, format)),
+        packed_(pack(parts_, options)),
         pitch_((packed_.bytes().size() + 255) / 256 * 256),
         copies_(copies > 0 ? copies : cold_copies(packed_.bytes().size())),
         data_(pitch_ * static_cast<std::size_t>(copies_)) {
@@ -87,29 +91,36 @@ class ColdMatrix {
     }
   }
 
-  const QuantizedMatrix& matrix() const { return matrix_; }
+  const QuantizedMatrix& matrix() const { return parts_.front(); }
+  const std::vector<QuantizedMatrix>& parts() const { return parts_; }
   int copies() const { return copies_; }
   cuda::DevicePackedView view(int i) const {
     return packed_.view(data_.data + pitch_ * static_cast<std::size_t>(i % copies_));
   }
 
  private:
-  static QuantizedMatrix draw(Shape shape, Format format) {
-    Random random{static_cast<std::uint64_t>(shape.rows * 1000003 + shape.cols + format.v)};
-    auto made = QuantizedMatrix::create(format, shape.rows, shape.cols);
-    check(made.status());
-    for (std::uint32_t& word : made->codes()) word = static_cast<std::uint32_t>(random.next());
-    for (Half& value : made->codebooks()) value = Half::from_float(random.normal());
-    for (Half& value : made->scales()) value = Half::from_float(0.01F + 0.02F * random.uniform());
-    return std::move(made).value();
+  static std::vector<QuantizedMatrix> draw(const std::vector<Shape>& parts, Format format) {
+    std::vector<QuantizedMatrix> out;
+    for (const Shape shape : parts) {
+      Random random{static_cast<std::uint64_t>(shape.rows * 1000003 + shape.cols + format.v) + out.size()};
+      auto made = QuantizedMatrix::create(format, shape.rows, shape.cols);
+      check(made.status());
+      for (std::uint32_t& word : made->codes()) word = static_cast<std::uint32_t>(random.next());
+      for (Half& value : made->codebooks()) value = Half::from_float(random.normal());
+      for (Half& value : made->scales()) value = Half::from_float(0.01F + 0.02F * random.uniform());
+      out.push_back(std::move(made).value());
+    }
+    return out;
   }
-  static cuda::PackedMatrix pack(const QuantizedMatrix& matrix, cuda::PackOptions options) {
-    auto packed = cuda::pack(matrix.view(), options);
+  static cuda::PackedMatrix pack(const std::vector<QuantizedMatrix>& parts, cuda::PackOptions options) {
+    std::vector<QuantizedMatrixView> views;
+    for (const QuantizedMatrix& part : parts) views.push_back(part.view());
+    auto packed = cuda::pack(std::span<const QuantizedMatrixView>(views), options);
     check(packed.status());
     return std::move(packed).value();
   }
 
-  QuantizedMatrix matrix_;
+  std::vector<QuantizedMatrix> parts_;
   cuda::PackedMatrix packed_;
   std::size_t pitch_;
   int copies_;
@@ -127,26 +138,39 @@ inline std::vector<Half> draw_tokens(std::int64_t tokens, std::int64_t cols) {
 }
 
 // ||y - ref|| / ||ref|| over some of the rows and tokens, against sums in double over the same quantized
-// weights.
-inline double error_of(const QuantizedMatrix& w, const std::vector<Half>& x, const std::vector<Half>& y,
-                       int tokens) {
-  const std::int64_t step = std::max<std::int64_t>(1, w.rows() / 97);
+// weights, merged along N; swiglu: y has half of the rows, silu(first half) * second half.
+inline double error_of(const std::vector<QuantizedMatrix>& parts, const std::vector<Half>& x,
+                       const std::vector<Half>& y, int tokens, bool swiglu = false) {
+  std::int64_t all = 0;
+  for (const QuantizedMatrix& part : parts) all += part.rows();
+  const std::int64_t cols = parts.front().cols();
   const int token_step = std::max(1, tokens / 16);
-  double off = 0.0;
-  double size = 0.0;
-  const QuantizedMatrixView view = w.view();
-  for (std::int64_t n = 0; n < w.rows(); n += step) {
+  const auto sums_of = [&](std::int64_t n) {
+    std::size_t part = 0;
+    while (n >= parts[part].rows()) n -= parts[part++].rows();
+    const QuantizedMatrixView view = parts[part].view();
     std::vector<double> sums(static_cast<std::size_t>(tokens), 0.0);
-    for (std::int64_t k = 0; k < w.cols(); ++k) {
+    for (std::int64_t k = 0; k < cols; ++k) {
       const double weight = reference_weight(view, n, k);
       for (int t = 0; t < tokens; t += token_step) {
         sums[static_cast<std::size_t>(t)] +=
-            weight * static_cast<double>(x[static_cast<std::size_t>(t * w.cols() + k)].to_float());
+            weight * static_cast<double>(x[static_cast<std::size_t>(t * cols + k)].to_float());
       }
+    }
+    return sums;
+  };
+  const std::int64_t rows = swiglu ? all / 2 : all;
+  double off = 0.0;
+  double size = 0.0;
+  for (std::int64_t n = 0; n < rows; n += std::max<std::int64_t>(1, rows / 97)) {
+    std::vector<double> sums = sums_of(n);
+    if (swiglu) {
+      const std::vector<double> up = sums_of(n + rows);
+      for (std::size_t t = 0; t < sums.size(); ++t) sums[t] *= up[t] / (1.0 + std::exp(-sums[t]));
     }
     for (int t = 0; t < tokens; t += token_step) {
       const double want = sums[static_cast<std::size_t>(t)];
-      const double d = static_cast<double>(y[static_cast<std::size_t>(t * w.rows() + n)].to_float()) - want;
+      const double d = static_cast<double>(y[static_cast<std::size_t>(t * rows + n)].to_float()) - want;
       off += d * d;
       size += want * want;
     }

@@ -21,14 +21,29 @@
 #include <codegemm/cuda/regimes/gather.cuh>
 
 namespace codegemm::cuda {
+namespace detail {
+
+template <class Configs>
+[[nodiscard]] constexpr bool has_swiglu() {
+  if constexpr (requires { Configs::kSwiGlu; })
+    return Configs::kSwiGlu;
+  else
+    return true;
+}
+template <class Configs>
+using FusedMmaOf = FusedMmaRegime<typename Configs::Fused, has_swiglu<Configs>()>;
+template <class Configs>
+using FusedWgmmaOf = FusedWgmmaRegime<typename Configs::Fused, has_swiglu<Configs>()>;
+
+}  // namespace detail
 
 /// The regime that run() takes for a problem: the one asked for in its tuning, or the fastest that serves
 /// it. kAuto: none does.
 template <class Configs = DefaultConfigs, class X, class Y>
 [[nodiscard]] Regime regime_of(const GemmProblem<X, Y>& p, const Device& device) {
   using Gather = detail::GatherRegime<typename Configs::Gather>;
-  using FusedMma = detail::FusedMmaRegime<typename Configs::Fused>;
-  using FusedWgmma = detail::FusedWgmmaRegime<typename Configs::Fused>;
+  using FusedMma = detail::FusedMmaOf<Configs>;
+  using FusedWgmma = detail::FusedWgmmaOf<Configs>;
   const DevicePackedView& w = p.weights;
   const auto may = [&](Regime regime) {
     return p.tuning.regime == Regime::kAuto || p.tuning.regime == regime;
@@ -51,6 +66,10 @@ template <class Configs = DefaultConfigs, class X, class Y>
 template <class Configs = DefaultConfigs, class X, class Y>
 [[nodiscard]] Status validate(const GemmProblem<X, Y>& p, const Device& device) {
   if (Status status = detail::validate_problem(p, device); !status.ok()) return status;
+  if (!detail::has_swiglu<Configs>() && detail::gated(p)) {
+    return error(StatusCode::kUnsupported,
+                 "cuda gemm: SwiGLU, but the kernels were compiled with kSwiGlu = false");
+  }
   if (p.x.rows == 0 || p.weights.rows == 0) return {};
   if (regime_of<Configs>(p, device) == Regime::kAuto) {
     const DevicePackedView& w = p.weights;
@@ -68,8 +87,7 @@ template <class Configs = DefaultConfigs, class X, class Y>
   if (p.x.rows == 0 || p.weights.rows == 0) return 0;
   switch (regime_of<Configs>(p, device)) {
     case Regime::kGather: return detail::GatherRegime<typename Configs::Gather>::workspace_bytes(p, device);
-    case Regime::kFusedWgmma:
-      return detail::FusedWgmmaRegime<typename Configs::Fused>::workspace_bytes(p, device);
+    case Regime::kFusedWgmma: return detail::FusedWgmmaOf<Configs>::workspace_bytes(p, device);
     default: return 0;
   }
 }
@@ -93,9 +111,8 @@ template <class Configs = DefaultConfigs, class X, class Y>
                  " bytes");
   }
   switch (regime_of<Configs>(p, device)) {
-    case Regime::kFusedMma: return detail::FusedMmaRegime<typename Configs::Fused>::run(p, device, stream);
-    case Regime::kFusedWgmma:
-      return detail::FusedWgmmaRegime<typename Configs::Fused>::run(p, device, workspace, stream);
+    case Regime::kFusedMma: return detail::FusedMmaOf<Configs>::run(p, device, stream);
+    case Regime::kFusedWgmma: return detail::FusedWgmmaOf<Configs>::run(p, device, workspace, stream);
     default: return detail::GatherRegime<typename Configs::Gather>::run(p, device, workspace, stream);
   }
 }

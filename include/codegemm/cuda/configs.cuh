@@ -74,10 +74,13 @@ using MoreFusedConfigs =
                 Fused<8, 1, 0, 2>, Fused<8, 3, 0, 3>, Fused<8, 4, 0>, Fused<16, 1, 0, 1>, Fused<16, 2, 0, 2>,
                 Fused<16, 3, 0, 3>, Fused<16, 4, 0>>;
 
-/// What gemm.cuh dispatches over. A program that needs few formats passes a struct with shorter lists.
+/// What gemm.cuh dispatches over. A program that needs few formats passes a struct with shorter lists;
+/// without kSwiGlu it has what is here.
 struct DefaultConfigs {
   using Gather = GatherConfigs;  ///< for few tokens
   using Fused = FusedConfigs;    ///< for more
+  /// Whether products may end in Activation::kSwiGlu. Without it half of the kernels are not compiled.
+  static constexpr bool kSwiGlu = true;
 };
 
 }  // namespace codegemm::cuda

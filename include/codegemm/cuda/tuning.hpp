@@ -28,8 +28,9 @@ struct GemmTuning {
   int rounds_ahead = 1;
   int shared_bytes = 0;           ///< gather: shared memory of a block at least
   Regime regime = Regime::kAuto;  ///< which kernel
-  int splits = 0;                 ///< fused: parts of K, up to 8
-  int token_tile = 0;             ///< fused wgmma: tokens of a block, 32, 64, 128 or 256
+  /// Fused: parts of K, up to 8; wgmma: pieces that a product of the last, unfilled wave is cut into.
+  int splits = 0;
+  int token_tile = 0;  ///< fused wgmma: tokens of a block, 32, 64, 128 or 256
 };
 
 }  // namespace codegemm::cuda

@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/codegemm/cuda/crossovers_test.cpp - which measurement a format and a card get.
+// tests/codegemm/cuda/crossovers_test.cpp - which measurement a format and a card get, and which cluster
+// which piece of a product.
+#include <codegemm/cuda/block/piece_schedule.hpp>
 #include <codegemm/cuda/crossovers.hpp>
+
+#include <algorithm>
+#include <vector>
 
 #include "support/catch.hpp"
 
@@ -45,6 +50,70 @@ TEST_CASE("cuda crossovers: every line is sensible") {
     }
     CHECK(last_tokens(c.format, 1, c.arch, c.multiprocessors).mma == c.small.mma);
   }
+}
+
+// Every slab of every product is made once, and whoever ends a product finds all the pieces before its own
+// with the clusters of lower number just before it.
+void check_schedule(std::int64_t products, int slabs, int most, int splits) {
+  CAPTURE(products, slabs, most, splits);
+  const cuda::PieceSchedule s = cuda::schedule_pieces(products, slabs, most, splits);
+  REQUIRE(s.clusters >= 1);
+  REQUIRE(s.clusters <= most);
+  std::vector<int> made(static_cast<std::size_t>(products * slabs), 0);
+  std::vector<cuda::PieceSchedule::Piece> heads(
+      static_cast<std::size_t>(s.clusters));  // of a cluster; 0 slabs: none
+  std::vector<int> taken(heads.size(), 0);
+  int longest = 0;
+  for (int c = 0; c < s.clusters; ++c) {
+    const cuda::PieceSchedule::Pieces pieces(s, c);
+    REQUIRE(pieces.size() >= 1);
+    int all = 0;
+    for (int i = 0; i < pieces.size(); ++i) {
+      const cuda::PieceSchedule::Piece p = pieces.piece(s, i);
+      REQUIRE(p.slabs >= 1);
+      REQUIRE(p.slab >= 0);
+      REQUIRE(p.slab + p.slabs <= slabs);
+      REQUIRE((p.slab + p.slabs == slabs) == p.ends);
+      all += p.slabs;
+      for (int k = p.slab; k < p.slab + p.slabs; ++k) ++made[static_cast<std::size_t>(p.product * slabs + k)];
+      if (!p.ends) {
+        REQUIRE(i == 0);
+        heads[static_cast<std::size_t>(c)] = p;
+      } else if (p.slab > 0) {
+        REQUIRE(i == pieces.size() - 1);
+        int end = p.slab;
+        for (int before = c; end > 0;) {  // as the kernel does
+          REQUIRE(--before >= 0);
+          const auto& head = heads[static_cast<std::size_t>(before)];
+          REQUIRE(head.product == p.product);
+          REQUIRE(head.slab + head.slabs == end);
+          ++taken[static_cast<std::size_t>(before)];
+          end = head.slab;
+          CHECK((end > 0) == (s.first_slab(before) > s.first_slab(c) - p.slab));
+        }
+      }
+    }
+    longest = std::max(longest, all);
+  }
+  for (const int times : made) REQUIRE(times == 1);
+  for (std::size_t c = 0; c < heads.size(); ++c) CHECK(taken[c] == (heads[c].slabs > 0 ? 1 : 0));
+  const std::int64_t rest = products % most;
+  if (rest > 0 && s.cutters == most) {  // all clusters end at the same time
+    CHECK(longest <= s.whole * slabs + (rest * slabs + most - 1) / most);
+  }
+}
+
+TEST_CASE("cuda pieces: every slab is made once, and all pieces of a product are found") {
+  for (const int most : {1, 2, 7, 66}) {
+    for (const int slabs : {1, 2, 3, 16, 33}) {
+      for (const std::int64_t products : {1, 2, 5, 32, 65, 66, 67, 80, 200}) {
+        for (const int splits : {1, 2, 3, 8}) check_schedule(products, slabs, most, splits);
+      }
+    }
+  }
+  CHECK(cuda::schedule_pieces(0, 4, 66, 2).clusters == 0);
+  CHECK(cuda::schedule_pieces(4, 0, 66, 2).clusters == 0);
+  CHECK(cuda::schedule_pieces(4, std::int64_t{1} << 24, 66, 2).clusters == 0);
 }
 
 }  // namespace

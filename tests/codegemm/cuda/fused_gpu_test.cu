@@ -12,6 +12,7 @@ namespace {
 struct Configs {
   using Gather = config_list<>;
   using Fused = cuda::FusedConfigs;
+  static constexpr bool kSwiGlu = false;
 };
 
 template <class X, class Y>
@@ -46,7 +47,7 @@ TEST_CASE("cuda gemm: wgmma with every token tile", "[gpu]") {
   const cuda::Device device = gpu_or_skip();
   std::uint64_t seed = seed_or(9000);
   for (const int token_tile : {32, 64, 128, 256}) {
-    for (const int splits : {1, 2}) {
+    for (const int splits : {1, 2, 3}) {
       cuda::GemmTuning tuning;
       tuning.token_tile = token_tile;
       tuning.splits = splits;
@@ -56,11 +57,15 @@ TEST_CASE("cuda gemm: wgmma with every token tile", "[gpu]") {
       }
     }
   }
-  // More products than clusters run at once: five blocks of rows, 22 of tokens.
-  cuda::GemmTuning tuning;
-  tuning.token_tile = 32;
-  tuning.splits = 1;
-  check<Half, Half>({{4, 1, 8, 128}, 1100, 264, 700, true, 4, tuning}, device, seed++);
+  // More products than clusters run at once: five blocks of rows, 22 of tokens. What is left after whole
+  // waves is cut into pieces, whose borders then lie anywhere.
+  for (const int splits : {1, 2, 5}) {
+    cuda::GemmTuning tuning;
+    tuning.token_tile = 32;
+    tuning.splits = splits;
+    check<Half, Half>({{4, 1, 8, 128}, 1100, 1288, 700, true, 4, tuning}, device, seed++);
+    check<BFloat16, float>({{8, 2, 8, 128}, 1100, 2056, 700, false, 8, tuning}, device, seed++);
+  }
 }
 
 // Small enough for compute-sanitizer (scripts/gpu-check).
@@ -72,6 +77,9 @@ TEST_CASE("cuda gemm: a small one of each fused kind", "[gpu]") {
   check<Half, Half>({{4, 1, 8, 128}, 77, 1096, 5, true, 8}, device, seed++);
   check<BFloat16, float>({{8, 2, 8, 128}, 33, 2048, 12, true, 8, split}, device, seed++);
   check<Half, Half>({{8, 1, 12, 32}, 40, 544, 9}, device, seed++);
+  split.splits = 3;
+  split.token_tile = 32;
+  check<Half, Half>({{4, 1, 8, 128}, 300, 1032, 40, true, 8, split}, device, seed++);
 }
 
 TEST_CASE("cuda gemm: on tensor cores, captured in a graph and replayed with other inputs", "[gpu]") {

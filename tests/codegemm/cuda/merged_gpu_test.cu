@@ -13,6 +13,12 @@ namespace {
 
 using cuda::DefaultConfigs;
 
+struct WithoutSwiGlu {
+  using Gather = config_list<>;
+  using Fused = config_list<cuda::Fused<4, 1, 3>>;
+  static constexpr bool kSwiGlu = false;
+};
+
 TEST_CASE("cuda gemm: merged matrices, each with its own codebooks", "[gpu]") {
   const cuda::Device device = gpu_or_skip();
   std::uint64_t seed = seed_or(11000);
@@ -210,8 +216,13 @@ TEST_CASE("cuda pack and validate: merged matrices") {
     p.weights = packed->view(reinterpret_cast<const void*>(4096));
     p.x = MatrixView<const Half>(reinterpret_cast<const Half*>(8192), 2, 512);
     p.y = MatrixView<Half>(reinterpret_cast<Half*>(16384), 2, y_cols);
+    CHECK(cuda::validate<WithoutSwiGlu>(p, device).code() ==
+          (y_cols == p.weights.rows ? StatusCode::kOk : StatusCode::kShapeMismatch));
     p.activation = cuda::Activation::kSwiGlu;
-    return cuda::validate(p, device).code();
+    const StatusCode code = cuda::validate(p, device).code();
+    CHECK(cuda::validate<WithoutSwiGlu>(p, device).code() ==
+          (code == StatusCode::kOk ? StatusCode::kUnsupported : code));
+    return code;
   };
   CHECK(validate_gated({a.view(), a.view()}, 48) == StatusCode::kOk);
   CHECK(validate_gated({a.view(), a.view()}, 96) == StatusCode::kShapeMismatch);

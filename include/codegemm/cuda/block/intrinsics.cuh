@@ -33,6 +33,30 @@ __device__ __forceinline__ uint4 load_once(const void* address) {
   return out;
 }
 
+// Asynchronous copies of a thread, in groups; both sides are at multiples of 16 bytes.
+__device__ __forceinline__ void copy_16_bytes(unsigned shared, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+}
+// `bytes` of them, zeros behind.
+__device__ __forceinline__ void copy_16_bytes(unsigned shared, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most Pending groups are not there.
+template <int Pending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+// Four 8 x 8 matrices of 16-bit numbers: lane 8 i + j names row j of the i-th, and gets numbers 2 (lane % 4)
+// and the next of row lane / 4 of each.
+__device__ __forceinline__ void load_matrices(unsigned shared, unsigned (&out)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared)
+               : "memory");
+}
+
 // Programmatic dependent launch. On hardware without it a kernel starts when the one before has ended.
 __device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -62,6 +86,18 @@ __device__ __forceinline__ unsigned cluster_rank() {
   unsigned rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
+}
+
+// One thread of a block tells one of another block of the grid, by a word in global memory, that what its
+// block wrote is there; its other threads meet it before.
+__device__ __forceinline__ void hand_over(unsigned* word) {
+  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(word) : "memory");
+}
+__device__ __forceinline__ void wait_for_hand_over(const unsigned* word) {
+  unsigned there;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(word) : "memory");
+  } while (there == 0);
 }
 
 // A barrier in shared memory at byte address `barrier` for one phase: it opens once `bytes` have been pushed
@@ -162,6 +198,16 @@ __device__ __forceinline__ void arrive(unsigned barrier) {
 __device__ __forceinline__ void arrive_in_cluster(unsigned barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// At one of this block and one of another, if `does`.
+__device__ __forceinline__ void arrive_at_both(unsigned barrier, unsigned other, bool does) {
+  asm volatile(
+      "{\n\t.reg .pred does;\n\t.reg .b64 state;\n\t"
+      "setp.ne.b32 does, %2, 0;\n\t"
+      "@does mbarrier.arrive.shared::cta.b64 state, [%0];\n\t"
+      "@does mbarrier.arrive.shared::cluster.b64 _, [%1];\n\t}" ::"r"(barrier),
+      "r"(other), "r"(static_cast<int>(does))
+      : "memory");
+}
 __device__ __forceinline__ void arrive_and_expect(unsigned barrier, unsigned bytes) {
   asm volatile("{.reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;}" ::"r"(barrier),
                "r"(bytes)
@@ -170,9 +216,6 @@ __device__ __forceinline__ void arrive_and_expect(unsigned barrier, unsigned byt
 // This thread's asynchronous copies arrive when they are done, as one of the barrier's arrivals.
 __device__ __forceinline__ void arrive_after_copies(unsigned barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void copy_16_bytes(unsigned shared, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
 }
 // A box of a two-dimensional tensor, from (column, row) on, into the same place of every block in `blocks`.
 __device__ __forceinline__ void copy_box(unsigned shared, const void* map, int column, int row,

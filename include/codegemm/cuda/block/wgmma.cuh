@@ -148,6 +148,11 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
+// Weights are in their registers here, and are not made between the products: ptxas would then run these one
+// after the other (C7513). Branches between the wait for earlier products and the next ones do that too.
+__device__ __forceinline__ void keep_before(unsigned (&a)[4]) {
+  asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
+}
 // Waits until at most Pending groups are not done.
 template <int Pending>
 __device__ __forceinline__ void wgmma_wait() {

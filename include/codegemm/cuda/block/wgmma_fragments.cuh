@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cuda/block/wgmma_fragments.cuh - packed weights in shared memory as the register operand of wgmma.
+// codegemm/cuda/block/wgmma_fragments.cuh - packed weights in shared memory as the register operand of wgmma,
+// which is that of four mma.sync one below the other.
 // Layer: cuda/block (device).
 #pragma once
 

@@ -7,74 +7,20 @@
 
 #include <cstdint>
 
-#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <codegemm/cuda/block/centroid_table.cuh>
 #include <codegemm/cuda/block/intrinsics.cuh>
+#include <codegemm/cuda/block/piece_schedule.hpp>
 #include <codegemm/cuda/block/row_parts.hpp>
 #include <codegemm/cuda/block/wgmma.cuh>
 #include <codegemm/cuda/block/wgmma_fragments.cuh>
+#include <codegemm/cuda/kernels/fused_wgmma_args.cuh>
 #include <codegemm/cuda/kernels/output.cuh>
+#include <codegemm/cuda/kernels/warpgroup_output.cuh>
 
 namespace codegemm::cuda {
-
-/// Everything that the kernel reads, by value. Pointers are to device memory.
-struct FusedWgmmaArgs {
-  CUtensorMap x;                             // [tokens][cols] in boxes of half a token tile x 64
-  const unsigned char* tiles = nullptr;      // [granules][row_tiles][tile_bytes], see packed_matrix.hpp
-  const std::uint16_t* codebooks = nullptr;  // fp16 [parts][m][2^b][v]
-  float* partials = nullptr;  // [splits][tokens][row_tiles * 16] where there are several splits
-  int tokens = 0;
-  int row_tiles = 0;
-  int tile_bytes = 0;
-  int scale_steps = 0;  // as PackedLayout
-  int code_bits = 0;
-  int slabs = 0;  // half granules that have columns
-  int slabs_per_split = 0;
-  int splits = 0;
-  RowBlocks rows;        // of a cluster: 2 * kRowTiles row tiles; with SwiGLU kRowTiles in each half
-  int token_blocks = 0;  // token tiles
-  int x_stages = 0;
-  int code_stages = 0;
-  Output out;
-};
-
-/// Sizes of a block that host and device agree on.
-template <class Config, int TokenTile>
-struct FusedWgmmaShape {
-  static_assert(TokenTile == 32 || TokenTile == 64 || TokenTile == 128 || TokenTile == 256,
-                "codegemm: fused_wgmma_kernel TokenTile must be 32, 64, 128 or 256");
-  static constexpr int kThreads = 384;  // one warpgroup that copies, two that multiply
-  static constexpr int kRowTiles = 8;   // four each
-  static constexpr int kLaneSpan =
-      Config::kSets / Config::kCodebooks * Config::kVecLen;  // k of a packed lane
-  static constexpr int kRowBytes = Config::kSets * Config::kCodeBytes;
-  static constexpr int kSlabSpan = 16 * kLaneSpan;
-  static constexpr int kStageBytes = TokenTile * 128;  // 64 k of x
-  static constexpr int kMaxStages = 8;
-  static constexpr int kBarrierBytes = (4 * kMaxStages + kRowTiles) * 8;
-  static constexpr int kCodeBytes = 16 * 16 * kRowBytes;  // of a slab of a row tile
-  // A warp's sums on their way out, [16 tokens][16 rows]: a stride at which a fragment's store hits every
-  // bank once.
-  static constexpr int kScratchStride = 20;
-  static constexpr int kScratchFloats = 16 * kScratchStride;
-  static constexpr int kScratchBytes = kRowTiles * kScratchFloats * 4;
-  static constexpr int kGatedScratchBytes = 2 * kScratchBytes;  // with SwiGLU: and those of the other block
-  using Table = CentroidTable<Config::kVecLen, Config::kCodebooks>;
-
-  [[nodiscard]] static __host__ __device__ constexpr int table_bytes(int bits) {
-    return Config::kCodeBytes == 1 ? Table::bytes(bits) : 0;
-  }
-  /// Of a slab of a row tile.
-  [[nodiscard]] static __host__ __device__ constexpr int scale_bytes(int steps) {
-    return steps < 5 ? 512 >> steps : 0;
-  }
-  [[nodiscard]] static __host__ __device__ constexpr int code_stage_bytes(int steps) {
-    return kRowTiles * (kCodeBytes + scale_bytes(steps));
-  }
-};
 
 #if CODEGEMM_HAS_WGMMA
 namespace detail {
@@ -93,18 +39,22 @@ __device__ __forceinline__ void wait_for_multipliers() { asm volatile("bar.sync 
 }  // namespace detail
 #endif
 
-/// A cluster of two blocks makes 256 rows x TokenTile tokens at a time, over the slabs of one split, and goes
-/// through the products in the order [part][split][token block][row block]; consecutive ones run at once.
+/// A cluster of two blocks makes 256 rows x TokenTile tokens at a time, a product or a piece of one, as its
+/// schedule says; products are numbered [part][token block][row block], and consecutive ones run at once.
 /// With SwiGLU one of the blocks takes rows of the first half, the other their partners. In a block one
 /// warpgroup copies: a warp asks the copy engine for x, half of it for both blocks, the others bring codes
-/// and scales. Two warpgroups multiply 64 rows each. Weights of two steps are looked up while the products of
-/// the two before run.
+/// and scales. Two warpgroups multiply 64 rows each. Weights of a group of steps are looked up while the
+/// products of the group before run.
 template <class Config, PairType Type, int TokenTile, bool Gated>
 __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_constant__ FusedWgmmaArgs a) {
 #if CODEGEMM_HAS_WGMMA
   using Shape = FusedWgmmaShape<Config, TokenTile>;
   using Table = typename Shape::Table;
   constexpr int kStagesOfSlab = Shape::kLaneSpan / 4;
+  // Steps of 16 k whose weights are looked up at once: the more, the less of a look-up's latency is seen.
+  // Where there are registers, and an even number of groups in a slab.
+  constexpr int kGroup = TokenTile < 256 && kStagesOfSlab > 1 ? 4 : 2;
+  constexpr int kGroups = 4 * kStagesOfSlab / kGroup;  // of a slab
   constexpr int kRowTiles = Shape::kRowTiles;
   // The table, whose size is a multiple of 1024 bytes; x of the stages, which the swizzle wants at such ones;
   // codes and scales of the code stages; sums on their way out, and with SwiGLU those that come from the
@@ -152,36 +102,41 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
     detail::publish_barriers();
   }
 
-  const int clusters = static_cast<int>(gridDim.x) / 2;
-  const int first = static_cast<int>(blockIdx.x) / 2;
-  const int sweeps = a.splits * a.token_blocks;  // over the rows of a part
-  const int products = sweeps * a.rows.blocks();
-  struct Product {
-    int part, row_tile, end_tile, token, slab, slabs, split;
+  // Pieces are kept in shared memory: there are no registers for them.
+  const int cluster = static_cast<int>(blockIdx.x) / 2;
+  auto& pieces = *reinterpret_cast<PieceSchedule::Pieces*>(code_memory + (barriers - codes_at) +
+                                                           (4 * Shape::kMaxStages + kRowTiles) * 8);
+  const PieceSchedule::Pieces pieces_here(a.schedule, cluster);
+  if (threadIdx.x == 0) pieces = pieces_here;
+  struct Piece {
+    int part, row_tile, end_tile, token, slab, slabs;
+    bool ends;
   };
-  const auto product = [&](int i) {
+  const auto open_piece = [&](const PieceSchedule::Piece& of) {
+    const int i = of.product;
     int part = 0;
 #pragma unroll
-    for (int n = 1; n < kMaxParts; ++n) part += i >= a.rows.first_block[n] * sweeps ? 1 : 0;
+    for (int of_part = 1; of_part < kMaxParts; ++of_part)
+      part += i >= a.rows.first_block[of_part] * a.token_blocks ? 1 : 0;
     const int blocks = a.rows.first_block[part + 1] - a.rows.first_block[part];
-    const int in_part = i - a.rows.first_block[part] * sweeps;
-    const int sweep = in_part / blocks;
+    const int in_part = i - a.rows.first_block[part] * a.token_blocks;
+    const int token_block = in_part / blocks;
     const RowBlocks::Block rows =
-        a.rows.block(a.rows.first_block[part] + in_part - sweep * blocks, Gated ? rank : 0);
-    Product p;
+        a.rows.block(a.rows.first_block[part] + in_part - token_block * blocks, Gated ? rank : 0);
+    Piece p;
     p.part = rows.part;
     p.row_tile = rows.tile + (Gated ? 0 : rank * kRowTiles);
     p.end_tile = rows.tile + rows.tiles;
-    p.split = sweep / a.token_blocks;
-    p.token = (sweep - p.split * a.token_blocks) * TokenTile;
-    p.slab = p.split * a.slabs_per_split;
-    p.slabs = min(a.slabs_per_split, a.slabs - p.slab);
+    p.token = token_block * TokenTile;
+    p.slab = of.slab;
+    p.slabs = of.slabs;
+    p.ends = of.ends;
     return p;
   };
   const auto codebooks_of = [&](int part) {
     return a.codebooks + ((part * Config::kCodebooks) << a.code_bits) * Config::kVecLen;
   };
-  int table_part = product(first).part;
+  int table_part = open_piece(pieces_here.piece(a.schedule, 0)).part;
   if constexpr (Config::kCodeBytes == 1) {
     Table::fill(table, codebooks_of(table_part), a.code_bits, PairType::kHalf, static_cast<int>(threadIdx.x),
                 Shape::kThreads);
@@ -196,8 +151,8 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
         detail::wait_for_previous_kernel();
         int stage = 0;
         unsigned phase = 0;
-        for (int i = first; i < products; i += clusters) {
-          const Product p = product(i);
+        for (int n = 0; n < pieces.size(); ++n) {
+          const Piece p = open_piece(pieces.piece(a.schedule, n));
           for (int s = 0; s < p.slabs * kStagesOfSlab; ++s) {
             detail::wait_for_cluster_phase(empty_x(stage), phase ^ 1U);
             detail::arrive_and_expect(full_x(stage), Shape::kStageBytes);
@@ -217,8 +172,8 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
       const int scale_chunks = scale_bytes / 16;
       int stage = 0;
       unsigned phase = 0;
-      for (int i = first; i < products; i += clusters) {
-        const Product p = product(i);
+      for (int n = 0; n < pieces.size(); ++n) {
+        const Piece p = open_piece(pieces.piece(a.schedule, n));
         for (int s = 0; s < p.slabs; ++s) {
           const int slab = p.slab + s;
           detail::wait_for_phase(empty_codes(stage), phase ^ 1U);
@@ -264,23 +219,31 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
     const int tile_of_block = (group - 1) * 4 + warp;
     float* const scratch = reinterpret_cast<float*>(code_memory + a.code_stages * code_stage_bytes) +
                            tile_of_block * Shape::kScratchFloats;
+    const detail::WarpgroupOutput output{
+        static_cast<unsigned>(__cvta_generic_to_shared(scratch - warp * Shape::kScratchFloats)), group - 1};
     unsigned exchanges = 0;  // from the other block, of 16 tokens each
     const bool leader = threadIdx.x % 128 == 0;
     const unsigned other_empty = detail::address_in(empty_x(0), static_cast<unsigned>(rank ^ 1));
+    // Without a branch, see keep_before().
     const auto release_x = [&](int stage) {
-      if (leader) {
-        detail::arrive(empty_x(stage));
-        detail::arrive_in_cluster(other_empty + static_cast<unsigned>(stage) * 8U);
-      }
+      detail::arrive_at_both(empty_x(stage), other_empty + static_cast<unsigned>(stage) * 8U,
+                             leader && stage >= 0);
     };
     int stage = 0;
     unsigned phase = 0;
     int code_stage = 0;
     unsigned code_phase = 0;
+#ifdef CODEGEMM_STAGGER
+    if (group == 2 && TokenTile == 256) {
+      const long long until = clock64() + CODEGEMM_STAGGER;
+      while (clock64() < until) {
+      }
+    }
+#endif
     float d[TokenTile / 2];
-    for (int i = first; i < products; i += clusters) {
-      const Product p = product(i);
-      if (p.part != table_part) {  // at most once for a part
+    for (int n = 0; n < pieces.size(); ++n) {
+      const Piece p = open_piece(pieces.piece(a.schedule, n));
+      if (p.part != table_part) {
         table_part = p.part;
         fragments.codebooks = codebooks_of(table_part);
         if constexpr (Config::kCodeBytes == 1) {
@@ -290,9 +253,12 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
           detail::wait_for_multipliers();
         }
       }
-      int held = -1;  // the stage whose products may still run
-      unsigned weights[2][2][4];
-      typename detail::WgmmaFragments<Config, Type>::Pairs pairs[2];
+      // The sums of the piece before are not the ones of this one, which ptxas does not see.
+#pragma unroll
+      for (int e = 0; e < TokenTile / 2; ++e) asm volatile("" : "=f"(d[e]));
+      int held[2] = {-1, -1};  // stages whose products may still run, the latest first
+      unsigned weights[2][kGroup][4];
+      typename detail::WgmmaFragments<Config, Type>::Pairs pairs[kGroup];
       const char* codes = nullptr;
       const char* scales = nullptr;
       const auto open_codes = [&] {
@@ -308,69 +274,126 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
           code_phase ^= 1U;
         }
       };
-      constexpr int kPairs = 2 * kStagesOfSlab;  // of steps, of a slab
+      const auto lookup = [&](int group_of_slab) {
+#pragma unroll
+        for (int step = 0; step < kGroup; ++step)
+          fragments.lookup(codes, scales, group_of_slab * kGroup + step, pairs[step]);
+      };
       open_codes();
-      fragments.lookup(codes, scales, 0, pairs[0]);
-      fragments.lookup(codes, scales, 1, pairs[1]);
+      lookup(0);
       for (int s = 0; s < p.slabs; ++s) {
         std::uint64_t tokens = 0;
 #pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair) {
-          detail::wgmma_wait<1>();  // the weights of the pair before the last are free
-          if (pair % 2 == 1 && held >= 0) release_x(held);
+        for (int g = 0; g < kGroups; ++g) {
+          constexpr int kOfStage = 4 / kGroup;  // groups of a stage
+          const bool first_of_stage = g % kOfStage == 0;
+          const bool last_of_stage = g % kOfStage == kOfStage - 1;
+          detail::wgmma_wait<1>();  // the weights of the group before the last are free
+          if (last_of_stage) release_x(held[kOfStage == 1 ? 1 : 0]);
 #pragma unroll
-          for (int step = 0; step < 2; ++step) fragments.finish(pairs[step], weights[pair % 2][step]);
-          if (pair % 2 == 0) {
-            detail::wait_for_phase(full_x(stage), phase);
-            tokens = detail::describe_tokens(x_at + static_cast<unsigned>(stage * Shape::kStageBytes));
+          for (int step = 0; step < kGroup; ++step) {
+            fragments.finish(pairs[step], weights[g % 2][step]);
+            detail::keep_before(weights[g % 2][step]);
           }
+          // With two groups in a stage, or in two stages for both: a wait in every group is one of the
+          // branches that keep_before() tells of.
+          if (g % 2 == 0) {
+            detail::wait_for_phase(full_x(stage), phase);
+            if (kOfStage == 1) {
+              const bool wraps = stage + 1 == a.x_stages;
+              detail::wait_for_phase(full_x(wraps ? 0 : stage + 1), wraps ? phase ^ 1U : phase);
+            }
+          }
+          if (first_of_stage)
+            tokens = detail::describe_tokens(x_at + static_cast<unsigned>(stage * Shape::kStageBytes));
           detail::wgmma_fence();
 #pragma unroll
-          for (int step = 0; step < 2; ++step) {
-            detail::wgmma_pairs<Type>(d, weights[pair % 2][step],
-                                      tokens + static_cast<std::uint64_t>((pair % 2 * 2 + step) * 2),
-                                      s > 0 || pair > 0 || step > 0);
+          for (int step = 0; step < kGroup; ++step) {
+            detail::wgmma_pairs<Type>(d, weights[g % 2][step],
+                                      tokens + static_cast<std::uint64_t>((g % kOfStage * kGroup + step) * 2),
+                                      s > 0 || g > 0 || step > 0);
           }
           detail::wgmma_commit();
-          if (pair % 2 == 1) {
-            held = stage;
+          if (last_of_stage) {
+            held[1] = held[0];
+            held[0] = stage;
             if (++stage == a.x_stages) {
               stage = 0;
               phase ^= 1U;
             }
           }
-          // The next pair's weights are looked up while this one's products run.
-          if (pair + 1 < kPairs) {
-            fragments.lookup(codes, scales, (pair + 1) * 2, pairs[0]);
-            fragments.lookup(codes, scales, (pair + 1) * 2 + 1, pairs[1]);
+          // The next group's weights are looked up while this one's products run.
+          if (g + 1 < kGroups) {
+            lookup(g + 1);
           } else {
             close_codes();
             if (s + 1 < p.slabs) {
               open_codes();
-              fragments.lookup(codes, scales, 0, pairs[0]);
-              fragments.lookup(codes, scales, 1, pairs[1]);
+              lookup(0);
             }
           }
         }
       }
       detail::wgmma_wait<0>();
-      if (held >= 0) release_x(held);
+      if (kGroup == 4) release_x(held[1]);
+      release_x(held[0]);
 
+      // Pieces: the sums of a thread go to the same thread of another cluster, and are added there from the
+      // piece just before on down.
+      const auto slot_of = [&](int of_cluster) { return (of_cluster * 2 + rank) * 2 + group - 1; };
+      const auto partials_of = [&](int slot) {
+        return a.partials + static_cast<std::int64_t>(slot) * (TokenTile / 8 * 128) + threadIdx.x % 128;
+      };
+      if (!p.ends) {
+        const int slot = slot_of(cluster);
+        float4* const to = partials_of(slot);
+#pragma unroll
+        for (int e = 0; e < TokenTile / 8; ++e)
+          __stcg(to + e * 128, make_float4(d[e * 4], d[e * 4 + 1], d[e * 4 + 2], d[e * 4 + 3]));
+        detail::wait_for_warpgroup(group - 1);
+        if (leader) detail::hand_over(a.handed_over + slot);
+        continue;
+      }
+      if (p.slab > 0) {
+        const int first = a.schedule.first_slab(cluster) - p.slab;  // of the product
+        int before = cluster;
+        do {
+          --before;
+          const int slot = slot_of(before);
+          if (leader) detail::wait_for_hand_over(a.handed_over + slot);
+          detail::wait_for_warpgroup(group - 1);
+          if (leader) a.handed_over[slot] = 0;  // for the next call
+          const float4* const from = partials_of(slot);
+#pragma unroll
+          for (int e = 0; e < TokenTile / 8; ++e) {
+            const float4 more = __ldcg(from + e * 128);
+            d[e * 4] += more.x, d[e * 4 + 1] += more.y, d[e * 4 + 2] += more.z, d[e * 4 + 3] += more.w;
+          }
+        } while (a.schedule.first_slab(before) > first);
+      }
+
+      if constexpr (!Gated) {
+        const int first_row = (p.row_tile + (group - 1) * 4) * 16;
+        if (detail::WarpgroupOutput::fits(a.out, first_row, p.end_tile * 16)) {
+          if (a.out.type == ScalarType::kHalf)
+            output.template store<PairType::kHalf>(a.out, first_row, p.token, a.tokens, d);
+          else
+            output.template store<PairType::kBFloat16>(a.out, first_row, p.token, a.tokens, d);
+          continue;
+        }
+      }
       // Out by way of shared memory, 16 tokens at a time: half a tile's rows of a token a lane, which is a
       // sector for two lanes.
       const int row = (p.row_tile + tile_of_block) * 16 + lane % 2 * 8;
       const bool has_rows = p.row_tile + tile_of_block < p.end_tile;
       const float* const from = scratch + lane / 2 * Shape::kScratchStride + lane % 2 * 8;
       detail::EightRows rows;
-      if (a.splits == 1) rows.load(a.out, row);
-      float* const partials =
-          a.partials + (static_cast<std::int64_t>(p.split) * a.tokens * a.row_tiles * 16 + row);
+      rows.load(a.out, row);
       // SwiGLU: of 32 tokens each block finishes 16, and pushes its sums of the other 16 to its partner. It
       // does so after it has finished its own, so that what is pushed next finds the buffer read.
-      const bool exchange = Gated && a.splits == 1;
 #pragma unroll 1
       for (int n = 0; n < TokenTile / 16; ++n) {
-        if (p.token + (exchange ? n / 2 * 2 : n) * 16 >= a.tokens) break;
+        if (p.token + (Gated ? n / 2 * 2 : n) * 16 >= a.tokens) break;
 #pragma unroll
         for (int of = 0; of < TokenTile / 16; ++of) {
           if (of != n) continue;  // one piece of code for all: registers are chosen by branches
@@ -385,8 +408,8 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
         detail::load_eight(from, sums);
         const int token = p.token + n * 16 + lane / 2;
         int to_row = row;
-        if (a.splits == 1) rows.finish(sums);
-        if (exchange) {
+        rows.finish(sums);
+        if constexpr (Gated) {
           const unsigned arrived = from_other(tile_of_block);
           const float* const buffer = from + kRowTiles * Shape::kScratchFloats;
           if (n % 2 != rank) {
@@ -408,13 +431,7 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
         }
         __syncwarp();
         if (token >= a.tokens || !has_rows) continue;
-        if (a.splits == 1) {
-          rows.store(a.out, token, to_row, sums);
-        } else {
-          float* const to = partials + static_cast<std::int64_t>(token) * a.row_tiles * 16;
-          *reinterpret_cast<float4*>(to) = make_float4(sums[0], sums[1], sums[2], sums[3]);
-          *reinterpret_cast<float4*>(to + 4) = make_float4(sums[4], sums[5], sums[6], sums[7]);
-        }
+        rows.store(a.out, token, to_row, sums);
       }
     }
   }

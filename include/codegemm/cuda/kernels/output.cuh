@@ -9,6 +9,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <codegemm/cuda/block/centroid_table.cuh>
+
 namespace codegemm::cuda {
 
 enum class ScalarType : int { kHalf = 0, kBFloat16 = 1, kFloat = 2 };
@@ -42,6 +44,18 @@ __device__ __forceinline__ void store_scalar(void* to, std::int64_t at, ScalarTy
     case ScalarType::kHalf: static_cast<__half*>(to)[at] = __float2half_rn(value); break;
     case ScalarType::kBFloat16: static_cast<__nv_bfloat16*>(to)[at] = __float2bfloat16_rn(value); break;
     default: static_cast<float*>(to)[at] = value; break;
+  }
+}
+
+// Two 16-bit numbers, the first one in the low half.
+template <PairType Type>
+[[nodiscard]] __device__ __forceinline__ unsigned pack_pair(float low, float high) {
+  if constexpr (Type == PairType::kHalf) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const unsigned*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const unsigned*>(&pair);
   }
 }
 
@@ -93,13 +107,8 @@ __device__ __forceinline__ void store_output4(const Output& o, std::int64_t toke
   for (int i = 0; i < 2; ++i) {
     const float low = finish_sum(o, token, row + i * 2, sums[i * 2]);
     const float high = finish_sum(o, token, row + i * 2 + 1, sums[i * 2 + 1]);
-    if (o.type == ScalarType::kHalf) {
-      const __half2 pair = __floats2half2_rn(low, high);
-      words[i] = *reinterpret_cast<const unsigned*>(&pair);
-    } else {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-      words[i] = *reinterpret_cast<const unsigned*>(&pair);
-    }
+    words[i] = o.type == ScalarType::kHalf ? pack_pair<PairType::kHalf>(low, high)
+                                           : pack_pair<PairType::kBFloat16>(low, high);
   }
   *reinterpret_cast<uint2*>(static_cast<unsigned short*>(o.y) + token * o.y_stride + row) =
       make_uint2(words[0], words[1]);
@@ -160,13 +169,8 @@ struct EightRows {
       unsigned words[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (o.type == ScalarType::kHalf) {
-          const __half2 pair = __floats2half2_rn(sums[i * 2], sums[i * 2 + 1]);
-          words[i] = *reinterpret_cast<const unsigned*>(&pair);
-        } else {
-          const __nv_bfloat162 pair = __floats2bfloat162_rn(sums[i * 2], sums[i * 2 + 1]);
-          words[i] = *reinterpret_cast<const unsigned*>(&pair);
-        }
+        words[i] = o.type == ScalarType::kHalf ? pack_pair<PairType::kHalf>(sums[i * 2], sums[i * 2 + 1])
+                                               : pack_pair<PairType::kBFloat16>(sums[i * 2], sums[i * 2 + 1]);
       }
       *reinterpret_cast<uint4*>(static_cast<unsigned short*>(o.y) + at) =
           make_uint4(words[0], words[1], words[2], words[3]);

@@ -11,14 +11,16 @@
 
 #include <codegemm/base/config_list.hpp>
 #include <codegemm/cuda/kernels/fused_mma.cuh>
+#include <codegemm/cuda/kernels/fused_mma_tile.cuh>
 #include <codegemm/cuda/launch.cuh>
 #include <codegemm/cuda/problem.cuh>
 #include <codegemm/cuda/regimes/fused_mma_plan.hpp>
 
 namespace codegemm::cuda::detail {
 
-/// The regime over a config_list of fused configurations, see configs.cuh. Needs no workspace.
-template <class Configs>
+/// The regime over a config_list of fused configurations, see configs.cuh; with or without SwiGLU. Needs no
+/// workspace.
+template <class Configs, bool SwiGlu = true>
 struct FusedMmaRegime {
   template <class Fn>
   [[nodiscard]] static bool match(const DevicePackedView& w, const Device& device, bool gated,
@@ -56,7 +58,7 @@ struct FusedMmaRegime {
 
   template <class X, class Y>
   [[nodiscard]] static bool serves(const GemmProblem<X, Y>& p, const Device& device) {
-    return match(p.weights, device, gated(p), p.tuning, [](auto) {});
+    return (SwiGlu || !gated(p)) && match(p.weights, device, gated(p), p.tuning, [](auto) {});
   }
 
   template <class X, class Y>
@@ -64,6 +66,16 @@ struct FusedMmaRegime {
     Status status;
     static_cast<void>(match(p.weights, device, gated(p), p.tuning, [&](auto c) {
       using Config = decltype(c);
+      if (tiled<Config>(p, device)) {
+        if constexpr (SwiGlu) {
+          if (gated(p)) {
+            static_cast<void>(status = launch_tiles<Config, true>(p, device, stream));
+            return;
+          }
+        }
+        static_cast<void>(status = launch_tiles<Config, false>(p, device, stream));
+        return;
+      }
       // Large tables leave no room for the sums of 16 tokens.
       const int most = plan<Config, 16>(p.weights, device, gated(p), p.tuning).splits > 0 ? 16 : 8;
       for (std::int64_t token = 0; token < p.x.rows && status.ok();) {
@@ -77,6 +89,55 @@ struct FusedMmaRegime {
   }
 
  private:
+  // From here on weights are looked up once for 128 tokens, not for 16.
+  static constexpr std::int64_t kTiledTokens = 33;
+
+  template <class Config, class X, class Y>
+  [[nodiscard]] static bool tiled(const GemmProblem<X, Y>& p, const Device& device) {
+    const int bits = p.weights.format.b;
+    const int steps = p.weights.layout.scale_steps;
+    const int bytes = gated(p) ? FusedMmaTileShape<Config, true>::shared_bytes(bits, steps)
+                               : FusedMmaTileShape<Config, false>::shared_bytes(bits, steps);
+    return p.x.rows >= kTiledTokens && bytes <= device.shared_bytes && aligned(p.x.data, 16) &&
+           p.x.stride % 8 == 0;
+  }
+
+  template <class Config, bool Gated, class X, class Y>
+  [[nodiscard]] static Status launch_tiles(const GemmProblem<X, Y>& p, const Device& device,
+                                           cudaStream_t stream) {
+    using Shape = FusedMmaTileShape<Config, Gated>;
+    const DevicePackedView& w = p.weights;
+    FusedMmaTileArgs args;
+    const auto* const base = reinterpret_cast<const unsigned char*>(w.data);
+    args.tiles = base + w.layout.tiles_at;
+    args.codebooks = reinterpret_cast<const std::uint16_t*>(base + w.layout.codebooks_at);
+    args.x = reinterpret_cast<const std::uint16_t*>(p.x.data);
+    args.x_stride = p.x.stride;
+    args.tokens = static_cast<int>(p.x.rows);
+    args.cols = static_cast<int>(w.cols);
+    args.row_tiles = static_cast<int>(w.layout.row_tiles);
+    args.tile_bytes = w.layout.tile_bytes;
+    args.scale_steps = w.layout.scale_steps;
+    args.code_bits = w.format.b;
+    args.slabs = static_cast<int>((w.cols + Shape::kSlabSpan - 1) / Shape::kSlabSpan);
+    args.rows = cut_rows(w.layout.first_tile, w.layout.parts, Shape::kRowTiles, Gated);
+    args.out = output_of(p);
+    const std::int64_t token_blocks = (p.x.rows + Shape::kTokens - 1) / Shape::kTokens;
+    const std::int64_t blocks = token_blocks * args.rows.blocks();
+    if (blocks >= (std::int64_t{1} << 31)) {
+      return error(StatusCode::kUnsupported, "cuda gemm: ", blocks, " blocks for ", w.rows, " rows and ",
+                   p.x.rows, " tokens");
+    }
+    LaunchShape shape;
+    shape.grid = dim3(static_cast<unsigned>(blocks));
+    shape.threads = Shape::kThreads;
+    shape.shared_bytes = static_cast<std::size_t>(Shape::shared_bytes(w.format.b, w.layout.scale_steps));
+    shape.overlap = p.overlap && device.arch >= 90;
+    constexpr PairType kPairs =
+        ScalarOf<X>::kType == ScalarType::kHalf ? PairType::kHalf : PairType::kBFloat16;
+    return launch(fused_mma_tile_kernel<Config, kPairs, Gated>, shape, args, stream);
+  }
+
   template <class Config, int Tokens, class X, class Y>
   [[nodiscard]] static Status launch_pass(const GemmProblem<X, Y>& p, std::int64_t token, int tokens,
                                           const Device& device, cudaStream_t stream) {
@@ -112,8 +173,10 @@ struct FusedMmaRegime {
     shape.overlap = p.overlap && device.arch >= 90;
     constexpr PairType kPairs =
         ScalarOf<X>::kType == ScalarType::kHalf ? PairType::kHalf : PairType::kBFloat16;
-    return gated(p) ? launch(fused_mma_kernel<Config, kPairs, Tokens, true>, shape, args, stream)
-                    : launch(fused_mma_kernel<Config, kPairs, Tokens, false>, shape, args, stream);
+    if constexpr (SwiGlu) {
+      if (gated(p)) return launch(fused_mma_kernel<Config, kPairs, Tokens, true>, shape, args, stream);
+    }
+    return launch(fused_mma_kernel<Config, kPairs, Tokens, false>, shape, args, stream);
   }
 };
 

@@ -11,7 +11,6 @@
 #include <cuda.h>
 
 #include <codegemm/base/config_list.hpp>
-#include <codegemm/cuda/kernels/add_splits.cuh>
 #include <codegemm/cuda/kernels/fused_wgmma.cuh>
 #include <codegemm/cuda/launch.cuh>
 #include <codegemm/cuda/problem.cuh>
@@ -33,8 +32,8 @@ namespace codegemm::cuda::detail {
   return encoder;
 }
 
-/// The regime over a config_list of fused configurations, see configs.cuh.
-template <class Configs>
+/// The regime over a config_list of fused configurations, see configs.cuh; with or without SwiGLU.
+template <class Configs, bool SwiGlu = true>
 struct FusedWgmmaRegime {
   template <class Fn>
   [[nodiscard]] static bool match(const DevicePackedView& w, Fn&& fn) {
@@ -68,6 +67,7 @@ struct FusedWgmmaRegime {
   /// Whether a problem is served: 9.0 alone, and x as the copy engine wants it.
   template <class X, class Y>
   [[nodiscard]] static bool serves(const GemmProblem<X, Y>& p, const Device& device) {
+    if (!SwiGlu && gated(p)) return false;
     if (device.arch != 90 || p.weights.cols == 0 || !aligned(p.x.data, 16) || p.x.stride % 8 != 0)
       return false;
     bool fits = false;
@@ -139,45 +139,33 @@ struct FusedWgmmaRegime {
     const auto* const base = reinterpret_cast<const unsigned char*>(w.data);
     args.tiles = base + w.layout.tiles_at;
     args.codebooks = reinterpret_cast<const std::uint16_t*>(base + w.layout.codebooks_at);
-    args.partials = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + kCounterBytes);
+    if (plan.partial_bytes > 0) {
+      args.handed_over = static_cast<unsigned*>(workspace);
+      args.partials = reinterpret_cast<float4*>(static_cast<std::byte*>(workspace) + kCounterBytes);
+    }
     args.tokens = static_cast<int>(p.x.rows);
     args.row_tiles = static_cast<int>(w.layout.row_tiles);
     args.tile_bytes = w.layout.tile_bytes;
     args.scale_steps = w.layout.scale_steps;
     args.code_bits = w.format.b;
-    args.slabs = plan.slabs;
-    args.slabs_per_split = plan.slabs_per_split;
-    args.splits = plan.splits;
+    args.schedule = plan.schedule;
     args.rows = cut_rows(w.layout.first_tile, w.layout.parts, plan.row_tiles, gated(p));
     args.token_blocks = plan.token_blocks;
     args.x_stages = plan.x_stages;
     args.code_stages = plan.code_stages;
     args.out = output_of(p);
     LaunchShape shape;
-    shape.grid = dim3(static_cast<unsigned>(2 * plan.clusters));
+    shape.grid = dim3(static_cast<unsigned>(2 * plan.schedule.clusters));
     shape.threads = FusedWgmmaShape<Config, TokenTile>::kThreads;
     shape.shared_bytes = plan.shared_bytes;
     shape.cluster = 2;
     shape.overlap = p.overlap;
     constexpr PairType kPairs =
         ScalarOf<X>::kType == ScalarType::kHalf ? PairType::kHalf : PairType::kBFloat16;
-    Status status;
-    static_cast<void>(
-        status = gated(p)
-                     ? launch(fused_wgmma_kernel<Config, kPairs, TokenTile, true>, shape, args, stream)
-                     : launch(fused_wgmma_kernel<Config, kPairs, TokenTile, false>, shape, args, stream));
-    if (!status.ok() || plan.splits == 1) return status;
-    LaunchShape sum;
-    sum.threads = 128;
-    sum.grid = dim3(static_cast<unsigned>((p.y.cols + 511) / 512), static_cast<unsigned>(p.x.rows));
-    sum.overlap = true;
-    AddSplitsArgs parts;
-    parts.partials = args.partials;
-    parts.splits = args.splits;
-    parts.tokens = args.tokens;
-    parts.row_tiles = args.row_tiles;
-    parts.out = args.out;
-    return launch(add_splits_kernel<0>, sum, parts, stream);
+    if constexpr (SwiGlu) {
+      if (gated(p)) return launch(fused_wgmma_kernel<Config, kPairs, TokenTile, true>, shape, args, stream);
+    }
+    return launch(fused_wgmma_kernel<Config, kPairs, TokenTile, false>, shape, args, stream);
   }
 };
 

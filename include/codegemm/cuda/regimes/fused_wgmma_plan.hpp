@@ -8,25 +8,23 @@
 #include <cstddef>
 #include <cstdint>
 
+#include <codegemm/cuda/block/piece_schedule.hpp>
 #include <codegemm/cuda/block/row_parts.hpp>
 #include <codegemm/cuda/packed_matrix.hpp>
 #include <codegemm/cuda/tuning.hpp>
 
 namespace codegemm::cuda {
 
-/// Clusters of two blocks go over token_blocks * row blocks * splits products.
+/// Clusters of two blocks go over token_blocks * row blocks products.
 struct FusedWgmmaPlan {
   int token_tile = 0;             ///< 0: does not fit
-  int splits = 0;                 ///< parts of K
   int token_blocks = 0;           ///< blocks of tokens
   int row_tiles = 0;              ///< of a row block
-  int clusters = 0;               ///< to launch
-  int slabs = 0;                  ///< along K
-  int slabs_per_split = 0;        ///< of them
+  PieceSchedule schedule;         ///< which cluster makes what
   int x_stages = 0;               ///< activations under way
   int code_stages = 0;            ///< codes under way
   std::size_t shared_bytes = 0;   ///< of a block
-  std::size_t partial_bytes = 0;  ///< of the splits
+  std::size_t partial_bytes = 0;  ///< sums of products in pieces
   double cost = 0.0;              ///< estimated cycles
 };
 
@@ -51,8 +49,9 @@ struct FusedWgmmaLimits {
   constexpr double kStepLatency = 90.0;      // of the lookups of 16 k
   constexpr double kProductCycles = 1500.0;  // filling the stages
   constexpr double kTokenCycles = 14.0;      // of the output
-  constexpr double kSplitCycles = 4000.0;    // another kernel
-  constexpr double kPartialBytesACycle = 1200.0;
+  constexpr double kHandOverCycles = 2000.0;
+  constexpr double kPieceCycles = 500.0;         // until its sums are on their way
+  constexpr double kPartialBytesACycle = 40.0;   // of a block
   const int row_tiles = limits.halves ? 8 : 16;  // of a cluster, in each half
   const std::int64_t row_blocks = cut_rows(l.first_tile, l.parts, row_tiles, limits.halves).blocks();
   constexpr int kCodeStages = 2;
@@ -69,38 +68,43 @@ struct FusedWgmmaLimits {
     const auto x_stages = static_cast<int>(
         std::min((limits.shared_bytes - fixed) / stage, static_cast<std::size_t>(limits.max_stages)));
     const std::int64_t token_blocks = divide_up(tokens, tile);
+    const std::int64_t products = token_blocks * row_blocks;
+    const double steps_of_slab = limits.lane_span;  // of 16 k
+    // Tensor cores; shared memory: tokens for both warpgroups, lookups and codes; latency.
+    const double step = std::max(
+        {static_cast<double>(tile), 1.1 * (tile / 2.0 + 8.0 * (4.0 * limits.codebooks + 2.0)), kStepLatency});
+    const double slab_cycles = steps_of_slab * step;
+    const double product_cycles = kProductCycles + kTokenCycles * tile;  // beside its slabs
     for (int splits = 1; splits <= 8; ++splits) {
       if (tuning.splits != 0 && splits != tuning.splits) continue;
-      const std::int64_t slabs_per_split = divide_up(slabs, splits);
-      if ((splits - 1) * slabs_per_split >= slabs) continue;
-      const std::size_t partials =
-          splits == 1 ? 0
-                      : static_cast<std::size_t>(splits * tokens * l.row_tiles * kTileRows) * sizeof(float);
-      if (partials > kMaxPartialBytes) continue;
-      if (splits > 1 &&
-          token_blocks * row_blocks * 2 > static_cast<std::int64_t>(kCounterBytes / sizeof(unsigned)))
-        continue;
-      const std::int64_t products = token_blocks * row_blocks * splits;
-      if (products > (std::int64_t{1} << 30)) continue;
-      const double steps = static_cast<double>(slabs_per_split * limits.lane_span);  // of 16 k
-      // Tensor cores; shared memory: tokens for both warpgroups, lookups and codes; latency.
-      const double step = std::max({static_cast<double>(tile),
-                                    1.1 * (tile / 2.0 + 8.0 * (4.0 * limits.codebooks + 2.0)), kStepLatency});
+      if (splits > slabs && splits > 1) continue;
       FusedWgmmaPlan p;
+      p.schedule = schedule_pieces(products, slabs, limits.cluster_pairs, splits);
+      const PieceSchedule& s = p.schedule;
+      if (s.clusters < 1) continue;
+      const std::int64_t rest = products - std::int64_t{s.whole} * s.clusters;  // products in pieces
+      const bool cut = s.cutters > rest;
+      const std::size_t piece_bytes = static_cast<std::size_t>(tile) * 2 * 128 * sizeof(float);
+      p.partial_bytes = cut ? static_cast<std::size_t>(s.cutters) * piece_bytes : 0;
+      if (p.partial_bytes > kMaxPartialBytes) continue;
+      if (cut && static_cast<std::size_t>(s.cutters) * 4 > kCounterBytes / sizeof(unsigned)) continue;
       p.token_tile = tile;
-      p.splits = splits;
       p.token_blocks = static_cast<int>(token_blocks);
       p.row_tiles = row_tiles;
-      p.clusters = static_cast<int>(std::min<std::int64_t>(products, limits.cluster_pairs));
-      p.slabs = static_cast<int>(slabs);
-      p.slabs_per_split = static_cast<int>(slabs_per_split);
       p.x_stages = x_stages;
       p.code_stages = kCodeStages;
       p.shared_bytes = fixed + static_cast<std::size_t>(x_stages) * stage;
-      p.partial_bytes = partials;
-      p.cost = static_cast<double>(divide_up(products, limits.cluster_pairs)) *
-               (steps * step + kProductCycles + kTokenCycles * tile);
-      if (splits > 1) p.cost += kSplitCycles + 2.0 * static_cast<double>(partials) / kPartialBytesACycle;
+      p.cost = s.whole * (static_cast<double>(slabs) * slab_cycles + product_cycles);
+      if (rest > 0) {
+        const auto longest = static_cast<double>(divide_up(s.shared_slabs, s.cutters));
+        p.cost += longest * slab_cycles + product_cycles;
+        // A cluster hands over one piece and adds the others of a product.
+        const auto pieces = static_cast<double>(divide_up(s.cutters, rest));
+        if (cut) {
+          p.cost += kProductCycles + kHandOverCycles +
+                    pieces * (static_cast<double>(piece_bytes) / 2.0 / kPartialBytesACycle + kPieceCycles);
+        }
+      }
       if (best.token_tile == 0 || p.cost < best.cost) best = p;
     }
   }
