@@ -21,8 +21,8 @@ CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE __m256i round16_avx512(const float
   return _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(sums), inverse)));
 }
 
-// round(sums[0..32) * inverse) as 16-bit integers: their low bytes in the first 32 bytes, the high ones in the
-// last.
+// round(sums[0..32) * inverse) as 16-bit integers: their low bytes in the first 32 bytes, the high ones in
+// the last.
 CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m512i round_bytes_vbmi(const float* sums, __m512 inverse,
                                                                             __m512i bytes) {
   return _mm512_permutex2var_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(sums), inverse)), bytes,
