@@ -29,7 +29,7 @@ function(codegemm_own target)
   set(warnings -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
     # False alarms: inside std::string at -O3 (GCC bug 105651), inside GCC's own AVX-512 headers (bug 105593).
-    list(APPEND warnings -Wno-restrict -Wno-maybe-uninitialized)
+    list(APPEND warnings -Wno-restrict -Wno-maybe-uninitialized -Wno-uninitialized)
   endif()
   if(CODEGEMM_WERROR)
     list(APPEND warnings -Werror)
