@@ -77,7 +77,11 @@ TEST_CASE("step costs: read from rows, linear between them, and what cannot be i
   CHECK(std::abs(cost.decode_seconds(3, 300000, 1) - 32e-3) < 1e-9);  // far behind what was measured
   // One pass over three chunks: the step's cost once, the attention of all, or of one that takes longer.
   const std::vector<PrefillPart> parts{{100, 0}, {60, 1000}, {40, 2000}};
-  CHECK(std::abs(cost.prefill_step_seconds(parts) - (1e-3 + 200e-4 + (60 * 1000 + 40 * 2000) * 1e-8)) < 1e-9);
+  const double own = 0.5e-8 * (100 * 100 + 60 * 60 + 40 * 40 - 200 * 200);  // not of each to the others
+  CHECK(std::abs(cost.prefill_step_seconds(parts) - (1e-3 + 200e-4 + (60 * 1000 + 40 * 2000) * 1e-8 + own)) <
+        1e-9);
+  const std::vector<PrefillPart> one{{100, 500}};
+  CHECK(std::abs(cost.prefill_step_seconds(one) - cost.prefill_seconds(100, 500)) < 1e-9);
   CHECK(std::abs(cost_from_rows(toy_rows(), "fp16", "codes")->decode_seconds(8, 2000, 1) - 1e-3) < 1e-9);
 
   const auto code = [](const nlohmann::json& rows) {

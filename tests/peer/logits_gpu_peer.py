@@ -2,8 +2,9 @@
 """Compares the GPU's fp16 logits with those of transformers on the same weights.
 
 Random prompts of 9, 200 and 1,500 tokens, read in chunks of 37 and their last eight tokens decoded. transformers runs
-in fp32, and in fp16 on the same GPU as a yardstick: the relative error ||ours - peer|| / ||peer|| must be below 1e-2
-over all rows and at most twice that of transformers in fp16. Exit code 4: packages, a GPU or the model are missing;
+in fp32, and in fp16 on the same GPU as a yardstick: the relative error ||ours - peer|| / ||peer|| must be at most 1.5
+times that of transformers in fp16 over all rows, and below 3e-2 (behind random tokens the first rows are the worst for
+both). Exit code 4: packages, a GPU or the model are missing;
 1: a difference.
 """
 import argparse
@@ -17,7 +18,7 @@ SKIPPED = 4
 LENGTHS = (9, 200, 1500)
 STEP = 37
 DECODED = 8
-BOUND = 1e-2
+BOUND = 3e-2
 
 
 def positions(length):
@@ -100,7 +101,7 @@ def main() -> int:
         same = float((ours.argmax(axis=1) == peer.argmax(axis=1)).mean())
         print(f"{len(prompt)} tokens, {len(peer)} rows: relative error {error:.2e} (decoded rows {decoded:.2e}); "
               f"transformers in fp16 {yardstick:.2e}; the same largest logit in {100 * same:.1f}% of rows")
-        failed |= not error < BOUND or not decoded < BOUND or not error <= 2 * yardstick
+        failed |= not error < BOUND or not decoded < BOUND or not error <= 1.5 * yardstick
     if offset != ours_all.size:
         print(f"the tool wrote {ours_all.size} logits, the peer has {offset}")
         failed = True

@@ -85,22 +85,27 @@ struct CostModel {
     return prefill(static_cast<double>(tokens), static_cast<double>(context));
   }
   /// Of a step over the chunks of several sequences, where the table is one of chunks of one sequence. The
-  /// linear layers see them all as one chunk. The attention to what came before runs beside each other: as
-  /// long as the longest of them, or as all their work at the rate of the table's largest point.
+  /// linear layers see them all as one chunk. Attention of several runs beside each other: as long as the
+  /// longest of them, or as all pairs of tokens that look at one another at the rate of the table's largest
+  /// point.
   [[nodiscard]] double prefill_step_seconds(std::span<const PrefillPart> parts) const noexcept {
+    const double most_pairs = prefill.x.back() * prefill.y.back();
+    const double most = prefill(prefill.x.back(), prefill.y.back()) - prefill(prefill.x.back(), 0.0);
+    const double pair = most_pairs > 0.0 ? std::max(most, 0.0) / most_pairs : 0.0;
+    const auto linear = [&](std::int64_t tokens) {
+      const auto t = static_cast<double>(tokens);
+      return prefill_seconds(tokens, 0) - pair * 0.5 * t * t;
+    };
     std::int64_t tokens = 0;
     double longest = 0.0;
     double pairs = 0.0;
     for (const PrefillPart& part : parts) {
+      const auto t = static_cast<double>(part.tokens);
       tokens += part.tokens;
-      pairs += static_cast<double>(part.tokens) * static_cast<double>(part.context);
-      longest =
-          std::max(longest, prefill_seconds(part.tokens, part.context) - prefill_seconds(part.tokens, 0));
+      pairs += t * static_cast<double>(part.context) + 0.5 * t * t;
+      longest = std::max(longest, prefill_seconds(part.tokens, part.context) - linear(part.tokens));
     }
-    const double most_pairs = prefill.x.back() * prefill.y.back();
-    const double most = prefill(prefill.x.back(), prefill.y.back()) - prefill(prefill.x.back(), 0.0);
-    const double work = most_pairs > 0.0 ? most * pairs / most_pairs : 0.0;
-    return prefill_seconds(tokens, 0) + std::max(longest, work);
+    return linear(tokens) + std::max(longest, pair * pairs);
   }
   /// What one chunk adds to a step that has others.
   [[nodiscard]] double prefill_share(std::int64_t tokens, std::int64_t context) const noexcept {
