@@ -17,7 +17,9 @@ namespace prefillshare::cuda {
 
 /// How a PeerPageTransport works.
 struct PeerTransportOptions {
-  int blocks = 32;                     ///< of the copy kernel: how much of the sending GPU it may take
+  /// Of the copy kernel: how much of the sending GPU it may take. Between two H200s, 16,384 tokens of
+  /// Llama-3.1-8B: 8 reach 66% of the link's peak, 32 84%, 64 87%; a prefill beside 64 takes 2 to 4% longer.
+  int blocks = 32;
   std::int64_t most_under_way = 1024;  ///< runs; send() waits for the oldest where there are more
 };
 
