@@ -2,7 +2,7 @@
 //
 // codegemm/gemm.cuh - the drop-in call on the GPU: y = x W^T with codebook-quantized weights.
 // Layer: gemm (host, needs nvcc).
-// See: examples/04_codegemm_cuda.cu
+// See: examples/04_codegemm_gpu.cu
 #pragma once
 
 #include <cstddef>

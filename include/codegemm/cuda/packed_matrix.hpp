@@ -2,7 +2,7 @@
 //
 // codegemm/cuda/packed_matrix.hpp - weights in the layout of the GPU kernels: made on the host, once.
 // Layer: cuda (host only, no CUDA headers).
-// See: examples/04_codegemm_cuda.cu
+// See: examples/04_codegemm_gpu.cu
 #pragma once
 
 #include <algorithm>

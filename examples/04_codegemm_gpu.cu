@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// examples/04_codegemm_cuda.cu - the drop-in call from a plain CUDA program: pack once, copy once, then run.
+// examples/04_codegemm_gpu.cu - the drop-in call from a plain CUDA program: pack once, copy once, then run.
 // test:
 #include <cstdio>
 #include <cstdlib>
