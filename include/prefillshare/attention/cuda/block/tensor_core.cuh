@@ -52,6 +52,9 @@ __device__ __forceinline__ void copy_or_zero(unsigned shared, const void* from, 
                "r"(copy ? 16 : 0)
                : "memory");
 }
+__device__ __forceinline__ void copy_16(unsigned shared, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+}
 __device__ __forceinline__ void end_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // All but the youngest `Groups` groups of this thread's copies have arrived.
 template <int Groups>

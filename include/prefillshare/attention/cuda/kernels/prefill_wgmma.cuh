@@ -27,6 +27,8 @@ __device__ __forceinline__ void load_prefill(const PrefillArgs& a, char* shared_
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory));
   const int row = static_cast<int>(threadIdx.x) % 128;  // of queries and of a tile
   unsigned phase = 0;                                   // of the queries' barrier
+  const bool in_eights = a.kv.page_size % 8 == 0 && a.kv.token_stride < (1 << 24);
+  const int step = in_eights ? static_cast<int>(a.kv.token_stride) : 0;
   for (int round = 0;; ++round, phase ^= 1U) {
     // To and fro: who had the longest item of a round gets the shortest of the next.
     const int place = static_cast<int>(round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
@@ -76,16 +78,17 @@ __device__ __forceinline__ void load_prefill(const PrefillArgs& a, char* shared_
     };
     const int tiles = (item.keys + Shape::kKeys - 1) / Shape::kKeys;
     int page = page_at(row);
-    std::int64_t v_from = -1;
-    for (int t = 0; t < tiles; ++t) {
-      const int key = t * Shape::kKeys + row;
-      const std::int64_t k_from = offset_at(key, page);
-      page = page_at(key + Shape::kKeys);
-      loader.copy_tile(a.kv.k, k_from);
-      if (t > 0) loader.copy_tile(a.kv.v, v_from);
-      v_from = k_from;
+    std::int64_t k_from = -1;
+    for (int t = 0; t <= tiles; ++t) {
+      const std::int64_t v_from = k_from;
+      if (t < tiles) {
+        const int key = t * Shape::kKeys + row;
+        k_from = offset_at(key, page);
+        page = page_at(key + Shape::kKeys);
+        loader.copy_tile(a.kv.k, k_from, (t + 1) * Shape::kKeys <= item.keys ? step : 0);
+      }
+      if (t > 0) loader.copy_tile(a.kv.v, v_from, t * Shape::kKeys <= item.keys ? step : 0);
     }
-    if (tiles > 0) loader.copy_tile(a.kv.v, v_from);
   }
 }
 
