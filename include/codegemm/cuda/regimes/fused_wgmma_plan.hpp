@@ -50,7 +50,7 @@ struct FusedWgmmaLimits {
   constexpr double kProductCycles = 1500.0;  // filling the stages
   constexpr double kTokenCycles = 14.0;      // of the output
   constexpr double kHandOverCycles = 2000.0;
-  constexpr double kPieceCycles = 500.0;         // until its sums are on their way
+  constexpr double kPieceCycles = 1500.0;        // until its sums are on their way
   constexpr double kPartialBytesACycle = 40.0;   // of a block
   const int row_tiles = limits.halves ? 8 : 16;  // of a cluster, in each half
   const std::int64_t row_blocks = cut_rows(l.first_tile, l.parts, row_tiles, limits.halves).blocks();
@@ -84,6 +84,7 @@ struct FusedWgmmaLimits {
       if (s.clusters < 1) continue;
       const std::int64_t rest = products - std::int64_t{s.whole} * s.clusters;  // products in pieces
       const bool cut = s.cutters > rest;
+      if (cut && x_stages < 4) continue;  // sums of the other pieces come in by way of four
       const std::size_t piece_bytes = static_cast<std::size_t>(tile) * 2 * 128 * sizeof(float);
       p.partial_bytes = cut ? static_cast<std::size_t>(s.cutters) * piece_bytes : 0;
       if (p.partial_bytes > kMaxPartialBytes) continue;
