@@ -50,7 +50,7 @@ struct FusedWgmmaLimits {
   constexpr double kProductCycles = 1500.0;  // filling the stages
   constexpr double kTokenCycles = 14.0;      // of the output
   constexpr double kHandOverCycles = 2000.0;
-  constexpr double kPieceCycles = 1500.0;        // until its sums are on their way
+  constexpr double kPieceCycles = 500.0;         // until its sums are on their way
   constexpr double kPartialBytesACycle = 40.0;   // of a block
   const int row_tiles = limits.halves ? 8 : 16;  // of a cluster, in each half
   const std::int64_t row_blocks = cut_rows(l.first_tile, l.parts, row_tiles, limits.halves).blocks();
