@@ -233,13 +233,6 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
     unsigned phase = 0;
     int code_stage = 0;
     unsigned code_phase = 0;
-#ifdef CODEGEMM_STAGGER
-    if (group == 2 && TokenTile == 256) {
-      const long long until = clock64() + CODEGEMM_STAGGER;
-      while (clock64() < until) {
-      }
-    }
-#endif
     float d[TokenTile / 2];
     for (int n = 0; n < pieces.size(); ++n) {
       const Piece p = open_piece(pieces.piece(a.schedule, n));
