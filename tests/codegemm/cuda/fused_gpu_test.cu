@@ -63,7 +63,7 @@ TEST_CASE("cuda gemm: wgmma with every token tile", "[gpu]") {
     cuda::GemmTuning tuning;
     tuning.token_tile = 32;
     tuning.splits = splits;
-    check<Half, Half>({{4, 1, 8, 128}, 1100, 1288, 700, true, 4, tuning}, device, seed++);
+    check<Half, Half>({{4, 1, 8, 128}, 1100, 1288, 700, true, 8, tuning}, device, seed++);
     check<BFloat16, float>({{8, 2, 8, 128}, 1100, 2056, 700, false, 8, tuning}, device, seed++);
   }
 }

@@ -233,13 +233,6 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
     unsigned phase = 0;
     int code_stage = 0;
     unsigned code_phase = 0;
-#ifdef CODEGEMM_STAGGER
-    if (group == 2 && TokenTile == 256) {
-      const long long until = clock64() + CODEGEMM_STAGGER;
-      while (clock64() < until) {
-      }
-    }
-#endif
     float d[TokenTile / 2];
     for (int n = 0; n < pieces.size(); ++n) {
       const Piece p = open_piece(pieces.piece(a.schedule, n));
@@ -357,16 +350,25 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
       if (p.slab > 0) {
         const int first = a.schedule.first_slab(cluster) - p.slab;  // of the product
         int before = cluster;
+        detail::wait_for_multipliers();
         do {
           --before;
           const int slot = slot_of(before);
           if (leader) detail::wait_for_hand_over(a.handed_over + slot);
           detail::wait_for_warpgroup(group - 1);
           if (leader) a.handed_over[slot] = 0;  // for the next call
+          // By way of the stages of x, which are done with: registers would hold few of them at a time, and
+          // each of the few blocks that do this sees the whole latency.
           const float4* const from = partials_of(slot);
+          const unsigned thread = threadIdx.x - 128U;
+#pragma unroll
+          for (int e = 0; e < TokenTile / 8; ++e)
+            detail::copy_16_bytes(x_at + static_cast<unsigned>(e) * 4096U + thread * 16U, from + e * 128);
+          detail::commit_copies();
+          detail::wait_for_copies<0>();
 #pragma unroll
           for (int e = 0; e < TokenTile / 8; ++e) {
-            const float4 more = __ldcg(from + e * 128);
+            const float4 more = *reinterpret_cast<const float4*>(x_memory + e * 4096 + thread * 16U);
             d[e * 4] += more.x, d[e * 4 + 1] += more.y, d[e * 4 + 2] += more.z, d[e * 4 + 3] += more.w;
           }
         } while (a.schedule.first_slab(before) > first);

@@ -59,6 +59,14 @@ template <PairType Type>
   }
 }
 
+template <PairType Type>
+[[nodiscard]] __device__ __forceinline__ float2 unpack_pair_of(unsigned pair) {
+  if constexpr (Type == PairType::kHalf)
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  else
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+}
+
 // Scale and bias of one sum.
 [[nodiscard]] __device__ __forceinline__ float finish_row(const Output& o, int row, float sum) {
   sum *= o.unscale;

@@ -33,8 +33,9 @@ struct WarpgroupOutput {
 
   // Whether rows [row, row + 64) may go out by this way, of which those before `end` are there.
   [[nodiscard]] static __device__ __forceinline__ bool fits(const Output& o, int row, int end) {
-    return row + 64 <= end && row + 64 <= o.rows && o.type != ScalarType::kFloat && o.residual == nullptr &&
-           o.y_stride % 8 == 0 && reinterpret_cast<std::uintptr_t>(o.y) % 16 == 0;
+    return row + 64 <= end && row + 64 <= o.rows && o.type != ScalarType::kFloat && o.y_stride % 8 == 0 &&
+           o.residual_stride % 8 == 0 &&
+           (reinterpret_cast<std::uintptr_t>(o.y) | reinterpret_cast<std::uintptr_t>(o.residual)) % 16 == 0;
   }
 
   template <PairType Type, int Sums>
@@ -64,16 +65,34 @@ struct WarpgroupOutput {
     const unsigned from_shared =
         shared + static_cast<unsigned>(token_of_thread * 128 + (thread % 8 ^ (token_of_thread % 8)) * 16);
     const auto put = [&](int step) {
-      unsigned pairs[4];
+      const unsigned buffer = static_cast<unsigned>(step % 2) * kBuffer;
+      unsigned pairs[4] = {};
+      if (o.residual != nullptr) {  // the other way: from lines to fragments
+        const int token = first_token + step * 16 + token_of_thread;
+        uint4 more = {};
+        if (token < tokens) {
+          more = *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(o.residual) +
+                                                 token * o.residual_stride + row + thread % 8 * 8);
+        }
+        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(from_shared + buffer), "r"(more.x),
+                     "r"(more.y), "r"(more.z), "r"(more.w)
+                     : "memory");
+        wait_for_warpgroup(group);
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+                     : "r"(to_shared + buffer)
+                     : "memory");
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        pairs[i] = pack_pair<Type>(d[step * 8 + i * 2] * scale[i % 2] + bias[i % 2],
-                                   d[step * 8 + i * 2 + 1] * scale[i % 2] + bias[i % 2]);
+        const float2 more = o.residual != nullptr ? unpack_pair_of<Type>(pairs[i]) : make_float2(0.0F, 0.0F);
+        pairs[i] = pack_pair<Type>(d[step * 8 + i * 2] * scale[i % 2] + bias[i % 2] + more.x,
+                                   d[step * 8 + i * 2 + 1] * scale[i % 2] + bias[i % 2] + more.y);
       }
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                       to_shared + static_cast<unsigned>(step % 2) * kBuffer),
-                   "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
-                   : "memory");
+      asm volatile(
+          "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to_shared + buffer),
+          "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
+          : "memory");
     };
     int token = first_token + token_of_thread;
     auto* to = static_cast<std::uint16_t*>(o.y) + token * o.y_stride + row + thread % 8 * 8;

@@ -89,17 +89,28 @@ struct FusedMmaRegime {
   }
 
  private:
-  // From here on weights are looked up once for 128 tokens, not for 16.
-  static constexpr std::int64_t kTiledTokens = 33;
-
   template <class Config, class X, class Y>
   [[nodiscard]] static bool tiled(const GemmProblem<X, Y>& p, const Device& device) {
     const int bits = p.weights.format.b;
     const int steps = p.weights.layout.scale_steps;
     const int bytes = gated(p) ? FusedMmaTileShape<Config, true>::shared_bytes(bits, steps)
                                : FusedMmaTileShape<Config, false>::shared_bytes(bits, steps);
-    return p.x.rows >= kTiledTokens && bytes <= device.shared_bytes && aligned(p.x.data, 16) &&
-           p.x.stride % 8 == 0;
+    if (bytes > device.shared_bytes || !aligned(p.x.data, 16) || p.x.stride % 8 != 0) return false;
+    // Weights looked up once for 128 tokens, without a split, against passes of 16.
+    constexpr double kStepCycles = 700.0;    // of 16 k, as measured
+    constexpr double kBlockCycles = 6000.0;  // its beginning and its output
+    const auto divide_up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
+    const PackedLayout& l = p.weights.layout;
+    const int tiles =
+        gated(p) ? FusedMmaTileShape<Config, true>::kRowTiles : FusedMmaTileShape<Config, false>::kRowTiles;
+    const std::int64_t blocks = cut_rows(l.first_tile, l.parts, tiles, gated(p)).blocks() *
+                                divide_up(p.x.rows, FusedMmaTileShape<Config, false>::kTokens);
+    const double cycles = static_cast<double>(divide_up(blocks, device.multiprocessors)) *
+                          (gated(p) ? 2 : 1) *
+                          (static_cast<double>(divide_up(p.weights.cols, 16)) * kStepCycles + kBlockCycles);
+    const FusedMmaPlan pass = plan<Config, 16>(p.weights, device, gated(p), p.tuning);
+    return pass.splits == 0 ? p.x.rows > 16
+                            : cycles < static_cast<double>(divide_up(p.x.rows, 16)) * pass.cost;
   }
 
   template <class Config, bool Gated, class X, class Y>

@@ -84,6 +84,7 @@ struct FusedWgmmaLimits {
       if (s.clusters < 1) continue;
       const std::int64_t rest = products - std::int64_t{s.whole} * s.clusters;  // products in pieces
       const bool cut = s.cutters > rest;
+      if (cut && x_stages < 4) continue;  // sums of the other pieces come in by way of four
       const std::size_t piece_bytes = static_cast<std::size_t>(tile) * 2 * 128 * sizeof(float);
       p.partial_bytes = cut ? static_cast<std::size_t>(s.cutters) * piece_bytes : 0;
       if (p.partial_bytes > kMaxPartialBytes) continue;
