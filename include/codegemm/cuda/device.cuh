@@ -28,12 +28,26 @@ struct Device {
   /// [size]: clusters of so many blocks that run at once, one block a multiprocessor; 0 where there are no
   /// clusters. A cluster lies within a group of multiprocessors, and the groups of one card differ in size.
   std::array<int, 9> clusters = {};
+  /// Whether this program's code for the card has wgmma: with compute capability 9.0 where it was built for
+  /// sm_90a, not sm_90. Without it many tokens go through mma.sync.
+  bool wgmma = true;
 };
 
 namespace detail {
 
 template <int>  // a template: one definition, however many files include this
 __global__ void cluster_probe_kernel() {}
+
+inline constexpr int kWgmmaProbeBytes = 4096;
+
+// Never launched: its shared memory tells what it was compiled for, which the host cannot know otherwise.
+template <int>
+__global__ void wgmma_probe_kernel() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  __shared__ volatile char bytes[kWgmmaProbeBytes];
+  bytes[threadIdx.x] = 0;
+#endif
+}
 
 // How many clusters of `size` blocks run at once if each block fills a multiprocessor.
 [[nodiscard]] inline Status probe_clusters(int size, int shared_bytes, int& out) {
@@ -67,7 +81,15 @@ __global__ void cluster_probe_kernel() {}
   if (Status s = ask(out.multiprocessors, cudaDevAttrMultiProcessorCount); !s.ok()) return s;
   if (Status s = ask(out.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin); !s.ok()) return s;
   out.arch = major * 10 + minor;
+  out.wgmma = false;
   if (out.arch < 90) return out;
+  cudaFuncAttributes probe = {};
+  if (Status s =
+          cuda_status(cudaFuncGetAttributes(&probe, detail::wgmma_probe_kernel<0>), "cudaFuncGetAttributes");
+      !s.ok()) {
+    return s;
+  }
+  out.wgmma = probe.sharedSizeBytes >= detail::kWgmmaProbeBytes;
   if (Status s =
           cuda_status(cudaFuncSetAttribute(detail::cluster_probe_kernel<0>,
                                            cudaFuncAttributeMaxDynamicSharedMemorySize, out.shared_bytes),

@@ -94,6 +94,10 @@ template <class T, class Y>
     return error(StatusCode::kUnsupported, kCall, ": wgmma on compute capability ", device.arch / 10, ".",
                  device.arch % 10, ", expected 9.0");
   }
+  if (p.tuning.kernel == PrefillKernel::kWgmma && !device.wgmma) {
+    return error(StatusCode::kUnsupported, kCall,
+                 ": this program's code for sm_90 has no wgmma: build for sm_90a");
+  }
   const std::int64_t width = std::int64_t{p.heads} * p.kv.head_dim;
   if (Status s = detail::check_rows(kCall, "q", p.q, p.q.rows, width, used); !s.ok()) return s;
   if (Status s = detail::check_rows(kCall, "out", p.out, p.q.rows, width, used); !s.ok()) return s;
@@ -132,7 +136,7 @@ template <class T, class Y>
   const std::int64_t tiles =
       (p.q.rows * args.group + kRows - 1) / kRows + std::min<std::int64_t>(args.sequences, p.q.rows) - 1;
   const bool wgmma = p.tuning.kernel == PrefillKernel::kWgmma ||
-                     (p.tuning.kernel == PrefillKernel::kAuto && device.arch == 90);
+                     (p.tuning.kernel == PrefillKernel::kAuto && device.arch == 90 && device.wgmma);
   Status status;
   static_cast<void>(codegemm::first_match(
       HeadSizes{}, [&](auto c) { return c.kHeadDim == p.kv.head_dim; },

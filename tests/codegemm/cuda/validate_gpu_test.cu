@@ -137,6 +137,12 @@ TEST_CASE("cuda validate: devices and configurations") {
   expect(f.good, StatusCode::kUnsupported, "bytes of shared memory", cuda::Device{86, 82, 49152, {}});
   expect<OneConfig<cuda::GatherM2V8G128>>(f.good, StatusCode::kUnsupported, "no configuration for m1v4g128");
   CHECK(cuda::validate<OneConfig<cuda::GatherM1V4G128>>(f.good, kHopper).ok());
+  Problem many = f.good;
+  many.x.rows = many.y.rows = 2048;
+  CHECK(cuda::regime_of(many, kHopper) == cuda::Regime::kFusedWgmma);
+  cuda::Device plain = kHopper;
+  plain.wgmma = false;  // a program built for sm_90
+  CHECK(cuda::regime_of(many, plain) == cuda::Regime::kFusedMma);
 }
 
 // [guide: cuda_row]

@@ -216,6 +216,9 @@ TEST_CASE("cuda prefill: every wrong operand has its own status") {
   p = good_prefill();
   p.tuning.kernel = cuda::PrefillKernel::kWgmma;
   expect(p, StatusCode::kUnsupported, "wgmma on compute capability 8.0, expected 9.0", kAmpere);
+  cuda::Device plain = kHopper;
+  plain.wgmma = false;  // a program built for sm_90
+  expect(p, StatusCode::kUnsupported, "build for sm_90a", plain);
   p = good_prefill();
   p.q.rows = p.out.rows = (1 << 20) + 1;
   expect(p, StatusCode::kInvalidArgument, "1048577 tokens");

@@ -68,8 +68,8 @@ struct FusedWgmmaRegime {
   template <class X, class Y>
   [[nodiscard]] static bool serves(const GemmProblem<X, Y>& p, const Device& device) {
     if (!SwiGlu && gated(p)) return false;
-    if (device.arch != 90 || p.weights.cols == 0 || !aligned(p.x.data, 16) || p.x.stride % 8 != 0)
-      return false;
+    if (device.arch != 90 || !device.wgmma) return false;
+    if (p.weights.cols == 0 || !aligned(p.x.data, 16) || p.x.stride % 8 != 0) return false;
     bool fits = false;
     return match(p.weights,
                  [&](auto c) {
