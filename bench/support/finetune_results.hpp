@@ -143,8 +143,8 @@ class FinetuneResults {
   return out;
 }
 
-/// Puts the results of several suites on one machine together, whose runs lie in one folder: prints the table,
-/// writes JSON and plot. The frame is the first one's. Throws UserError.
+/// Puts the results of several suites on one machine together, whose runs lie in one folder: prints the
+/// table, writes JSON and plot. The frame is the first one's. Throws UserError.
 inline void report_runs(const FinetuneOptions& options, const std::vector<std::string>& suites) {
   using prefillshare::examples::UserError;
   FinetuneOptions all;
