@@ -55,6 +55,21 @@ struct AttentionTiles {
       return static_cast<std::int64_t>(segments[static_cast<std::size_t>(segment)].count - row);
     });
   }
+  /// So many tiles at most, of `rows` rows in so many segments.
+  [[nodiscard]] static constexpr std::int64_t most(std::int64_t rows, std::int64_t segments) {
+    return rows / kRows + segments;
+  }
+  /// Fills up to most() with tiles of nothing.
+  void pad(std::int64_t rows, std::int64_t group, std::int64_t padded_segments) {
+    const auto fill = [](std::vector<std::int32_t>& tiles, std::int64_t count) {
+      while (std::ssize(tiles) < 2 * count) {
+        tiles.push_back(0);
+        tiles.push_back(std::int32_t{1} << 29);
+      }
+    };
+    fill(queries, most(rows * group, padded_segments));
+    fill(keys, most(rows, padded_segments));
+  }
 
  private:
   template <class Work>

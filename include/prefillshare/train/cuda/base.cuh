@@ -45,16 +45,16 @@ class DeviceFrozenBase {
     std::int64_t rows = 0;
     for (const std::span<const std::int32_t> s : sequences) rows += std::ssize(s);
     if (rows == 0) return DevicePrefixView<S>();
-    if (Status s = forward_.reserve(cache_, rows); !s.ok()) return s.with_prefix("DeviceFrozenBase");
+    const Result<detail::CacheTarget<S>> cache = forward_.reserve(cache_, rows);
+    if (!cache.ok()) return cache.status().with_prefix("DeviceFrozenBase");
     std::int32_t row = 0;
     pieces_.clear();
     for (const std::span<const std::int32_t> s : sequences) {
       pieces_.push_back({s, 0, row});
       row += static_cast<std::int32_t>(s.size());
     }
-    if (Status s = forward_.run_in_passes(weights_->view(), pieces_, {cache_.data(), rows}); !s.ok())
-      return s;
-    return DevicePrefixView<S>{cache_.data(), rows};
+    if (Status s = forward_.run_in_passes(weights_->view(), pieces_, *cache); !s.ok()) return s;
+    return DevicePrefixView<S>{cache->data, cache->rows};
   }
 
  private:

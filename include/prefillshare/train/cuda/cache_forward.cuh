@@ -13,6 +13,7 @@
 
 #include <prefillshare/attention/rope.hpp>
 #include <prefillshare/train/cuda/block.cuh>
+#include <prefillshare/train/cuda/pass_graphs.cuh>
 
 namespace prefillshare::cuda {
 
@@ -63,6 +64,7 @@ template <class S>
 struct CacheTarget {
   S* data = nullptr;
   std::int64_t rows = 0;
+  std::int64_t spare = 0;  // the first of CacheForward::padding() rows that nobody reads; 0: none
 };
 
 /// Runs tokens of many sequences over a cache, which holds what came before them.
@@ -80,22 +82,27 @@ class CacheForward {
     if (!rope.ok()) return rope.status();
     CacheForward out(*std::move(ts), c);
     out.max_rows_ = max_rows;
+    out.max_context_ = max_context;
     out.stride_ = (c.vocab_size + 7) / 8 * 8;
     out.max_logits_ = max_logits;
     out.rope_ = *std::move(rope);
+    const std::int64_t rows = padded_rows(max_rows);
     Allocations memory;
-    for (DeviceArray<float>* x : {&out.x_, &out.mid_}) memory.make(*x, max_rows * c.hidden_size);
-    for (DeviceArray<S>* x : {&out.normed_, &out.y_}) memory.make(*x, max_rows * c.hidden_size);
-    memory.make(out.qkv_, max_rows * (c.q_size() + 2 * c.kv_size()));
-    memory.make(out.attended_, max_rows * c.q_size());
-    memory.make(out.both_, max_rows * 2 * c.intermediate_size);
-    memory.make(out.act_, max_rows * c.intermediate_size);
+    for (DeviceArray<float>* x : {&out.x_, &out.mid_}) memory.make(*x, rows * c.hidden_size);
+    for (DeviceArray<S>* x : {&out.normed_, &out.y_}) memory.make(*x, rows * c.hidden_size);
+    memory.make(out.qkv_, rows * (c.q_size() + 2 * c.kv_size()));
+    memory.make(out.attended_, rows * c.q_size());
+    memory.make(out.both_, rows * 2 * c.intermediate_size);
+    memory.make(out.act_, rows * c.intermediate_size);
     memory.make(out.logits_, max_logits * out.stride_);
     memory.zeros(out.best_, max_logits);
     memory.zeros(out.arrived_, max_logits);
     if (Status s = memory.finish(); !s.ok()) return s;
     // Tokens, positions, rows, segments and their tiles, and the last rows.
-    if (Status s = out.input_.allocate(max_rows * (4 + 4 + 2 * c.heads / c.kv_heads + 1)); !s.ok()) return s;
+    const std::int64_t segments = padded_segments(rows + 1);
+    const std::int64_t tiles =
+        AttentionTiles::most(rows * (c.heads / c.kv_heads), segments) + AttentionTiles::most(rows, segments);
+    if (Status s = out.input_.allocate(5 * rows + 4 * segments + 2 * tiles); !s.ok()) return s;
     return out;
   }
 
@@ -103,19 +110,25 @@ class CacheForward {
   [[nodiscard]] TrainStream& train_stream() noexcept { return ts_; }
   [[nodiscard]] std::int64_t max_rows() const noexcept { return max_rows_; }
 
-  /// A cache of at least so many rows; what it held is lost if it grows.
-  [[nodiscard]] Status reserve(DeviceArray<S>& cache, std::int64_t rows) {
-    const std::int64_t needed = c_.layers * rows * 2 * c_.kv_size();
-    if (static_cast<std::int64_t>(cache.size()) >= needed) return {};
-    ts_.synchronize();  // a pass may still read the old one
-    if (Status s = ts_.take(); !s.ok()) return s;
-    cache = {};
-    Allocations memory;
-    memory.make(cache, needed + needed / 4);
-    return memory.finish();
+  /// Rows of padding of a pass, at most.
+  [[nodiscard]] std::int64_t padding() const noexcept { return padding_step(max_rows_, kStep); }
+  /// A cache of at least so many rows and padding() spare ones behind them; what it held is lost if it grows.
+  [[nodiscard]] Result<CacheTarget<S>> reserve(DeviceArray<S>& cache, std::int64_t rows) {
+    const std::int64_t width = c_.layers * 2 * c_.kv_size();
+    const std::int64_t needed = rows + padding();
+    if (static_cast<std::int64_t>(cache.size()) < needed * width) {
+      ts_.synchronize();  // a pass may still read the old one
+      if (Status s = ts_.take(); !s.ok()) return s;
+      cache = {};
+      Allocations memory;
+      memory.make(cache, (needed + needed / 4) * width);
+      if (Status s = memory.finish(); !s.ok()) return s;
+    }
+    const std::int64_t all = static_cast<std::int64_t>(cache.size()) / width;
+    return CacheTarget<S>{cache.data(), all, all - padding()};
   }
 
-  /// Whole pieces, as many a pass as fit, without logits.
+  /// Whole pieces, as many a pass as fit, without logits; passes of sizes that come again are graphs.
   [[nodiscard]] Status run_in_passes(const DeviceWeightsView<S>& w, std::span<const CachedPiece> pieces,
                                      CacheTarget<S> cache) {
     return in_passes(pieces, max_rows_, [&](std::span<const CachedPiece> some) {
@@ -146,8 +159,35 @@ class CacheForward {
   /// theirs. kInvalidArgument for a token outside of the vocabulary, kCudaError.
   [[nodiscard]] Status run(const DeviceWeightsView<S>& w, std::span<const CachedPiece> pieces,
                            CacheTarget<S> cache, std::int32_t* chosen, const std::int32_t* tokens) {
-    if (Status s = send(pieces, tokens); !s.ok()) return s;
+    if (Status s = send(pieces, tokens, chosen == nullptr ? cache.spare : 0); !s.ok()) return s;
     if (rows_.rows == 0) return {};
+    const auto body = [&] { launch(w, std::ssize(pieces), cache, chosen); };
+    if (chosen != nullptr || cache.spare == 0) {
+      body();
+    } else {
+      const auto number = [](const auto& value) { return reinterpret_cast<std::uintptr_t>(value); };
+      ts_.bind();
+      graphs_.run(
+          ts_,
+          {static_cast<std::uintptr_t>(rows_.rows), segments_.size(), number(cache.data),
+           static_cast<std::uintptr_t>(cache.rows), number(w.matrices), number(w.vectors), number(w.biases)},
+          body);
+    }
+    return ts_.take();
+  }
+
+ private:
+  static constexpr std::int64_t kStep = 64;  // rows of a segment of padding, at most
+
+  CacheForward(TrainStream ts, const ModelConfig& c) : ts_(std::move(ts)), c_(c) {}
+
+  [[nodiscard]] static std::int64_t padded_rows(std::int64_t rows) { return padded_size(rows, kStep); }
+  [[nodiscard]] static std::int64_t padded_segments(std::int64_t segments) {
+    return padded_size(segments, 16);
+  }
+
+  void launch(const DeviceWeightsView<S>& w, std::int64_t pieces, const CacheTarget<S>& cache,
+              std::int32_t* chosen) {
     EmbedArgs embed;
     embed.tokens = tokens_on_device_;
     embed.table = w.embedding();
@@ -180,14 +220,12 @@ class CacheForward {
       if (i + 1 == c_.layers && chosen == nullptr) break;
       launches.finish(block, a, scratch, {a.keys, a.values, a.kv_stride});
     }
-    if (chosen != nullptr) choose(w, std::ssize(pieces), chosen, launches);
-    return ts_.take();
+    if (chosen != nullptr) choose(w, pieces, chosen, launches);
   }
 
- private:
-  CacheForward(TrainStream ts, const ModelConfig& c) : ts_(std::move(ts)), c_(c) {}
-
-  [[nodiscard]] Status send(std::span<const CachedPiece> pieces, const std::int32_t* tokens) {
+  /// With `spare` rows of the cache behind the others, sizes are padded to those that few passes differ in.
+  [[nodiscard]] Status send(std::span<const CachedPiece> pieces, const std::int32_t* tokens,
+                            std::int64_t spare) {
     tokens_.clear();
     positions_.clear();
     kv_rows_.clear();
@@ -210,10 +248,32 @@ class CacheForward {
       }
       tokens_.insert(tokens_.end(), p.tokens.begin(), p.tokens.end());
     }
-    rows_.rows = std::ssize(positions_);
-    CODEGEMM_ASSERT(rows_.rows <= max_rows_);
-    if (rows_.rows == 0) return {};
+    const std::int64_t filled = std::ssize(positions_);
+    CODEGEMM_ASSERT(filled <= max_rows_);
+    rows_.rows = filled;
+    if (filled == 0) return {};
+    const bool pads = spare > 0 && tokens == nullptr;
+    if (pads) {
+      rows_.rows = padded_rows(filled);
+      const std::int64_t most = std::min(kStep, max_context_);
+      for (std::int64_t at = filled; at < rows_.rows;) {
+        const auto count = static_cast<std::int32_t>(std::min(most, rows_.rows - at));
+        const auto row = static_cast<std::int32_t>(spare + at - filled);
+        segments_.push_back({static_cast<std::int32_t>(at), count, 0, row});
+        for (std::int32_t i = 0; i < count; ++i) {
+          positions_.push_back(i);
+          kv_rows_.push_back(row + i);
+          tokens_.push_back(0);
+        }
+        at += count;
+      }
+    }
     tiles_.assign(segments_, c_.heads / c_.kv_heads);
+    if (pads) {
+      const std::int64_t segments = padded_segments(std::ssize(segments_));
+      tiles_.pad(rows_.rows, c_.heads / c_.kv_heads, segments);
+      segments_.resize(static_cast<std::size_t>(segments));
+    }
     if (Status s = input_.begin(); !s.ok()) return s;
     using Ints = std::span<const std::int32_t>;
     tokens_on_device_ = tokens != nullptr ? tokens : input_.add(Ints(tokens_));
@@ -254,10 +314,12 @@ class CacheForward {
   TrainStream ts_;
   ModelConfig c_;
   std::int64_t max_rows_ = 0;
+  std::int64_t max_context_ = 0;
   std::int64_t max_logits_ = 0;
   std::int64_t stride_ = 0;  // of logits
   DeviceRope rope_;
   PassInput input_;
+  PassGraphs graphs_;
   std::vector<std::int32_t> tokens_, positions_, kv_rows_, last_rows_;
   std::vector<DeviceSegment> segments_;
   AttentionTiles tiles_;

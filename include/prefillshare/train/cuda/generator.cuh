@@ -102,8 +102,10 @@ class DeviceGenerator {
           {all.subspan(static_cast<std::size_t>(shared)), static_cast<std::int32_t>(shared), row});
       rows += length + most;
     }
-    if (Status s = decode_.reserve(cache_, rows); !s.ok()) return s;
-    const detail::CacheTarget<S> cache{cache_.data(), rows};
+    const Result<detail::CacheTarget<S>> reserved = decode_.reserve(cache_, rows);
+    if (!reserved.ok()) return reserved.status();
+    detail::CacheTarget<S> cache = *reserved;
+    cache.spare = 0;  // sizes seldom come again here
     if (Status s = prefill_.run_in_passes(base, of_base, cache); !s.ok()) return s;
     std::int32_t* const chosen = chosen_.data();
     std::int64_t done = 0;

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include <prefillshare/train/cuda/cache_forward.cuh>
+#include <prefillshare/train/cuda/pass_graphs.cuh>
 
 namespace prefillshare::cuda {
 
@@ -102,16 +103,33 @@ class DeviceTrainPass {
                            const DeviceLossBatch<S>& batch, float scale, float* losses) {
     if (Status s = check(*w.config, batch); !s.ok()) return s;
     if (batch.tokens.empty()) return {};
-    if (Status s = send(batch); !s.ok()) return s;
-    detail::BlockLaunches<S> launches(ts_, c_, rows_);
-    forward(w, batch, launches);
-    head(model, w, batch, scale, losses, launches);
-    if (model != nullptr) back(*model, w, batch, launches);
+    if (Status s = send(batch, scale); !s.ok()) return s;
+    const auto body = [&] {
+      detail::BlockLaunches<S> launches(ts_, c_, rows_);
+      forward(w, batch, launches);
+      head(model, w, launches);
+      if (model != nullptr) back(*model, w, batch, launches);
+    };
+    if (model == nullptr) {
+      body();
+    } else {
+      const auto number = [](const auto& value) { return reinterpret_cast<std::uintptr_t>(value); };
+      ts_.bind();
+      graphs_.run(
+          ts_,
+          {static_cast<std::uintptr_t>(rows_.rows), segments_.size(),
+           static_cast<std::uintptr_t>(loss_count_), static_cast<std::uintptr_t>(batch.prefixes.rows),
+           number(batch.prefixes.data), number(w.matrices), number(w.vectors), number(w.biases),
+           number(model->gradients()), number(model->head_gradient()), number(model->block_gradients(0).qkv)},
+          body);
+    }
+    ts_.copy(losses, losses_.data(), batch.labels.size() * sizeof(float), cudaMemcpyDeviceToDevice);
     return ts_.take();
   }
 
   [[nodiscard]] Status allocate() {
-    const std::int64_t r = max_rows_;
+    const std::int64_t r = padded_rows(max_rows_);
+    rows_stride_ = r;
     const std::int64_t h = c_.hidden_size;
     const std::int64_t width = c_.q_size() + 2 * c_.kv_size();
     stride_ = (c_.vocab_size + 7) / 8 * 8;
@@ -136,11 +154,26 @@ class DeviceTrainPass {
     memory.make(norm_parts_, (2 * c_.layers + 1) * detail::kNormParts * h);
     if (c_.qk_norm) memory.make(head_parts_, c_.layers * detail::kHeadParts * 2 * c_.head_dim);
     if (c_.attention_bias) memory.make(bias_parts_, detail::kColumnParts * width);
+    memory.make(losses_, r);
     memory.make(logits_, chunk_ * stride_);
     memory.make(d_logits_, chunk_ * stride_);
     if (Status s = memory.finish(); !s.ok()) return s;
-    // Tokens, positions, segments and their tiles, loss rows, labels, and the rows of each token.
-    return input_.allocate(r * (3 + 4 + 2 * (c_.heads / c_.kv_heads) + 2 + 2 + 3) + 64);
+    // Tokens, positions, segments and their tiles, loss rows, labels, the rows of each token, and numbers.
+    const std::int64_t segments = padded_segments(r + r / kPaddingRows + 1);
+    return input_.allocate(3 * r + 4 * segments +
+                           2 * (detail::AttentionTiles::most(r * (c_.heads / c_.kv_heads), segments) +
+                                detail::AttentionTiles::most(r, segments)) +
+                           2 * r + 3 * r + 1 + 2);
+  }
+
+  static constexpr std::int64_t kPaddingRows = 64;  // of a segment of padding, at most
+
+  /// One more at least: what is padding has a row of its own.
+  [[nodiscard]] static std::int64_t padded_rows(std::int64_t rows) {
+    return detail::padded_size(rows + 1, 64);
+  }
+  [[nodiscard]] static std::int64_t padded_segments(std::int64_t segments) {
+    return detail::padded_size(segments, 16);
   }
 
   [[nodiscard]] Status check(const ModelConfig& config, const DeviceLossBatch<S>& batch) const {
@@ -181,24 +214,43 @@ class DeviceTrainPass {
     return {};
   }
 
-  /// What the kernels read of a batch, to the device.
-  [[nodiscard]] Status send(const DeviceLossBatch<S>& batch) {
+  /// What the kernels read of a batch, to the device, in sizes that few batches differ in. Padding is
+  /// sequences of their own behind the others, and loss rows of the last row without a gradient.
+  [[nodiscard]] Status send(const DeviceLossBatch<S>& batch, float scale) {
     positions_.clear();
     segments_.clear();
     std::int64_t before = 0;
-    for (const auto& s : batch.segments) {
-      segments_.push_back({static_cast<std::int32_t>(positions_.size()), static_cast<std::int32_t>(s.count),
-                           static_cast<std::int32_t>(s.prefix), static_cast<std::int32_t>(before)});
-      for (std::int64_t i = 0; i < s.count; ++i)
-        positions_.push_back(static_cast<std::int32_t>(s.prefix + i));
-      before += s.prefix;
-    }
+    const auto add = [&](std::int64_t count, std::int64_t prefix) {
+      segments_.push_back({static_cast<std::int32_t>(positions_.size()), static_cast<std::int32_t>(count),
+                           static_cast<std::int32_t>(prefix), static_cast<std::int32_t>(before)});
+      for (std::int64_t i = 0; i < count; ++i) positions_.push_back(static_cast<std::int32_t>(prefix + i));
+      before += prefix;
+    };
+    for (const auto& s : batch.segments) add(s.count, s.prefix);
+    const std::int64_t rows = padded_rows(std::ssize(batch.tokens));
+    const std::int64_t most = std::min(kPaddingRows, max_context_);
+    while (std::ssize(positions_) < rows) add(std::min(most, rows - std::ssize(positions_)), 0);
+    tokens_.assign(batch.tokens.begin(), batch.tokens.end());
+    tokens_.resize(static_cast<std::size_t>(rows), 0);
     tiles_.assign(segments_, c_.heads / c_.kv_heads);
-    list_occurrences(batch.tokens);
+    const std::int64_t segments = padded_segments(std::ssize(segments_));
+    tiles_.pad(rows, c_.heads / c_.kv_heads, segments);
+    segments_.resize(static_cast<std::size_t>(segments));
+    list_occurrences(tokens_);
+    ids_.resize(static_cast<std::size_t>(rows), 0);
+    id_begin_.resize(static_cast<std::size_t>(rows) + 1, static_cast<std::int32_t>(rows));
+    loss_count_ =
+        batch.loss_rows.empty() ? 0 : std::min(rows, detail::padded_size(std::ssize(batch.loss_rows), 16));
+    loss_list_.assign(batch.loss_rows.begin(), batch.loss_rows.end());
+    loss_list_.resize(static_cast<std::size_t>(loss_count_), static_cast<std::int32_t>(rows) - 1);
+    label_list_.assign(batch.labels.begin(), batch.labels.end());
+    label_list_.resize(static_cast<std::size_t>(loss_count_), 0);
+    const detail::LossNumbers numbers{scale, static_cast<std::int32_t>(batch.loss_rows.size())};
+
     using Ints = std::span<const std::int32_t>;
     if (Status s = input_.begin(); !s.ok()) return s;
-    rows_.rows = std::ssize(batch.tokens);
-    tokens_ = input_.add(Ints(batch.tokens));
+    rows_.rows = rows;
+    tokens_on_device_ = input_.add(Ints(tokens_));
     rows_.positions = input_.add(Ints(positions_));
     rows_.cos = rope_.cos.data();
     rows_.sin = rope_.sin.data();
@@ -208,11 +260,12 @@ class DeviceTrainPass {
     rows_.tiles.keys = input_.add(Ints(tiles_.keys));
     rows_.tiles.query_tiles = std::ssize(tiles_.queries) / 2;
     rows_.tiles.key_tiles = std::ssize(tiles_.keys) / 2;
-    loss_rows_ = input_.add(Ints(batch.loss_rows));
-    labels_ = input_.add(Ints(batch.labels));
+    loss_rows_ = input_.add(Ints(loss_list_));
+    labels_ = input_.add(Ints(label_list_));
     embed_.ids = input_.add(Ints(ids_));
     embed_.row_begin = input_.add(Ints(id_begin_));
     embed_.rows = input_.add(Ints(occurrences_));
+    numbers_ = input_.add(std::span<const detail::LossNumbers>(&numbers, 1));
     return input_.send(ts_.stream());
   }
 
@@ -239,9 +292,9 @@ class DeviceTrainPass {
     for (const std::int32_t id : ids_) counts_[static_cast<std::size_t>(id)] = 0;
   }
 
-  [[nodiscard]] float* stream(std::int64_t i) const { return x_.data() + i * max_rows_ * c_.hidden_size; }
+  [[nodiscard]] float* stream(std::int64_t i) const { return x_.data() + i * rows_stride_ * c_.hidden_size; }
   [[nodiscard]] detail::BlockActivations<S> activations(std::int64_t i) const {
-    const std::int64_t at = (kept_ > 1 ? i : 0) * max_rows_;
+    const std::int64_t at = (kept_ > 1 ? i : 0) * rows_stride_;
     const std::int64_t width = c_.q_size() + 2 * c_.kv_size();
     detail::BlockActivations<S> a;
     a.x = stream(i);
@@ -271,7 +324,7 @@ class DeviceTrainPass {
   void forward(const detail::DeviceWeightsView<S>& w, const DeviceLossBatch<S>& batch,
                detail::BlockLaunches<S>& launches) {
     EmbedArgs embed;
-    embed.tokens = tokens_;
+    embed.tokens = tokens_on_device_;
     embed.table = w.embedding();
     embed.out = stream(0);
     embed.width = static_cast<int>(c_.hidden_size);
@@ -292,11 +345,11 @@ class DeviceTrainPass {
   }
 
   /// Losses; with a model to train dx_ becomes the gradient of the last block's output.
-  void head(DeviceTrainable<S>* model, const detail::DeviceWeightsView<S>& w, const DeviceLossBatch<S>& batch,
-            float scale, float* losses, detail::BlockLaunches<S>& launches) {
+  void head(DeviceTrainable<S>* model, const detail::DeviceWeightsView<S>& w,
+            detail::BlockLaunches<S>& launches) {
     const bool backward = model != nullptr;
     const std::int64_t h = c_.hidden_size;
-    const std::int64_t count = std::ssize(batch.loss_rows);
+    const std::int64_t count = loss_count_;
     detail::NormArgs norm;
     norm.x = stream(c_.layers);
     norm.chosen = loss_rows_;
@@ -311,19 +364,20 @@ class DeviceTrainPass {
       detail::CrossEntropyArgs args;
       args.logits = logits_.data();
       args.labels = labels_ + first;
-      args.losses = losses + first;
+      args.losses = losses_.data() + first;
       args.d = backward ? d_logits_.data() : nullptr;
       args.stride = stride_;
       args.vocab = static_cast<int>(c_.vocab_size);
-      args.scale = scale;
+      args.numbers = numbers_;
+      args.first = static_cast<int>(first);
       ts_.start(detail::cross_entropy_kernel<S>, args, size, detail::kCrossEntropyThreads);
       if (!backward) continue;
       ts_.nn(d_logits_.data(), w.head(), d_chosen_.data() + first * h, size, c_.vocab_size, h, stride_);
       ts_.tn(d_logits_.data(), in, model->head_gradient(), size, c_.vocab_size, h, stride_);
     }
     if (!backward) return;
-    ts_.zero(dx_.data(), static_cast<std::size_t>(rows_.rows * h) * sizeof(float));
-    ts_.zero(dx_low_.data(), dx_low_.size() == 0 ? 0 : static_cast<std::size_t>(rows_.rows * h) * sizeof(S));
+    zero(dx_.data(), rows_.rows * h * static_cast<std::int64_t>(sizeof(float)));
+    if (dx_low_.size() > 0) zero(dx_low_.data(), rows_.rows * h * static_cast<std::int64_t>(sizeof(S)));
     if (count == 0) return;
     detail::NormBackwardArgs norm_back;
     norm_back.x = stream(c_.layers);
@@ -340,6 +394,15 @@ class DeviceTrainPass {
     if (sums == nullptr) return;
     launches.add_parts(parts, 1, detail::kNormParts, launches.norm_parts(count), h,
                        sums + detail::WeightsLayout(c_).final_norm());
+  }
+
+  /// By a kernel, so that a graph has nothing but kernels. A row has a multiple of 16 bytes.
+  void zero(void* to, std::int64_t bytes) {
+    detail::ZeroArgs args;
+    args.to = static_cast<uint4*>(to);
+    args.size = bytes / 16;
+    ts_.start(detail::zero_kernel<0>, args,
+              (args.size + detail::kElementThreads - 1) / detail::kElementThreads, detail::kElementThreads);
   }
 
   void back(DeviceTrainable<S>& model, const detail::DeviceWeightsView<S>& w, const DeviceLossBatch<S>& batch,
@@ -375,24 +438,29 @@ class DeviceTrainPass {
     args.d = dx_.data();
     args.gradient = model.embedding_gradient();
     args.width = static_cast<int>(h);
-    ts_.start(detail::embed_backward_kernel<0>, args, std::ssize(ids_), detail::kElementThreads);
+    ts_.start(detail::embed_backward_kernel<0>, args, rows_.rows, detail::kElementThreads);
   }
 
   detail::TrainStream ts_;
   ModelConfig c_;
   std::int64_t max_rows_ = 0;
   std::int64_t max_context_ = 0;
-  std::int64_t kept_ = 1;    // blocks whose activations are kept
-  std::int64_t stride_ = 0;  // of logits
-  std::int64_t chunk_ = 1;   // rows of logits
+  std::int64_t rows_stride_ = 0;  // rows that the arrays have
+  std::int64_t kept_ = 1;         // blocks whose activations are kept
+  std::int64_t stride_ = 0;       // of logits
+  std::int64_t chunk_ = 1;        // rows of logits
   detail::DeviceRope rope_;
   detail::PassInput input_;
   // Of the batch at hand.
   detail::DeviceRows rows_;
-  const std::int32_t* tokens_ = nullptr;
+  const std::int32_t* tokens_on_device_ = nullptr;
   const std::int32_t* loss_rows_ = nullptr;
   const std::int32_t* labels_ = nullptr;
+  const detail::LossNumbers* numbers_ = nullptr;
+  std::int64_t loss_count_ = 0;  // padding included
   detail::EmbedBackwardArgs embed_;
+  detail::PassGraphs graphs_;
+  std::vector<std::int32_t> tokens_, loss_list_, label_list_;
   std::vector<std::int32_t> positions_, occurrences_, ids_, id_begin_, counts_;
   std::vector<detail::DeviceSegment> segments_;
   detail::AttentionTiles tiles_;
@@ -407,6 +475,7 @@ class DeviceTrainPass {
   DeviceArray<float> dx_;             // [rows][hidden], of the residual stream
   DeviceArray<S> dx_low_;             // the same in S; empty where S is float
   DeviceArray<S> chosen_, d_chosen_;  // [loss rows][hidden]
+  DeviceArray<float> losses_;         // [rows], of the loss rows
   DeviceArray<float> logits_;         // [chunk][stride]
   DeviceArray<S> d_logits_;           // [chunk][stride]
   DeviceArray<float> norm_parts_;     // [2 layers + 1][kNormParts][hidden]

@@ -41,6 +41,11 @@ class TrainStream {
   [[nodiscard]] const Device& device() const noexcept { return device_; }
   [[nodiscard]] cudaStream_t stream() const noexcept { return stream_; }
   [[nodiscard]] bool ok() const noexcept { return status_.ok(); }
+  /// Before a capture: the handle is in the stream.
+  void bind() {
+    if (!ok()) return;
+    static_cast<void>(status_ = cublas_->in(stream_).status());
+  }
   /// The first failure since the last call.
   [[nodiscard]] Status take() { return std::exchange(status_, Status()); }
 
@@ -176,7 +181,7 @@ class PassInput {
  public:
   /// Room for so many integers in up to 16 arrays.
   [[nodiscard]] Status allocate(std::int64_t integers) {
-    most_ = integers + 16 * 4;
+    most_ = integers + 16 * std::int64_t{4};
     at_ = staged_.place<std::int32_t>(static_cast<std::size_t>(most_));
     return staged_.allocate();
   }

@@ -93,6 +93,12 @@ class DeviceTrainable {
     return ts.take();
   }
 
+  /// What is not trained any more needs none. Nothing that writes them may be called then.
+  void free_gradients() {
+    gradients_ = {};
+    composed_gradients_ = {};
+  }
+
   // In the stream; failures are the stream's.
 
   /// Before each step.

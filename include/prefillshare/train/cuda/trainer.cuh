@@ -174,8 +174,12 @@ class DeviceTrainer {
     return passes_.evaluate(weights_.view(), examples, sharing);
   }
 
-  /// The weights, to be used when the trainer is gone; nothing else may be called then.
-  [[nodiscard]] DeviceTrainable<S> take_weights() { return std::move(weights_); }
+  /// The weights without their gradients, to be used when the trainer is gone; nothing else may be called
+  /// then.
+  [[nodiscard]] DeviceTrainable<S> take_weights() {
+    weights_.free_gradients();
+    return std::move(weights_);
+  }
 
  private:
   using Clock = std::chrono::steady_clock;

@@ -166,6 +166,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
   const int group = a.heads / a.kv_heads;
   const int kv = static_cast<int>(blockIdx.y);
   const GroupedRows rows{s.first, group, kv, a.tiles[2 * blockIdx.x + 1], s.count * group};
+  if (rows.begin >= rows.end) return;  // a tile that fills up the grid
   load_tile<Tile, Tile::kRows>(q, a.q, [&](int r) {
     return rows.has(r) ? static_cast<const E*>(a.q) + rows.element(r, a.stride, Tile::kDim) : nullptr;
   });
@@ -264,6 +265,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
   const int group = a.heads / a.kv_heads;
   const int kv = static_cast<int>(blockIdx.y);
   const GroupedRows rows{s.first, group, kv, a.tiles[2 * blockIdx.x + 1], s.count * group};
+  if (rows.begin >= rows.end) return;  // a tile that fills up the grid
   load_tile<Tile, Tile::kRows>(q, a.q, [&](int r) {
     return rows.has(r) ? static_cast<const E*>(a.q) + rows.element(r, a.stride, Tile::kDim) : nullptr;
   });
@@ -366,6 +368,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kDim <= 64 ? 3 : 2)
   const int group = a.heads / a.kv_heads;
   const int kv = static_cast<int>(blockIdx.y);
   const int first_key = a.tiles[2 * blockIdx.x + 1];
+  if (first_key >= s.count) return;  // a tile that fills up the grid
   const auto key_at = [&](const void* from, int r) -> const E* {
     if (first_key + r >= s.count) return nullptr;
     return static_cast<const E*>(from) + std::int64_t{s.first + first_key + r} * a.kv_stride +

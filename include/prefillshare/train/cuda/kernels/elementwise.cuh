@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kElementThreads)
   allow_next_kernel();
   const int begin = a.row_begin[blockIdx.x];
   const int end = a.row_begin[blockIdx.x + 1];
+  if (begin == end) return;
   float* const to = a.gradient + static_cast<std::int64_t>(a.ids[blockIdx.x]) * a.width;
   for (int column = static_cast<int>(threadIdx.x); column < a.width; column += kElementThreads) {
     float sum = 0.0F;
@@ -75,14 +76,21 @@ __global__ void __launch_bounds__(kElementThreads)
   }
 }
 
+// Of a batch: read by kernels, since a graph may be replayed for others.
+struct LossNumbers {
+  float scale = 0.0F;      // of the gradient
+  std::int32_t count = 0;  // loss rows; those behind have no gradient
+};
+
 struct CrossEntropyArgs {
   const float* logits = nullptr;         // [gridDim.x][stride]
   const std::int32_t* labels = nullptr;  // [gridDim.x]
   float* losses = nullptr;               // [gridDim.x], -log p(label)
   void* d = nullptr;                     // [gridDim.x][stride], scale * (softmax - one hot); or null
   std::int64_t stride = 0;
+  const LossNumbers* numbers = nullptr;
+  int first = 0;  // loss row of the first block
   int vocab = 0;
-  float scale = 0.0F;
 };
 
 inline constexpr int kCrossEntropyThreads = 512;
@@ -139,15 +147,30 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
   if (threadIdx.x == 0) a.losses[blockIdx.x] = logf(all.total) + all.top - row[label];
   if (a.d == nullptr) return;
   S* const d = static_cast<S*>(a.d) + blockIdx.x * a.stride;
-  const float factor = a.scale / all.total;
+  const bool padding = a.first + static_cast<int>(blockIdx.x) >= a.numbers->count;
+  const float scale = padding ? 0.0F : a.numbers->scale;
+  const float factor = scale / all.total;
   const auto slope = [&](float x, int i) {
-    return i >= a.vocab ? 0.0F : __expf(x - all.top) * factor - (i == label ? a.scale : 0.0F);
+    return i >= a.vocab ? 0.0F : __expf(x - all.top) * factor - (i == label ? scale : 0.0F);
   };
   for (int i = static_cast<int>(threadIdx.x) * 4; i < a.stride; i += 4 * kCrossEntropyThreads) {
     const float4 x = *reinterpret_cast<const float4*>(row + i);
     store2(d + i, make_float2(slope(x.x, i), slope(x.y, i + 1)));
     store2(d + i + 2, make_float2(slope(x.z, i + 2), slope(x.w, i + 3)));
   }
+}
+
+struct ZeroArgs {
+  uint4* to = nullptr;    // [size]
+  std::int64_t size = 0;  // of 16 bytes each
+};
+
+template <int>
+__global__ void __launch_bounds__(kElementThreads) zero_kernel(const __grid_constant__ ZeroArgs a) {
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
+  if (at < a.size) a.to[at] = make_uint4(0, 0, 0, 0);
 }
 
 struct RoundArgs {
