@@ -28,6 +28,10 @@ using namespace codegemm::bench;
 using prefillshare::examples::unwrap;
 
 int run(const FinetuneOptions& options) {
+  if (!options.report.empty()) {
+    report_runs(options, options.report);
+    return 0;
+  }
   codegemm::ThreadPool pool(options.threads);
   const codegemm::cuda::Device device = unwrap(codegemm::cuda::query_device(0));
   cudaStream_t stream = nullptr;

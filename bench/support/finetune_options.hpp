@@ -28,7 +28,7 @@ struct FinetuneOptions {
   std::vector<double> rates = {1e-4, 3e-4, 1e-3};  // the first run takes the middle one
   std::vector<double> sharing = {0.25, 0.5, 0.75};
 
-  std::int64_t steps = 500;
+  std::int64_t steps = 600;
   std::int64_t batch = 64;
   std::int64_t pass_tokens = 16384;
   double warmup = 0.05;
@@ -43,6 +43,8 @@ struct FinetuneOptions {
   std::int64_t adapt_steps = 300;
   std::vector<double> adapt_rates = {1e-3};
   std::int64_t quantized_seeds = 1;
+
+  std::vector<std::string> report;  // results of suites to put together; nothing is run then
 
   double time_limit = 0.0;  // seconds; 0: none
   int threads = 0;
@@ -66,6 +68,11 @@ inline void add_options(CLI::App& app, FinetuneOptions& o) {
     return app.add_option(name, to, text)->capture_default_str();
   };
   app.add_option("--model", o.model, "GGUF file or Hugging Face folder of the base")->required();
+  app.add_option(
+         "--report", o.report,
+         "JSON of suites that ran one task each; with --work FOLDER, in which all their runs lie, one "
+         "JSON and one plot are made of them, and nothing is run")
+      ->delimiter(',');
   number("--work", o.work, "folder for what finished runs leave: the same command goes on from there");
   app.add_option("--json", o.json_path, "where the results go");
   app.add_option("--plot", o.plot, "SVG: accuracy of the methods, and over the sharing ratio");

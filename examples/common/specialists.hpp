@@ -128,9 +128,8 @@ class SpecialistRound {
       score.base_right += base_right ? 1 : 0;
       score.right += right ? 1 : 0;
       std::printf("request:    %s\nbase:       %s %s\nspecialist: %s %s\n",
-                  one_line(asked[i].prompt.substr(asked[i].prompt.rfind('\n') + 1)).c_str(),
-                  base_right ? "right" : "WRONG", one_line(by_base).c_str(), right ? "right" : "WRONG",
-                  one_line(by_specialist).c_str());
+                  one_line(request_of(asked[i].prompt)).c_str(), base_right ? "right" : "WRONG",
+                  one_line(by_base).c_str(), right ? "right" : "WRONG", one_line(by_specialist).c_str());
       std::fflush(stdout);
     }
     std::printf("right:      base %lld of %lld, specialist %lld of %lld\n",
@@ -161,6 +160,13 @@ class SpecialistRound {
       deltas.add(std::span(&delta.scale, 1));
     }
     return loaded_.fingerprint + "-" + deltas.text();
+  }
+
+  /// The last line of a prompt, without what tells it from the instruction.
+  [[nodiscard]] static std::string request_of(const std::string& prompt) {
+    const std::string line = prompt.substr(prompt.rfind('\n') + 1);
+    const std::string mark = "Request: ";
+    return line.starts_with(mark) ? line.substr(mark.size()) : line;
   }
 
   /// Cut to one line of a terminal.

@@ -560,6 +560,18 @@ TEST_CASE("the suite runs all of its methods, stops at its time limit and goes o
   const std::string specialist = toy.options.specialists + "/shell.safetensors";
   CHECK(need(read_specialist(specialist, *toy.loaded.model, "00112233")).deltas.size() == 7);
 
+  FinetuneOptions report;
+  report.work = toy.options.work;
+  report.json_path = toy.options.json_path + "2";
+  report_runs(report, {toy.options.json_path, toy.options.json_path});
+  const nlohmann::json again = nlohmann::json::parse(text_of_file(report.json_path));
+  CHECK(again["machine"] == json["machine"]);
+  CHECK(again["complete"] == true);
+  CHECK(again["rows"].size() == 2 * 8);  // the default options do not name the toy's format
+  for (const nlohmann::json& row : again["rows"]) CHECK(row["n"] == 3);
+  std::ofstream(report.json_path) << "{}";
+  CHECK_THROWS_AS(report_runs(report, {report.json_path}), UserError);
+
   // All is there: nothing is run again. A broken file, or one of another run, is.
   const std::string path = toy.options.work + "/shell-base.json";
   nlohmann::json kept = nlohmann::json::parse(text_of_file(path));
