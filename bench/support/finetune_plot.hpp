@@ -90,7 +90,7 @@ namespace detail {
       svg.text(left + wide * 0.25 * quarter, second + kHeight + 16, "middle", line);
     }
     svg.text(left + wide / 2, second + kHeight + 34, "middle",
-             "share of the prompt read from the base's cache");
+             "share read from the base's cache");
     for (const std::string_view method : {"naive", "prefillshare"}) {
       Curve curve{std::string(method), {}};
       for (const FinetuneRow& row : curves) {
