@@ -89,8 +89,7 @@ namespace detail {
       std::snprintf(line, sizeof(line), "%.2f", 0.25 * quarter);
       svg.text(left + wide * 0.25 * quarter, second + kHeight + 16, "middle", line);
     }
-    svg.text(left + wide / 2, second + kHeight + 34, "middle",
-             "share read from the base's cache");
+    svg.text(left + wide / 2, second + kHeight + 34, "middle", "share read from the base's cache");
     for (const std::string_view method : {"naive", "prefillshare"}) {
       Curve curve{std::string(method), {}};
       for (const FinetuneRow& row : curves) {
