@@ -183,7 +183,8 @@ inline void convert_row(KvElement element, const unsigned char* from, std::int64
         const Bits8 magnitude = bits & 0x7FFFU;
         const Vec8 scaled = __builtin_bit_cast(Vec8, magnitude << 13) * 0x1p112F;  // from bias 15 to 127
         const Bits8 special = __builtin_bit_cast(Bits8, magnitude >= 0x7C00U) & 0x7F800000U;
-        value = __builtin_bit_cast(Vec8, __builtin_bit_cast(Bits8, scaled) | special | (bits & 0x8000U) << 16);
+        value =
+            __builtin_bit_cast(Vec8, __builtin_bit_cast(Bits8, scaled) | special | (bits & 0x8000U) << 16);
       }
     }
     value *= scale;
