@@ -27,6 +27,7 @@
 #include <support/catch.hpp>
 #include <support/quantized.hpp>
 #include <support/tiny_model.hpp>
+#include <support/tiny_training.hpp>
 
 #include "../../codegemm/cuda/gpu.cuh"
 
@@ -340,37 +341,6 @@ TEST_CASE("gradients on the GPU are the same bits again, and where activations a
 
 namespace {
 
-ModelConfig small_config() {
-  ModelConfig c = tiny_config();
-  c.qk_norm = true;
-  return c;
-}
-
-std::vector<TrainingExample> some_examples(std::uint64_t seed, int count) {
-  Rng rng(seed);
-  std::vector<TrainingExample> out;
-  for (int i = 0; i < count; ++i) {
-    TrainingExample example;
-    example.prompt = random_tokens(rng, 1 + rng.below(9), 60);
-    example.target = {(2 * example.prompt.back()) % 60, 60};
-    if (rng.below(2) == 0) example.target.insert(example.target.begin(), example.prompt.back());
-    out.push_back(std::move(example));
-  }
-  return out;
-}
-
-TrainOptions quick_options() {
-  TrainOptions options;
-  options.steps = 60;
-  options.batch = 8;
-  options.pass_tokens = 24;
-  options.max_tokens = 16;
-  options.rate = 1e-2;
-  options.warmup = 0.1;
-  options.adam.weight_decay = 0.01;
-  return options;
-}
-
 template <class S>
 std::shared_ptr<const DeviceFrozenWeights<S>> on_device(const LlamaModel<DenseLinear>& base,
                                                         const Device& device, cudaStream_t stream) {
@@ -484,7 +454,7 @@ std::vector<std::int32_t> reference_answer(const LlamaModel<DenseLinear>& base,
                                            std::int64_t most, std::int32_t stop) {
   std::vector<ReferenceCache> caches;
   const auto shared = static_cast<std::size_t>(shared_tokens(std::ssize(prompt), sharing));
-  reference_forward(base, std::span(prompt).first(shared), caches);
+  static_cast<void>(reference_forward(base, std::span(prompt).first(shared), caches));
   std::vector<double> logits = reference_forward(module, std::span(prompt).subspan(shared), caches).back();
   std::vector<std::int32_t> out;
   while (true) {

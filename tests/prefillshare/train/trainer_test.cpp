@@ -21,6 +21,7 @@
 #include <support/catch.hpp>
 #include <support/model_harness.hpp>
 #include <support/tiny_model.hpp>
+#include <support/tiny_training.hpp>
 
 using namespace prefillshare;
 using namespace prefillshare::test;
@@ -30,26 +31,6 @@ using codegemm::test::put_file;
 using codegemm::test::TemporaryFolder;
 
 namespace {
-
-ModelConfig small_config() {
-  ModelConfig c = tiny_config();
-  c.qk_norm = true;
-  return c;
-}
-
-std::vector<TrainingExample> some_examples(std::uint64_t seed, int count) {
-  Rng rng(seed);
-  std::vector<TrainingExample> out;
-  for (int i = 0; i < count; ++i) {
-    TrainingExample example;
-    example.prompt = random_tokens(rng, 1 + rng.below(9), 60);
-    // A rule that can be learned: the last prompt token, doubled, and an end.
-    example.target = {(2 * example.prompt.back()) % 60, 60};
-    if (rng.below(2) == 0) example.target.insert(example.target.begin(), example.prompt.back());
-    out.push_back(std::move(example));
-  }
-  return out;
-}
 
 /// The target's mean loss as serving has it: the base's cache of n - 1 tokens (or the model's own), then the
 /// last prompt token and the target through the decode model.
@@ -71,18 +52,6 @@ double served_loss(const LlamaModel<DenseLinear>& base, const LlamaModel<DenseLi
     sum += std::log(total) - static_cast<double>(row[example.target[static_cast<std::size_t>(i)]]);
   }
   return sum / static_cast<double>(rows);
-}
-
-TrainOptions quick_options() {
-  TrainOptions options;
-  options.steps = 60;
-  options.batch = 8;
-  options.pass_tokens = 24;
-  options.max_tokens = 16;
-  options.rate = 1e-2;
-  options.warmup = 0.1;
-  options.adam.weight_decay = 0.01;
-  return options;
 }
 
 std::vector<float> values_of(const TrainableModel<float>& model) {
