@@ -64,8 +64,8 @@ class DeviceBuffer {
     REQUIRE_CUDA(cudaMemcpy(data(), values.data(), bytes(), cudaMemcpyHostToDevice));
   }
   /// Every byte becomes 0xFF: a NaN in every floating-point type.
-  void poison() { REQUIRE_CUDA(cudaMemset(data(), 0xFF, bytes())); }
-  void clear() { REQUIRE_CUDA(cudaMemset(data(), 0, bytes())); }
+  void poison() { fill(0xFF); }
+  void clear() { fill(0); }
   [[nodiscard]] std::vector<T> download() {
     std::vector<T> out(size_);
     REQUIRE_CUDA(cudaMemcpy(out.data(), data(), bytes(), cudaMemcpyDeviceToHost));
@@ -85,6 +85,11 @@ class DeviceBuffer {
   static constexpr std::size_t kGuard = 1024;
   static constexpr unsigned char kPattern = 0xA5;
   [[nodiscard]] std::size_t bytes() const { return size_ * sizeof(T); }
+  // Waits: cudaMemset returns before it is done, and a non-blocking stream does not wait for it.
+  void fill(int byte) {
+    REQUIRE_CUDA(cudaMemset(data(), byte, bytes()));
+    REQUIRE_CUDA(cudaDeviceSynchronize());
+  }
   std::size_t size_ = 0;
   std::byte* base_ = nullptr;
 };
