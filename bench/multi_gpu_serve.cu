@@ -4,11 +4,13 @@
 // GPU, really executed at the shapes of Llama-3.1-8B: base caches go to the other by peer copy, layer
 // by layer, while the next is computed. Decode modules in 2 bits; random weights, lengths fixed.
 //
-//   separate   each agent's model prefills for itself (4 models on the prefill GPU)
+//   separate   each agent's model prefills for itself (4 models on the prefill GPU), its caches in a quarter
+//              of the KV memory
+//   pooled     the same models, their caches in one pool
 //   shared     one base model prefills for all
 //
 // All sessions are there at once: throughput and latency past saturation. The prefill GPU's memory for
-// weights and KV together is the same in both.
+// weights and KV together is the same in all.
 //
 // usage: multi-gpu-serve [--json FILE] [--quick] [--sessions N]
 //   FILE keeps its other rows
@@ -91,23 +93,31 @@ double percentile(std::vector<double> values, double share) {
   return values[static_cast<std::size_t>(share * static_cast<double>(values.size() - 1) + 0.5)];
 }
 
+struct System {
+  const char* name;
+  int bases;  // prefill models
+  int pools;  // of KV, of one size: one, or one for each base
+};
+
 // A prefill GPU with one base model or one for each agent.
 class PrefillHalf {
  public:
   using Transport = PeerPageTransport<__half, Table>;
 
-  PrefillHalf(const ModelConfig& config, int bases, std::int64_t bytes, bool quick)
+  PrefillHalf(const ModelConfig& config, const System& system, std::int64_t bytes, bool quick)
       : device_(device_of(0)), copies_(true) {
     auto cublas = take(Cublas::create());
     std::int64_t weights = 0;
-    for (int i = 0; i < bases; ++i) {
+    for (int i = 0; i < system.bases; ++i) {
       models_.push_back(std::make_shared<const Base>(
           RandomLlama(cublas, static_cast<std::uint64_t>(1 + 1000 * i)).dense_model(config)));
       weights +=
           linear_bytes(*models_.back()) + static_cast<std::int64_t>(models_.back()->embedding->bytes());
     }
     const std::int64_t block = kv_shape(config).bytes_per_block(sizeof(__half));
-    pool_ = std::make_unique<KvPool>(config, (quick ? bytes / 8 : bytes - weights) / block, compute_.get);
+    const std::int64_t blocks = (quick ? bytes / 8 : bytes - weights) / block;
+    for (int i = 0; i < system.pools; ++i)
+      pools_.push_back(std::make_unique<KvPool>(config, blocks / system.pools, compute_.get));
     workspace_ = std::make_unique<DeviceWorkspace<__half>>(
         take(DeviceWorkspace<__half>::create(*models_[0], kChunk, kMostRunning, device_)));
     batch_ = std::make_unique<PrefillBatch>(
@@ -115,10 +125,10 @@ class PrefillHalf {
     DeviceResources<__half> on;
     on.device = device_;
     on.stream = compute_.get;
-    on.allocator = pool_->allocator.get();
-    on.storage = &pool_->storage;
     on.workspace = workspace_.get();
-    for (int i = 0; i < bases; ++i) {
+    for (int i = 0; i < system.bases; ++i) {
+      on.allocator = pool_of(i).allocator.get();
+      on.storage = &pool_of(i).storage;
       modules_.push_back(std::make_unique<DevicePrefillModule<Dense, Dense>>(
           models_[static_cast<std::size_t>(i)], CacheKey{codegemm::concat("base ", i), "1", ""}));
       const DevicePrefill<Dense, Dense> runner(*modules_.back(), on, *batch_, kLongest);
@@ -127,7 +137,9 @@ class PrefillHalf {
     }
   }
   const CacheKey& key(int agent) const { return modules_[worker_of(agent)]->key(); }
-  std::int64_t blocks() const { return pool_->storage.blocks(); }
+  std::int64_t blocks() const {
+    return pools_[0]->storage.blocks() * static_cast<std::int64_t>(pools_.size());
+  }
   cudaStream_t copies() const { return copies_.get; }
 
   // Until `over`: takes jobs, computes, sends. `lock` guards the transport, which the decode side polls.
@@ -145,10 +157,11 @@ class PrefillHalf {
         check(workers_[worker_of(job.agent)]->submit(std::move(wanted)));
       }
       bool idle = true;
-      for (const auto& worker : workers_) {
-        if (worker->idle()) continue;
+      for (std::size_t i = 0; i < workers_.size(); ++i) {
+        if (workers_[i]->idle()) continue;
         idle = false;
-        worker->step(
+        const KvPool& pool = pool_of(static_cast<int>(i));
+        workers_[i]->step(
             0,
             [&](const PagesReady& pages) {
               const HandoffGrant& grant = grants.at(pages.job);
@@ -159,9 +172,9 @@ class PrefillHalf {
               run.blocks = pages.blocks;
               run.last_tokens = pages.last_tokens;
               out.sent_bytes += static_cast<double>(pages.blocks.size()) *
-                                static_cast<double>(pages_of(pool_->storage, 0).bytes);
+                                static_cast<double>(pages_of(pool.storage, 0).bytes);
               const std::lock_guard guard(lock);
-              return transport.send(pool_->storage, run, compute_.get);
+              return transport.send(pool.storage, run, compute_.get);
             },
             [&](PrefillResult&& result) {
               check(result.status);
@@ -180,9 +193,11 @@ class PrefillHalf {
     }
     copies_.wait();
     while (!kept_.empty()) drop_first();
-    check(pool_->allocator->check_invariants());
-    if (pool_->allocator->stats().in_use_blocks != 0)
-      throw std::runtime_error("the prefill GPU keeps blocks");
+    for (const auto& pool : pools_) {
+      check(pool->allocator->check_invariants());
+      if (pool->allocator->stats().in_use_blocks != 0)
+        throw std::runtime_error("the prefill GPU keeps blocks");
+    }
   }
 
  private:
@@ -194,13 +209,14 @@ class PrefillHalf {
     check(cudaEventDestroy(kept_.front().copied), "cudaEventDestroy");
     kept_.pop_front();
   }
+  KvPool& pool_of(int base) const { return *pools_[pools_.size() > 1 ? static_cast<std::size_t>(base) : 0]; }
   std::size_t worker_of(int agent) const { return workers_.size() > 1 ? static_cast<std::size_t>(agent) : 0; }
 
   Device device_;
   Stream compute_;
   Stream copies_;
   std::vector<std::shared_ptr<const Base>> models_;
-  std::unique_ptr<KvPool> pool_;
+  std::vector<std::unique_ptr<KvPool>> pools_;
   std::unique_ptr<DeviceWorkspace<__half>> workspace_;
   std::unique_ptr<PrefillBatch> batch_;
   std::vector<std::unique_ptr<DevicePrefillModule<Dense, Dense>>> modules_;
@@ -396,17 +412,18 @@ int program(int argc, char** argv) {
   DecodeHalf decode(config, to, options.quick ? needed / 2 : needed, options.sessions);
   double shared_tokens_per_s = 0.0;
   double shared_p95 = 0.0;
-  for (const int bases : {1, kAgents}) {
+  for (const System& system :
+       {System{"shared", 1, 1}, {"pooled", kAgents, 1}, {"separate", kAgents, kAgents}}) {
     use(0);
-    PrefillHalf prefill(config, bases, bytes, options.quick);
-    static_cast<void>(
-        decode.run(prefill, std::min(options.sessions, 2), 900 + static_cast<std::uint64_t>(bases)));
-    const Outcome out = decode.run(prefill, options.sessions, static_cast<std::uint64_t>(bases));
+    PrefillHalf prefill(config, system, bytes, options.quick);
+    const auto seed = static_cast<std::uint64_t>(system.bases);
+    static_cast<void>(decode.run(prefill, std::min(options.sessions, 2), 900 + seed));
+    const Outcome out = decode.run(prefill, options.sessions, seed);
     const double tokens_per_s = static_cast<double>(out.answers) / out.seconds;
     const double p95 = percentile(out.sessions_s, 0.95);
     nlohmann::json row = {
         {"part", "serve"},
-        {"name", bases == 1 ? "shared" : "separate"},
+        {"name", system.name},
         {"gpus", std::min(gpus, 2)},
         {"model", "8b"},
         {"layers", config.layers},
@@ -422,7 +439,7 @@ int program(int argc, char** argv) {
                           static_cast<double>(std::max<std::int64_t>(1, out.reused + out.computed))},
         {"handed_over_bytes", out.sent_bytes},
         {"seconds", out.seconds}};
-    if (bases == 1) {
+    if (system.bases == 1) {
       shared_tokens_per_s = tokens_per_s;
       shared_p95 = p95;
     } else {
