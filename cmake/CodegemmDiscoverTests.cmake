@@ -13,11 +13,16 @@ function(codegemm_set_test name labels timeout environment)
   endif()
 endfunction()
 
-# codegemm_list(OUT PROGRAM): the names of the program's test cases, one a line; empty if it cannot tell.
-function(codegemm_list out program)
-  execute_process(COMMAND "${program}" --list-test-names-only OUTPUT_VARIABLE names ERROR_VARIABLE errors)
+# codegemm_list(OUT PROGRAM TAG): the names of the program's test cases, one a line; empty if it cannot tell. TAG: only
+# those of the source file of that name, if not empty.
+function(codegemm_list out program tag)
+  set(only "")
+  if(NOT tag STREQUAL "")
+    set(only --filenames-as-tags "[#${tag}]")
+  endif()
+  execute_process(COMMAND "${program}" --list-test-names-only ${only} OUTPUT_VARIABLE names ERROR_VARIABLE errors)
   if(names STREQUAL "" OR NOT errors STREQUAL "")  # Catch2 3 has no such option
-    execute_process(COMMAND "${program}" --list-tests --verbosity quiet
+    execute_process(COMMAND "${program}" --list-tests --verbosity quiet ${only}
                     OUTPUT_VARIABLE names ERROR_VARIABLE errors RESULT_VARIABLE result)
     if(NOT result EQUAL 0)
       set(names "")
@@ -26,8 +31,8 @@ function(codegemm_list out program)
   set(${out} "${names}" PARENT_SCOPE)
 endfunction()
 
-# codegemm_discover(PROGRAM PREFIX CACHE_FILE LABELS TIMEOUT ENVIRONMENT)
-function(codegemm_discover program prefix cache labels timeout environment)
+# codegemm_discover(PROGRAM PREFIX CACHE_FILE LABELS TIMEOUT ENVIRONMENT TAG)
+function(codegemm_discover program prefix cache labels timeout environment tag)
   if(NOT EXISTS "${program}")
     # A program that is not there must not look like one without tests.
     add_test("${prefix}: not built" "${program}")
@@ -35,7 +40,7 @@ function(codegemm_discover program prefix cache labels timeout environment)
     return()
   endif()
   if(NOT EXISTS "${cache}" OR "${program}" IS_NEWER_THAN "${cache}")
-    codegemm_list(rest "${program}")
+    codegemm_list(rest "${program}" "${tag}")
     string(REGEX REPLACE "^[ \n]+" "" rest "${rest}")
     if(rest STREQUAL "")
       add_test("${prefix}: lists no test" "${program}" --no-such-option)

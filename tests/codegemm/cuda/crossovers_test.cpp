@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "support/catch.hpp"
+#include <support/catch.hpp>
 
 namespace codegemm::test {
 namespace {

@@ -18,7 +18,7 @@ using codegemm::StatusCode;
 using namespace codegemm::test;
 
 namespace {
-std::string text_of(const MappedFile& file) {
+std::string bytes_of(const MappedFile& file) {
   return {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()};
 }
 }  // namespace
@@ -29,7 +29,7 @@ TEST_CASE("a mapped file shows the file's bytes and survives being moved", "[io]
   put_file(folder / "b", "other");
   Result<MappedFile> a = MappedFile::open(folder / "a");
   REQUIRE(a.ok());
-  CHECK(text_of(*a) == std::string("one\0two", 7));
+  CHECK(bytes_of(*a) == std::string("one\0two", 7));
   CHECK(a->path() == folder / "a");
 
   const std::byte* where = a->bytes().data();
@@ -38,7 +38,7 @@ TEST_CASE("a mapped file shows the file's bytes and survives being moved", "[io]
   Result<MappedFile> b = MappedFile::open(folder / "b");
   REQUIRE(b.ok());
   moved = *std::move(b);
-  CHECK(text_of(moved) == "other");
+  CHECK(bytes_of(moved) == "other");
   CHECK(MappedFile().bytes().empty());
 }
 
@@ -48,7 +48,7 @@ TEST_CASE("a mapping outlives the name of its file", "[io]") {
   Result<MappedFile> a = MappedFile::open(folder / "a");
   REQUIRE(a.ok());
   REQUIRE(::unlink((folder / "a").c_str()) == 0);
-  CHECK(text_of(*a) == "content");
+  CHECK(bytes_of(*a) == "content");
 }
 
 TEST_CASE("files that cannot be mapped are named with the reason", "[io]") {

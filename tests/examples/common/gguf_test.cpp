@@ -222,7 +222,7 @@ TEST_CASE("a GGUF file cut at any byte is refused", "[gguf]") {
   }
 }
 
-TEST_CASE("no change of a single byte gets past the checks into bad memory", "[gguf]") {
+TEST_CASE("no change of a single byte of a GGUF file gets past the checks into bad memory", "[gguf]") {
   const std::string whole = full_file().build();
   int refused = 0;
   int accepted = 0;

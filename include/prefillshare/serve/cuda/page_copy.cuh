@@ -209,6 +209,20 @@ class UnderWay {
     }
     return {};
   }
+  // How many have not ended; ended(entry) for the others.
+  template <class Ended>
+  [[nodiscard]] Result<std::int64_t> poll(Ended&& ended) {
+    if (Status s = collect(false, ended); !s.ok()) return s;
+    return size();
+  }
+  // Waits for all.
+  template <class Ended>
+  [[nodiscard]] Status drain(Ended&& ended) {
+    while (count_ > 0) {
+      if (Status s = collect(true, ended); !s.ok()) return s;
+    }
+    return {};
+  }
 
  private:
   Events events_;
@@ -224,6 +238,15 @@ struct PagesOnTheWay {
   std::int64_t first = 0;
   std::int64_t count = 0;
 };
+
+// Tells the table of pages that have been written.
+template <class Table>
+[[nodiscard]] auto finish_in(Table& table) {
+  return [&table](const PagesOnTheWay& pages) {
+    // That it was aborted meanwhile is no failure of the transport: the blocks go back with this.
+    static_cast<void>(table.finish(pages.handoff, pages.layer, pages.first, pages.count).ok());
+  };
+}
 
 }  // namespace detail
 

@@ -67,7 +67,7 @@ class PeerPageTransport {
     }
     if (Status s = detail::check_device_run(from, run); !s.ok()) return s;
     if (under_way_.full()) {
-      if (Status s = collect(true); !s.ok()) return s;
+      if (Status s = under_way_.collect(true, detail::finish_in(*table_)); !s.ok()) return s;
     }
     const std::int64_t count = std::ssize(run.blocks);
     const Result<std::vector<BlockId>> blocks =
@@ -89,27 +89,12 @@ class PeerPageTransport {
   }
 
   /// As DevicePageTransport says. kCudaError.
-  [[nodiscard]] Result<std::int64_t> poll() {
-    if (Status s = collect(false); !s.ok()) return s;
-    return under_way_.size();
-  }
+  [[nodiscard]] Result<std::int64_t> poll() { return under_way_.poll(detail::finish_in(*table_)); }
   /// The same.
-  [[nodiscard]] Status drain() {
-    while (under_way_.size() > 0) {
-      if (Status s = collect(true); !s.ok()) return s;
-    }
-    return {};
-  }
+  [[nodiscard]] Status drain() { return under_way_.drain(detail::finish_in(*table_)); }
 
  private:
   PeerPageTransport() = default;
-
-  [[nodiscard]] Status collect(bool wait) {
-    return under_way_.collect(wait, [&](const detail::PagesOnTheWay& pages) {
-      // That it was aborted meanwhile is no failure of the transport: the blocks go back with this.
-      static_cast<void>(table_->finish(pages.handoff, pages.layer, pages.first, pages.count).ok());
-    });
-  }
 
   Table* table_ = nullptr;
   const DeviceKvStorage<T>* to_ = nullptr;

@@ -160,15 +160,11 @@ class StagedPageSender {
 
   /// Runs whose pages may not be written yet. kCudaError.
   [[nodiscard]] Result<std::int64_t> poll() {
-    if (Status s = under_way_.collect(false, [](int) {}); !s.ok()) return s;
-    return under_way_.size();
+    return under_way_.poll([](int) {});
   }
   /// Waits for all. kCudaError.
   [[nodiscard]] Status drain() {
-    while (under_way_.size() > 0) {
-      if (Status s = under_way_.collect(true, [](int) {}); !s.ok()) return s;
-    }
-    return {};
+    return under_way_.drain([](int) {});
   }
 
  private:
@@ -238,7 +234,7 @@ class StagedPageReceiver {
                              " blocks of layer ", notice.layer);
     }
     if (under_way_.full()) {
-      if (Status s = collect(true); !s.ok()) return s;
+      if (Status s = under_way_.collect(true, detail::finish_in(*table_)); !s.ok()) return s;
     }
     const Result<std::vector<BlockId>> blocks =
         table_->begin(notice.handoff, notice.layer, notice.first, notice.count, notice.last_tokens);
@@ -266,17 +262,9 @@ class StagedPageReceiver {
   }
 
   /// Tells the hand-offs what has arrived; runs that are under way. kCudaError.
-  [[nodiscard]] Result<std::int64_t> poll() {
-    if (Status s = collect(false); !s.ok()) return s;
-    return under_way_.size();
-  }
+  [[nodiscard]] Result<std::int64_t> poll() { return under_way_.poll(detail::finish_in(*table_)); }
   /// The same, and waits for all. kCudaError.
-  [[nodiscard]] Status drain() {
-    while (under_way_.size() > 0) {
-      if (Status s = collect(true); !s.ok()) return s;
-    }
-    return {};
-  }
+  [[nodiscard]] Status drain() { return under_way_.drain(detail::finish_in(*table_)); }
 
  private:
   StagedPageReceiver() = default;
@@ -302,11 +290,6 @@ class StagedPageReceiver {
       return s;
     }
     return detail::cuda_call(cudaEventRecord(staging_.empty(slot), options_.copies), "cudaEventRecord");
-  }
-  [[nodiscard]] Status collect(bool wait) {
-    return under_way_.collect(wait, [&](const detail::PagesOnTheWay& pages) {
-      static_cast<void>(table_->finish(pages.handoff, pages.layer, pages.first, pages.count).ok());
-    });
   }
 
   Wire* wire_ = nullptr;
