@@ -300,6 +300,22 @@ TEST_CASE("16-bit tables and products are off by at most 1e-3, whatever the acti
   }
 }
 
+TEST_CASE("codes are asked for ahead, on into the next tile's", "[codegemm]") {
+  // 10 blocks, of which 3 are as many bytes as are asked for ahead; the next tile's lie behind a gap.
+  std::vector<std::uint8_t> memory(1);
+  const std::int64_t stride = detail::ceil_div(CpuTiles::kLookupAheadBytes, 3);
+  detail::LookupArgs args{};
+  args.codes = memory.data();
+  args.stride = stride;
+  args.blocks = 10;
+  args.next = args.codes;  // nothing follows: back to the first ones
+  CHECK(detail::bytes_ahead(args, 0, 1) == 3 * stride);
+  CHECK(detail::bytes_ahead(args, 0, 2) == 4 * stride);  // whole pairs of blocks
+  CHECK(detail::bytes_ahead(args, 6, 1) == 3 * stride);
+  CHECK(detail::bytes_ahead(args, 7, 1) == -7 * stride);
+  CHECK(detail::bytes_ahead(args, 9, 1) == -7 * stride);
+}
+
 TEST_CASE("gemm takes the automatic way, empty matrices and a caller's own list", "[codegemm]") {
   Rng rng(4);
   SerialExecutor serial;

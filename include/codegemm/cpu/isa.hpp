@@ -34,6 +34,11 @@ enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vbmi = 3, k
   return isa == Isa::kAvx2 || isa == Isa::kAvx512 || isa == Isa::kAvx512Vbmi;
 }
 
+/// Whether kernels for AVX-512 run where `isa` does.
+[[nodiscard]] constexpr bool has_avx512(Isa isa) noexcept {
+  return isa == Isa::kAvx512 || isa == Isa::kAvx512Vbmi;
+}
+
 namespace detail {
 
 #if CODEGEMM_HAS_AVX2

@@ -190,12 +190,18 @@ CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void add_lanes_avx512(__m512i low,
   add_flush_avx512(sums, step, scales, y);
 }
 
-// One flush of kBlocks row blocks. The tables stay in registers for all of them; what the next blocks need is
-// asked for meanwhile.
+// Into the second-level cache: the first has no room for so much beside the tables.
+CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void prefetch_ahead(const std::uint8_t* codes) {
+  _mm_prefetch(reinterpret_cast<const char*>(codes), _MM_HINT_T1);
+}
+
+// One flush of kBlocks row blocks. The tables stay in registers for all of them; codes `ahead` bytes further on
+// are asked for meanwhile.
 template <int kCodeBits, int kBlocks>
 CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(const LookupArgs& a,
                                                                             const Flush& f,
-                                                                            std::int64_t block) {
+                                                                            std::int64_t block,
+                                                                            std::int64_t ahead) {
   const std::uint8_t* codes = a.codes + block * a.stride + f.first * kBlockRows;
   const std::uint8_t* table = a.tables + f.first * encoded_bytes(kCodeBits);
   PlaneSums sums[std::size_t{kBlocks}];
@@ -207,7 +213,7 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(cons
     CODEGEMM_UNROLL
     for (int i = 0; i < kBlocks; ++i) {
       const std::uint8_t* const from = codes + i * a.stride;
-      _mm_prefetch(reinterpret_cast<const char*>(from + kBlocks * a.stride), _MM_HINT_T0);
+      prefetch_ahead(from + ahead);
       const __m512i index = _mm512_loadu_si512(from);
       const __mmask64 upper = kCodeBits == 8 ? _mm512_movepi8_mask(index) : 0;
       sums[i].add(low.look_up(index, upper), high.look_up(index, upper));
@@ -229,7 +235,8 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(cons
 template <int kBlocks>
 CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_nibbles_vbmi(const LookupArgs& a,
                                                                              const Flush& f,
-                                                                             std::int64_t block) {
+                                                                             std::int64_t block,
+                                                                             std::int64_t ahead) {
   constexpr std::int64_t kEntryBytes = code_bytes(4);
   const __m512i mask = _mm512_set1_epi8(15);
   const std::uint8_t* codes = a.codes + block * a.stride + f.first * kEntryBytes;
@@ -255,7 +262,7 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_nibbles_vbmi(con
     CODEGEMM_UNROLL
     for (int i = 0; i < kBlocks; ++i) {
       const std::uint8_t* const from = codes + i * a.stride;
-      _mm_prefetch(reinterpret_cast<const char*>(from + kBlocks * a.stride), _MM_HINT_T0);
+      prefetch_ahead(from + ahead);
       // Without a second entry its table is 0, whatever its codes.
       const __m512i both =
           two ? _mm512_loadu_si512(from)
@@ -288,11 +295,12 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_nibbles_vbmi(con
 template <int kCodeBits, int kBlocks>
 CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_group_vbmi(const LookupArgs& a,
                                                                            std::int64_t block) {
+  const std::int64_t ahead = bytes_ahead(a, block, kBlocks);
   for (const Flush* f = a.flushes; f != a.flushes + a.flush_count; ++f) {
     if constexpr (kCodeBits == 4) {
-      look_up_nibbles_vbmi<kBlocks>(a, *f, block);
+      look_up_nibbles_vbmi<kBlocks>(a, *f, block, ahead);
     } else {
-      look_up_blocks_vbmi<kCodeBits, kBlocks>(a, *f, block);
+      look_up_blocks_vbmi<kCodeBits, kBlocks>(a, *f, block, ahead);
     }
   }
 }
