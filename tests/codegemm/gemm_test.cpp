@@ -18,6 +18,7 @@
 #include <codegemm/gemm.hpp>
 #include <codegemm/pack.hpp>
 
+#include <codegemm/cpu/permutes_check.hpp>
 #include <codegemm/samples.hpp>
 #include <support/catch.hpp>
 #include <support/random.hpp>
@@ -299,6 +300,14 @@ TEST_CASE("16-bit tables and products are off by at most 1e-3, whatever the acti
     }
   }
 }
+
+#if CODEGEMM_HAS_AVX512
+TEST_CASE("8-bit codes are looked up the same way with permutes of one register and of two", "[codegemm]") {
+  if (!isa_available(Isa::kAvx512Vbmi)) return;  // then avx512_emulated_test does it
+  test::check_permutes<detail::Permutes::kTwoRegisters>();
+  test::check_permutes<detail::Permutes::kOneRegister>();
+}
+#endif
 
 TEST_CASE("codes are asked for ahead, on into the next tile's", "[codegemm]") {
   // 10 blocks, of which 3 are as many bytes as are asked for ahead; the next tile's lie behind a gap.

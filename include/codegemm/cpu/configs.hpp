@@ -134,9 +134,9 @@ struct CpuTiles {
   /// How far ahead codes are asked for; a page, which is where the processor's own prefetching ends.
   static constexpr std::int64_t kPrefetchBytes = 4096;
   static constexpr std::int64_t kGatherPrefetchBytes = 1024;  ///< the same where codes are gathered
-  /// How far ahead codes are asked for where they are looked up with VBMI, which is faster than memory: what
-  /// arrives while tables are built.
-  static constexpr std::int64_t kLookupAheadBytes = 32768;
+  /// How far ahead codes are asked for where they are looked up with VBMI, which is faster than memory. Twice
+  /// as far is no better, and many bytes asked for at once hold up what comes after them.
+  static constexpr std::int64_t kLookupAheadBytes = 8192;
   /// Tokens in the lanes: 32 KiB of tables, that is 4 entries of 256 centroids x 8 tokens. Fewer entries cost
   /// more passes over the partial sums; with 8 entries the tables fall out of the cache.
   static constexpr std::int64_t kLaneTableFloats = 8192;
