@@ -67,8 +67,8 @@ namespace detail {
 #endif
 }
 
-/// Whether looking bytes up in two registers takes as long as twice in one: three operations on Intel's cores,
-/// one on AMD's.
+/// Whether looking bytes up in two registers takes as long as twice in one: three operations on Intel's
+/// cores, one on AMD's.
 [[nodiscard]] inline bool two_register_lookups_are_slow() noexcept {
 #if CODEGEMM_HAS_AVX2
   static const bool intel = __builtin_cpu_is("intel") != 0;

@@ -220,8 +220,8 @@ CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void prefetch_ahead(const std::uin
   _mm_prefetch(reinterpret_cast<const char*>(codes), _MM_HINT_T1);
 }
 
-// One flush of kBlocks row blocks. The tables stay in registers for all of them; codes `ahead` bytes further on
-// are asked for meanwhile.
+// One flush of kBlocks row blocks. The tables stay in registers for all of them; codes `ahead` bytes further
+// on are asked for meanwhile.
 template <int kCodeBits, int kBlocks, Permutes kPermutes>
 CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(const LookupArgs& a,
                                                                             const Flush& f,
