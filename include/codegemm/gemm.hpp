@@ -100,6 +100,10 @@ template <class Configs = CpuConfigs>
   const Regime regime = choose_regime(w.view(), x.rows, isa, asked);
   if (regime == Regime::kDense) {
     run_dense(kernels, args, executor);
+#if CODEGEMM_HAS_AMX
+  } else if (regime == Regime::kBytes) {
+    run_bytes(kernels, args, executor, kAmxKernels);
+#endif
   } else if (regime == Regime::kInteger) {
     run_integer(kernels, args, executor);
   } else {

@@ -18,6 +18,7 @@
 #include <codegemm/gemm.hpp>
 #include <codegemm/pack.hpp>
 
+#include <codegemm/cpu/permutes_check.hpp>
 #include <codegemm/samples.hpp>
 #include <support/catch.hpp>
 #include <support/random.hpp>
@@ -184,8 +185,8 @@ TEST_CASE("the result has the same bits for any number of workers", "[codegemm]"
       REQUIRE(packed.ok());
       for (const std::int64_t tokens : {1, 4, 21, 300}) {
         const std::vector<float> x = rng.normals(tokens * cols);
-        for (const Regime regime :
-             {Regime::kAutomatic, Regime::kPsumbook, Regime::kDense, Regime::kLookup, Regime::kInteger}) {
+        for (const Regime regime : {Regime::kAutomatic, Regime::kPsumbook, Regime::kDense, Regime::kLookup,
+                                    Regime::kInteger, Regime::kBytes}) {
           CAPTURE(format_name(f), tokens, isa_name(isa), static_cast<int>(regime));
           SerialExecutor serial;
           const std::vector<float> want = multiply(*packed, x, tokens, serial, isa, regime);
@@ -298,6 +299,124 @@ TEST_CASE("16-bit tables and products are off by at most 1e-3, whatever the acti
       }
     }
   }
+}
+
+#if CODEGEMM_HAS_AVX512
+TEST_CASE("8-bit codes are looked up the same way with permutes of one register and of two", "[codegemm]") {
+  if (!isa_available(Isa::kAvx512Vbmi)) return;  // then avx512_emulated_test does it
+  test::check_permutes<detail::Permutes::kTwoRegisters>();
+  test::check_permutes<detail::Permutes::kOneRegister>();
+}
+#endif
+
+#if CODEGEMM_HAS_AMX
+
+namespace {
+
+void no_tiles() {}
+
+// What AMX's tiles are to do, by the layout that ByteTileArgs describes.
+void multiply_bytes_plainly(const detail::ByteTileArgs& a) {
+  const auto whole = [](const std::int8_t* from, std::int64_t plane) { return 256 * from[0] + from[plane]; };
+  for (std::int64_t t = 0; t < 16; ++t) {
+    for (std::int64_t n = 0; n < 16; ++n) {
+      float& c = a.c[t * a.stride + n];
+      bool accumulate = a.accumulate;
+      for (std::int64_t k = 0, end = 0; k < a.depth; k = end) {
+        end = detail::chunk_end(a.first_k + k, a.first_k + a.depth, a.scale_group) - a.first_k;
+        std::int64_t sum = 0;
+        for (std::int64_t i = k; i < end; ++i) {
+          sum += whole(a.x + i / 64 * 2048 + t * 64 + i % 64, 1024) *
+                 whole(a.w + i / 4 * 128 + n * 4 + i % 4, 64);
+        }
+        const std::int64_t unit = k / CpuTiles::kIntegerUnit;
+        const float step = a.x_steps[unit * 16 + t] * a.w_steps[unit * a.ld_steps + n];
+        const float value = static_cast<float>(sum) * step;
+        c = accumulate ? value + c : value;
+        accumulate = true;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("integers multiplied as bytes give the same sums", "[codegemm]") {
+  if (!isa_available(Isa::kAvx512Vbmi)) return;
+  const std::uint64_t seed = test::seed_or(51);
+  CAPTURE(seed, detail::amx_available());
+  Rng rng(seed);
+  ThreadPool pool(2);
+  int done = 0;
+  for (const Format f :
+       {Format{4, 1, 8, 64}, Format{8, 2, 8, 128}, Format{4, 2, 4, -1}, Format{2, 3, 6, 192}}) {
+    for (const std::int64_t rows : {16, 37, 113}) {
+      for (const std::int64_t cols : {64, 576, 1216}) {
+        const QuantizedMatrix w = test::random_quantized(rng, f, rows, cols);
+        const Result<PackedMatrix> packed = detail::pack_for(w.view(), Isa::kAvx512Vbmi);
+        REQUIRE(packed.ok());
+        if (!detail::can_multiply_integers(packed->view(), Isa::kAvx512Vbmi)) continue;
+        for (const std::int64_t tokens : {1, 16, 35, 260}) {
+          CAPTURE(format_name(f), rows, cols, tokens);
+          std::vector<float> x = rng.normals(tokens * cols);
+          x[3] = 1000.0F;
+          const std::vector<float> want =
+              multiply(*packed, x, tokens, pool, Isa::kAvx512Vbmi, Regime::kInteger);
+          // Multiplied plainly, wherever the test runs; with AMX where there is AMX.
+          const detail::DensePlan plan = detail::make_bytes_plan(rows, cols, tokens);
+          AlignedBuffer<float> workspace;
+          REQUIRE(workspace.reserve(static_cast<std::size_t>(plan.floats(pool.workers()))));
+          for (float& value : workspace.span()) value = std::numeric_limits<float>::quiet_NaN();
+          std::vector<float> y(static_cast<std::size_t>(tokens * rows),
+                               std::numeric_limits<float>::quiet_NaN());
+          const detail::GemmArgs args{packed->view(), MatrixView<const float>(x.data(), tokens, cols),
+                                      MatrixView<float>(y.data(), tokens, rows), workspace.data()};
+          SerialExecutor serial;
+          detail::CpuKernels kernels{};
+          first_match(
+              CpuConfigs{}, [&](auto config) { return config.kVecLen == f.v && config.kCodeBits == f.b; },
+              [&](auto config) { kernels = detail::cpu_kernels_of<decltype(config)>(Isa::kAvx512Vbmi); });
+          const auto check_same = [&](const std::vector<float>& got) {
+            double off2 = 0.0;
+            double size2 = 0.0;
+            for (std::size_t i = 0; i < want.size(); ++i) {
+              const double off = static_cast<double>(got[i]) - static_cast<double>(want[i]);
+              off2 += off * off;
+              size2 += static_cast<double>(want[i]) * static_cast<double>(want[i]);
+            }
+            CHECK(off2 <= 1e-12 * size2);  // the compiler may join a product and a sum
+          };
+          if (tokens <= 35) {
+            detail::run_bytes(kernels, args, serial, {&no_tiles, &multiply_bytes_plainly, &no_tiles});
+            check_same(y);
+          }
+          if (detail::amx_available()) {
+            check_same(multiply(*packed, x, tokens, pool, Isa::kAvx512Vbmi, Regime::kBytes));
+          }
+          ++done;
+        }
+      }
+    }
+  }
+  CHECK(done > 100);
+}
+
+#endif
+
+TEST_CASE("codes are asked for ahead, on into the next tile's", "[codegemm]") {
+  // 10 blocks, of which 3 are as many bytes as are asked for ahead; the next tile's lie behind a gap.
+  std::vector<std::uint8_t> memory(1);
+  const std::int64_t stride = detail::ceil_div(CpuTiles::kLookupAheadBytes, 3);
+  detail::LookupArgs args{};
+  args.codes = memory.data();
+  args.stride = stride;
+  args.blocks = 10;
+  args.next = args.codes;  // nothing follows: back to the first ones
+  CHECK(detail::bytes_ahead(args, 0, 1) == 3 * stride);
+  CHECK(detail::bytes_ahead(args, 0, 2) == 4 * stride);  // whole pairs of blocks
+  CHECK(detail::bytes_ahead(args, 6, 1) == 3 * stride);
+  CHECK(detail::bytes_ahead(args, 7, 1) == -7 * stride);
+  CHECK(detail::bytes_ahead(args, 9, 1) == -7 * stride);
 }
 
 TEST_CASE("gemm takes the automatic way, empty matrices and a caller's own list", "[codegemm]") {

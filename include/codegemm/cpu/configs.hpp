@@ -134,6 +134,9 @@ struct CpuTiles {
   /// How far ahead codes are asked for; a page, which is where the processor's own prefetching ends.
   static constexpr std::int64_t kPrefetchBytes = 4096;
   static constexpr std::int64_t kGatherPrefetchBytes = 1024;  ///< the same where codes are gathered
+  /// How far ahead codes are asked for where they are looked up with VBMI, which is faster than memory. Twice
+  /// as far is no better, and many bytes asked for at once hold up what comes after them.
+  static constexpr std::int64_t kLookupAheadBytes = 8192;
   /// Tokens in the lanes: 32 KiB of tables, that is 4 entries of 256 centroids x 8 tokens. Fewer entries cost
   /// more passes over the partial sums; with 8 entries the tables fall out of the cache.
   static constexpr std::int64_t kLaneTableFloats = 8192;
@@ -159,7 +162,11 @@ struct CpuTiles {
   /// groups that are no multiple of the unit would make chunks too short to pay.
   static constexpr std::int64_t kIntegerDepth = 512;
   static constexpr std::int64_t kIntegerChunk = 128;  ///< weights whose products are added in 32 bits
-  static constexpr std::int64_t kIntegerUnit = 32;    ///< weights of a step; scale groups must be multiples
+  /// Whether gemm() takes tiles of bytes (AMX) of itself: only where they were tested on such a processor.
+  static constexpr bool kUseAmx = false;
+  static constexpr std::int64_t kAmxTokens = 16;    ///< tokens of a tile of bytes
+  static constexpr std::int64_t kAmxColumns = 64;   ///< columns of a step of it
+  static constexpr std::int64_t kIntegerUnit = 32;  ///< weights of a step; scale groups must be multiples
 };
 
 /// Measured on a Zen 3 core in its cycles; only their ratios matter. From them follows which way is taken at
@@ -174,6 +181,7 @@ struct CpuCosts {
   static constexpr double kIntegerMultiply = 1 / 22.0;        ///< in 16-bit integers, AVX2
   static constexpr double kIntegerMultiplyAvx512 = 1 / 27.0;  ///< AVX-512 without VNNI
   static constexpr double kIntegerMultiplyVnni = 1 / 35.0;    ///< with VNNI
+  static constexpr double kIntegerMultiplyAmx = 1 / 100.0;    ///< as bytes with AMX
   static constexpr double kIntegerDequantize = 1.5;           ///< one code of one row
 
   /// One entry, 64 rows x 1 token looked up in registers, for 4 to 8 bits a code; 0 where gathering is as

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include <codegemm/base/executor.hpp>
 #include <codegemm/base/matrix_view.hpp>
@@ -22,11 +23,21 @@ struct TileTarget {
   bool accumulate;
 };
 
+/// Tokens of a Way's tile: 6 unless it says otherwise.
+template <class Way>
+[[nodiscard]] constexpr std::int64_t tile_tokens() noexcept {
+  if constexpr (requires { Way::kTileTokens; }) {
+    return Way::kTileTokens;
+  } else {
+    return CpuTiles::kDenseTokens;
+  }
+}
+
 /// A tile at the edge: multiply(TileTarget) computes it whole beside y, and the part that exists is copied.
-template <class MultiplyTile>
+template <std::int64_t kTokens, class MultiplyTile>
 void multiply_edge(MultiplyTile&& multiply, const TileTarget& to, std::int64_t tokens, std::int64_t rows) {
   constexpr std::int64_t kRows = CpuTiles::kDenseRows;
-  float whole[static_cast<std::size_t>(CpuTiles::kDenseTokens * kRows)];
+  float whole[static_cast<std::size_t>(kTokens * kRows)];
   multiply(TileTarget{whole, kRows, false});
   for (std::int64_t t = 0; t < tokens; ++t) {
     for (std::int64_t n = 0; n < rows; ++n) {
@@ -42,10 +53,12 @@ void multiply_edge(MultiplyTile&& multiply, const TileTarget& to, std::int64_t t
 ///   lay_out(tile)                               brings 6 tokens into the workspace, before all else
 ///   fill(first_row, first_k, depth, memory)     48 rows of a slab of W, as far as they exist, to a worker's
 ///   multiply(tile, row, first_k, depth, memory, TileTarget)   16 of them, from the row-th on, times 6 tokens
+///   kTileTokens, begin_task(), end_task()       if it has them: tokens of a tile, not 6; around a task
 template <class Way>
 void run_tiles(const DensePlan& plan, MatrixView<float> y, float* workspace, Executor& executor, Way&& way,
                bool accumulate = false) {
-  constexpr std::int64_t kTokens = CpuTiles::kDenseTokens;
+  using PlainWay = std::remove_cvref_t<Way>;
+  constexpr std::int64_t kTokens = tile_tokens<PlainWay>();
   constexpr std::int64_t kRows = CpuTiles::kDenseRows;
   parallel_for(executor, plan.token_tiles, [&](std::int64_t tile, int) { way.lay_out(tile); });
 
@@ -56,6 +69,7 @@ void run_tiles(const DensePlan& plan, MatrixView<float> y, float* workspace, Exe
     const std::int64_t first_row = index / plan.token_tasks * CpuTiles::kDenseTaskRows;
     const std::int64_t end_row = std::min(first_row + CpuTiles::kDenseTaskRows, plan.rows);
     float* const memory = workspace + worker * plan.worker_floats;
+    if constexpr (requires { way.begin_task(); }) way.begin_task();
     for (std::int64_t slab = 0; slab < plan.slabs; ++slab) {
       const std::int64_t first_k = slab * plan.slab_depth;
       const std::int64_t depth = std::min(plan.slab_depth, plan.cols - first_k);
@@ -71,11 +85,12 @@ void run_tiles(const DensePlan& plan, MatrixView<float> y, float* workspace, Exe
           if (tokens == kTokens && rows == kRows) {
             multiply(to);
           } else {
-            multiply_edge(multiply, to, tokens, rows);
+            multiply_edge<kTokens>(multiply, to, tokens, rows);
           }
         }
       }
     }
+    if constexpr (requires { way.end_task(); }) way.end_task();
   });
 }
 

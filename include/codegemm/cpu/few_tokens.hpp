@@ -118,23 +118,54 @@ inline void run_psumbook_task(const CpuKernels& kernels, const GemmArgs& args, c
   }
 }
 
-/// Encodes the tables of vectors [j, next), which share a scale, flush by flush, and appends the flushes;
-/// false where one of them needs more than 16 bits.
-inline bool encode_segment(const CpuKernels& kernels, const PackedView& w, std::int64_t first_entry,
-                           std::int64_t entries, const Half* scales, const PsumbookScratch& scratch,
+/// Builds the tables of vectors [j, next) of a tile with activations x, which share a scale, encodes them
+/// flush by flush while they are in the first-level cache, and appends the flushes; false where one of them
+/// needs more than 16 bits: then all tables are there in fp32.
+inline bool encode_segment(const CpuKernels& kernels, const PackedView& w, const float* x, std::int64_t j,
+                           std::int64_t next, const Half* scales, const PsumbookScratch& scratch,
                            std::int64_t& flush_count) {
   const std::int64_t most = flush_entries(w.format.b);
+  const std::int64_t m = w.format.m;
+  const std::int64_t end = next * m;
   std::int64_t count = flush_count;
-  for (std::int64_t done = 0; done < entries; done += most) {
-    const std::int64_t first = first_entry + done;
-    const std::int64_t some = std::min(most, entries - done);
+  std::int64_t built = j;  // vectors
+  const auto build_until = [&](std::int64_t last) {
+    if (last <= built) return;
+    kernels.build1({w.codebooks, w.codebooks_transposed, x + built * w.format.v, last - built, m,
+                    w.format.centroids(), scratch.tables + built * m * w.format.centroids()});
+    built = last;
+  };
+  for (std::int64_t first = j * m; first < end; first += most) {
+    const std::int64_t some = std::min(most, end - first);
+    build_until(ceil_div(first + some, m));
     const float step = kernels.lookup.encode({scratch.tables + first * w.format.centroids(), some,
                                               scratch.encoded + first * encoded_bytes(w.format.b)});
-    if (step < 0.0F) return false;
+    if (step < 0.0F) {
+      build_until(next);
+      return false;
+    }
     if (step > 0.0F) scratch.flushes[count++] = {first, some, step, scales};
   }
   flush_count = count;
   return true;
+}
+
+/// Words of a tile from one row block to the next.
+[[nodiscard]] inline std::int64_t block_words(const PackedView& w, std::int64_t tile) noexcept {
+  return w.vectors_in(tile) * w.format.m * w.entry_words();
+}
+
+/// A task's codes in a tile.
+[[nodiscard]] inline const std::uint64_t* task_codes(const PackedView& w, const PsumbookTask& task,
+                                                     std::int64_t tile) noexcept {
+  return w.tile_codes(tile) + task.first_block * block_words(w, tile);
+}
+
+/// Asks for the first codes of a task, which nothing before it has asked for.
+inline void ask_for_codes(const PackedView& w, const PsumbookTask& task, std::int64_t bytes) noexcept {
+  const std::uint64_t* const codes = task_codes(w, task, task.first_tile);
+  const std::int64_t words = std::min(bytes / 8, task.blocks * block_words(w, task.first_tile));
+  for (std::int64_t i = 0; i < words; i += 8) __builtin_prefetch(codes + i, 0, 2);
 }
 
 /// sums[t][blocks * 64], `sum_stride` apart, = the task's rows times its tokens over its tiles. A scale group
@@ -148,28 +179,30 @@ inline void run_lookup_task(const CpuKernels& kernels, const GemmArgs& args, con
   for (std::int64_t t = 0; t < task.tokens; ++t) {
     std::fill_n(sums + t * sum_stride, task.blocks * kBlockRows, 0.0F);
   }
+  ask_for_codes(w, task, kernels.lookup.ahead_bytes);
   for (std::int64_t tile = task.first_tile; tile < task.last_tile; ++tile) {
     const std::int64_t first = tile * w.tile_vectors;
     const std::int64_t count = w.vectors_in(tile);
-    const std::int64_t stride = count * m * words;
-    const std::uint64_t* const codes = w.tile_codes(tile) + task.first_block * stride;
+    const std::int64_t stride = block_words(w, tile);
+    const std::uint64_t* const codes = task_codes(w, task, tile);
     for (std::int64_t t = 0; t < task.tokens; ++t) {
       const float* const x = args.x.row(task.first_token + t) + first * w.format.v;
       float* const y = sums + t * sum_stride;
-      kernels.build1(
-          {w.codebooks, w.codebooks_transposed, x, count, m, w.format.centroids(), scratch.tables});
       std::int64_t flush_count = 0;
       for (std::int64_t j = 0, next = 0; j < count; j = next) {  // [j, next) share a scale
         const std::int64_t group = (first + j) / segment;
         next = std::min(count, (group + 1) * segment - first);
         const std::int64_t entries = (next - j) * m;
         const Half* const scales = w.scales + group * w.padded_rows() + task.first_block * kBlockRows;
-        if (encode_segment(kernels, w, j * m, entries, scales, scratch, flush_count)) continue;
+        if (encode_segment(kernels, w, x, j, next, scales, scratch, flush_count)) continue;
         kernels.gather1({codes + j * m * words, stride, words, scratch.tables + j * m * w.format.centroids(),
                          entries, scales, nullptr, y, task.blocks * kBlockRows / kWordRows, true, true});
       }
+      const bool go_on = t + 1 == task.tokens && tile + 1 < task.last_tile;
+      const std::uint64_t* const read_next = go_on ? task_codes(w, task, tile + 1) : codes;
       kernels.lookup.lookup({reinterpret_cast<const std::uint8_t*>(codes), stride * 8, scratch.encoded,
-                             scratch.flushes, flush_count, y, task.blocks});
+                             scratch.flushes, flush_count, y, task.blocks,
+                             reinterpret_cast<const std::uint8_t*>(read_next)});
     }
   }
 }

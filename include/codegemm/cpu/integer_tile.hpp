@@ -42,6 +42,9 @@ inline constexpr float kRoundedTokenSum = 262144.0F - 128.0F;
   return std::min({slab_end, cut, group_end});
 }
 
+/// The largest rounded activation: its high byte, rounded, is one still.
+inline constexpr float kRoundedTokenMax = 127.0F * 256.0F + 127.0F;
+
 /// How to round a chunk of one token: round(x * before * inverse) is an integer of about x / step. Two
 /// factors, since together they may be too large for one number.
 struct ChunkStep {
@@ -109,7 +112,7 @@ CODEGEMM_TARGET_AVX2 inline ChunkStep chunk_step_avx2(const float* x, std::int64
     m = magnitudes_avx2(x, count, out.before);
   }
   if (m.sum == 0.0F) return out;
-  const float step = std::max(m.sum / kRoundedTokenSum, m.largest / 32767.0F);
+  const float step = std::max(m.sum / kRoundedTokenSum, m.largest / kRoundedTokenMax);
   if (!(step <= std::numeric_limits<float>::max())) {
     out.step = std::numeric_limits<float>::quiet_NaN();
     return out;
@@ -119,12 +122,12 @@ CODEGEMM_TARGET_AVX2 inline ChunkStep chunk_step_avx2(const float* x, std::int64
   return out;
 }
 
-/// Rounds x[count] and stores it as pairs, out[count / 2][kDenseTokens]; returns the step.
-CODEGEMM_TARGET_AVX2 inline float round_chunk_avx2(const float* x, std::int64_t count, std::int32_t* out) {
+/// Rounds x[count], at most kIntegerChunk; rounded is 32-byte aligned. Returns the step.
+CODEGEMM_TARGET_AVX2 inline float round_values_avx2(const float* x, std::int64_t count,
+                                                    std::int16_t* rounded) {
   const ChunkStep how = chunk_step_avx2(x, count);
   const __m256 before = _mm256_set1_ps(how.before);
   const __m256 inverse = _mm256_set1_ps(how.inverse);
-  alignas(32) std::int16_t rounded[static_cast<std::size_t>(CpuTiles::kIntegerChunk)];
   std::int64_t k = 0;
   for (; k + 8 <= count; k += 8) {
     const __m256 v = _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + k), before), inverse);
@@ -136,12 +139,19 @@ CODEGEMM_TARGET_AVX2 inline float round_chunk_avx2(const float* x, std::int64_t 
     const float v = x[k] * how.before * how.inverse;
     rounded[k] = static_cast<std::int16_t>(_mm_cvtss_si32(_mm_set_ss(v)));
   }
-  for (k = 0; k < count; k += 2) {
+  return how.step;
+}
+
+/// Rounds x[count] and stores it as pairs, out[count / 2][kDenseTokens]; returns the step.
+CODEGEMM_TARGET_AVX2 inline float round_chunk_avx2(const float* x, std::int64_t count, std::int32_t* out) {
+  alignas(32) std::int16_t rounded[static_cast<std::size_t>(CpuTiles::kIntegerChunk)];
+  const float step = round_values_avx2(x, count, rounded);
+  for (std::int64_t k = 0; k < count; k += 2) {
     std::int32_t pair;
     std::memcpy(&pair, rounded + k, sizeof(pair));
     out[k / 2 * CpuTiles::kDenseTokens] = pair;
   }
-  return how.step;
+  return step;
 }
 
 /// out[n] = step * scales[n]; count is a multiple of 8.

@@ -34,6 +34,11 @@ enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vbmi = 3, k
   return isa == Isa::kAvx2 || isa == Isa::kAvx512 || isa == Isa::kAvx512Vbmi;
 }
 
+/// Whether kernels for AVX-512 run where `isa` does.
+[[nodiscard]] constexpr bool has_avx512(Isa isa) noexcept {
+  return isa == Isa::kAvx512 || isa == Isa::kAvx512Vbmi;
+}
+
 namespace detail {
 
 #if CODEGEMM_HAS_AVX2
@@ -59,6 +64,17 @@ namespace detail {
   return vbmi ? Isa::kAvx512Vbmi : Isa::kAvx512;
 #else
   return Isa::kPortable;
+#endif
+}
+
+/// Whether looking bytes up in two registers takes as long as twice in one: three operations on Intel's
+/// cores, one on AMD's.
+[[nodiscard]] inline bool two_register_lookups_are_slow() noexcept {
+#if CODEGEMM_HAS_AVX2
+  static const bool intel = __builtin_cpu_is("intel") != 0;
+  return intel;
+#else
+  return false;
 #endif
 }
 

@@ -21,6 +21,7 @@ namespace codegemm::detail {
 struct LookupKernels {
   float (*encode)(const EncodeArgs&) = nullptr;
   void (*lookup)(const LookupArgs&) = nullptr;
+  std::int64_t ahead_bytes = 0;  // by how much it asks for codes ahead of those that it reads
 };
 
 template <Isa kIsa, int kCodeBits>
@@ -30,7 +31,7 @@ template <Isa kIsa, int kCodeBits>
     return out;
 #if CODEGEMM_HAS_AVX512
   } else if constexpr (kIsa == Isa::kAvx512Vbmi) {
-    out = {&encode_planes_avx512<kCodeBits>, &lookup_planes_vbmi<kCodeBits>};
+    out = {&encode_planes_avx512<kCodeBits>, &lookup_planes_vbmi<kCodeBits>, CpuTiles::kLookupAheadBytes};
   } else if constexpr (kIsa == Isa::kAvx512 && kCodeBits > 4) {
     out = {&encode_words_avx512<kCodeBits>, &lookup_words_avx512<kCodeBits>};
 #endif

@@ -130,8 +130,28 @@ CODEGEMM_TARGET_AVX512 inline void add_flush_avx512(const std::int16_t* sums, fl
   }
 }
 
-// A plane of a table in registers.
+// 64 codes and, as masks, their two highest bits where a permute does not look at them.
 template <int kCodeBits>
+struct CodesVbmi {
+  __m512i codes;
+  __mmask64 bit7 = 0;
+  __mmask64 bit6 = 0;
+
+  CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE explicit CodesVbmi(const std::uint8_t* from)
+      : codes(_mm512_loadu_si512(from)) {
+    if constexpr (kCodeBits == 8) {
+      bit7 = _mm512_movepi8_mask(codes);
+      bit6 = _mm512_movepi8_mask(_mm512_add_epi8(codes, codes));
+    }
+  }
+};
+
+// How a table of 256 bytes is looked up: permutes of two registers each, or of one with masks, which need as
+// many of the shuffling unit's cycles on Intel's cores, but fewer of the other's.
+enum class Permutes : int { kTwoRegisters = 0, kOneRegister = 1 };
+
+// A plane of a table in registers.
+template <int kCodeBits, Permutes kPermutes>
 struct PlaneVbmi {
   static constexpr int kRegisters = kCodeBits <= 6 ? 1 : 1 << (kCodeBits - 6);
   __m512i part[std::size_t{kRegisters}];
@@ -144,15 +164,20 @@ struct PlaneVbmi {
       for (int i = 0; i < kRegisters; ++i) part[i] = _mm512_loadu_si512(plane + 64 * i);
     }
   }
-  // 64 rows; `upper`: whose codes have the top bit.
-  CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m512i look_up(__m512i codes, __mmask64 upper) const {
+  CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m512i look_up(const CodesVbmi<kCodeBits>& c) const {
     if constexpr (kCodeBits <= 6) {
-      return _mm512_permutexvar_epi8(codes, part[0]);
+      return _mm512_permutexvar_epi8(c.codes, part[0]);
     } else if constexpr (kCodeBits == 7) {
-      return _mm512_permutex2var_epi8(part[0], codes, part[1]);
+      return _mm512_permutex2var_epi8(part[0], c.codes, part[1]);
+    } else if constexpr (kPermutes == Permutes::kTwoRegisters) {
+      return _mm512_mask_blend_epi8(c.bit7, _mm512_permutex2var_epi8(part[0], c.codes, part[1]),
+                                    _mm512_permutex2var_epi8(part[2], c.codes, part[3]));
     } else {
-      return _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(part[0], codes, part[1]),
-                                    _mm512_permutex2var_epi8(part[2], codes, part[3]));
+      const __m512i clear =
+          _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(c.codes, part[0]), c.bit6, c.codes, part[1]);
+      const __m512i set =
+          _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(c.codes, part[2]), c.bit6, c.codes, part[3]);
+      return _mm512_mask_blend_epi8(c.bit7, clear, set);
     }
   }
 };
@@ -190,27 +215,32 @@ CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void add_lanes_avx512(__m512i low,
   add_flush_avx512(sums, step, scales, y);
 }
 
-// One flush of kBlocks row blocks. The tables stay in registers for all of them; what the next blocks need is
-// asked for meanwhile.
-template <int kCodeBits, int kBlocks>
+// Into the second-level cache: the first has no room for so much beside the tables.
+CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void prefetch_ahead(const std::uint8_t* codes) {
+  _mm_prefetch(reinterpret_cast<const char*>(codes), _MM_HINT_T1);
+}
+
+// One flush of kBlocks row blocks. The tables stay in registers for all of them; codes `ahead` bytes further
+// on are asked for meanwhile.
+template <int kCodeBits, int kBlocks, Permutes kPermutes>
 CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(const LookupArgs& a,
                                                                             const Flush& f,
-                                                                            std::int64_t block) {
+                                                                            std::int64_t block,
+                                                                            std::int64_t ahead) {
   const std::uint8_t* codes = a.codes + block * a.stride + f.first * kBlockRows;
   const std::uint8_t* table = a.tables + f.first * encoded_bytes(kCodeBits);
   PlaneSums sums[std::size_t{kBlocks}];
   CODEGEMM_UNROLL
   for (int i = 0; i < kBlocks; ++i) sums[i].clear();
   for (std::int64_t e = 0; e < f.count; ++e, codes += kBlockRows, table += encoded_bytes(kCodeBits)) {
-    const PlaneVbmi<kCodeBits> low(table);
-    const PlaneVbmi<kCodeBits> high(table + (1 << kCodeBits));
+    const PlaneVbmi<kCodeBits, kPermutes> low(table);
+    const PlaneVbmi<kCodeBits, kPermutes> high(table + (1 << kCodeBits));
     CODEGEMM_UNROLL
     for (int i = 0; i < kBlocks; ++i) {
       const std::uint8_t* const from = codes + i * a.stride;
-      _mm_prefetch(reinterpret_cast<const char*>(from + kBlocks * a.stride), _MM_HINT_T0);
-      const __m512i index = _mm512_loadu_si512(from);
-      const __mmask64 upper = kCodeBits == 8 ? _mm512_movepi8_mask(index) : 0;
-      sums[i].add(low.look_up(index, upper), high.look_up(index, upper));
+      prefetch_ahead(from + ahead);
+      const CodesVbmi<kCodeBits> index(from);
+      sums[i].add(low.look_up(index), high.look_up(index));
     }
   }
   CODEGEMM_UNROLL
@@ -229,7 +259,8 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(cons
 template <int kBlocks>
 CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_nibbles_vbmi(const LookupArgs& a,
                                                                              const Flush& f,
-                                                                             std::int64_t block) {
+                                                                             std::int64_t block,
+                                                                             std::int64_t ahead) {
   constexpr std::int64_t kEntryBytes = code_bytes(4);
   const __m512i mask = _mm512_set1_epi8(15);
   const std::uint8_t* codes = a.codes + block * a.stride + f.first * kEntryBytes;
@@ -255,7 +286,7 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_nibbles_vbmi(con
     CODEGEMM_UNROLL
     for (int i = 0; i < kBlocks; ++i) {
       const std::uint8_t* const from = codes + i * a.stride;
-      _mm_prefetch(reinterpret_cast<const char*>(from + kBlocks * a.stride), _MM_HINT_T0);
+      prefetch_ahead(from + ahead);
       // Without a second entry its table is 0, whatever its codes.
       const __m512i both =
           two ? _mm512_loadu_si512(from)
@@ -285,25 +316,38 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_nibbles_vbmi(con
   }
 }
 
-template <int kCodeBits, int kBlocks>
+template <int kCodeBits, int kBlocks, Permutes kPermutes>
 CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_group_vbmi(const LookupArgs& a,
                                                                            std::int64_t block) {
+  const std::int64_t ahead = bytes_ahead(a, block, kBlocks);
   for (const Flush* f = a.flushes; f != a.flushes + a.flush_count; ++f) {
     if constexpr (kCodeBits == 4) {
-      look_up_nibbles_vbmi<kBlocks>(a, *f, block);
+      look_up_nibbles_vbmi<kBlocks>(a, *f, block, ahead);
     } else {
-      look_up_blocks_vbmi<kCodeBits, kBlocks>(a, *f, block);
+      look_up_blocks_vbmi<kCodeBits, kBlocks, kPermutes>(a, *f, block, ahead);
     }
   }
 }
 
-template <int kCodeBits>
-CODEGEMM_TARGET_AVX512_VBMI void lookup_planes_vbmi(const LookupArgs& a) {
+template <int kCodeBits, Permutes kPermutes>
+CODEGEMM_TARGET_AVX512_VBMI void lookup_planes_by_vbmi(const LookupArgs& a) {
   // Three sums a block (six of 4-bit codes) beside the tables: with more, GCC keeps some in memory.
   constexpr int kBlocks = kCodeBits == 4 ? 2 : 4;
   std::int64_t block = 0;
-  for (; block + kBlocks <= a.blocks; block += kBlocks) look_up_group_vbmi<kCodeBits, kBlocks>(a, block);
-  for (; block < a.blocks; ++block) look_up_group_vbmi<kCodeBits, 1>(a, block);
+  for (; block + kBlocks <= a.blocks; block += kBlocks) {
+    look_up_group_vbmi<kCodeBits, kBlocks, kPermutes>(a, block);
+  }
+  for (; block < a.blocks; ++block) look_up_group_vbmi<kCodeBits, 1, kPermutes>(a, block);
+}
+
+template <int kCodeBits>
+void lookup_planes_vbmi(const LookupArgs& a) {
+  if constexpr (kCodeBits == 8) {
+    if (two_register_lookups_are_slow()) {
+      return lookup_planes_by_vbmi<kCodeBits, Permutes::kOneRegister>(a);
+    }
+  }
+  lookup_planes_by_vbmi<kCodeBits, Permutes::kTwoRegisters>(a);
 }
 
 // 32 rows in a table of words.

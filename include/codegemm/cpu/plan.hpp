@@ -10,6 +10,7 @@
 #include <limits>
 
 #include <codegemm/base/aligned_buffer.hpp>
+#include <codegemm/cpu/amx.hpp>
 #include <codegemm/cpu/configs.hpp>
 #include <codegemm/cpu/isa.hpp>
 #include <codegemm/cpu/lookup_args.hpp>
@@ -34,12 +35,19 @@ namespace codegemm::detail {
 /// kPsumbook gathers from fp32 tables, kLookup looks 16-bit tables up in registers (where the instruction set
 /// has no such kernel: kPsumbook). kDense multiplies dequantized weights in fp32, kInteger in 16-bit integers
 /// (where that cannot be: kDense).
-enum class Regime : int { kAutomatic = 0, kPsumbook = 1, kDense = 2, kLookup = 3, kInteger = 4 };
+/// kBytes multiplies the same integers as bytes with AMX (where that cannot be: kInteger).
+enum class Regime : int { kAutomatic = 0, kPsumbook = 1, kDense = 2, kLookup = 3, kInteger = 4, kBytes = 5 };
 
 /// Whether `isa` has kernels for 16-bit integers and the matrix suits them.
 [[nodiscard]] constexpr bool can_multiply_integers(const PackedView& w, Isa isa) noexcept {
   return has_avx2(isa) && w.codebooks_rounded != nullptr &&
          (w.format.g < 0 || w.format.g % CpuTiles::kIntegerUnit == 0);
+}
+
+/// Whether the integers can be multiplied as bytes with AMX; taken of itself only if CpuTiles::kUseAmx.
+[[nodiscard]] inline bool can_multiply_bytes(const PackedView& w, Isa isa) noexcept {
+  return isa == Isa::kAvx512Vbmi && can_multiply_integers(w, isa) && w.cols % CpuTiles::kAmxColumns == 0 &&
+         (w.format.g < 0 || w.format.g % CpuTiles::kAmxColumns == 0) && amx_available();
 }
 
 /// Whether the kernels of `isa` can look the codes up as they lie.
@@ -88,7 +96,9 @@ struct EntryCosts {
   double entry = costs.lanes8 / 8;  // a token
   if (costs.lookup1 > 0.0) entry = std::min(entry, costs.lookup1);
   const double dense =  // a token
-      weights * (integers ? integer_cost(isa) : CpuCosts::kDenseMultiply);
+      weights * (CpuTiles::kUseAmx && can_multiply_bytes(w, isa) ? CpuCosts::kIntegerMultiplyAmx
+                 : integers                                      ? integer_cost(isa)
+                                                                 : CpuCosts::kDenseMultiply);
   const double dequantize =
       integers ? CpuCosts::kIntegerDequantize * entries * static_cast<double>(w.padded_rows())
                : CpuCosts::kDequantize * weights * w.format.m;
@@ -100,9 +110,12 @@ struct EntryCosts {
 [[nodiscard]] inline Regime choose_regime(const PackedView& w, std::int64_t tokens, Isa isa,
                                           Regime asked) noexcept {
   const bool lookup = can_look_up(w, isa);
-  const Regime dense = can_multiply_integers(w, isa) ? Regime::kInteger : Regime::kDense;
+  const Regime integer = can_multiply_integers(w, isa) ? Regime::kInteger : Regime::kDense;
+  const bool bytes = (CpuTiles::kUseAmx || asked == Regime::kBytes) && can_multiply_bytes(w, isa);
+  const Regime dense = bytes ? Regime::kBytes : integer;
   if (asked == Regime::kLookup && !lookup) return Regime::kPsumbook;
-  if (asked == Regime::kInteger) return dense;
+  if (asked == Regime::kInteger) return integer;
+  if (asked == Regime::kBytes) return dense;
   if (asked != Regime::kAutomatic) return asked;
   if (tokens >= dense_from_tokens(w, isa)) return dense;
   if (!lookup) return Regime::kPsumbook;
@@ -244,12 +257,24 @@ struct DensePlan {
   return plan;
 }
 
+/// The same for tiles of bytes, of 16 tokens.
+[[nodiscard]] inline DensePlan make_bytes_plan(std::int64_t rows, std::int64_t cols,
+                                               std::int64_t tokens) noexcept {
+  DensePlan plan = make_integer_plan(rows, cols, tokens);
+  plan.token_tiles = ceil_div(tokens, CpuTiles::kAmxTokens);
+  plan.x_tile_floats = line_floats(plan.token_tiles * CpuTiles::kAmxTokens * cols / 2);
+  plan.x_floats =
+      plan.x_tile_floats + line_floats(plan.slabs * plan.token_tiles * plan.units * CpuTiles::kAmxTokens);
+  return plan;
+}
+
 /// Floats of workspace for exactly `tokens` tokens.
 [[nodiscard]] inline std::int64_t exact_workspace_floats(const PackedView& w, std::int64_t tokens,
                                                          int workers, Isa isa, Regime asked) noexcept {
   if (tokens <= 0 || w.rows == 0 || w.cols == 0) return 0;
   const Regime regime = choose_regime(w, tokens, isa, asked);
   if (regime == Regime::kDense) return make_dense_plan(w.rows, w.cols, tokens).floats(workers);
+  if (regime == Regime::kBytes) return make_bytes_plan(w.rows, w.cols, tokens).floats(workers);
   if (regime == Regime::kInteger) return make_integer_plan(w.rows, w.cols, tokens).floats(workers);
   const PsumbookPlan plan = make_psumbook_plan(w, tokens, regime == Regime::kLookup);
   return plan.partial_floats() + workers * plan.worker_floats();

@@ -10,24 +10,14 @@
 
 #include <codegemm/base/macros.hpp>
 #include <codegemm/cpu/isa.hpp>
+#include <codegemm/cpu/psumbook_args.hpp>
+#include <codegemm/cpu/psumbook_avx512.hpp>
 
 #if CODEGEMM_HAS_AVX2
 #include <immintrin.h>
 #endif
 
 namespace codegemm::detail {
-
-/// What to build: tables[vectors][m][2^b][lanes] with
-///   tables[j][c][i][t] = sum_d codebooks[c][i][d] * x[j * v + d][t]
-struct PsumbookArgs {
-  const float* codebooks;             // [m][2^b][v]
-  const float* codebooks_transposed;  // [m][v][2^b]
-  const float* x;                     // [vectors * v][lanes], 32-byte aligned if lanes > 1
-  std::int64_t vectors;
-  std::int64_t codebook_count;  // m
-  std::int64_t centroids;       // 2^b, a multiple of 16
-  float* tables;                // 32-byte aligned
-};
 
 template <int kLanes, int kVecLen>
 void build_psumbook_portable(const PsumbookArgs& a) {
@@ -176,8 +166,11 @@ CODEGEMM_TARGET_AVX2 void build_psumbook4_avx2(const PsumbookArgs& a) {
 template <Isa kIsa, int kLanes, int kVecLen>
 void build_psumbook(const PsumbookArgs& a) {
   static_assert(kLanes == 1 || kLanes == 4 || kLanes == 8, "codegemm: a Psumbook has 1, 4 or 8 lanes");
+#if CODEGEMM_HAS_AVX512
+  if constexpr (has_avx512(kIsa) && kLanes == 1) return build_psumbook1_avx512<kVecLen>(a);
+#endif
 #if CODEGEMM_HAS_AVX2
-  if constexpr (has_avx2(kIsa) && kLanes == 1) return build_psumbook1_avx2<kVecLen>(a);
+  if constexpr (has_avx2(kIsa) && !has_avx512(kIsa) && kLanes == 1) return build_psumbook1_avx2<kVecLen>(a);
   if constexpr (has_avx2(kIsa) && kLanes == 4) return build_psumbook4_avx2<kVecLen>(a);
   if constexpr (has_avx2(kIsa) && kLanes == 8) return build_psumbook8_avx2<kVecLen>(a);
 #endif

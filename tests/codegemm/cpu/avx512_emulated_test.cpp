@@ -94,6 +94,7 @@ inline simde__m512i madd_epi16(simde__m512i a, simde__m512i b) {
 #include <codegemm/cpu/plan.hpp>
 #include <codegemm/pack.hpp>
 
+#include <codegemm/cpu/permutes_check.hpp>
 #include <codegemm/samples.hpp>
 #include <support/random.hpp>
 
@@ -154,6 +155,12 @@ TEST_CASE("AVX-512 lookups agree with the reference, emulated", "[codegemm]") {
     check<Isa::kAvx512, Config>(65, 37, 1, -1, 1);
     check<Isa::kAvx512, Config>(130, 96, 2, 8 * Config::kVecLen, 2);
   });
+}
+
+TEST_CASE("8-bit codes are looked up the same way with permutes of one register and of two, emulated",
+          "[codegemm]") {
+  test::check_permutes<detail::Permutes::kTwoRegisters>();
+  test::check_permutes<detail::Permutes::kOneRegister>();
 }
 
 TEST_CASE("AVX-512 integer tiles give the bits of AVX2's, emulated", "[codegemm]") {
