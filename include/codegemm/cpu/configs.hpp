@@ -162,11 +162,10 @@ struct CpuTiles {
   /// groups that are no multiple of the unit would make chunks too short to pay.
   static constexpr std::int64_t kIntegerDepth = 512;
   static constexpr std::int64_t kIntegerChunk = 128;  ///< weights whose products are added in 32 bits
-  /// Whether gemm() takes tiles of bytes (AMX) of itself: only where they were tested on such a processor.
-  static constexpr bool kUseAmx = false;
-  static constexpr std::int64_t kAmxTokens = 16;    ///< tokens of a tile of bytes
-  static constexpr std::int64_t kAmxColumns = 64;   ///< columns of a step of it
-  static constexpr std::int64_t kIntegerUnit = 32;  ///< weights of a step; scale groups must be multiples
+  static constexpr bool kUseAmx = true;               ///< whether gemm() takes tiles of bytes (AMX) of itself
+  static constexpr std::int64_t kAmxTokens = 16;      ///< tokens of a tile of bytes
+  static constexpr std::int64_t kAmxColumns = 64;     ///< columns of a step of it
+  static constexpr std::int64_t kIntegerUnit = 32;    ///< weights of a step; scale groups must be multiples
 };
 
 /// Measured on a Zen 3 core in its cycles; only their ratios matter. From them follows which way is taken at
@@ -182,6 +181,7 @@ struct CpuCosts {
   static constexpr double kIntegerMultiplyAvx512 = 1 / 27.0;  ///< AVX-512 without VNNI
   static constexpr double kIntegerMultiplyVnni = 1 / 35.0;    ///< with VNNI
   static constexpr double kIntegerMultiplyAmx = 1 / 100.0;    ///< as bytes with AMX
+  static constexpr double kAmxDequantize = 3;                 ///< one code of one row, on a Xeon with AMX
   static constexpr double kIntegerDequantize = 1.5;           ///< one code of one row
 
   /// One entry, 64 rows x 1 token looked up in registers, for 4 to 8 bits a code; 0 where gathering is as

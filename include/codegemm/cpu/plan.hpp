@@ -95,13 +95,14 @@ struct EntryCosts {
   const EntryCosts costs = entry_costs(w, isa);
   double entry = costs.lanes8 / 8;  // a token
   if (costs.lookup1 > 0.0) entry = std::min(entry, costs.lookup1);
+  const bool bytes = CpuTiles::kUseAmx && can_multiply_bytes(w, isa);
   const double dense =  // a token
-      weights * (CpuTiles::kUseAmx && can_multiply_bytes(w, isa) ? CpuCosts::kIntegerMultiplyAmx
-                 : integers                                      ? integer_cost(isa)
-                                                                 : CpuCosts::kDenseMultiply);
-  const double dequantize =
-      integers ? CpuCosts::kIntegerDequantize * entries * static_cast<double>(w.padded_rows())
-               : CpuCosts::kDequantize * weights * w.format.m;
+      weights * (bytes      ? CpuCosts::kIntegerMultiplyAmx
+                 : integers ? integer_cost(isa)
+                            : CpuCosts::kDenseMultiply);
+  const double dequantize = integers ? (bytes ? CpuCosts::kAmxDequantize : CpuCosts::kIntegerDequantize) *
+                                           entries * static_cast<double>(w.padded_rows())
+                                     : CpuCosts::kDequantize * weights * w.format.m;
   if (entries * entry <= dense) return std::numeric_limits<std::int64_t>::max();
   const double tokens = dequantize / (entries * entry - dense);
   return tokens > 1e9 ? std::numeric_limits<std::int64_t>::max() : static_cast<std::int64_t>(tokens) + 1;
