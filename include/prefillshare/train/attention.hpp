@@ -24,7 +24,7 @@ struct StoreExactly {
   /// The `size` values at x are stored.
   template <TrainScalar T>
   void operator()(T* /*x*/, std::int64_t /*size*/) const noexcept {}
-  /// They are probabilities of attention or their gradients: on a device the operands of its products at most.
+  /// They are probabilities of attention or their gradients: on a device operands of its products at most.
   template <TrainScalar T>
   void probabilities(T* /*x*/, std::int64_t /*size*/) const noexcept {}
 };
