@@ -39,7 +39,7 @@ struct FinetuneOptions {
   double alpha = 16.0;
   std::vector<double> low_rank_rates = {1e-3, 3e-3};
 
-  std::vector<std::string> formats = {"m1v4g64", "m1v4g64-calibrated", "m2v2b4g64"};
+  std::vector<std::string> formats = {"m1v4g64", "m2v2b4g64"};
   std::int64_t calibration_items = 64;
   std::int64_t adapt_steps = 300;
   std::vector<double> adapt_rates = {1e-3};
