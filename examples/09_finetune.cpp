@@ -9,7 +9,7 @@
 // the base's cache, full runs it itself, naive-eval trains nothing and reports the loss of MODEL both on its
 // own cache and on the base's. Parameters: all weights, low-rank deltas (merged in the end), or the
 // codebooks, scales and norms of a folder that 06_quantize.cpp wrote. A run that was stopped goes on where it
-// was.
+// was. 09_finetune_gpu.cu is the same with --device gpu.
 // test: --model {model} --data {source}/examples/data/capitals.jsonl --out {work}/tuned --parameters lora --steps 2 --batch 2 --limit 4
 // test: --model {model} --data {source}/examples/data/capitals.jsonl --method naive-eval --limit 4
 
@@ -45,7 +45,7 @@ using namespace prefillshare;
 using namespace prefillshare::examples;
 
 struct Options {
-  std::string model, base, data, held_out, out, method = "prefillshare", parameters = "full";
+  std::string model, base, data, held_out, out, method = "prefillshare", parameters = "full", device = "cpu";
   double sharing = -1.0;
   std::int64_t limit = 0;
   std::int64_t save_every = 50;
@@ -103,7 +103,48 @@ void write_result(const Options& options, const TensorSource& source, const Trai
   check(write_quantized_model(source, options.out, kind, named, norms));
 }
 
+/// Trains and judges with a Trainer, or with a cuda::DeviceTrainer, which has its members.
+template <class AnyTrainer>
+void tune(const Options& options, AnyTrainer& trainer, const std::vector<TrainingExample>& judged) {
+  // [guide: evaluate]
+  const auto report = [&](const char* when) {
+    const double own = unwrap(trainer.evaluate(judged, 0.0));
+    const double shared = unwrap(trainer.evaluate(judged, 1.0));
+    std::printf("%s: loss %.4f on its own cache, %.4f on the base's\n", when, own, shared);
+    std::fflush(stdout);
+  };
+  // [guide: end]
+  if (options.method == "naive-eval") return report("as it is");
+  report("before");
+
+  std::filesystem::create_directories(options.out);
+  const std::string state = options.out + "/state.safetensors";
+  if (std::filesystem::exists(state)) {
+    check(trainer.load(state));
+    std::printf("going on after step %lld\n", static_cast<long long>(trainer.steps_done()));
+  }
+  ProgressLine line("fine-tuning");
+  const Status status = trainer.run(state, options.save_every, [&](const TrainProgress& now) {
+    char text[96];
+    std::snprintf(text, sizeof(text), "loss %.4f, %.0f tokens/s, %.0f s left", now.loss,
+                  now.tokens_per_second, now.seconds_left);
+    line.update(now.step, now.steps, text);
+  });
+  check(status);
+  report("after");
+}
+
+#ifdef FINETUNE_ON_GPU
+/// The same with a cuda::DeviceTrainer; `model` has the parameters in the end.
+void tune_on_gpu(const Options& options, TrainableModel<float>& model, const LlamaModel<DenseLinear>& base,
+                 const std::vector<TrainingExample>& examples, const std::string& name,
+                 const std::vector<TrainingExample>& judged);
+#endif
+
 int run(Options options) {
+#ifndef FINETUNE_ON_GPU
+  if (options.device == "gpu") throw UserError("--device gpu: take finetune_gpu, which is built with CUDA");
+#endif
   codegemm::ThreadPool pool(options.threads);
   const std::unique_ptr<TensorSource> source = unwrap(open_model(options.model));
   const LoadedModel loaded = unwrap(load_model(*source));
@@ -121,48 +162,27 @@ int run(Options options) {
   const std::vector<TrainingExample> judged = options.held_out.empty() ? examples : read(options.held_out);
 
   options.train.schedule = options.constant ? RateSchedule::kConstant : RateSchedule::kCosine;
-  const bool evaluates = options.method == "naive-eval";
   options.train.sharing = options.sharing >= 0.0 ? options.sharing : options.method == "full" ? 0.0 : 1.0;
-  if (evaluates) options.train.steps = 0;
-  // [guide: trainer]
+  if (options.method == "naive-eval") options.train.steps = 0;
   TrainableModel<float> model = trainable(options, loaded);
-  Trainer<DenseLinear> trainer = unwrap(Trainer<DenseLinear>::create(
-      model, base.model, examples, options.train,
-      codegemm::concat("base ", base.fingerprint, ", model ", loaded.fingerprint, ", parameters ",
-                       options.parameters, ", rank ", options.low_rank.rank, ", alpha ",
-                       options.low_rank.alpha, ", version 1"),
-      pool));
-  // [guide: end]
   std::printf("%lld parameters, %zu examples, %.2f of each prompt from the base's cache\n",
               static_cast<long long>(model.parameter_count()), examples.size(), options.train.sharing);
-  // [guide: evaluate]
-  const auto report = [&](const char* when) {
-    const double own = unwrap(trainer.evaluate(judged, 0.0));
-    const double shared = unwrap(trainer.evaluate(judged, 1.0));
-    std::printf("%s: loss %.4f on its own cache, %.4f on the base's\n", when, own, shared);
-    std::fflush(stdout);
-  };
-  // [guide: end]
-  report(evaluates ? "as it is" : "before");
-  if (evaluates) return 0;
-
-  std::filesystem::create_directories(options.out);
-  const std::string state = options.out + "/state.safetensors";
-  if (std::filesystem::exists(state)) {
-    check(trainer.load(state));
-    std::printf("going on after step %lld\n", static_cast<long long>(trainer.steps_done()));
+  // [guide: trainer]
+  const std::string name = codegemm::concat(
+      "base ", base.fingerprint, ", model ", loaded.fingerprint, ", parameters ", options.parameters,
+      ", rank ", options.low_rank.rank, ", alpha ", options.low_rank.alpha, ", version 1");
+  if (options.device == "cpu") {
+    Trainer<DenseLinear> trainer =
+        unwrap(Trainer<DenseLinear>::create(model, base.model, examples, options.train, name, pool));
+    tune(options, trainer, judged);
   }
-  ProgressLine line("fine-tuning");
-  const Status status = trainer.run(state, options.save_every, [&](const TrainProgress& now) {
-    char text[96];
-    std::snprintf(text, sizeof(text), "loss %.4f, %.0f tokens/s, %.0f s left", now.loss,
-                  now.tokens_per_second, now.seconds_left);
-    line.update(now.step, now.steps, text);
-  });
-  check(status);
-  report("after");
+  // [guide: end]
+#ifdef FINETUNE_ON_GPU
+  if (options.device == "gpu") tune_on_gpu(options, model, *base.model, examples, name, judged);
+#endif
+  if (options.method == "naive-eval") return 0;
   write_result(options, *source, model, pool);
-  std::filesystem::remove(state);
+  std::filesystem::remove(options.out + "/state.safetensors");
   std::printf("written to %s\n", options.out.c_str());
   return 0;
 }
@@ -182,6 +202,9 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--parameters", options.parameters, "full, lora or codebooks")
       ->check(CLI::IsMember({"full", "lora", "codebooks"}))
+      ->capture_default_str();
+  app.add_option("--device", options.device, "cpu or gpu")
+      ->check(CLI::IsMember({"cpu", "gpu"}))
       ->capture_default_str();
   app.add_option("--sharing", options.sharing, "share of each prompt read from the base; none: by the method")
       ->check(CLI::Range(0.0, 1.0));

@@ -27,6 +27,7 @@ struct FinetuneOptions {
   std::int64_t seeds = 3;
   std::vector<double> rates = {1e-4, 3e-4, 1e-3};  // the first run takes the middle one
   std::vector<double> sharing = {0.25, 0.5, 0.75};
+  std::int64_t curve_seeds = 3;  // at most `seeds`
 
   std::int64_t steps = 600;
   std::int64_t batch = 64;
@@ -90,6 +91,8 @@ inline void add_options(CLI::App& app, FinetuneOptions& o) {
   list("--rates", o.rates, "learning rates to choose from, the same for every method")
       ->check(CLI::PositiveNumber);
   list("--sharing", o.sharing, "ratios between 0 and 1 of the curve")->check(CLI::Range(0.0, 1.0));
+  number("--curve-seeds", o.curve_seeds, "runs trained for each ratio of the curve, at most --seeds")
+      ->check(positive);
   number("--steps", o.steps, "of a training run")->check(positive);
   number("--batch", o.batch, "examples of a step")->check(positive);
   number("--pass-tokens", o.pass_tokens, "rows computed at once")->check(positive);
@@ -98,7 +101,9 @@ inline void add_options(CLI::App& app, FinetuneOptions& o) {
   number("--rank", o.rank, "of the specialists' deltas")->check(positive);
   number("--alpha", o.alpha, "their scale times the rank")->check(CLI::PositiveNumber);
   list("--low-rank-rates", o.low_rank_rates, "learning rates of the specialists")->check(CLI::PositiveNumber);
-  list("--formats", o.formats, "of quantized decode modules");
+  list("--formats", o.formats,
+       "of quantized decode modules; \"-calibrated\" behind a name: codes for the outputs on the task's "
+       "texts");
   number("--calibration-items", o.calibration_items, "that the quantizer sees")->check(positive);
   number("--adapt-steps", o.adapt_steps, "of quantization-aware adaptation")->check(positive);
   list("--adapt-rates", o.adapt_rates, "its learning rates")->check(CLI::PositiveNumber);

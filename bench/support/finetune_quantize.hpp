@@ -7,9 +7,11 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
+#include <codegemm/format.hpp>
 #include <codegemm/quantize/kmeans.hpp>
 #include <codegemm/reference.hpp>
 #include <common/text_quantizer.hpp>
@@ -19,20 +21,40 @@
 
 namespace codegemm::bench {
 
-/// The linear layers of the blocks in `format`: k-means weighted by the inputs on `texts`, the weights
-/// corrected for the errors of the layers before them where there are tokens enough. Layers that are done
-/// stay in `folder`.
+/// A format of the suite's list: its name, and "-calibrated" behind it where codes are searched for the
+/// outputs on the task's texts and codebooks and scales are fitted to them, not to the weights alone.
+struct ModuleFormat {
+  Format format;
+  bool calibrated = false;
+
+  /// kInvalidArgument.
+  [[nodiscard]] static Result<ModuleFormat> parse(std::string name) {
+    constexpr std::string_view kEnd = "-calibrated";
+    ModuleFormat out;
+    out.calibrated = name.ends_with(kEnd);
+    if (out.calibrated) name.resize(name.size() - kEnd.size());
+    const Result<Format> format = parse_format(name);
+    if (!format.ok()) return format.status();
+    out.format = *format;
+    return out;
+  }
+};
+
+/// The linear layers of the blocks: k-means weighted by the inputs on `texts`, then a round of the calibrated
+/// quantizer if so asked; the weights are corrected for the errors of the layers before them where there are
+/// tokens enough. Layers that are done stay in `folder`.
 [[nodiscard]] inline Matrices quantize_module(const DenseModelPtr& dense, const std::string& fingerprint,
-                                              Format format, const std::vector<Tokens>& texts,
+                                              const ModuleFormat& format, const std::vector<Tokens>& texts,
                                               const std::string& folder, Executor& executor) {
   using namespace prefillshare::examples;
   TextQuantizerOptions options;
-  options.layers.rounds = 0;
+  options.layers.rounds = format.calibrated ? 1 : 0;
+  options.layers.beam = 1;
   std::int64_t tokens = 0;
   for (const Tokens& text : texts) tokens += static_cast<std::int64_t>(text.size());
   options.correct = tokens >= 2 * dense->config.intermediate_size;
   QuantizedLayers made =
-      quantize_on_sequences({dense, fingerprint}, format, texts, options, folder, executor, {});
+      quantize_on_sequences({dense, fingerprint}, format.format, texts, options, folder, executor, {});
   Matrices out;
   for (std::size_t i = 0; i < made.names.size(); ++i) out.emplace(made.names[i], std::move(made.matrices[i]));
   return out;

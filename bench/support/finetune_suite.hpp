@@ -114,10 +114,12 @@ class FinetuneSuite {
 
   /// Modules that are trained for each ratio of the curve; naive sharing is judged with its model.
   void curve() {
-    for (const FinetuneData& data : data_) {
-      const auto rate = best_rate(data.task->name, kSharedRuns);
-      for (const double sharing : o_.sharing) {
-        if (rate) trained(data, shared_at(sharing), sharing, *rate, 1);
+    for (std::int64_t seed = 1; seed <= std::min(o_.seeds, o_.curve_seeds); ++seed) {
+      for (const FinetuneData& data : data_) {
+        const auto rate = best_rate(data.task->name, kSharedRuns);
+        for (const double sharing : o_.sharing) {
+          if (rate) trained(data, shared_at(sharing), sharing, *rate, seed);
+        }
       }
     }
   }
@@ -179,8 +181,8 @@ class FinetuneSuite {
     const auto prepare = [&] {
       if (dense != nullptr) return;
       dense = tuned(data, *rate, seed);
-      matrices = quantize_module(dense, key, unwrap(parse_format(format)), data.texts(o_.calibration_items),
-                                 folder, executor_);
+      matrices = quantize_module(dense, key, unwrap(ModuleFormat::parse(format)),
+                                 data.texts(o_.calibration_items), folder, executor_);
     };
     // One rate, the tuned module's, names them all; the rate of the adaptation stands in the method.
     one(run_name(task, plain, *rate, seed), plain, [&](FinetuneRun& run) {
@@ -213,7 +215,7 @@ class FinetuneSuite {
     std::int64_t each = 0;
     if (o_.has_stage("claim")) each += 1 + 2 * (size(o_.rates) + o_.seeds - 1);
     if (o_.has_stage("specialists")) each += size(o_.low_rank_rates) + 1;
-    if (o_.has_stage("curve")) each += size(o_.sharing);
+    if (o_.has_stage("curve")) each += size(o_.sharing) * std::min(o_.seeds, o_.curve_seeds);
     if (o_.has_stage("quantized")) {
       each += size(o_.formats) * (1 + size(o_.adapt_rates));
       each += (std::min(o_.seeds, o_.quantized_seeds) - 1) * size(o_.formats) * 2;

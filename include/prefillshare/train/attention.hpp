@@ -18,6 +18,17 @@
 
 namespace prefillshare {
 
+/// What a pass does to values as it stores them: nothing. Another type in its place shows what a narrower
+/// storage makes of the results.
+struct StoreExactly {
+  /// The `size` values at x are stored.
+  template <TrainScalar T>
+  void operator()(T* /*x*/, std::int64_t /*size*/) const noexcept {}
+  /// They are probabilities of attention or their gradients: on a device operands of its products at most.
+  template <TrainScalar T>
+  void probabilities(T* /*x*/, std::int64_t /*size*/) const noexcept {}
+};
+
 /// Rows [first, first + count) of a batch are one sequence at positions prefix, prefix + 1, ... Before them
 /// come `prefix` tokens whose keys (after RoPE) and values somebody else made: constants without a gradient.
 template <TrainScalar T>
@@ -65,11 +76,11 @@ class AttentionScratch {
 
 /// Attention over a batch of segments. Tasks are the KV heads of each segment, so that what several query
 /// heads add to one key's gradient is added by one task, in order.
-template <class T>
+template <class T, class Store = StoreExactly>
 class SegmentAttention {
  public:
-  SegmentAttention(AttentionShape shape, int workers)
-      : shape_(shape), scratch_(static_cast<std::size_t>(workers)) {}
+  SegmentAttention(AttentionShape shape, int workers, Store store = {})
+      : shape_(shape), store_(store), scratch_(static_cast<std::size_t>(workers)) {}
 
   void forward(std::span<const Segment<T>> segments, std::int64_t layer, const T* q, const T* k, const T* v,
                T* out, Executor& executor) {
@@ -110,6 +121,7 @@ class SegmentAttention {
           const T mean = (TrainConstArray<T>(d.row(i), dim) * TrainConstArray<T>(o.row(i), dim)).sum();
           TrainArray<T> row_values(ds.row(i), keys);
           row_values = TrainConstArray<T>(p.row(i), keys) * (row_values - mean) * scale;
+          store_.probabilities(ds.row(i), keys);
         }
         eigen_nn<T>(ds, matrix(scratch.k, keys, dim), head_rows(dq, shape_.heads, s.first + row, head, count),
                     false);
@@ -177,6 +189,7 @@ class SegmentAttention {
       const T top = x.maxCoeff();
       x = ((x - top) * scale).exp();
       x *= T{1} / x.sum();
+      store_.probabilities(from, seen);
       std::fill(from + seen, from + keys, T{0});
     }
   }
@@ -197,6 +210,7 @@ class SegmentAttention {
   }
 
   AttentionShape shape_;
+  Store store_;
   std::vector<AttentionScratch<T>> scratch_;
 };
 

@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -85,16 +86,18 @@ namespace detail {
 }
 
 /// Runs a block on up to `tokens` rows and keeps what its backward pass reads. forward() then backward() on
-/// the same input; std::bad_alloc where memory is short.
-template <TrainScalar T>
+/// the same input; std::bad_alloc where memory is short. Store: as TrainPass.
+template <TrainScalar T, class Store = StoreExactly>
 class BlockPass {
  public:
   /// `rope` must outlive the pass and cover every position.
-  BlockPass(const ModelConfig& config, const RopeTable& rope, std::int64_t tokens, Executor& executor)
+  BlockPass(const ModelConfig& config, const RopeTable& rope, std::int64_t tokens, Executor& executor,
+            Store store = {})
       : c_(config),
         rope_(rope),
         products_(executor),
-        attention_({config.heads, config.kv_heads, config.head_dim}, executor.workers()) {
+        store_(store),
+        attention_({config.heads, config.kv_heads, config.head_dim}, executor.workers(), store) {
     for (Tensor<T>* x : {&normed_, &normed2_, &mid_, &d_normed_}) x->resize(tokens * c_.hidden_size);
     for (Tensor<T>* x : {&inverse_, &inverse2_}) x->resize(tokens);
     for (Tensor<T>* x : {&q_, &attended_, &dq_, &d_attended_}) x->resize(tokens * c_.q_size());
@@ -106,6 +109,7 @@ class BlockPass {
       inverse_q_.resize(tokens * c_.heads);
       inverse_k_.resize(tokens * c_.kv_heads);
     }
+    if constexpr (kRounds) low_.resize(tokens * c_.hidden_size);
     parts_.resize(token_ranges(tokens) * std::max(c_.hidden_size, c_.head_dim));
   }
 
@@ -118,9 +122,13 @@ class BlockPass {
     Executor& ex = executor();
     const std::int64_t h = c_.hidden_size;
     norm_tokens(x, w.input_norm, c_.rms_epsilon, tokens, 1, h, normed_.data(), inverse_.data(), ex);
+    store(normed_, tokens * h);
     apply(w[BlockLinear::kQ], normed_, tokens, c_.qk_norm ? q_raw_ : q_);
     apply(w[BlockLinear::kK], normed_, tokens, c_.qk_norm ? k_raw_ : k_);
     apply(w[BlockLinear::kV], normed_, tokens, v_);
+    store(c_.qk_norm ? q_raw_ : q_, tokens * c_.q_size());
+    store(c_.qk_norm ? k_raw_ : k_, tokens * c_.kv_size());
+    store(v_, tokens * c_.kv_size());
     if (c_.qk_norm) {
       norm_tokens(q_raw_.data(), w.q_norm, c_.rms_epsilon, tokens, c_.heads, c_.head_dim, q_.data(),
                   inverse_q_.data(), ex);
@@ -129,17 +137,25 @@ class BlockPass {
     }
     turn_heads(rope_, positions, tokens, c_.heads, false, q_.data(), ex);
     turn_heads(rope_, positions, tokens, c_.kv_heads, false, k_.data(), ex);
+    store(q_, tokens * c_.q_size());
+    store(k_, tokens * c_.kv_size());
     attention_.forward(segments, layer, q_.data(), k_.data(), v_.data(), attended_.data(), ex);
+    store(attended_, tokens * c_.q_size());
     apply(w[BlockLinear::kO], attended_, tokens, mid_);
+    store(mid_, tokens * h);
     add(x, tokens * h, mid_.data());
     norm_tokens(mid_.data(), w.post_attention_norm, c_.rms_epsilon, tokens, 1, h, normed2_.data(),
                 inverse2_.data(), ex);
+    store(normed2_, tokens * h);
     apply(w[BlockLinear::kGate], normed2_, tokens, gate_);
     apply(w[BlockLinear::kUp], normed2_, tokens, up_);
+    for (Tensor<T>* both : {&gate_, &up_}) store(*both, tokens * c_.intermediate_size);
     swiglu(gate_.data(), up_.data(), tokens * c_.intermediate_size, act_.data(), ex);
+    store(act_, tokens * c_.intermediate_size);
     const LinearWeights<T>& down = w[BlockLinear::kDown];
     products_.nt(act_.rows(tokens, c_.intermediate_size), down.weight, MatrixView<T>(y, tokens, h));
     add_bias_rows(down.bias, tokens, h, y);
+    store_(y, tokens * h);
     add(mid_.data(), tokens * h, y);
   }
 
@@ -150,10 +166,12 @@ class BlockPass {
     Executor& ex = executor();
     const std::int64_t h = c_.hidden_size;
     const std::int64_t wide = c_.intermediate_size;
-    const MatrixView<const T> d(dy, tokens, h);
+    MatrixView<const T> d = lowered(dy, tokens);
     weight_gradient(g[BlockLinear::kDown], d, act_.rows(tokens, wide));
     products_.nn(d, w[BlockLinear::kDown].weight, act_.rows(tokens, wide), false);  // act is used up
+    store(act_, tokens * wide);
     swiglu_backward(act_.data(), tokens * wide, gate_.data(), up_.data(), ex);
+    for (Tensor<T>* both : {&gate_, &up_}) store(*both, tokens * wide);
     const MatrixView<const T> d_gate(gate_.data(), tokens, wide);
     const MatrixView<const T> d_up(up_.data(), tokens, wide);
     const MatrixView<const T> normed2(normed2_.data(), tokens, h);
@@ -161,13 +179,21 @@ class BlockPass {
     weight_gradient(g[BlockLinear::kUp], d_up, normed2);
     products_.nn(d_gate, w[BlockLinear::kGate].weight, d_normed_.rows(tokens, h), false);
     products_.nn(d_up, w[BlockLinear::kUp].weight, d_normed_.rows(tokens, h), true);
+    store(d_normed_, tokens * h);
     norm_tokens_backward(mid_.data(), w.post_attention_norm, inverse2_.data(), d_normed_.data(), tokens, 1, h,
                          dy, true, g.post_attention_norm, parts_.data(), ex);
 
+    d = lowered(dy, tokens);
     weight_gradient(g[BlockLinear::kO], d, attended_.rows(tokens, c_.q_size()));
     products_.nn(d, w[BlockLinear::kO].weight, d_attended_.rows(tokens, c_.q_size()), false);
+    store(d_attended_, tokens * c_.q_size());
     attention_.backward(segments, layer, q_.data(), k_.data(), v_.data(), attended_.data(),
                         d_attended_.data(), dq_.data(), dk_.data(), dv_.data(), ex);
+    const auto store_gradients = [&] {
+      store(dq_, tokens * c_.q_size());
+      for (Tensor<T>* both : {&dk_, &dv_}) store(*both, tokens * c_.kv_size());
+    };
+    store_gradients();
     turn_heads(rope_, positions, tokens, c_.heads, true, dq_.data(), ex);
     turn_heads(rope_, positions, tokens, c_.kv_heads, true, dk_.data(), ex);
     if (c_.qk_norm) {
@@ -176,6 +202,7 @@ class BlockPass {
       norm_tokens_backward(k_raw_.data(), w.k_norm, inverse_k_.data(), dk_.data(), tokens, c_.kv_heads,
                            c_.head_dim, dk_.data(), false, g.k_norm, parts_.data(), ex);
     }
+    store_gradients();
     const MatrixView<const T> normed(normed_.data(), tokens, h);
     bool first = true;
     for (const auto& [which, gradient] : {std::pair{BlockLinear::kQ, &dq_}, std::pair{BlockLinear::kK, &dk_},
@@ -185,11 +212,26 @@ class BlockPass {
       products_.nn(out, w[which].weight, d_normed_.rows(tokens, h), !first);
       first = false;
     }
+    store(d_normed_, tokens * h);
     norm_tokens_backward(x, w.input_norm, inverse_.data(), d_normed_.data(), tokens, 1, h, dy, true,
                          g.input_norm, parts_.data(), ex);
   }
 
  private:
+  static constexpr bool kRounds = !std::is_same_v<Store, StoreExactly>;
+
+  void store(Tensor<T>& x, std::int64_t size) const { store_(x.data(), size); }
+  /// The gradient of the residual stream as products read it: it is itself kept as it is.
+  [[nodiscard]] MatrixView<const T> lowered(const T* dy, std::int64_t tokens) {
+    if constexpr (kRounds) {
+      std::copy_n(dy, tokens * c_.hidden_size, low_.data());
+      store(low_, tokens * c_.hidden_size);
+      return low_.rows(tokens, c_.hidden_size);
+    } else {
+      return {dy, tokens, c_.hidden_size};
+    }
+  }
+
   void apply(const LinearWeights<T>& layer, const Tensor<T>& in, std::int64_t tokens, Tensor<T>& out) {
     products_.nt(in.rows(tokens, layer.weight.cols), layer.weight, out.rows(tokens, layer.weight.rows));
     add_bias_rows(layer.bias, tokens, layer.weight.rows, out.data());
@@ -215,8 +257,10 @@ class BlockPass {
   const ModelConfig c_;
   const RopeTable& rope_;
   Products<T> products_;
-  SegmentAttention<T> attention_;
+  Store store_;
+  SegmentAttention<T, Store> attention_;
   Tensor<T> normed_, normed2_, mid_, d_normed_;       // [tokens][hidden]
+  Tensor<T> low_;                                     // the same, where Store rounds
   Tensor<T> inverse_, inverse2_;                      // [tokens]
   Tensor<T> q_, q_raw_, attended_, dq_, d_attended_;  // [tokens][heads][head_dim]
   Tensor<T> k_, k_raw_, v_, dk_, dv_;                 // [tokens][kv_heads][head_dim]

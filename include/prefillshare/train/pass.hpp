@@ -31,13 +31,16 @@ struct LossBatch {
 };
 
 /// The memory of passes of up to `rows` rows: one block's activations and the residual stream between blocks.
-template <TrainScalar T>
+/// Store is called with all that a pass on a device with narrower storage (train/cuda) would store in it:
+/// activations, gradients of them and composed weights, not the residual stream and its gradient.
+template <TrainScalar T, class Store = StoreExactly>
 class TrainPass {
  public:
   /// Positions up to max_context. kInvalidArgument for numbers below 1; kOutOfMemory. The executor must
   /// outlive the pass.
   [[nodiscard]] static Result<TrainPass> create(const ModelConfig& config, std::int64_t max_rows,
-                                                std::int64_t max_context, Executor& executor) {
+                                                std::int64_t max_context, Executor& executor,
+                                                Store store = {}) {
     if (max_rows < 1 || max_context < 1) {
       return error(StatusCode::kInvalidArgument, "TrainPass for ", max_rows, " rows and a context of ",
                    max_context);
@@ -46,10 +49,11 @@ class TrainPass {
     Result<RopeTable> rope = RopeTable::create(config.rope, max_context);
     if (!rope.ok()) return rope.status();
     try {
-      TrainPass out(config);
+      TrainPass out(config, store);
       out.max_rows_ = max_rows;
       out.rope_ = std::make_unique<RopeTable>(*std::move(rope));
-      out.block_ = std::make_unique<detail::BlockPass<T>>(config, *out.rope_, max_rows, executor);
+      out.block_ =
+          std::make_unique<detail::BlockPass<T, Store>>(config, *out.rope_, max_rows, executor, store);
       const std::int64_t rows = max_rows * config.hidden_size;
       for (std::int64_t i = 0; i <= config.layers; ++i) out.stream_.emplace_back(rows);
       for (Tensor<T>* x : {&out.gradient_, &out.chosen_, &out.normed_, &out.d_normed_}) x->resize(rows);
@@ -88,7 +92,7 @@ class TrainPass {
   [[nodiscard]] detail::Products<T>& products() noexcept { return block_->products(); }
 
  private:
-  explicit TrainPass(const ModelConfig& config) : c_(config) {}
+  TrainPass(const ModelConfig& config, Store store) : c_(config), store_(store) {}
 
   [[nodiscard]] Status check(const ModelConfig& config, const LossBatch<T>& batch) const {
     const auto rows = static_cast<std::int64_t>(batch.tokens.size());
@@ -135,7 +139,7 @@ class TrainPass {
       std::copy_n(table + batch.tokens[t] * h, h, stream_[0].data() + static_cast<std::int64_t>(t) * h);
     const auto rows = static_cast<std::int64_t>(batch.tokens.size());
     for (std::int64_t i = 0; i < c_.layers; ++i) {
-      block_->forward(model.block(i, products()), batch.segments, positions_.data(), i, rows,
+      block_->forward(model.block(i, products(), store_), batch.segments, positions_.data(), i, rows,
                       stream(i).data(), stream(i + 1).data());
     }
   }
@@ -151,7 +155,8 @@ class TrainPass {
       std::copy_n(last + batch.loss_rows[static_cast<std::size_t>(i)] * h, h, chosen_.data() + i * h);
     detail::norm_tokens(chosen_.data(), model.final_norm(), c_.rms_epsilon, count, 1, h, normed_.data(),
                         inverse_.data(), ex);
-    const LinearWeights<T> w = model.head(products());
+    store_(normed_.data(), count * h);
+    const LinearWeights<T> w = model.head(products(), store_);
     const LinearGradients<T> g = backward ? model.head_gradients() : LinearGradients<T>{};
     for (std::int64_t first = 0; first < count; first += chunk_) {
       const std::int64_t size = std::min(chunk_, count - first);
@@ -163,10 +168,12 @@ class TrainPass {
         losses[at] = detail::cross_entropy_row(logits.row(i), c_.vocab_size, batch.labels[at], scale);
       });
       if (!backward) continue;
+      store_(logits_.data(), size * c_.vocab_size);
       products().nn(logits, w.weight, MatrixView<T>(d_normed_.data() + first * h, size, h), false);
       if (g.weight != nullptr) products().tn(logits, in, MatrixView<T>(g.weight, c_.vocab_size, h), true);
     }
     if (!backward) return;
+    store_(d_normed_.data(), count * h);
     model.collect_head(products());
     detail::norm_tokens_backward(chosen_.data(), model.final_norm(), inverse_.data(), d_normed_.data(), count,
                                  1, h, d_normed_.data(), false, model.final_norm_gradient(), parts_.data(),
@@ -181,7 +188,7 @@ class TrainPass {
   void back(TrainableModel<T>& model, const LossBatch<T>& batch) {
     const auto rows = static_cast<std::int64_t>(batch.tokens.size());
     for (std::int64_t i = c_.layers - 1; i >= 0; --i) {
-      const BlockWeights<T> w = model.block(i, products());
+      const BlockWeights<T> w = model.block(i, products(), store_);
       const T* const x = stream(i).data();
       if (i + 1 < c_.layers) {  // the last block's activations are still there
         block_->forward(w, batch.segments, positions_.data(), i, rows, x, stream(i + 1).data());
@@ -202,9 +209,10 @@ class TrainPass {
   [[nodiscard]] Tensor<T>& stream(std::int64_t i) { return stream_[static_cast<std::size_t>(i)]; }
 
   ModelConfig c_;
+  Store store_;
   std::int64_t max_rows_ = 0;
   std::unique_ptr<RopeTable> rope_;
-  std::unique_ptr<detail::BlockPass<T>> block_;
+  std::unique_ptr<detail::BlockPass<T, Store>> block_;
   std::vector<std::int64_t> positions_;   // [rows]
   std::vector<Tensor<T>> stream_;         // [layers + 1] of [rows][hidden]
   Tensor<T> gradient_;                    // [rows][hidden], of the residual stream

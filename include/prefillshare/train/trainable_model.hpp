@@ -150,10 +150,11 @@ class TrainableModel {
   [[nodiscard]] T* final_norm_gradient() noexcept { return norm_gradient(final_norm_); }
 
   /// The output layer's weights, [vocab][hidden].
-  [[nodiscard]] LinearWeights<T> head(detail::Products<T>& products) {
+  template <class Store = StoreExactly>
+  [[nodiscard]] LinearWeights<T> head(detail::Products<T>& products, const Store& store = {}) {
     const ModelConfig& c = config();
     if (c.tied_embeddings) return {MatrixView<const T>(embedding(), c.vocab_size, c.hidden_size), nullptr};
-    if (has_head()) return linears_.back().materialize(grown(head_scratch_, linears_.back()), products);
+    if (has_head()) return materialize(linears_.back(), head_scratch_, products, store);
     return {MatrixView<const T>(frozen_head_.data(), c.vocab_size, c.hidden_size), nullptr};
   }
   /// Where the output layer's gradients are added.
@@ -168,17 +169,17 @@ class TrainableModel {
   }
 
   /// The weights of one block; valid until the next block is asked for.
-  [[nodiscard]] BlockWeights<T> block(std::int64_t index, detail::Products<T>& products) {
+  template <class Store = StoreExactly>
+  [[nodiscard]] BlockWeights<T> block(std::int64_t index, detail::Products<T>& products,
+                                      const Store& store = {}) {
     BlockWeights<T> out;
     const Norms& norms = norms_[static_cast<std::size_t>(index)];
     out.input_norm = norm_value(norms[0]);
     out.post_attention_norm = norm_value(norms[1]);
     out.q_norm = norm_value(norms[2]);
     out.k_norm = norm_value(norms[3]);
-    for (std::size_t i = 0; i < kBlockLinears; ++i) {
-      TrainableLinear<T>& layer = linear(index, i);
-      out.linears[i] = layer.materialize(grown(scratch_[i], layer), products);
-    }
+    for (std::size_t i = 0; i < kBlockLinears; ++i)
+      out.linears[i] = materialize(linear(index, i), scratch_[i], products, store);
     return out;
   }
   /// Where that block's gradients are added.
@@ -323,6 +324,13 @@ class TrainableModel {
     return linears_[static_cast<std::size_t>(block) * kBlockLinears + i];
   }
   [[nodiscard]] bool has_head() const noexcept { return linears_.size() % kBlockLinears == 1; }
+  template <class Store>
+  static LinearWeights<T> materialize(const TrainableLinear<T>& layer, Tensor<T>& scratch,
+                                      detail::Products<T>& products, const Store& store) {
+    const LinearWeights<T> out = layer.materialize(grown(scratch, layer), products);
+    if (layer.composed()) store(scratch.data(), layer.rows() * layer.cols());
+    return out;
+  }
   static T* grown(Tensor<T>& scratch, const TrainableLinear<T>& layer) {
     const std::int64_t size = layer.composed() ? layer.rows() * layer.cols() : 0;
     if (scratch.size() < size) scratch.resize(size);

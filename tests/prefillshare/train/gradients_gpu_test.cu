@@ -209,7 +209,8 @@ TrainableModel<T> trainable(const std::shared_ptr<const LlamaModel<DenseLinear>>
 }
 
 /// ||got - want|| / ||want||; NaN counts as infinite.
-double relative(const Tensor<float>& got, const Tensor<double>& want) {
+template <class T>
+double relative(const Tensor<T>& got, const Tensor<double>& want) {
   double off = 0.0;
   double size = 1e-30;
   for (std::int64_t i = 0; i < want.size(); ++i) {
@@ -250,6 +251,55 @@ DeviceRun<S> run_on_device(const Variant& v, const Problem& problem, TrainableMo
   return {losses.download(), std::move(model)};
 }
 
+/// Stores what the GPU stores in bf16 as bf16 holds it; probabilities where the GPU gives them to its tensor
+/// cores.
+struct StoreAsBf16 {
+  bool tensor_cores = false;
+
+  template <class T>
+  void operator()(T* x, std::int64_t size) const {
+    for (std::int64_t i = 0; i < size; ++i)
+      x[i] = static_cast<T>(__bfloat162float(__float2bfloat16(static_cast<float>(x[i]))));
+  }
+  template <class T>
+  void probabilities(T* x, std::int64_t size) const {
+    if (tensor_cores) (*this)(x, size);
+  }
+};
+
+/// How far off results may be: the most for a loss, and relative for each gradient.
+struct Bounds {
+  double losses = 0.0;
+  std::vector<double> gradients;
+};
+
+/// fp32 by a constant. bf16 by what its 8 bits cost in this problem: the CPU's pass in double that rounds at
+/// the points where the GPU does. Other sums round other values the other way, so twice that, and one
+/// rounding more for what hardly any reaches.
+template <class S>
+Bounds bounds_of(const Variant& v, const Problem& problem, TrainableModel<double> model,
+                 const TrainableModel<double>& exact, const std::vector<double>& want,
+                 codegemm::Executor& executor) {
+  Bounds out;
+  out.losses = 1e-5 * *std::max_element(want.begin(), want.end());
+  out.gradients.assign(exact.parameters().size(), 2e-5);
+  if constexpr (!kExact<S>) {
+    const StoreAsBf16 store{cuda::detail::attends_on_tensor_cores<S>(v.config.head_dim)};
+    auto pass = TrainPass<double, StoreAsBf16>::create(v.config, std::ssize(problem.batch.tokens), 256,
+                                                       executor, store)
+                    .value();
+    std::vector<double> losses;
+    require_ok(pass.run(model, problem.batch, true, 1.0, losses));
+    for (std::size_t i = 0; i < want.size(); ++i)
+      out.losses = std::max(out.losses, 2.0 * std::abs(losses[i] - want[i]));
+    for (std::size_t i = 0; i < out.gradients.size(); ++i) {
+      const double off = relative(model.parameters()[i].gradient, exact.parameters()[i].gradient);
+      out.gradients[i] = 2.0 * off + 0x1p-9;
+    }
+  }
+  return out;
+}
+
 template <class S>
 void check_against_double(const Device& device, cudaStream_t stream) {
   codegemm::ThreadPool pool(4);
@@ -263,34 +313,34 @@ void check_against_double(const Device& device, cudaStream_t stream) {
       require_ok(pass.run(exact, problem.batch, true, 1.0, want));
       const DeviceRun<S> got =
           run_on_device<S>(v, problem, trainable<float>(model, kind), Activations::kKept, device, stream);
+      const Bounds bounds = bounds_of<S>(v, problem, trainable<double>(model, kind), exact, want, pool);
       double loss_error = 0.0;
-      double largest = 0.0;
       for (std::size_t i = 0; i < want.size(); ++i) {
         const double off = std::abs(static_cast<double>(got.losses[i]) - want[i]);
-        largest = std::max(largest, want[i]);
         loss_error = off <= loss_error ? loss_error : (off == off ? off : HUGE_VAL);
       }
-      // bf16: each of some ten roundings a block is 2^-9 of its tensor, and they add up over two blocks; a
-      // norm of a row that is nearly zero makes the worst of them larger.
-      const double loss_bound = (kExact<S> ? 1e-5 : 0.03) * largest;
-      const double bound = kExact<S> ? 2e-5 : 0.1;
       double worst = 0.0;
+      double share = 0.0;  // of the bound
       std::string worst_name;
       for (std::size_t i = 0; i < exact.parameters().size(); ++i) {
+        const std::string& name = exact.parameters()[i].name;
+        const double bound = bounds.gradients[i];
         const double off = relative(got.model.parameters()[i].gradient, exact.parameters()[i].gradient);
+        share = std::max(share, off / bound);
         if (off >= worst) {
           worst = off;
-          worst_name = exact.parameters()[i].name;
+          worst_name = name;
         }
-        if (off > bound) std::printf("  %s: off by %.3g\n", exact.parameters()[i].name.c_str(), off);
+        CAPTURE(v.name, static_cast<int>(kind), name);
+        CHECK(off <= bound);
       }
-      std::printf("%s, %s, kind %d: losses off by %.2g, gradients by at most %.2g (%s)\n",
-                  kExact<S> ? "fp32" : "bf16", v.name, static_cast<int>(kind), loss_error, worst,
-                  worst_name.c_str());
+      std::printf(
+          "%s, %s, kind %d: losses off by %.2g of %.2g, gradients by at most %.2g (%s), %.2f of a bound\n",
+          kExact<S> ? "fp32" : "bf16", v.name, static_cast<int>(kind), loss_error, bounds.losses, worst,
+          worst_name.c_str(), share);
       std::fflush(stdout);
-      CAPTURE(v.name, static_cast<int>(kind), worst_name);
-      CHECK(loss_error <= loss_bound);
-      CHECK(worst <= bound);
+      CAPTURE(v.name, static_cast<int>(kind));
+      CHECK(loss_error <= bounds.losses);
     }
   }
 }
@@ -629,6 +679,15 @@ TEST_CASE("what cannot be trained on is refused on the GPU as on the CPU", "[tra
   CHECK(refusal({{{1}, {2}}, {{1}, {}}}, good) == "example 1: the target is empty");
   CHECK(refusal({{{1}, {61}}}, good) == "example 0: token 61, the vocabulary has 61");
   CHECK(refusal({}, good) == "Trainer: no examples");
+  CHECK(refusal({{{1, 2, 3, 4, 5, 6, 7}, {1, 2, 3, 4, 5, 6, 7, 8, 9, 10}}}, good) ==
+        "example 0: prompt and target have 7 + 10 tokens, at most 16 are allowed");
+  ModelConfig deep = base->config;
+  deep.layers = 3;
+  const auto unlike =
+      DeviceTrainer<float>::create(model, on_device<float>(*random_model(deep, 1042), device, stream.get),
+                                   {{{1}, {2}}}, good, "x", device, stream.get);
+  CHECK(codegemm::test::contains(unlike.status().message(),
+                                 "does not fit the base's cache: layers: base 3, decode 2"));
   TrainOptions bad = good;
   bad.sharing = 1.5;
   CHECK(refusal({{{1}, {2}}}, bad) == "TrainOptions::sharing is 1.5, must be in 0..1");

@@ -182,6 +182,52 @@ TEST_CASE("gradients of all weights are those of finite differences", "[train]")
   }
 }
 
+namespace {
+
+/// Counts what is stored, and leaves it.
+struct CountStored {
+  std::int64_t* values = nullptr;
+  std::int64_t* probabilities_seen = nullptr;
+
+  void operator()(const double* /*x*/, std::int64_t size) const { *values += size; }
+  void probabilities(const double* /*x*/, std::int64_t size) const { *probabilities_seen += size; }
+};
+
+}  // namespace
+
+TEST_CASE("all that a pass stores goes through Store, which the exact pass does without", "[train]") {
+  codegemm::SerialExecutor serial;
+  const ModelConfig c = tiny_config();
+  const Problem<double> problem(c, 951);
+  const auto base = random_model(c, 952);
+  const auto gradients = [&](auto pass) {
+    auto model = TrainableModel<double>::low_rank(base, LowRankOptions{2, 4.0, 1}).value();
+    std::vector<double> losses;
+    REQUIRE(pass.run(model, problem.batch, true, 1.0, losses).ok());
+    for (const Parameter<double>& p : model.parameters())
+      losses.insert(losses.end(), p.gradient.span().begin(), p.gradient.span().end());
+    return losses;
+  };
+  std::int64_t values = 0;
+  std::int64_t probabilities = 0;
+  const auto counted =
+      gradients(TrainPass<double, CountStored>::create(c, 16, 64, serial, {&values, &probabilities}).value());
+  CHECK(counted == gradients(TrainPass<double>::create(c, 16, 64, serial).value()));
+  // Each forward pass of a block (the last one's is run once, others' twice): norms, Q and K before and after
+  // RoPE, V, attention, its projection, gate, up, their product and down. Each backward pass: the residual
+  // stream's gradient twice, those of both norms, of attention, gate, up and their product, and of Q, K and V
+  // before and after RoPE. Composed weights before each pass. In the head the norm, logits, and its gradient.
+  const std::int64_t rows = 11;
+  const std::int64_t losses = 5;
+  const std::int64_t h = c.hidden_size;
+  const std::int64_t forward = rows * (4 * h + 3 * c.q_size() + 3 * c.kv_size() + 3 * c.intermediate_size);
+  const std::int64_t backward = rows * (4 * h + 3 * c.q_size() + 4 * c.kv_size() + 3 * c.intermediate_size);
+  const std::int64_t weights = 2 * h * c.q_size() + 2 * h * c.kv_size() + 3 * h * c.intermediate_size;
+  CHECK(values == (2 * c.layers - 1) * forward + c.layers * backward + 2 * c.layers * weights +
+                      losses * (2 * h + c.vocab_size));
+  CHECK(probabilities > 0);
+}
+
 TEST_CASE("gradients of low-rank deltas are those of finite differences, and the deltas merge", "[train]") {
   codegemm::SerialExecutor serial;
   const ModelConfig config = variants()[1].config;
