@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// bench/quantize_gpu.cu - suite quantize-gpu: a real model quantized and distilled on a GPU: how long it takes
+// and what its perplexity is, step by step, for some formats.
+
+// Eigen is for the host alone here; as CUDA code it would do without vector instructions.
+#define EIGEN_NO_CUDA
+#pragma nv_diag_suppress 20012, 1675, 550, 2810, 3189
+
+#include <sys/resource.h>
+
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include <codegemm/base/thread_pool.hpp>
+#include <common/gpu_quantizer.cuh>
+#include <common/model_loader.hpp>
+#include <common/model_tokenizer.hpp>
+#include <common/text_tokens.hpp>
+
+#include "support/gpu_timing.cuh"
+#include "support/report.hpp"
+
+namespace codegemm::bench {
+namespace {
+
+using namespace prefillshare;
+using namespace prefillshare::examples;
+using nlohmann::json;
+using Clock = std::chrono::steady_clock;
+
+struct Options {
+  std::string model, text, calibration, cache, json_path, out;
+  std::vector<std::string> formats = {"m1v4g64"};
+  std::int64_t sequences = 64;
+  std::int64_t length = 512;
+  std::int64_t windows = 16;
+  std::int64_t window_length = 512;
+  std::int64_t distill_sequences = 1 << 20;
+  std::int64_t judged = 8;
+  std::vector<double> rates = {2e-3};
+  TrainOptions distill;
+  TextQuantizerOptions quantizer;
+  std::string method = "calibrated";
+  int threads = 0;
+};
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+std::string name_of(const std::string& path) { return std::filesystem::path(path).filename().string(); }
+
+class QuantizeSuite {
+ public:
+  explicit QuantizeSuite(const Options& options)
+      : options_(options),
+        pool_(options.threads),
+        source_(unwrap(open_model(options.model))),
+        loaded_(unwrap(load_model(*source_))) {
+    const Tokenizer tokenizer = unwrap(load_tokenizer(options.model));
+    const auto cut = [&](const std::string& path, std::int64_t count, std::int64_t length) {
+      const std::vector<std::int32_t> ids = tokens_of_file(path, tokenizer);
+      auto out = spread_sequences(ids, count, length, tokenizer);
+      if (out.empty()) throw UserError(concat(path, ": has ", ids.size(), " tokens, needs ", length));
+      return out;
+    };
+    windows_ = cut(options.text, options.windows, options.window_length);
+    sequences_ = cut(options.calibration, options.sequences, options.length);
+    // All of the text is learned from, but for a few stretches that only judge.
+    taught_ = cut(options.calibration, options.distill_sequences, options.length);
+    const std::int64_t judged = std::min(options.judged, std::ssize(taught_) - 1);
+    for (std::int64_t i = judged; i > 0; --i) {
+      const std::int64_t at = (2 * i - 1) * std::ssize(taught_) / (2 * judged);
+      judged_.push_back(std::move(taught_[static_cast<std::size_t>(at)]));
+      taught_.erase(taught_.begin() + at);
+    }
+    quantizer_ = options.quantizer;
+    quantizer_.backend = gpu_.backend();
+    if (options.method == "kmeans") quantizer_.layers.rounds = 0;
+    std::filesystem::create_directories(options.cache);
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    suite_.name = "quantize-gpu";
+    suite_.machine = describe_card(gpu_.device());
+    suite_.memory = measure_bandwidth(stream, gpu_.device().multiprocessors);
+    check(cudaStreamDestroy(stream), "cudaStreamDestroy");
+  }
+
+  void run() {
+    const PerplexitySums dense = gpu_.score(*loaded_.model, windows_);
+    std::printf("%zu windows of %zu tokens of %s: perplexity of the model as given %.3f +- %.3f\n",
+                windows_.size(), windows_.front().size(), name_of(options_.text).c_str(), dense.perplexity(),
+                dense.error());
+    std::printf("%s: calibrated on %zu sequences of %zu tokens, distilled on %zu, judged on %zu\n",
+                name_of(options_.calibration).c_str(), sequences_.size(), sequences_.front().size(),
+                taught_.size(), judged_.size());
+    std::fflush(stdout);
+    for (const std::string& name : options_.formats) {
+      add_format(unwrap(parse_format(name)));
+      write(dense);  // what is measured is kept
+    }
+  }
+
+ private:
+  void add_format(Format format) {
+    const std::string name = format_name(format);
+    const std::string folder =
+        concat(options_.cache, "/", loaded_.fingerprint, "-", name, "-", hash_tokens(sequences_));
+    const auto start = Clock::now();
+    const QuantizedLayers layers =
+        quantize_on_sequences(loaded_, format, sequences_, quantizer_, folder, pool_, {});
+    const double seconds = seconds_since(start);
+    double bits = 0.0;
+    double weights = 0.0;
+    for (const QuantizedMatrix& matrix : layers.matrices) {
+      const double count = static_cast<double>(matrix.rows()) * static_cast<double>(matrix.cols());
+      bits += count * bits_per_weight(format, matrix.rows(), matrix.cols());
+      weights += count;
+    }
+    const PerplexitySums calibrated = gpu_.score(GpuQuantizer::with_layers(*loaded_.model, layers), windows_);
+    std::printf("%-11s %.2f bits: quantized in %.1f s, perplexity %.3f +- %.3f\n", name.c_str(),
+                bits / weights, seconds, calibrated.perplexity(), calibrated.error());
+    std::fflush(stdout);
+    for (const double rate : options_.rates) {
+      QuantizedLayers tuned = layers;
+      json row = {{"name", name},
+                  {"bits_per_weight", bits / weights},
+                  {"method", options_.method},
+                  {"quantize_seconds", seconds},
+                  {"calibrated_perplexity", calibrated.perplexity()},
+                  {"calibrated_perplexity_error", calibrated.error()}};
+      if (options_.distill.steps > 0) distill(name, rate, tuned, row);
+      rows_.push_back(std::move(row));
+      if (!options_.out.empty()) {
+        std::vector<NamedMatrix> named;
+        for (std::size_t i = 0; i < tuned.names.size(); ++i)
+          named.push_back({tuned.names[i], tuned.matrices[i].view()});
+        check(write_quantized_model(*source_, concat(options_.out, "/", name), CheckpointKind::kCodeGemm,
+                                    named, tuned.norms));
+      }
+    }
+  }
+
+  void distill(const std::string& name, double rate, QuantizedLayers& layers, json& row) {
+    TrainOptions options = options_.distill;
+    options.rate = rate;
+    const auto start = Clock::now();
+    TrainProgress last;
+    const GpuQuantizer::Distilled done =
+        gpu_.distill(loaded_.model, layers, taught_, judged_, options, [&](const TrainProgress& now) {
+          last = now;
+          if (now.step == 1 || now.step % 100 == 0)
+            std::printf("  step %lld: divergence %.4f, %.0f tokens/s\n", static_cast<long long>(now.step),
+                        now.loss, now.tokens_per_second);
+        });
+    const double seconds = seconds_since(start);
+    const PerplexitySums sums = gpu_.score(GpuQuantizer::with_layers(*loaded_.model, layers), windows_);
+    std::printf("%-11s rate %g: %lld steps in %.1f s, divergence %.4f to %.4f, perplexity %.3f +- %.3f\n",
+                name.c_str(), rate, static_cast<long long>(options.steps), seconds, done.before, done.after,
+                sums.perplexity(), sums.error());
+    std::fflush(stdout);
+    row["distill_steps"] = options.steps;
+    row["distill_rate"] = rate;
+    row["distill_batch"] = options.batch;
+    row["distill_seconds"] = seconds;
+    row["distill_tokens_per_s"] = last.tokens_per_second;
+    row["divergence_before"] = done.before;
+    row["divergence"] = done.after;
+    row["perplexity"] = sums.perplexity();
+    row["perplexity_error"] = sums.error();
+  }
+
+  void write(const PerplexitySums& dense) const {
+    if (options_.json_path.empty()) return;
+    json out = frame_json(suite_, rows_);
+    rusage usage = {};
+    getrusage(RUSAGE_SELF, &usage);
+    out["model"] = name_of(options_.model);
+    out["perplexity_as_given"] = dense.perplexity();
+    out["perplexity_as_given_error"] = dense.error();
+    out["held_out_text"] = text_json(options_.text, windows_);
+    out["calibration_text"] = text_json(options_.calibration, sequences_);
+    out["distillation_text"] = text_json(options_.calibration, taught_);
+    out["windows"] = concat(hash_tokens(windows_));
+    out["host_peak_mib"] = static_cast<double>(usage.ru_maxrss) / 1024.0;
+    out["threads"] = pool_.workers();
+    check(write_text(out.dump(2) + '\n', options_.json_path));
+  }
+  static json text_json(const std::string& path, const std::vector<std::vector<std::int32_t>>& sequences) {
+    return {{"name", name_of(path)},
+            {"bytes", std::filesystem::file_size(path)},
+            {"sequences", sequences.size()},
+            {"length", sequences.front().size()}};
+  }
+
+  const Options& options_;
+  ThreadPool pool_;
+  std::unique_ptr<TensorSource> source_;
+  LoadedModel loaded_;
+  GpuQuantizer gpu_;
+  TextQuantizerOptions quantizer_;
+  Suite suite_;
+  std::vector<std::vector<std::int32_t>> windows_;    // held out
+  std::vector<std::vector<std::int32_t>> sequences_;  // to calibrate on
+  std::vector<std::vector<std::int32_t>> taught_;     // to distill on
+  std::vector<std::vector<std::int32_t>> judged_;     // of the same text
+  json rows_ = json::array();
+};
+
+}  // namespace
+}  // namespace codegemm::bench
+
+int main(int argc, char** argv) {
+  using codegemm::bench::Options;
+  Options options;
+  options.quantizer.layers.rounds = 6;
+  options.quantizer.layers.beam = 4;
+  options.distill.steps = 400;
+  options.distill.batch = 8;
+  options.distill.pass_tokens = 4096;
+  options.distill.clip = 1.0;
+  options.distill.adam.beta2 = 0.98;
+  options.distill.adam.weight_decay = 0.0;
+  CLI::App app{"Quantizes a model on a GPU and distills it on what the dense one says"};
+  app.add_option("--model", options.model, "GGUF file or Hugging Face folder")->required();
+  app.add_option("--text", options.text, "text to measure perplexity on")->required();
+  app.add_option("--calibration", options.calibration, "text to calibrate and distill on")->required();
+  app.add_option("--cache", options.cache, "folder that keeps layers that are quantized")->required();
+  app.add_option("--format", options.formats, "formats of the linear layers")->capture_default_str();
+  app.add_option("--method", options.method, "calibrated, or kmeans: only what calibration begins with")
+      ->check(CLI::IsMember({"calibrated", "kmeans"}))
+      ->capture_default_str();
+  app.add_option("--sequences", options.sequences, "stretches of the text to calibrate on")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--length", options.length, "tokens in each, as in those to distill on")
+      ->check(CLI::Range(2, 1 << 17))
+      ->capture_default_str();
+  app.add_option("--rounds", options.quantizer.layers.rounds, "most rounds for a layer")
+      ->check(CLI::Range(0, 1000))
+      ->capture_default_str();
+  app.add_option("--tolerance", options.quantizer.layers.tolerance, "gain of a round below which they end")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  app.add_option("--beam", options.quantizer.layers.beam, "paths of the code search")
+      ->check(CLI::Range(1, 16))
+      ->capture_default_str();
+  app.add_option("--distill-steps", options.distill.steps, "0: none")
+      ->check(CLI::Range(0, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--distill-batch", options.distill.batch, "sequences of a step")
+      ->check(CLI::Range(1, 1 << 16))
+      ->capture_default_str();
+  app.add_option("--distill-rate", options.rates,
+                 "highest learning rates, of each tensor's root mean square; of several each by itself")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--pass-tokens", options.distill.pass_tokens, "rows computed at once")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--windows", options.windows, "stretches of the text measured on")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--window-length", options.window_length, "tokens in each")
+      ->check(CLI::Range(4, 1 << 17))
+      ->capture_default_str();
+  app.add_option("--out", options.out, "write the models there, a folder for each format");
+  app.add_option("--threads", options.threads, "0: one for each processor")->check(CLI::Range(0, 1024));
+  app.add_option("--json", options.json_path, "write the results there");
+  CLI11_PARSE(app, argc, argv);
+  try {
+    codegemm::bench::QuantizeSuite(options).run();
+    return 0;
+  } catch (const std::exception& e) {
+    std::fflush(stdout);
+    std::fprintf(stderr, "quantize-gpu: %s\n", e.what());
+    return 2;
+  }
+}
