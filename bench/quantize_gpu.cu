@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/quantize_gpu.cu - suite quantize-gpu: a real model quantized and distilled on a GPU: how long it takes
-// and what its perplexity is, step by step, for some formats.
+// bench/quantize_gpu.cu - suite quantize-gpu: a real model quantized and distilled on a GPU: how long it
+// takes and what its perplexity is, step by step, for some formats.
 
 // Eigen is for the host alone here; as CUDA code it would do without vector instructions.
 #define EIGEN_NO_CUDA
