@@ -53,7 +53,8 @@ using Windows = std::vector<std::vector<std::int32_t>>;
 using DenseModel = LlamaModel<DenseLinear>;
 
 struct Options {
-  std::string model, text, calibration, cache, json_path, csv, plot, gpu, distilled;
+  std::string model, text, calibration, cache, json_path, csv, plot, gpu;
+  std::vector<std::string> distilled;
   std::vector<std::string> formats = {"m1v8g128", "m1v4b4g64", "m2v4b4g64", "m2v8g128", "m1v4g64",
                                       "m1v4g32",  "m3v4b4g64", "m2v4g64",   "m1v2g64",  "m2v2b4g64"};
   std::vector<std::string> peers = {"Q2_K", "Q3_K_M", "Q4_K_M"};
@@ -171,7 +172,7 @@ class Explorer {
     for (const LayerShape& layer : layers_)
       weights_ += layer.shape.rows * layer.shape.cols * loaded_.model->config.layers;
     if (!options.gpu.empty()) gpu_ = json::parse(std::ifstream(options.gpu));
-    if (!options.distilled.empty()) read_distilled();
+    for (const std::string& path : options.distilled) read_distilled(path);
   }
 
   void run() {
@@ -275,12 +276,12 @@ class Explorer {
   }
 
   /// Rows of quantize-gpu, which must have judged by the same windows.
-  void read_distilled() {
-    const json file = json::parse(std::ifstream(options_.distilled), nullptr, false);
+  void read_distilled(const std::string& path) {
+    const json file = json::parse(std::ifstream(path), nullptr, false);
     const std::string windows = concat(hash_tokens(windows_));
     if (!file.is_object() || file.value("windows", std::string()) != windows) {
-      throw UserError(concat(options_.distilled, ": no results of quantize-gpu on ", windows_.size(),
-                             " windows of ", windows_.front().size(), " tokens of ", name_of(options_.text)));
+      throw UserError(concat(path, ": no results of quantize-gpu on ", windows_.size(), " windows of ",
+                             windows_.front().size(), " tokens of ", name_of(options_.text)));
     }
     for (const json& row : file.at("rows")) {
       if (row.contains("perplexity")) distilled_.push_back(row);

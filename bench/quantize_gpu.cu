@@ -10,8 +10,10 @@
 #include <sys/resource.h>
 
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <filesystem>
 #include <map>
@@ -24,6 +26,7 @@
 #include <nlohmann/json.hpp>
 
 #include <codegemm/base/thread_pool.hpp>
+#include <codegemm/quantize/additive.hpp>
 #include <common/gpu_quantizer.cuh>
 #include <common/model_loader.hpp>
 #include <common/model_tokenizer.hpp>
@@ -43,6 +46,7 @@ using Clock = std::chrono::steady_clock;
 struct Options {
   std::string model, text, calibration, cache, json_path, out;
   std::vector<std::string> formats = {"m1v4g64"};
+  std::vector<std::string> layers;  // "NxK"
   std::int64_t sequences = 64;
   std::int64_t length = 512;
   std::int64_t windows = 16;
@@ -107,6 +111,7 @@ class QuantizeSuite {
                 name_of(options_.calibration).c_str(), sequences_.size(), sequences_.front().size(),
                 taught_.size(), judged_.size());
     std::fflush(stdout);
+    for (const std::string& layer : options_.layers) add_layer(layer);
     for (const std::string& name : options_.formats) {
       add_format(unwrap(parse_format(name)));
       write(dense);  // what is measured is kept
@@ -114,6 +119,42 @@ class QuantizeSuite {
   }
 
  private:
+  /// How long a layer of a larger model takes, in the first of the formats: random weights, and inputs of
+  /// which neighbours are alike.
+  void add_layer(const std::string& shape) {
+    const std::size_t cross = shape.find('x');
+    const std::int64_t rows = std::stoll(shape);
+    const std::int64_t cols = cross == std::string::npos ? 0 : std::stoll(shape.substr(cross + 1));
+    if (rows < 1 || cols < 1) throw UserError(concat("--layer ", shape, ": no shape, such as 4096x4096"));
+    std::vector<float> weights(static_cast<std::size_t>(rows * cols));
+    codegemm::detail::SplitMix random(1);
+    for (float& x : weights)
+      x = static_cast<float>(random.uniform() + random.uniform() + random.uniform() - 1.5);
+    std::vector<float> powers(static_cast<std::size_t>(cols));
+    for (std::int64_t i = 0; i < cols; ++i)
+      powers[static_cast<std::size_t>(i)] = std::pow(0.7F, static_cast<float>(i));
+    std::vector<float> gram(static_cast<std::size_t>(cols * cols));
+    for (std::int64_t i = 0; i < cols; ++i) {
+      for (std::int64_t j = 0; j < cols; ++j)
+        gram[static_cast<std::size_t>(i * cols + j)] = powers[static_cast<std::size_t>(std::abs(i - j))];
+    }
+    const Format format = unwrap(parse_format(options_.formats.front()));
+    CalibratedReport report;
+    const auto start = Clock::now();
+    static_cast<void>(unwrap(quantizer_.backend.quantize(MatrixView<const float>(weights.data(), rows, cols),
+                                                         MatrixView<const float>(gram.data(), cols, cols),
+                                                         format, quantizer_.layers, pool_, &report)));
+    const double seconds = seconds_since(start);
+    std::printf("%s, %s: quantized in %.2f s, %d rounds, error %.4f\n", shape.c_str(),
+                format_name(format).c_str(), seconds, report.rounds, report.error);
+    std::fflush(stdout);
+    layer_rows_.push_back({{"shape", shape},
+                           {"format", format_name(format)},
+                           {"seconds", seconds},
+                           {"rounds", report.rounds},
+                           {"error", report.error}});
+  }
+
   void add_format(Format format) {
     const std::string name = format_name(format);
     const std::string folder =
@@ -196,6 +237,7 @@ class QuantizeSuite {
     out["windows"] = concat(hash_tokens(windows_));
     out["host_peak_mib"] = static_cast<double>(usage.ru_maxrss) / 1024.0;
     out["threads"] = pool_.workers();
+    out["layers"] = layer_rows_;
     check(write_text(out.dump(2) + '\n', options_.json_path));
   }
   static json text_json(const std::string& path, const std::vector<std::vector<std::int32_t>>& sequences) {
@@ -217,6 +259,7 @@ class QuantizeSuite {
   std::vector<std::vector<std::int32_t>> taught_;     // to distill on
   std::vector<std::vector<std::int32_t>> judged_;     // of the same text
   json rows_ = json::array();
+  json layer_rows_ = json::array();
 };
 
 }  // namespace
@@ -239,6 +282,8 @@ int main(int argc, char** argv) {
   app.add_option("--calibration", options.calibration, "text to calibrate and distill on")->required();
   app.add_option("--cache", options.cache, "folder that keeps layers that are quantized")->required();
   app.add_option("--format", options.formats, "formats of the linear layers")->capture_default_str();
+  app.add_option("--layer", options.layers,
+                 "also times layers of these shapes (NxK) in the first format, on random weights");
   app.add_option("--method", options.method, "calibrated, or kmeans: only what calibration begins with")
       ->check(CLI::IsMember({"calibrated", "kmeans"}))
       ->capture_default_str();
