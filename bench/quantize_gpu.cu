@@ -53,7 +53,8 @@ struct Options {
   std::int64_t window_length = 512;
   std::int64_t distill_sequences = 1 << 20;
   std::int64_t judged = 8;
-  std::vector<double> rates = {2e-3};
+  std::vector<std::int64_t> steps = {400};
+  std::vector<double> rates = {4e-3};
   TrainOptions distill;
   TextQuantizerOptions quantizer;
   std::string method = "calibrated";
@@ -160,8 +161,16 @@ class QuantizeSuite {
     const std::string folder =
         concat(options_.cache, "/", loaded_.fingerprint, "-", name, "-", hash_tokens(sequences_));
     const auto start = Clock::now();
+    double told = 0.0;
     const QuantizedLayers layers =
-        quantize_on_sequences(loaded_, format, sequences_, quantizer_, folder, pool_, {});
+        quantize_on_sequences(loaded_, format, sequences_, quantizer_, folder, pool_, [&](const auto& now) {
+          if (now.layer.ends_with("down_proj") && now.share >= told + 0.1) {
+            told = now.share;
+            std::printf("  %s: %.0f%% in %.1f s, error %.4f\n", now.layer.c_str(), 100.0 * told,
+                        seconds_since(start), now.error);
+            std::fflush(stdout);
+          }
+        });
     const double seconds = seconds_since(start);
     double bits = 0.0;
     double weights = 0.0;
@@ -174,35 +183,43 @@ class QuantizeSuite {
     std::printf("%-11s %.2f bits: quantized in %.1f s, perplexity %.3f +- %.3f\n", name.c_str(),
                 bits / weights, seconds, calibrated.perplexity(), calibrated.error());
     std::fflush(stdout);
-    for (const double rate : options_.rates) {
-      QuantizedLayers tuned = layers;
-      json row = {{"name", name},
-                  {"bits_per_weight", bits / weights},
-                  {"method", options_.method},
-                  {"quantize_seconds", seconds},
-                  {"calibrated_perplexity", calibrated.perplexity()},
-                  {"calibrated_perplexity_error", calibrated.error()}};
-      if (options_.distill.steps > 0) distill(name, rate, tuned, row);
-      rows_.push_back(std::move(row));
-      if (!options_.out.empty()) {
-        std::vector<NamedMatrix> named;
-        for (std::size_t i = 0; i < tuned.names.size(); ++i)
-          named.push_back({tuned.names[i], tuned.matrices[i].view()});
-        check(write_quantized_model(*source_, concat(options_.out, "/", name), CheckpointKind::kCodeGemm,
-                                    named, tuned.norms));
+    QuantizedLayers best = layers;
+    double least = HUGE_VAL;  // the held-out text does not choose
+    for (const std::int64_t steps : options_.steps) {
+      for (const double rate : options_.rates) {
+        json row = {{"name", name},
+                    {"bits_per_weight", bits / weights},
+                    {"method", options_.method},
+                    {"quantize_seconds", seconds},
+                    {"calibrated_perplexity", calibrated.perplexity()},
+                    {"calibrated_perplexity_error", calibrated.error()}};
+        QuantizedLayers tuned = layers;
+        if (steps > 0) distill(name, steps, rate, tuned, row);
+        if (row.value("divergence", least) < least) {
+          least = row.at("divergence").get<double>();
+          best = std::move(tuned);
+        }
+        rows_.push_back(std::move(row));
       }
     }
+    if (options_.out.empty()) return;
+    std::vector<NamedMatrix> named;
+    for (std::size_t i = 0; i < best.names.size(); ++i)
+      named.push_back({best.names[i], best.matrices[i].view()});
+    check(write_quantized_model(*source_, concat(options_.out, "/", name), CheckpointKind::kCodeGemm, named,
+                                best.norms));
   }
 
-  void distill(const std::string& name, double rate, QuantizedLayers& layers, json& row) {
+  void distill(const std::string& name, std::int64_t steps, double rate, QuantizedLayers& layers, json& row) {
     TrainOptions options = options_.distill;
+    options.steps = steps;
     options.rate = rate;
     const auto start = Clock::now();
     TrainProgress last;
     const GpuQuantizer::Distilled done =
         gpu_.distill(loaded_.model, layers, taught_, judged_, options, [&](const TrainProgress& now) {
           last = now;
-          if (now.step == 1 || now.step % 100 == 0)
+          if (now.step == 1 || now.step % 200 == 0)
             std::printf("  step %lld: divergence %.4f, %.0f tokens/s\n", static_cast<long long>(now.step),
                         now.loss, now.tokens_per_second);
         });
@@ -270,7 +287,11 @@ int main(int argc, char** argv) {
   Options options;
   options.quantizer.layers.rounds = 6;
   options.quantizer.layers.beam = 4;
-  options.distill.steps = 400;
+  // Rounds on the GPU cost less than a good beginning on the host.
+  options.quantizer.layers.kmeans.iterations = 8;
+  options.quantizer.layers.kmeans.rounds = 4;
+  options.quantizer.layers.kmeans.refits = 1;
+  options.quantizer.layers.kmeans.sample = 32768;
   options.distill.batch = 8;
   options.distill.pass_tokens = 4096;
   options.distill.clip = 1.0;
@@ -302,7 +323,7 @@ int main(int argc, char** argv) {
   app.add_option("--beam", options.quantizer.layers.beam, "paths of the code search")
       ->check(CLI::Range(1, 16))
       ->capture_default_str();
-  app.add_option("--distill-steps", options.distill.steps, "0: none")
+  app.add_option("--distill-steps", options.steps, "0: none; of several each by itself")
       ->check(CLI::Range(0, 1 << 20))
       ->capture_default_str();
   app.add_option("--distill-batch", options.distill.batch, "sequences of a step")

@@ -57,8 +57,14 @@ class DeviceSteps {
                              " have more vectors than a GPU's 32-bit places count");
     }
     reserve(weights_, state.rows * state.cols);
-    for (std::int64_t n = 0; n < state.rows; ++n)
-      copy(weights_.data() + n * state.cols, state.weights.row(n), state.cols, cudaMemcpyHostToDevice);
+    if (status_.ok()) {
+      const std::size_t width = static_cast<std::size_t>(state.cols) * sizeof(float);
+      keep(cuda_status(
+          cudaMemcpy2DAsync(weights_.data(), width, state.weights.data,
+                            static_cast<std::size_t>(state.weights.stride) * sizeof(float), width,
+                            static_cast<std::size_t>(state.rows), cudaMemcpyHostToDevice, stream_),
+          "cudaMemcpy2DAsync"));
+    }
     reserve(gram_, state.cols * state.cols);
     copy(gram_.data(), state.gram.data(), state.cols * state.cols, cudaMemcpyHostToDevice);
     if (factor != nullptr) {
