@@ -54,6 +54,7 @@ using DenseModel = LlamaModel<DenseLinear>;
 
 struct Options {
   std::string model, text, calibration, cache, json_path, csv, plot, gpu;
+  std::vector<std::string> distilled;
   std::vector<std::string> formats = {"m1v8g128", "m1v4b4g64", "m2v4b4g64", "m2v8g128", "m1v4g64",
                                       "m1v4g32",  "m3v4b4g64", "m2v4g64",   "m1v2g64",  "m2v2b4g64"};
   std::vector<std::string> peers = {"Q2_K", "Q3_K_M", "Q4_K_M"};
@@ -71,6 +72,7 @@ struct Options {
   bool quick = false;
   bool peers_too = true;
   bool correct = true;
+  bool only_distilled = false;
 };
 
 // What `quick` is: to see that it runs.
@@ -170,6 +172,7 @@ class Explorer {
     for (const LayerShape& layer : layers_)
       weights_ += layer.shape.rows * layer.shape.cols * loaded_.model->config.layers;
     if (!options.gpu.empty()) gpu_ = json::parse(std::ifstream(options.gpu));
+    for (const std::string& path : options.distilled) read_distilled(path);
   }
 
   void run() {
@@ -182,7 +185,10 @@ class Explorer {
         static_cast<long long>(weights_), static_cast<long long>(vocabulary),
         static_cast<long long>(loaded_.model->config.hidden_size));
     add_file(*source_, loaded_.model, "source", "the model as given", folder_ + "/" + loaded_.fingerprint);
-    for (std::size_t i = 0; i < options_.formats.size(); ++i) add_format(i);
+    if (!options_.only_distilled || options_.distilled.empty()) {
+      for (std::size_t i = 0; i < options_.formats.size(); ++i) add_format(i);
+    }
+    for (const json& row : distilled_) add_distilled(row);
     if (options_.peers_too) {
       for (const std::string& type : options_.peers) add_peer(type);
       for (const std::string& type : options_.blocks) add_blocks(type);
@@ -269,12 +275,50 @@ class Explorer {
     return unwrap(open_model(source.path()));
   }
 
+  /// Rows of quantize-gpu, which must have judged by the same windows.
+  void read_distilled(const std::string& path) {
+    const json file = json::parse(std::ifstream(path), nullptr, false);
+    const std::string windows = concat(hash_tokens(windows_));
+    if (!file.is_object() || file.value("windows", std::string()) != windows) {
+      throw UserError(concat(path, ": no results of quantize-gpu on ", windows_.size(), " windows of ",
+                             windows_.front().size(), " tokens of ", name_of(options_.text)));
+    }
+    for (const json& row : file.at("rows")) {
+      if (row.contains("perplexity")) distilled_.push_back(row);
+    }
+  }
+
+  void add_distilled(const json& from) {
+    const Format format = unwrap(parse_format(from.at("name").get<std::string>()));
+    Candidate out;
+    out.name = format_name(format) + " distilled";
+    out.family = "codegemm distilled";
+    out.method =
+        concat("calibrated and distilled on a GPU, ", from.at("distill_steps").get<std::int64_t>(), " steps");
+    json layers = measure_times(format, out);
+    out.perplexity = from.at("perplexity").get<double>();
+    out.perplexity_error = from.at("perplexity_error").get<double>();
+    json row = to_json(out);
+    row["layers"] = std::move(layers);
+    add(std::move(out), std::move(row));
+  }
+
   void add_format(std::size_t index) {
     const Format format = unwrap(parse_format(options_.formats[index]));
     Candidate out;
     out.name = format_name(format);
     out.family = "codegemm";
     out.method = method_text();
+    json layers = measure_times(format, out);
+    const std::string path = format_path(format);
+    measure_perplexity(out, path, [&] { return quantize(format, index, path); });
+    json row = to_json(out);
+    row["layers"] = std::move(layers);
+    add(std::move(out), std::move(row));
+  }
+
+  /// Sizes and times of a format; each layer's time in a row of its own.
+  json measure_times(Format format, Candidate& out) {
     const auto blocks = loaded_.model->config.layers;
     double bits = 0.0;
     for (const LayerShape& layer : layers_) {
@@ -292,13 +336,9 @@ class Explorer {
       shapes.push_back(concat(layers_[i].shape.rows, 'x', layers_[i].shape.cols));
       rows.push_back({{"name", layers_[i].name}, {"shape", shapes.back()}, {"median_us", times.us[i]}});
     }
-    if (gpu_.is_object()) out.gpu_us = gpu_us(gpu_, out.name, shapes) * static_cast<double>(blocks);
-
-    const std::string path = format_path(format);
-    measure_perplexity(out, path, [&] { return quantize(format, index, path); });
-    json row = to_json(out);
-    row["layers"] = std::move(rows);
-    add(std::move(out), std::move(row));
+    if (gpu_.is_object())
+      out.gpu_us = gpu_us(gpu_, format_name(format), shapes) * static_cast<double>(blocks);
+    return rows;
   }
 
   /// Where a format's layers are kept: other options, another folder.
@@ -412,7 +452,7 @@ class Explorer {
     std::printf("\n");
     std::vector<Candidate> ours;
     for (const Candidate& one : all_) {
-      if (one.family == "codegemm") ours.push_back(one);
+      if (one.family.starts_with("codegemm")) ours.push_back(one);
     }
     Budget budget;
     if (options_.memory > 0.0) budget.bytes = options_.memory * 1024.0 * 1024.0;
@@ -458,6 +498,7 @@ class Explorer {
   std::vector<LayerShape> layers_;  // of one block
   std::int64_t weights_ = 0;        // of all blocks' linear layers
   json gpu_;
+  std::vector<json> distilled_;  // rows of quantize-gpu
   std::vector<Candidate> all_;
   json rows_ = json::array();
   double made_seconds_ = 0.0;
@@ -509,6 +550,9 @@ int main(int argc, char** argv) {
       ->check(CLI::NonNegativeNumber);
   app.add_option("--gpu", options.gpu,
                  "results of codegemm-gpu on this model's shapes (--shape NxK --tokens 1): adds its times");
+  app.add_option("--distilled", options.distilled,
+                 "results of quantize-gpu on the same text and windows: adds its formats");
+  app.add_flag("--only-distilled", options.only_distilled, "of our formats these alone");
   app.add_option("--threads", options.threads, "0: one for each processor")->check(CLI::Range(0, 1024));
   app.add_option("--json", options.json_path, "write the results there");
   app.add_option("--csv", options.csv, "write the table there");

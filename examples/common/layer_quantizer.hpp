@@ -37,6 +37,11 @@ struct QuantizeProgress {
   double error = 0.0;         // its relative error so far
 };
 
+/// codegemm::quantize_calibrated(), or the same on a GPU.
+using QuantizeLayer = std::function<Result<codegemm::QuantizedMatrix>(
+    MatrixView<const float> weights, MatrixView<const float> gram, codegemm::Format format,
+    const codegemm::CalibratedOptions& options, Executor& executor, codegemm::CalibratedReport* report)>;
+
 /// A LayerReplacer that quantizes, and a BlockFinisher that tunes each block's codebooks, scales and norms if
 /// asked to. Every finished layer is one file of `folder`, whole or not at all, that names the run it belongs
 /// to; find() takes it for done only if that is this run. A tuned block is two more, NAME.norms and
@@ -46,8 +51,10 @@ class LayerQuantizer {
   /// `run` says all that the result depends on: the model, the options, the calibration tokens.
   LayerQuantizer(const LlamaModel<DenseLinear>& model, codegemm::Format format,
                  codegemm::CalibratedOptions options, BlockTuneOptions tune, std::string folder,
-                 std::string run, Executor& executor, std::function<void(const QuantizeProgress&)> progress)
+                 std::string run, Executor& executor, std::function<void(const QuantizeProgress&)> progress,
+                 QuantizeLayer quantize = codegemm::quantize_calibrated)
       : format_(format),
+        quantize_(std::move(quantize)),
         options_(std::move(options)),
         tune_(tune),
         folder_(std::move(folder)),
@@ -76,7 +83,7 @@ class LayerQuantizer {
     options.progress = [&](double share, double error) { tell(name, done_ + share * cost(dense), error); };
     codegemm::CalibratedReport report;
     Result<codegemm::QuantizedMatrix> made =
-        codegemm::quantize_calibrated(dense.weights(), gram, format_, options, executor_, &report);
+        quantize_(dense.weights(), gram, format_, options, executor_, &report);
     if (!made.ok()) return made.status();
     const codegemm::NamedMatrix named{name, made->view()};
     const codegemm::SafetensorsText texts[] = {{"run", run_},
@@ -284,6 +291,7 @@ class LayerQuantizer {
   }
 
   codegemm::Format format_;
+  QuantizeLayer quantize_;
   codegemm::CalibratedOptions options_;
   BlockTuneOptions tune_;
   std::string folder_;

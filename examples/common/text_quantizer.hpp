@@ -19,10 +19,21 @@
 
 namespace prefillshare::examples {
 
+/// Where layers are quantized. On the host unless said otherwise.
+struct QuantizeBackend {
+  std::string name;  // part of the run's name; empty: the host
+  QuantizeLayer quantize = codegemm::quantize_calibrated;
+  /// Runs the model block by block as CalibrationRun does; null: that. Throws UserError.
+  std::function<void(const LoadedModel& loaded, const std::vector<std::vector<std::int32_t>>& sequences,
+                     const CalibrationRunOptions& options, LayerQuantizer& quantizer, Executor& executor)>
+      calibrate;
+};
+
 struct TextQuantizerOptions {
   codegemm::CalibratedOptions layers;
   BlockTuneOptions tune{.steps = 0};  // off: what it does for perplexity is not known yet
   bool correct = true;                // weights corrected for the errors of the layers before
+  QuantizeBackend backend;
 };
 
 /// The linear layers of the blocks in for_each_linear()'s order, and the norms tuned with them.
@@ -56,7 +67,8 @@ struct QuantizedLayers {
                           q.rounds, ", beam ", q.beam, ", tolerance ", q.tolerance, ", damping ", q.damping,
                           ", codebook steps ", q.codebook_steps, ", corrected ", options.correct,
                           ", tune steps ", t.steps, ", rate ", t.rate, ", tune tokens ", t.tokens,
-                          ", held out ", t.held_out, ", version 2");
+                          ", held out ", t.held_out, options.backend.name.empty() ? "" : ", on ",
+                          options.backend.name, ", version 2");
 }
 
 /// "4:07 left", or nothing where the time is not known (negative).
@@ -79,7 +91,8 @@ struct QuantizedLayers {
   BlockTuneOptions tune = options.tune;
   tune.seed = options.layers.kmeans.seed;
   LayerQuantizer quantizer(*loaded.model, format, options.layers, tune, state,
-                           run_name(loaded, format, sequences, options), executor, progress);
+                           run_name(loaded, format, sequences, options), executor, progress,
+                           options.backend.quantize);
   bool complete = true;
   const auto collect = [&](QuantizedLayers& out) {
     for_each_linear(*loaded.model, [&](const std::string& name, const DenseLinear&) {
@@ -96,10 +109,14 @@ struct QuantizedLayers {
   if (!complete) {
     CalibrationRunOptions run_options;
     run_options.correct = options.correct;
-    CalibrationRun calibration =
-        unwrap(CalibrationRun::create(loaded.model, sequences, executor.workers(), run_options));
-    while (calibration.blocks_done() < loaded.model->config.layers)
-      check(calibration.next_block(quantizer, executor));
+    if (options.backend.calibrate) {
+      options.backend.calibrate(loaded, sequences, run_options, quantizer, executor);
+    } else {
+      CalibrationRun calibration =
+          unwrap(CalibrationRun::create(loaded.model, sequences, executor.workers(), run_options));
+      while (calibration.blocks_done() < loaded.model->config.layers)
+        check(calibration.next_block(quantizer, executor));
+    }
     out = {};
     complete = true;
     collect(out);

@@ -136,9 +136,93 @@ inline void give_matrix(const AdditiveState& s, QuantizedMatrix& to) {
   }
 }
 
-[[nodiscard]] inline Result<QuantizedMatrix> quantize_calibrated_checked(
-    MatrixView<const float> w, MatrixView<const float> gram, Format f, const CalibratedOptions& options,
-    Executor& executor, CalibratedReport& report) {
+/// The steps of the quantizer on the host. A class for another device has the same members.
+class HostSteps {
+ public:
+  explicit HostSteps(Executor& executor) : executor_(executor) {}
+
+  /// `state` and `factor` (L of H = L L^T, or null) are worked on until end().
+  [[nodiscard]] Status begin(AdditiveState& state, const DenseMatrix* factor) {
+    s_ = &state;
+    factor_ = factor;
+    return {};
+  }
+  /// weighted_error().
+  [[nodiscard]] Result<double> error(bool residual) { return weighted_error(*s_, residual, executor_); }
+  [[nodiscard]] Status fit_codebooks(int steps) {
+    CodebookFit(*s_, executor_).run(steps);
+    return {};
+  }
+  [[nodiscard]] Status fit_scales() {
+    detail::fit_scales(*s_, executor_);
+    return {};
+  }
+  [[nodiscard]] Status search(SearchMode mode, int beam) {
+    search_codes(*s_, mode == SearchMode::kRebuild ? *factor_ : s_->gram, mode, beam, executor_);
+    return {};
+  }
+  /// The state has the result.
+  [[nodiscard]] Status end() { return {}; }
+
+ private:
+  Executor& executor_;
+  AdditiveState* s_ = nullptr;
+  const DenseMatrix* factor_ = nullptr;
+};
+
+/// In turn new codes and fits, until a round gains less than the tolerance.
+template <class Steps>
+[[nodiscard]] Status alternate(AdditiveState& s, const DenseMatrix* factor, const CalibratedOptions& options,
+                               Steps& steps, CalibratedReport& report) {
+  if (Status status = steps.begin(s, factor); !status.ok()) return status;
+  const Result<double> size = steps.error(false);
+  if (!size.ok()) return size.status();
+  const auto relative = [&](double& out) -> Status {
+    out = 0.0;
+    if (!(*size > 0.0)) return {};
+    const Result<double> now = steps.error(true);
+    if (!now.ok()) return now.status();
+    out = *now / *size;
+    return {};
+  };
+  const auto fit = [&]() -> Status {
+    if (Status status = steps.fit_codebooks(options.codebook_steps); !status.ok()) return status;
+    return steps.fit_scales();
+  };
+  const auto tell = [&](int done) {
+    if (options.progress) options.progress(static_cast<double>(done) / (options.rounds + 1), report.error);
+  };
+  if (Status status = relative(report.kmeans_error); !status.ok()) return status;
+  report.error = report.kmeans_error;
+  tell(1);
+  for (int round = 0; round < options.rounds && report.error > 0.0; ++round) {
+    // Before the search: codebooks that know H make for other codes than those of k-means.
+    if (Status status = fit(); !status.ok()) return status;
+    if (factor != nullptr) {
+      if (Status status = steps.search(SearchMode::kRebuild, options.beam); !status.ok()) return status;
+    }
+    if (Status status = steps.search(SearchMode::kRefine, options.beam); !status.ok()) return status;
+    double error = 0.0;
+    if (Status status = relative(error); !status.ok()) return status;
+    report.rounds = round + 1;
+    const bool done = !(error < report.error * (1.0 - options.tolerance));
+    report.error = error;
+    tell(round + 2);
+    if (done) break;
+  }
+  if (report.rounds > 0) {
+    if (Status status = fit(); !status.ok()) return status;
+    if (Status status = relative(report.error); !status.ok()) return status;
+  }
+  return steps.end();
+}
+
+template <class Steps>
+[[nodiscard]] Result<QuantizedMatrix> quantize_calibrated_checked(MatrixView<const float> w,
+                                                                  MatrixView<const float> gram, Format f,
+                                                                  const CalibratedOptions& options,
+                                                                  Executor& executor, Steps& steps,
+                                                                  CalibratedReport& report) {
   AdditiveState s;
   s.format = f;
   s.rows = w.rows;
@@ -157,36 +241,37 @@ inline void give_matrix(const AdditiveState& s, QuantizedMatrix& to) {
   const bool rebuild = factored.info() == Eigen::Success;
   DenseMatrix factor;
   if (rebuild) factor = factored.matrixL();
-
-  const double size = weighted_error(s, false, executor);
-  const auto relative = [&] { return size > 0.0 ? weighted_error(s, true, executor) / size : 0.0; };
-  report.kmeans_error = report.error = relative();
-  const auto fit = [&] {
-    CodebookFit(s, executor).run(options.codebook_steps);
-    fit_scales(s, executor);
-  };
-  const auto tell = [&](int done) {
-    if (options.progress) options.progress(static_cast<double>(done) / (options.rounds + 1), report.error);
-  };
-  tell(1);
-  for (int round = 0; round < options.rounds && report.error > 0.0; ++round) {
-    fit();  // before the search: codebooks that know H make for other codes than those of k-means
-    if (rebuild) search_codes(s, factor, SearchMode::kRebuild, options.beam, executor);
-    search_codes(s, factor, SearchMode::kRefine, options.beam, executor);
-    const double error = relative();
-    report.rounds = round + 1;
-    const bool done = !(error < report.error * (1.0 - options.tolerance));
-    report.error = error;
-    tell(round + 2);
-    if (done) break;
-  }
-  if (report.rounds > 0) {
-    fit();
-    report.error = relative();
-  }
+  if (Status status = alternate(s, rebuild ? &factor : nullptr, options, steps, report); !status.ok())
+    return status;
   give_matrix(s, *made);
   if (options.progress) options.progress(1.0, report.error);
   return made;
+}
+
+/// Checks the arguments, then quantizes with these steps.
+template <class Steps>
+[[nodiscard]] Result<QuantizedMatrix> quantize_calibrated_with(MatrixView<const float> weights,
+                                                               MatrixView<const float> gram, Format format,
+                                                               const CalibratedOptions& options,
+                                                               Executor& executor, Steps& steps,
+                                                               CalibratedReport* report) {
+  if (Status status = check_quantize(weights, format, options.kmeans); !status.ok()) return status;
+  if (Status status = check_gram(gram, weights.cols); !status.ok()) return status;
+  if (options.rounds < 0 || options.beam < 1 || options.beam > kMostBeam || options.codebook_steps < 0 ||
+      !(options.damping >= 0.0) || !(options.tolerance >= 0.0)) {
+    return error(StatusCode::kInvalidArgument, "quantize_calibrated: options rounds = ", options.rounds,
+                 ", codebook_steps = ", options.codebook_steps, ", damping = ", options.damping,
+                 ", tolerance = ", options.tolerance, " must not be negative, beam = ", options.beam,
+                 " in 1..", kMostBeam);
+  }
+  try {
+    CalibratedReport unused;
+    return quantize_calibrated_checked(weights, gram, format, options, executor, steps,
+                                       report != nullptr ? *report : unused);
+  } catch (const std::bad_alloc&) {
+    return error(StatusCode::kOutOfMemory, "quantize_calibrated: ", weights.rows, " x ", weights.cols, " as ",
+                 format_name(format));
+  }
 }
 
 }  // namespace detail
@@ -202,23 +287,8 @@ inline void give_matrix(const AdditiveState& s, QuantizedMatrix& to) {
                                                                  const CalibratedOptions& options,
                                                                  Executor& executor,
                                                                  CalibratedReport* report = nullptr) {
-  if (Status status = detail::check_quantize(weights, format, options.kmeans); !status.ok()) return status;
-  if (Status status = detail::check_gram(gram, weights.cols); !status.ok()) return status;
-  if (options.rounds < 0 || options.beam < 1 || options.beam > detail::kMostBeam ||
-      options.codebook_steps < 0 || !(options.damping >= 0.0) || !(options.tolerance >= 0.0)) {
-    return error(StatusCode::kInvalidArgument, "quantize_calibrated: options rounds = ", options.rounds,
-                 ", codebook_steps = ", options.codebook_steps, ", damping = ", options.damping,
-                 ", tolerance = ", options.tolerance, " must not be negative, beam = ", options.beam,
-                 " in 1..", detail::kMostBeam);
-  }
-  try {
-    CalibratedReport unused;
-    return detail::quantize_calibrated_checked(weights, gram, format, options, executor,
-                                               report != nullptr ? *report : unused);
-  } catch (const std::bad_alloc&) {
-    return error(StatusCode::kOutOfMemory, "quantize_calibrated: ", weights.rows, " x ", weights.cols, " as ",
-                 format_name(format));
-  }
+  detail::HostSteps steps(executor);
+  return detail::quantize_calibrated_with(weights, gram, format, options, executor, steps, report);
 }
 
 }  // namespace codegemm

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // tests/prefillshare/train/gradients_gpu_test.cu - training on the GPU against the CPU's: losses and
-// gradients of every parameter in double, runs of the trainer step by step, and their bits.
+// gradients of every parameter in double, runs of the trainer step by step, their bits, and distillation.
 
 // What nvcc's front end remarks on in Eigen and in the CPU's kernels.
 #pragma nv_diag_suppress 20012, 1675, 550
 
+#include <prefillshare/train/cuda/calibrate.cuh>
+#include <prefillshare/train/cuda/distiller.cuh>
 #include <prefillshare/train/cuda/generator.cuh>
 #include <prefillshare/train/cuda/trainer.cuh>
 
@@ -17,6 +19,7 @@
 #include <limits>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -39,6 +42,7 @@ using codegemm::test::require_ok;
 using codegemm::test::TemporaryFolder;
 using cuda::Activations;
 using cuda::Device;
+using cuda::DeviceDistiller;
 using cuda::DeviceFrozenWeights;
 using cuda::DeviceGenerator;
 using cuda::DeviceLossBatch;
@@ -723,6 +727,209 @@ TEST_CASE("what cannot be trained on is refused on the GPU as on the CPU", "[tra
   wrong.loss_rows = {2, 1};
   CHECK(refused(wrong) == "LossBatch: loss row 1 behind 2, rows 3");
   REQUIRE_CUDA(cudaStreamSynchronize(stream.get));
+}
+
+TEST_CASE("gradients against a teacher are those of all labels by their chances", "[train][gpu]") {
+  const Device device = gpu_or_skip();
+  const Stream stream;
+  codegemm::ThreadPool pool(4);
+  for (const std::size_t which : {0, 1}) {
+    const Variant v = variants()[which];
+    const ModelConfig& c = v.config;
+    Problem problem(v, 91);
+    problem.batch.loss_rows = {2, 9};
+    problem.batch.labels.resize(2);
+    const auto model = rounded_model(c, 92);
+    Rng rng(93);
+    const std::vector<float> hidden = rng.normals(2 * c.hidden_size);
+    std::vector<float> head = rng.normals(c.vocab_size * c.hidden_size);
+    for (float& x : head) x *= 2.0F / std::sqrt(static_cast<float>(c.hidden_size));
+
+    // Of -sum p log q the gradient is the sum over labels of p times that of -log q.
+    auto exact = trainable<double>(model, Kind::kCodebooks);
+    auto pass = TrainPass<double>::create(c, std::ssize(problem.batch.tokens), 256, pool).value();
+    double want_loss[2] = {};
+    for (std::size_t row = 0; row < 2; ++row) {
+      std::vector<double> p(static_cast<std::size_t>(c.vocab_size));
+      double total = 0.0;
+      for (std::size_t i = 0; i < p.size(); ++i) {
+        double logit = 0.0;
+        for (std::int64_t k = 0; k < c.hidden_size; ++k) {
+          logit += static_cast<double>(
+                       hidden[row * static_cast<std::size_t>(c.hidden_size) + static_cast<std::size_t>(k)]) *
+                   static_cast<double>(
+                       head[i * static_cast<std::size_t>(c.hidden_size) + static_cast<std::size_t>(k)]);
+        }
+        total += p[i] = std::exp(logit);
+      }
+      LossBatch<double> one = problem.batch;
+      one.loss_rows = {problem.batch.loss_rows[row]};
+      for (std::size_t i = 0; i < p.size(); ++i) {
+        p[i] /= total;
+        one.labels = {static_cast<std::int32_t>(i)};
+        std::vector<double> loss;
+        require_ok(pass.run(exact, one, true, p[i], loss));
+        want_loss[row] += p[i] * (std::log(p[i]) + loss[0]);
+      }
+    }
+
+    auto got = trainable<float>(model, Kind::kCodebooks);
+    const std::int64_t rows = std::ssize(problem.batch.tokens);
+    auto on_gpu = DeviceTrainPass<float>::create(c, rows, 256, Activations::kKept, device, stream.get);
+    require_ok(on_gpu.status());
+    auto weights = DeviceTrainable<float>::create(got, device, stream.get);
+    require_ok(weights.status());
+    codegemm::cuda::DeviceArray<float> memory;
+    DeviceLossBatch<float> batch = problem.on_device<float>(c, memory);
+    const auto teacher = codegemm::cuda::DeviceArray<float>::copy_of(hidden).value();
+    const auto teacher_head = codegemm::cuda::DeviceArray<float>::copy_of(head).value();
+    batch.teacher = teacher.data();
+    codegemm::test::DeviceBuffer<float> losses(2);
+    losses.poison();
+    CHECK(on_gpu->run(*weights, batch, 1.0F, losses.data()).code() == StatusCode::kNullPointer);
+    batch.teacher_head = teacher_head.data();
+    for (int time = 0; time < 3; ++time) {  // the last one is a graph
+      weights->zero_gradients(on_gpu->train_stream());
+      require_ok(on_gpu->run(*weights, batch, 1.0F, losses.data()));
+    }
+    weights->collect(on_gpu->train_stream());
+    require_ok(weights->download_gradients(got, on_gpu->train_stream()));
+    CHECK(losses.guards_intact());
+    const std::vector<float> got_loss = losses.download();
+    double worst = 0.0;
+    for (std::size_t i = 0; i < exact.parameters().size(); ++i)
+      worst = std::max(worst, relative(got.parameters()[i].gradient, exact.parameters()[i].gradient));
+    std::printf("teacher, %s: losses %.6f and %.6f, should be %.6f and %.6f; gradients off by %.2g\n", v.name,
+                static_cast<double>(got_loss[0]), static_cast<double>(got_loss[1]), want_loss[0],
+                want_loss[1], worst);
+    for (std::size_t row = 0; row < 2; ++row)
+      CHECK(std::abs(static_cast<double>(got_loss[row]) - want_loss[row]) <= 1e-5 * (1.0 + want_loss[row]));
+    CHECK(worst <= 5e-5);
+  }
+}
+
+TEST_CASE("distillation on the GPU brings a quantized model nearer to the dense one", "[train][gpu]") {
+  using S = __nv_bfloat16;
+  const Device device = gpu_or_skip();
+  const Stream stream;
+  const auto dense = random_model(small_config(), 1021);
+  const auto teacher = on_device<S>(*dense, device, stream.get);
+  std::vector<std::vector<std::int32_t>> sequences;
+  Rng rng(1022);
+  for (int i = 0; i < 12; ++i) sequences.push_back(random_tokens(rng, 2 + rng.below(30), 60));
+  TrainOptions options;
+  options.steps = 80;
+  options.batch = 6;
+  options.pass_tokens = 64;
+  options.rate = 0.02;
+  options.adam.weight_decay = 0.0;
+
+  auto same = trainable<float>(dense, Kind::kFull);
+  auto idle = DeviceDistiller<S>::create(same, teacher, sequences, options, device, stream.get);
+  require_ok(idle.status());
+  CHECK(std::abs(idle->divergence(sequences).value()) <= 1e-6);
+
+  std::vector<float> first;
+  for (int time = 0; time < 2; ++time) {
+    auto student = trainable<float>(dense, Kind::kCodebooks);
+    auto distiller = DeviceDistiller<S>::create(student, teacher, sequences, options, device, stream.get);
+    require_ok(distiller.status());
+    const double before = distiller->divergence(sequences).value();
+    double last = 0.0;
+    require_ok(distiller->run([&](const TrainProgress& now) { last = now.loss; }));
+    const double after = distiller->divergence(sequences).value();
+    std::printf("divergence %.4f, after %d steps %.4f, last step's %.4f\n", before,
+                static_cast<int>(options.steps), after, last);
+    CHECK(before > 0.0);
+    CHECK(after < 0.6 * before);
+    CHECK(std::abs(last - after) <= 0.5 * after);
+    CHECK(distiller->step().status().code() == StatusCode::kInvalidArgument);
+    if (time == 0) first = values_of(student);
+    CHECK(same_bits(first, values_of(student)));
+  }
+  auto student = trainable<float>(dense, Kind::kCodebooks);
+  sequences.push_back({1});
+  const Status wrong =
+      DeviceDistiller<S>::create(student, teacher, sequences, options, device, stream.get).status();
+  CHECK(wrong.code() == StatusCode::kInvalidArgument);
+  CHECK(wrong.message().find("sequence 12") != std::string::npos);
+}
+
+namespace {
+
+/// Keeps what it is given and makes other weights of it.
+struct Recorder {
+  std::vector<std::string> names;
+  std::vector<std::vector<float>> grams, weights;
+
+  Result<std::optional<DenseLinear>> find(const std::string&, const DenseLinear&) {
+    return std::optional<DenseLinear>();
+  }
+  Result<DenseLinear> make(const std::string& name, const DenseLinear& dense, MatrixView<const float> gram) {
+    const auto size = static_cast<std::size_t>(dense.rows() * dense.cols());
+    names.push_back(name);
+    grams.emplace_back(gram.data, gram.data + gram.rows * gram.cols);
+    weights.emplace_back(dense.weights().data, dense.weights().data + size);
+    auto other = std::make_shared<std::vector<float>>(weights.back());
+    for (std::size_t i = 0; i < size; ++i)
+      (*other)[i] = 0.9F * (*other)[i] + 0.02F * std::sin(static_cast<float>(i));
+    return DenseLinear(std::move(other), dense.rows(), dense.cols(),
+                       std::vector<float>(dense.bias().begin(), dense.bias().end()));
+  }
+};
+
+double relative(const std::vector<float>& got, const std::vector<float>& want) {
+  double off = 0.0;
+  double size = 1e-30;
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    off += std::pow(static_cast<double>(got[i]) - static_cast<double>(want[i]), 2);
+    size += std::pow(static_cast<double>(want[i]), 2);
+  }
+  const double out = std::sqrt(off / size);
+  return out == out ? out : HUGE_VAL;
+}
+
+}  // namespace
+
+TEST_CASE("calibration on the GPU gives layers the inputs and weights of the host's", "[train][gpu]") {
+  const Device device = gpu_or_skip();
+  const Stream stream;
+  codegemm::ThreadPool pool(2);
+  for (const std::size_t which : {0, 1, 3}) {
+    const Variant v = variants()[which];
+    const auto model = random_model(v.config, 1031);
+    Rng rng(1032);
+    std::vector<std::vector<std::int32_t>> sequences;
+    for (const std::int64_t length : {50, 7, 1, 61, 33})
+      sequences.push_back(random_tokens(rng, length, v.config.vocab_size));
+    for (const bool correct : {false, true}) {
+      CAPTURE(v.name, correct);
+      CalibrationRunOptions options;
+      options.correct = correct;
+      Recorder want;
+      Recorder got;
+      auto host = CalibrationRun::create(model, sequences, pool.workers(), options).value();
+      auto gpu = cuda::DeviceCalibrationRun::create(model, sequences, options, 64, device, stream.get);
+      require_ok(gpu.status());
+      for (std::int64_t i = 0; i < v.config.layers; ++i) {
+        require_ok(host.next_block(want, pool));
+        require_ok(gpu->next_block(got, pool));
+      }
+      CHECK(gpu->blocks_done() == v.config.layers);
+      CHECK(gpu->next_block(got, pool).code() == StatusCode::kInvalidArgument);
+      REQUIRE(got.names == want.names);
+      double grams = 0.0;
+      double weights = 0.0;
+      for (std::size_t i = 0; i < want.names.size(); ++i) {
+        grams = std::max(grams, relative(got.grams[i], want.grams[i]));
+        weights = std::max(weights, relative(got.weights[i], want.weights[i]));
+      }
+      std::printf("calibration, %s, corrected %d: H off by %.2g, weights by %.2g\n", v.name,
+                  static_cast<int>(correct), grams, weights);
+      CHECK(grams <= 1e-4);
+      CHECK(weights <= 1e-3);
+    }
+  }
 }
 
 }  // namespace prefillshare::test

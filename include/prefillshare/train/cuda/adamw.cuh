@@ -31,10 +31,11 @@ class DeviceAdamW {
   }
 
   /// Puts one update into the stream: of nothing where a loss or the gradient is not finite. `clip`: highest
-  /// norm of the gradient, 0: none. losses: those of the step, device memory.
+  /// norm of the gradient, 0: none. losses: those of the step, device memory. `shares`: what the rate of each
+  /// four parameters is multiplied by, [size / 4], device memory; null: 1.
   template <TrainStorage S>
   void update(DeviceTrainable<S>& model, double rate, double clip, const float* losses,
-              std::int64_t loss_count, detail::TrainStream& ts) {
+              std::int64_t loss_count, detail::TrainStream& ts, const float* shares = nullptr) {
     detail::SquaresArgs squares;
     squares.values = model.gradients();
     squares.parts = parts_.data();
@@ -58,6 +59,7 @@ class DeviceAdamW {
     args.second = second_.data();
     args.low = model.low();
     args.state = state_.data();
+    args.shares = shares;
     args.size = model.size();
     args.decayed = model.decayed();
     args.beta1 = static_cast<float>(options_.beta1);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include <prefillshare/train/cuda/cache_forward.cuh>
+#include <prefillshare/train/cuda/loss_head.cuh>
 #include <prefillshare/train/cuda/pass_graphs.cuh>
 
 namespace prefillshare::cuda {
@@ -32,15 +33,31 @@ struct DeviceLossBatch {
   std::vector<std::int32_t> loss_rows;  ///< ascending
   std::vector<std::int32_t> labels;     ///< [loss_rows]: the next token at each of them
   DevicePrefixView<S> prefixes;         ///< device memory, read by the pass
+  /// [loss_rows][hidden], device memory: what hidden() gives of a teacher at these rows. Its softmax is
+  /// learned in place of the labels. Null: no teacher.
+  const S* teacher = nullptr;
+  const S* teacher_head = nullptr;  ///< [vocab][hidden], device memory: the teacher's output layer
 
-  /// No rows and no prefixes.
+  /// No rows, no prefixes, no teacher.
   void clear() {
     tokens.clear();
     segments.clear();
     loss_rows.clear();
     labels.clear();
     prefixes = {};
+    teacher = teacher_head = nullptr;
   }
+};
+
+/// What the linear layers of one block read and what the block gives, a row each; device memory of the pass,
+/// as it is until the pass's next call.
+template <TrainStorage S>
+struct DeviceBlockInputs {
+  const S* qkv = nullptr;      ///< [rows][hidden]
+  const S* o = nullptr;        ///< [rows][heads * head_dim]
+  const S* gate_up = nullptr;  ///< [rows][hidden]
+  const S* down = nullptr;     ///< [rows][intermediate]
+  const float* out = nullptr;  ///< [rows][hidden], the residual stream behind the block
 };
 
 /// What of a pass is kept for its backward half.
@@ -75,9 +92,10 @@ class DeviceTrainPass {
     return out;
   }
 
-  /// losses[i] = -log p(labels[i]) at loss_rows[i], on the device, and the gradient of scale * (their sum) is
+  /// losses[i] = -log p(labels[i]) at loss_rows[i], on the device, or with a teacher the Kullback-Leibler
+  /// divergence of the model's softmax from the teacher's, and the gradient of scale * (their sum) is
   /// added to the model's. Puts the work into the stream. Errors as TrainPass::run(), before anything is
-  /// launched; kCudaError.
+  /// launched; kNullPointer for a teacher without an output layer; kOutOfMemory, kCudaError.
   [[nodiscard]] Status run(DeviceTrainable<S>& model, const DeviceLossBatch<S>& batch, float scale,
                            float* losses) {
     return run(model.view(), &model, batch, scale, losses);
@@ -86,6 +104,39 @@ class DeviceTrainPass {
   [[nodiscard]] Status evaluate(const detail::DeviceWeightsView<S>& weights, const DeviceLossBatch<S>& batch,
                                 float* losses) {
     return run(weights, nullptr, batch, 0.0F, losses);
+  }
+  /// out[i] = the last hidden state at loss_rows[i] behind the final norm, which the output layer multiplies:
+  /// [loss_rows][hidden], device memory. Puts the work into the stream. Errors as run().
+  [[nodiscard]] Status hidden(const detail::DeviceWeightsView<S>& weights, const DeviceLossBatch<S>& batch,
+                              S* out) {
+    if (Status s = check(*weights.config, batch); !s.ok()) return s;
+    if (batch.tokens.empty()) return {};
+    if (Status s = send(batch, 0.0F); !s.ok()) return s;
+    detail::BlockLaunches<S> launches(ts_, c_, rows_);
+    forward(weights, batch, launches);
+    head_.normalize(weights, head_input(batch), launches);
+    ts_.copy(out, head_.chosen(), batch.labels.size() * static_cast<std::size_t>(c_.hidden_size) * sizeof(S),
+             cudaMemcpyDeviceToDevice);
+    return ts_.take();
+  }
+
+  /// Runs one block on the residual stream x[rows][hidden], device memory; of `batch` segments count, and the
+  /// number of tokens. Puts the work into the stream. Errors as run().
+  [[nodiscard]] Result<DeviceBlockInputs<S>> run_block(const detail::DeviceBlockWeights<S>& block,
+                                                       const DeviceLossBatch<S>& batch, const float* x) {
+    if (Status s = check(c_, batch); !s.ok()) return s;
+    if (batch.tokens.empty()) return DeviceBlockInputs<S>();
+    if (Status s = send(batch, 0.0F); !s.ok()) return s;
+    ts_.copy(stream(0), x, batch.tokens.size() * static_cast<std::size_t>(c_.hidden_size) * sizeof(float),
+             cudaMemcpyDeviceToDevice);
+    detail::BlockLaunches<S> launches(ts_, c_, rows_);
+    const detail::BlockActivations<S> a = activations(0);
+    launches.norm(a.x, nullptr, nullptr, block.input_norm, a.normed);
+    launches.project(block, a);
+    launches.finish(block, a, scratch(), batch.prefixes.layer(0, c_.kv_size()));
+    launches.norm(a.mid, y_.data(), stream(1), nullptr, nullptr);
+    if (Status s = ts_.take(); !s.ok()) return s;
+    return DeviceBlockInputs<S>{a.normed, a.attended, a.normed2, a.act, stream(1)};
   }
 
   [[nodiscard]] std::int64_t max_rows() const noexcept { return max_rows_; }  ///< of a batch
@@ -104,10 +155,16 @@ class DeviceTrainPass {
     if (Status s = check(*w.config, batch); !s.ok()) return s;
     if (batch.tokens.empty()) return {};
     if (Status s = send(batch, scale); !s.ok()) return s;
+    if (batch.teacher != nullptr) {
+      if (Status s = head_.allow_teacher(c_); !s.ok()) return s.with_prefix("DeviceTrainPass");
+      ts_.copy(head_.teacher(), batch.teacher,
+               batch.labels.size() * static_cast<std::size_t>(c_.hidden_size) * sizeof(S),
+               cudaMemcpyDeviceToDevice);
+    }
     const auto body = [&] {
       detail::BlockLaunches<S> launches(ts_, c_, rows_);
       forward(w, batch, launches);
-      head(model, w, launches);
+      head_.run(ts_, c_, model, w, head_input(batch), launches);
       if (model != nullptr) back(*model, w, batch, launches);
     };
     if (model == nullptr) {
@@ -120,10 +177,11 @@ class DeviceTrainPass {
           {static_cast<std::uintptr_t>(rows_.rows), segments_.size(),
            static_cast<std::uintptr_t>(loss_count_), static_cast<std::uintptr_t>(batch.prefixes.rows),
            number(batch.prefixes.data), number(w.matrices), number(w.vectors), number(w.biases),
-           number(model->gradients()), number(model->head_gradient()), number(model->block_gradients(0).qkv)},
+           number(model->gradients()), number(model->head_gradient()), number(model->block_gradients(0).qkv),
+           number(batch.teacher == nullptr ? nullptr : batch.teacher_head)},
           body);
     }
-    ts_.copy(losses, losses_.data(), batch.labels.size() * sizeof(float), cudaMemcpyDeviceToDevice);
+    ts_.copy(losses, head_.losses(), batch.labels.size() * sizeof(float), cudaMemcpyDeviceToDevice);
     return ts_.take();
   }
 
@@ -132,8 +190,6 @@ class DeviceTrainPass {
     rows_stride_ = r;
     const std::int64_t h = c_.hidden_size;
     const std::int64_t width = c_.q_size() + 2 * c_.kv_size();
-    stride_ = (c_.vocab_size + 7) / 8 * 8;
-    chunk_ = std::clamp<std::int64_t>((std::int64_t{1} << 27) / stride_, 1, r);
     detail::Allocations memory;
     memory.make(x_, (c_.layers + 1) * r * h);
     memory.make(mid_, kept_ * r * h);
@@ -144,19 +200,15 @@ class DeviceTrainPass {
     memory.make(attended_, kept_ * r * c_.q_size());
     memory.make(both_, kept_ * r * 2 * c_.intermediate_size);
     memory.make(act_, kept_ * r * c_.intermediate_size);
-    for (DeviceArray<S>* x : {&y_, &d_normed_, &chosen_, &d_chosen_}) memory.make(*x, r * h);
+    for (DeviceArray<S>* x : {&y_, &d_normed_}) memory.make(*x, r * h);
     memory.make(d_act_, r * c_.intermediate_size);
     memory.make(d_attended_, r * c_.q_size());
     memory.make(d_qkv_, r * width);
     memory.make(delta_, r * c_.heads);
-    memory.make(dx_, r * h);
-    if constexpr (!std::is_same_v<S, float>) memory.make(dx_low_, r * h);
-    memory.make(norm_parts_, (2 * c_.layers + 1) * detail::kNormParts * h);
+    memory.make(norm_parts_, 2 * c_.layers * detail::kNormParts * h);
     if (c_.qk_norm) memory.make(head_parts_, c_.layers * detail::kHeadParts * 2 * c_.head_dim);
     if (c_.attention_bias) memory.make(bias_parts_, detail::kColumnParts * width);
-    memory.make(losses_, r);
-    memory.make(logits_, chunk_ * stride_);
-    memory.make(d_logits_, chunk_ * stride_);
+    head_.allocate(c_, r, memory);
     if (Status s = memory.finish(); !s.ok()) return s;
     // Tokens, positions, segments and their tiles, loss rows, labels, the rows of each token, and numbers.
     const std::int64_t segments = padded_segments(r + r / kPaddingRows + 1);
@@ -199,6 +251,8 @@ class DeviceTrainPass {
     if (before > 0 && batch.prefixes.data == nullptr)
       return codegemm::error(StatusCode::kNullPointer, "LossBatch: a prefix without keys or values");
     if (at != rows) return wrong("segments cover ", at, " of ", rows, " rows");
+    if (batch.teacher != nullptr && batch.teacher_head == nullptr)
+      return codegemm::error(StatusCode::kNullPointer, "LossBatch: a teacher without its output layer");
     if (batch.labels.size() != batch.loss_rows.size())
       return wrong(batch.labels.size(), " labels for ", batch.loss_rows.size(), " rows");
     for (const auto* ids : {&batch.tokens, &batch.labels}) {
@@ -316,9 +370,14 @@ class DeviceTrainPass {
     return {y_.data(),     d_act_.data(), d_normed_.data(),  d_attended_.data(),
             d_qkv_.data(), delta_.data(), bias_parts_.data()};
   }
-  [[nodiscard]] S* low_gradient() const {
-    if constexpr (std::is_same_v<S, float>) return dx_.data();
-    if constexpr (!std::is_same_v<S, float>) return dx_low_.data();
+  [[nodiscard]] typename detail::LossHead<S>::Input head_input(const DeviceLossBatch<S>& batch) const {
+    return {stream(c_.layers),
+            loss_rows_,
+            labels_,
+            numbers_,
+            loss_count_,
+            rows_.rows,
+            batch.teacher == nullptr ? nullptr : batch.teacher_head};
   }
 
   void forward(const detail::DeviceWeightsView<S>& w, const DeviceLossBatch<S>& batch,
@@ -344,67 +403,6 @@ class DeviceTrainPass {
     launches.norm(activations(c_.layers - 1).mid, y_.data(), stream(c_.layers), nullptr, nullptr);
   }
 
-  /// Losses; with a model to train dx_ becomes the gradient of the last block's output.
-  void head(DeviceTrainable<S>* model, const detail::DeviceWeightsView<S>& w,
-            detail::BlockLaunches<S>& launches) {
-    const bool backward = model != nullptr;
-    const std::int64_t h = c_.hidden_size;
-    const std::int64_t count = loss_count_;
-    detail::NormArgs norm;
-    norm.x = stream(c_.layers);
-    norm.chosen = loss_rows_;
-    norm.weight = w.final_norm();
-    norm.out = chosen_.data();
-    norm.rows = count;
-    launches.norm(norm);
-    for (std::int64_t first = 0; first < count; first += chunk_) {
-      const std::int64_t size = std::min(chunk_, count - first);
-      const S* const in = chosen_.data() + first * h;
-      ts_.nt(in, w.head(), logits_.data(), size, c_.vocab_size, h, stride_);
-      detail::CrossEntropyArgs args;
-      args.logits = logits_.data();
-      args.labels = labels_ + first;
-      args.losses = losses_.data() + first;
-      args.d = backward ? d_logits_.data() : nullptr;
-      args.stride = stride_;
-      args.vocab = static_cast<int>(c_.vocab_size);
-      args.numbers = numbers_;
-      args.first = static_cast<int>(first);
-      ts_.start(detail::cross_entropy_kernel<S>, args, size, detail::kCrossEntropyThreads);
-      if (!backward) continue;
-      ts_.nn(d_logits_.data(), w.head(), d_chosen_.data() + first * h, size, c_.vocab_size, h, stride_);
-      ts_.tn(d_logits_.data(), in, model->head_gradient(), size, c_.vocab_size, h, stride_);
-    }
-    if (!backward) return;
-    zero(dx_.data(), rows_.rows * h * static_cast<std::int64_t>(sizeof(float)));
-    if (dx_low_.size() > 0) zero(dx_low_.data(), rows_.rows * h * static_cast<std::int64_t>(sizeof(S)));
-    if (count == 0) return;
-    detail::NormBackwardArgs norm_back;
-    norm_back.x = stream(c_.layers);
-    norm_back.weight = w.final_norm();
-    norm_back.dy = d_chosen_.data();
-    norm_back.dx = dx_.data();
-    norm_back.dx_low = dx_low_.data();
-    norm_back.chosen = loss_rows_;
-    norm_back.rows = count;
-    float* const sums = model->vector_gradients();
-    float* const parts = norm_parts_.data() + 2 * c_.layers * detail::kNormParts * h;
-    norm_back.parts = sums == nullptr ? nullptr : parts;
-    launches.norm_backward(norm_back);
-    if (sums == nullptr) return;
-    launches.add_parts(parts, 1, detail::kNormParts, launches.norm_parts(count), h,
-                       sums + detail::WeightsLayout(c_).final_norm());
-  }
-
-  /// By a kernel, so that a graph has nothing but kernels. A row has a multiple of 16 bytes.
-  void zero(void* to, std::int64_t bytes) {
-    detail::ZeroArgs args;
-    args.to = static_cast<uint4*>(to);
-    args.size = bytes / 16;
-    ts_.start(detail::zero_kernel<0>, args,
-              (args.size + detail::kElementThreads - 1) / detail::kElementThreads, detail::kElementThreads);
-  }
-
   void back(DeviceTrainable<S>& model, const detail::DeviceWeightsView<S>& w, const DeviceLossBatch<S>& batch,
             detail::BlockLaunches<S>& launches) {
     const std::int64_t h = c_.hidden_size;
@@ -422,7 +420,7 @@ class DeviceTrainPass {
       float* const heads = vectors == nullptr || !c_.qk_norm
                                ? nullptr
                                : head_parts_.data() + i * detail::kHeadParts * 2 * c_.head_dim;
-      launches.backward(block, model.block_gradients(i), a, scratch(), prefix, dx_.data(), low_gradient(),
+      launches.backward(block, model.block_gradients(i), a, scratch(), prefix, head_.dx(), head_.dx_low(),
                         norms, heads);
     }
     if (vectors != nullptr) {
@@ -435,7 +433,7 @@ class DeviceTrainPass {
     }
     if (model.embedding_gradient() == nullptr) return;
     detail::EmbedBackwardArgs args = embed_;
-    args.d = dx_.data();
+    args.d = head_.dx();
     args.gradient = model.embedding_gradient();
     args.width = static_cast<int>(h);
     ts_.start(detail::embed_backward_kernel<0>, args, rows_.rows, detail::kElementThreads);
@@ -447,8 +445,6 @@ class DeviceTrainPass {
   std::int64_t max_context_ = 0;
   std::int64_t rows_stride_ = 0;  // rows that the arrays have
   std::int64_t kept_ = 1;         // blocks whose activations are kept
-  std::int64_t stride_ = 0;       // of logits
-  std::int64_t chunk_ = 1;        // rows of logits
   detail::DeviceRope rope_;
   detail::PassInput input_;
   // Of the batch at hand.
@@ -471,16 +467,11 @@ class DeviceTrainPass {
   DeviceArray<S> attended_, both_, act_;         // the same
   DeviceArray<S> y_, d_normed_;                  // [rows][hidden]
   DeviceArray<S> d_act_, d_attended_, d_qkv_;
-  DeviceArray<float> delta_;          // [rows][heads]
-  DeviceArray<float> dx_;             // [rows][hidden], of the residual stream
-  DeviceArray<S> dx_low_;             // the same in S; empty where S is float
-  DeviceArray<S> chosen_, d_chosen_;  // [loss rows][hidden]
-  DeviceArray<float> losses_;         // [rows], of the loss rows
-  DeviceArray<float> logits_;         // [chunk][stride]
-  DeviceArray<S> d_logits_;           // [chunk][stride]
-  DeviceArray<float> norm_parts_;     // [2 layers + 1][kNormParts][hidden]
-  DeviceArray<float> head_parts_;     // [layers][kHeadParts][2][head_dim]
-  DeviceArray<float> bias_parts_;     // [kColumnParts][q + 2 kv]
+  DeviceArray<float> delta_;       // [rows][heads]
+  DeviceArray<float> norm_parts_;  // [2 layers][kNormParts][hidden]
+  DeviceArray<float> head_parts_;  // [layers][kHeadParts][2][head_dim]
+  DeviceArray<float> bias_parts_;  // [kColumnParts][q + 2 kv]
+  detail::LossHead<S> head_;
 };
 
 }  // namespace prefillshare::cuda

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // prefillshare/train/cuda/kernels/elementwise.cuh - SwiGLU backward, the gradient of the embedding table,
-// cross entropy, and rounding.
+// cross entropy, distillation, and rounding.
 // Layer: train/cuda/kernels (device).
 #pragma once
 
@@ -108,16 +108,11 @@ struct SoftmaxPart {
   }
 };
 
-// A block takes a row, at a multiple of 16 bytes. Columns of d from vocab to stride become 0.
-template <class S>
-__global__ void __launch_bounds__(kCrossEntropyThreads)
-    cross_entropy_kernel(const __grid_constant__ CrossEntropyArgs a) {
-  wait_for_previous_kernel();
-  allow_next_kernel();
+// Over the vocab logits at `row`, a multiple of 16 bytes, by a whole block; the same in every thread.
+__device__ __forceinline__ SoftmaxPart block_softmax(const float* row, int vocab) {
   constexpr int kWarps = kCrossEntropyThreads / 32;
   __shared__ SoftmaxPart parts[kWarps];
-  const float* const row = a.logits + blockIdx.x * a.stride;
-  const int whole = a.vocab / 4 * 4;
+  const int whole = vocab / 4 * 4;
   SoftmaxPart mine;
   for (int i = static_cast<int>(threadIdx.x) * 4; i < whole; i += 4 * kCrossEntropyThreads) {
     const float4 x = *reinterpret_cast<const float4*>(row + i);
@@ -129,7 +124,7 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
     mine.total +=
         __expf(x.x - mine.top) + __expf(x.y - mine.top) + __expf(x.z - mine.top) + __expf(x.w - mine.top);
   }
-  for (int i = whole + static_cast<int>(threadIdx.x); i < a.vocab; i += kCrossEntropyThreads)
+  for (int i = whole + static_cast<int>(threadIdx.x); i < vocab; i += kCrossEntropyThreads)
     mine.add({row[i], 1.0F});
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2) {
@@ -138,11 +133,23 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
     other.total = __shfl_down_sync(0xFFFFFFFFU, mine.total, lane);
     mine.add(other);
   }
+  __syncthreads();  // a call before this one may still read
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = mine;
   __syncthreads();
   SoftmaxPart all = parts[0];
 #pragma unroll
   for (int w = 1; w < kWarps; ++w) all.add(parts[w]);
+  return all;
+}
+
+// A block takes a row, at a multiple of 16 bytes. Columns of d from vocab to stride become 0.
+template <class S>
+__global__ void __launch_bounds__(kCrossEntropyThreads)
+    cross_entropy_kernel(const __grid_constant__ CrossEntropyArgs a) {
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const float* const row = a.logits + blockIdx.x * a.stride;
+  const SoftmaxPart all = block_softmax(row, a.vocab);
   const int label = a.labels[blockIdx.x];
   if (threadIdx.x == 0) a.losses[blockIdx.x] = logf(all.total) + all.top - row[label];
   if (a.d == nullptr) return;
@@ -158,6 +165,60 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
     store2(d + i, make_float2(slope(x.x, i), slope(x.y, i + 1)));
     store2(d + i + 2, make_float2(slope(x.z, i + 2), slope(x.w, i + 3)));
   }
+}
+
+struct DistillationArgs {
+  const float* logits = nullptr;   // [gridDim.x][stride], the student's
+  const float* teacher = nullptr;  // [gridDim.x][stride]
+  float* losses = nullptr;  // [gridDim.x], sum of p log(p / q): p the teacher's softmax, q the student's
+  void* d = nullptr;        // [gridDim.x][stride], scale * (q - p); or null
+  std::int64_t stride = 0;
+  const LossNumbers* numbers = nullptr;
+  int first = 0;  // loss row of the first block
+  int vocab = 0;
+};
+
+// As cross_entropy_kernel.
+template <class S>
+__global__ void __launch_bounds__(kCrossEntropyThreads)
+    distillation_kernel(const __grid_constant__ DistillationArgs a) {
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const float* const row = a.logits + blockIdx.x * a.stride;
+  const float* const teacher = a.teacher + blockIdx.x * a.stride;
+  const SoftmaxPart q = block_softmax(row, a.vocab);
+  const SoftmaxPart p = block_softmax(teacher, a.vocab);
+  const float q_log = logf(q.total) + q.top;
+  const float p_log = logf(p.total) + p.top;
+  S* const d = a.d == nullptr ? nullptr : static_cast<S*>(a.d) + blockIdx.x * a.stride;
+  const bool padding = a.first + static_cast<int>(blockIdx.x) >= a.numbers->count;
+  const float scale = padding ? 0.0F : a.numbers->scale;
+  float loss = 0.0F;
+  const auto slope = [&](float x, float t, int i) {
+    if (i >= a.vocab) return 0.0F;
+    const float log_p = t - p_log;
+    const float log_q = x - q_log;
+    const float chance = __expf(log_p);
+    loss += chance * (log_p - log_q);
+    return (__expf(log_q) - chance) * scale;
+  };
+  for (int i = static_cast<int>(threadIdx.x) * 4; i < a.stride; i += 4 * kCrossEntropyThreads) {
+    const float4 x = *reinterpret_cast<const float4*>(row + i);
+    const float4 t = *reinterpret_cast<const float4*>(teacher + i);
+    const float2 low = make_float2(slope(x.x, t.x, i), slope(x.y, t.y, i + 1));
+    const float2 high = make_float2(slope(x.z, t.z, i + 2), slope(x.w, t.w, i + 3));
+    if (d == nullptr) continue;
+    store2(d + i, low);
+    store2(d + i + 2, high);
+  }
+  __shared__ float sums[kCrossEntropyThreads / 32];
+  loss = warp_sum(loss);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = loss;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  loss = 0.0F;
+  for (int w = 0; w < kCrossEntropyThreads / 32; ++w) loss += sums[w];
+  a.losses[blockIdx.x] = loss;
 }
 
 struct ZeroArgs {

@@ -95,8 +95,9 @@ struct AdamWArgs {
   float* second = nullptr;           // [size], mean squares
   void* low = nullptr;               // [decayed], the values in S; or null
   const StepState* state = nullptr;
-  std::int64_t size = 0;     // a multiple of 4
-  std::int64_t decayed = 0;  // weight decay acts on the first so many; a multiple of 4
+  const float* shares = nullptr;  // [size / 4], of the rate; or null: 1
+  std::int64_t size = 0;          // a multiple of 4
+  std::int64_t decayed = 0;       // weight decay acts on the first so many; a multiple of 4
   float beta1 = 0.0F;
   float beta2 = 0.0F;
   float epsilon = 0.0F;
@@ -114,6 +115,8 @@ __global__ void __launch_bounds__(kOptimizerThreads) adamw_kernel(const __grid_c
   const std::int64_t at = (static_cast<std::int64_t>(blockIdx.x) * kOptimizerThreads + threadIdx.x) * 4;
   if (at >= a.size) return;
   const float factor = a.state->factor;
+  const float share = a.shares == nullptr ? 1.0F : a.shares[at / 4];
+  const float rate = a.rate * share;
   const float shrink = at < a.decayed ? a.shrink : 1.0F;
   const float4 g4 = *reinterpret_cast<const float4*>(a.gradients + at);
   const float4 v4 = *reinterpret_cast<const float4*>(a.values + at);
@@ -128,7 +131,7 @@ __global__ void __launch_bounds__(kOptimizerThreads) adamw_kernel(const __grid_c
     const float gradient = g[i] * factor;
     m[i] = m[i] * a.beta1 + gradient * (1.0F - a.beta1);
     v[i] = v[i] * a.beta2 + gradient * gradient * (1.0F - a.beta2);
-    value[i] = value[i] * shrink - m[i] * a.rate / (sqrtf(v[i]) * a.root + a.epsilon);
+    value[i] = value[i] * shrink - m[i] * rate / (sqrtf(v[i]) * a.root + a.epsilon);
   }
   *reinterpret_cast<float4*>(a.values + at) = make_float4(value[0], value[1], value[2], value[3]);
   *reinterpret_cast<float4*>(a.first + at) = make_float4(m[0], m[1], m[2], m[3]);

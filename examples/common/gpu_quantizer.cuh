@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// common/gpu_quantizer.cuh - a model quantized, distilled and judged on a GPU.
+// Layer: examples (host, needs nvcc and cuBLAS).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <codegemm/quantize/cuda/calibrated.cuh>
+#include <codegemm/reference.hpp>
+#include <common/perplexity.hpp>
+#include <common/text_quantizer.hpp>
+#include <common/unwrap.hpp>
+#include <prefillshare/train/cuda/calibrate.cuh>
+#include <prefillshare/train/cuda/distiller.cuh>
+
+namespace prefillshare::examples {
+
+/// The first GPU and a stream. Throws UserError.
+class GpuQuantizer {
+ public:
+  using Sequences = std::vector<std::vector<std::int32_t>>;
+  using Model = LlamaModel<DenseLinear>;
+
+  GpuQuantizer() : device_(unwrap(codegemm::cuda::query_device(0))) {
+    cudaStream_t stream = nullptr;
+    check(codegemm::cuda::cuda_status(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking),
+                                      "cudaStreamCreate"));
+    stream_.reset(stream);
+    layers_ = std::make_unique<codegemm::cuda::DeviceQuantizer>(
+        unwrap(codegemm::cuda::DeviceQuantizer::create(device_, stream)));
+  }
+
+  [[nodiscard]] const codegemm::cuda::Device& device() const noexcept { return device_; }
+
+  /// For quantize_on_sequences(); valid as long as this lives.
+  [[nodiscard]] QuantizeBackend backend() {
+    QuantizeBackend out;
+    out.name = "a GPU";
+    out.quantize = [this](MatrixView<const float> weights, MatrixView<const float> gram,
+                          codegemm::Format format, const codegemm::CalibratedOptions& options,
+                          Executor& executor, codegemm::CalibratedReport* report) {
+      return layers_->quantize_calibrated(weights, gram, format, options, executor, report);
+    };
+    out.calibrate = [this](const LoadedModel& loaded, const Sequences& sequences,
+                           const CalibrationRunOptions& options, LayerQuantizer& quantizer,
+                           Executor& executor) {
+      if (quantizer.finishes()) throw UserError("blocks are tuned on the host only");
+      auto run = unwrap(cuda::DeviceCalibrationRun::create(loaded.model, sequences, options, kPassTokens,
+                                                           device_, stream_.get()));
+      while (run.blocks_done() < loaded.model->config.layers) check(run.next_block(quantizer, executor));
+    };
+    return out;
+  }
+
+  /// What distill() did, in nats a token on the sequences that it was judged by.
+  struct Distilled {
+    double before = 0.0;
+    double after = 0.0;
+  };
+  /// Trains codebooks, scales and norms on what `dense` says about `sequences`, in bf16. `layers` becomes the
+  /// result, its norms replaced.
+  Distilled distill(const std::shared_ptr<const Model>& dense, QuantizedLayers& layers,
+                    const Sequences& sequences, const Sequences& judged, const TrainOptions& options,
+                    const std::function<void(const TrainProgress&)>& progress) {
+    using S = __nv_bfloat16;
+    std::map<std::string, codegemm::QuantizedMatrix> matrices;
+    for (std::size_t i = 0; i < layers.names.size(); ++i)
+      matrices.emplace(layers.names[i], layers.matrices[i]);
+    auto student = unwrap(TrainableModel<float>::codebooks(dense, matrices));
+    auto teacher = std::make_shared<const cuda::DeviceFrozenWeights<S>>(
+        unwrap(cuda::DeviceFrozenWeights<S>::create(*dense, device_, stream_.get())));
+    auto distiller = unwrap(cuda::DeviceDistiller<S>::create(student, std::move(teacher), sequences, options,
+                                                             device_, stream_.get()));
+    Distilled out;
+    out.before = unwrap(distiller.divergence(judged));
+    check(distiller.run(progress));
+    out.after = unwrap(distiller.divergence(judged));
+    matrices = student.matrices();
+    for (std::size_t i = 0; i < layers.names.size(); ++i) layers.matrices[i] = matrices.at(layers.names[i]);
+    for (const Parameter<float>& p : student.parameters()) {
+      if (!p.name.ends_with("norm.weight")) continue;
+      layers.norms[p.name].assign(p.value.span().begin(), p.value.span().end());
+    }
+    return out;
+  }
+
+  /// score_windows() in fp32 on the GPU.
+  [[nodiscard]] PerplexitySums score(const Model& model, const Sequences& windows) {
+    PerplexitySums sums;
+    if (windows.empty()) return sums;
+    const std::int64_t length = std::ssize(windows.front());
+    if (judge_ == nullptr || judge_->max_rows() < length) {
+      judge_ = nullptr;
+      judge_ = std::make_unique<cuda::DeviceTrainPass<float>>(unwrap(cuda::DeviceTrainPass<float>::create(
+          model.config, length, length, cuda::Activations::kRecomputed, device_, stream_.get())));
+      losses_ = unwrap(codegemm::cuda::DeviceArray<float>::create(static_cast<std::size_t>(length)));
+    }
+    const auto weights = unwrap(cuda::DeviceFrozenWeights<float>::create(model, device_, stream_.get()));
+    std::vector<float> losses;
+    for (const std::vector<std::int32_t>& window : windows) {
+      cuda::DeviceLossBatch<float> batch;
+      batch.tokens = window;
+      batch.segments.push_back({length, 0});
+      for (std::int64_t i = length / 2; i + 1 < length; ++i) {
+        batch.loss_rows.push_back(static_cast<std::int32_t>(i));
+        batch.labels.push_back(window[static_cast<std::size_t>(i + 1)]);
+      }
+      check(judge_->evaluate(weights.view(), batch, losses_.data()));
+      losses.resize(batch.labels.size());
+      auto& ts = judge_->train_stream();
+      ts.copy(losses.data(), losses_.data(), losses.size() * sizeof(float), cudaMemcpyDeviceToHost);
+      ts.synchronize();
+      check(ts.take());
+      for (const float loss : losses) {
+        sums.loss += static_cast<double>(loss);
+        sums.squares += static_cast<double>(loss) * static_cast<double>(loss);
+        ++sums.tokens;
+      }
+    }
+    return sums;
+  }
+
+  /// The dense model with its layers as their codes say, and their norms.
+  [[nodiscard]] static Model with_layers(const Model& dense, const QuantizedLayers& layers) {
+    Model out = dense;
+    std::map<std::string, const codegemm::QuantizedMatrix*> by_name;
+    for (std::size_t i = 0; i < layers.names.size(); ++i) by_name[layers.names[i]] = &layers.matrices[i];
+    for_each_linear(out, [&](const std::string& name, DenseLinear& layer) {
+      const auto found = by_name.find(name);
+      if (found == by_name.end()) return;
+      auto values =
+          std::make_shared<std::vector<float>>(static_cast<std::size_t>(layer.rows() * layer.cols()));
+      codegemm::reference_dequantize(found->second->view(),
+                                     MatrixView<float>(values->data(), layer.rows(), layer.cols()));
+      layer = DenseLinear(std::move(values), layer.rows(), layer.cols(),
+                          std::vector<float>(layer.bias().begin(), layer.bias().end()));
+    });
+    const auto take = [&](const std::string& name, std::vector<float>& norm) {
+      const auto found = layers.norms.find(name + ".weight");
+      if (found != layers.norms.end()) norm = found->second;
+    };
+    for (std::size_t i = 0; i < out.layers.size(); ++i) {
+      const std::string prefix = codegemm::concat("model.layers.", i, ".");
+      take(prefix + "input_layernorm", out.layers[i].input_norm);
+      take(prefix + "post_attention_layernorm", out.layers[i].post_attention_norm);
+      take(prefix + "self_attn.q_norm", out.layers[i].q_norm);
+      take(prefix + "self_attn.k_norm", out.layers[i].k_norm);
+    }
+    take("model.norm", out.final_norm);
+    return out;
+  }
+
+ private:
+  static constexpr std::int64_t kPassTokens = 8192;
+
+  struct DestroyStream {
+    void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
+  };
+
+  codegemm::cuda::Device device_;
+  std::unique_ptr<std::remove_pointer_t<cudaStream_t>, DestroyStream> stream_;
+  std::unique_ptr<codegemm::cuda::DeviceQuantizer> layers_;
+  std::unique_ptr<cuda::DeviceTrainPass<float>> judge_;  // of score()
+  codegemm::cuda::DeviceArray<float> losses_;
+};
+
+}  // namespace prefillshare::examples

@@ -1,0 +1,461 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/quantize/cuda/device_steps.cuh - the steps of the calibrated quantizer on a GPU.
+// Layer: quantize/cuda (host, needs nvcc and cuBLAS).
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include <cublas_v2.h>
+#include <cuda_runtime.h>
+#include <cub/device/device_radix_sort.cuh>
+
+#include <codegemm/cuda/cublas.cuh>
+#include <codegemm/cuda/device_array.cuh>
+#include <codegemm/cuda/launch.cuh>
+#include <codegemm/quantize/calibrated.hpp>
+#include <codegemm/quantize/cuda/kernels/search.cuh>
+
+namespace codegemm::cuda::detail {
+
+using codegemm::detail::AdditiveState;
+using codegemm::detail::CodebookSolver;
+using codegemm::detail::DenseMatrix;
+using codegemm::detail::SearchMode;
+
+/// HostSteps on a GPU: products by cuBLAS in fp32, all else by kernels; the codebooks' small vectors stay on
+/// the host. Memory is kept from one layer to the next. The first failure is kept and what comes after it is
+/// left out. One thread, one stream.
+class DeviceSteps {
+ public:
+  [[nodiscard]] static Result<DeviceSteps> create(const Device& device, cudaStream_t stream) {
+    Result<std::shared_ptr<Cublas>> cublas = Cublas::create();
+    if (!cublas.ok()) return cublas.status();
+    return DeviceSteps(device, stream, *std::move(cublas));
+  }
+
+  [[nodiscard]] Status begin(AdditiveState& state, const DenseMatrix* factor) {
+    s_ = &state;
+    const Format f = state.format;
+    layer_ = {};
+    layer_.rows = static_cast<std::int32_t>(state.rows);
+    layer_.cols = static_cast<std::int32_t>(state.cols);
+    layer_.m = static_cast<std::int32_t>(f.m);
+    layer_.v = static_cast<std::int32_t>(f.v);
+    layer_.centroids = static_cast<std::int32_t>(f.centroids());
+    layer_.group = static_cast<std::int32_t>(state.group_length());
+    layer_.groups = static_cast<std::int32_t>(state.groups());
+    if (state.rows * state.vectors() > std::numeric_limits<std::int32_t>::max()) {
+      return codegemm::error(StatusCode::kUnsupported, "quantize_calibrated: ", state.rows, " x ", state.cols,
+                             " have more vectors than a GPU's 32-bit places count");
+    }
+    reserve(weights_, state.rows * state.cols);
+    if (status_.ok()) {
+      const std::size_t width = static_cast<std::size_t>(state.cols) * sizeof(float);
+      keep(cuda_status(
+          cudaMemcpy2DAsync(weights_.data(), width, state.weights.data,
+                            static_cast<std::size_t>(state.weights.stride) * sizeof(float), width,
+                            static_cast<std::size_t>(state.rows), cudaMemcpyHostToDevice, stream_),
+          "cudaMemcpy2DAsync"));
+    }
+    reserve(gram_, state.cols * state.cols);
+    copy(gram_.data(), state.gram.data(), state.cols * state.cols, cudaMemcpyHostToDevice);
+    if (factor != nullptr) {
+      reserve(factor_, state.cols * state.cols);
+      copy(factor_.data(), factor->data(), state.cols * state.cols, cudaMemcpyHostToDevice);
+    }
+    put(codes_, state.codes);
+    put(scales_, state.scales);
+    put(books_, book_values(state));
+    for (DeviceArray<float>* x : {&error_, &product_}) reserve(*x, state.rows * state.cols);
+    reserve(row_sums_, state.rows);
+    layer_.weights = weights_.data();
+    layer_.codes = codes_.data();
+    layer_.scales = scales_.data();
+    return finish();
+  }
+
+  [[nodiscard]] Result<double> error(bool residual) {
+    const float* of = weights_.data();
+    if (residual) {
+      decode(books_.data(), DecodeKind::kResidual, error_.data());
+      of = error_.data();
+    }
+    multiply(of, layer_.cols, gram_.data(), layer_.rows, layer_.cols, layer_.cols, product_.data());
+    row_products(of, row_sums_.data());
+    std::vector<double> sums(static_cast<std::size_t>(layer_.rows));
+    copy(sums.data(), row_sums_.data(), layer_.rows, cudaMemcpyDeviceToHost);
+    if (Status status = finish(); !status.ok()) return status;
+    double out = 0.0;
+    for (const double sum : sums) out += sum;
+    return out;
+  }
+
+  [[nodiscard]] Status fit_codebooks(int steps) {
+    list_uses();
+    CodebookSolver<DeviceSteps>(*s_, *this).run(steps);
+    put(books_, book_values(*s_));
+    return finish();
+  }
+
+  [[nodiscard]] Status fit_scales() {
+    decode(books_.data(), DecodeKind::kUnscaled, product_.data());
+    decode(books_.data(), DecodeKind::kResidual, error_.data());
+    const std::int64_t length = layer_.group;
+    reserve(gradient_, layer_.rows * std::min<std::int64_t>(length, layer_.cols));
+    reserve(curvature_, layer_.rows * std::min<std::int64_t>(length, layer_.cols));
+    for (std::int64_t g = 0; g < layer_.groups; ++g) {
+      const std::int64_t at = g * length;
+      const std::int64_t width = std::min(length, layer_.cols - at);
+      multiply(error_.data(), layer_.cols, gram_.data() + at, layer_.rows, layer_.cols, width,
+               gradient_.data());
+      multiply(product_.data() + at, layer_.cols, gram_.data() + at * layer_.cols + at, layer_.rows, width,
+               width, curvature_.data());
+      ScaleArgs args;
+      args.unscaled = product_.data();
+      args.left = error_.data();
+      args.gradient = gradient_.data();
+      args.curvature = curvature_.data();
+      args.scales = scales_.data();
+      args.rows = layer_.rows;
+      args.cols = layer_.cols;
+      args.at = static_cast<std::int32_t>(at);
+      args.width = static_cast<std::int32_t>(width);
+      args.group = static_cast<std::int32_t>(g);
+      args.groups = layer_.groups;
+      start(fit_scale_kernel<0>, args, divide(layer_.rows, kRowThreads / 32), kRowThreads);
+    }
+    return finish();
+  }
+
+  [[nodiscard]] Status search(SearchMode mode, int beam) {
+    switch (layer_.v) {
+      case 2: search_rows<2>(mode, beam); break;
+      case 4: search_rows<4>(mode, beam); break;
+      case 8: search_rows<8>(mode, beam); break;
+      default: search_rows<16>(mode, beam); break;
+    }
+    return finish();
+  }
+
+  [[nodiscard]] Status end() {
+    copy(s_->codes.data(), codes_.data(), std::ssize(s_->codes), cudaMemcpyDeviceToHost);
+    copy(s_->scales.data(), scales_.data(), std::ssize(s_->scales), cudaMemcpyDeviceToHost);
+    return finish();
+  }
+
+  // For CodebookSolver, as HostCodebookSums; zeros after a failure.
+
+  [[nodiscard]] std::vector<float> normal_map(const std::vector<float>& x, bool residual) {
+    put(trial_, x);
+    decode(trial_.data(), residual ? DecodeKind::kResidual : DecodeKind::kScaled, error_.data());
+    multiply(error_.data(), layer_.cols, gram_.data(), layer_.rows, layer_.cols, layer_.cols,
+             product_.data());
+    return sum_uses(sum_uses_kernel<false>, product_.data(), layer_.v);
+  }
+  [[nodiscard]] std::vector<float> blocks() {
+    return sum_uses(sum_uses_kernel<true>, gram_.data(), layer_.v * layer_.v);
+  }
+
+ private:
+  static constexpr std::int64_t kMostPathBytes = std::int64_t{1} << 29;  // of the rows searched at once
+  static constexpr std::int64_t kUsesWarps = 4096;
+
+  DeviceSteps(const Device& device, cudaStream_t stream, std::shared_ptr<Cublas> cublas)
+      : device_(device), stream_(stream), cublas_(std::move(cublas)) {}
+
+  [[nodiscard]] static std::int64_t divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+  /// Waits; the first failure since the last call.
+  [[nodiscard]] Status finish() {
+    if (status_.ok()) keep(cuda_status(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"));
+    return std::exchange(status_, Status());
+  }
+  void keep(Status status) {
+    if (status_.ok()) status_ = std::move(status);
+  }
+  template <class T>
+  void reserve(DeviceArray<T>& array, std::int64_t size) {
+    if (!status_.ok() || static_cast<std::int64_t>(array.size()) >= size) return;
+    keep(cuda_status(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"));
+    array = {};
+    Result<DeviceArray<T>> made = DeviceArray<T>::create(static_cast<std::size_t>(size));
+    if (made.ok()) {
+      array = std::move(made).value();
+    } else {
+      keep(made.status());
+    }
+  }
+  template <class T>
+  void copy(T* to, const T* from, std::int64_t count, cudaMemcpyKind kind) {
+    if (!status_.ok() || count == 0) return;
+    keep(cuda_status(cudaMemcpyAsync(to, from, static_cast<std::size_t>(count) * sizeof(T), kind, stream_),
+                     "cudaMemcpyAsync"));
+  }
+  template <class T>
+  void put(DeviceArray<T>& array, const std::vector<T>& values) {
+    reserve(array, std::ssize(values));
+    copy(array.data(), values.data(), std::ssize(values), cudaMemcpyHostToDevice);
+    // The host's memory may go before the copy is done.
+    if (status_.ok()) keep(cuda_status(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"));
+  }
+  template <class Args>
+  void start(void (*kernel)(Args), const Args& args, dim3 grid, int threads, std::size_t shared = 0) {
+    if (!status_.ok() || grid.x == 0) return;
+    LaunchShape shape;
+    shape.grid = grid;
+    shape.threads = static_cast<unsigned>(threads);
+    shape.shared_bytes = shared;
+    keep(launch(kernel, shape, args, stream_));
+  }
+  template <class Args>
+  void start(void (*kernel)(Args), const Args& args, std::int64_t blocks, int threads) {
+    start(kernel, args, dim3(static_cast<unsigned>(blocks)), threads);
+  }
+
+  /// out[rows][width] = a[rows][inner] b[inner][width]; rows of a are a_stride apart, those of b cols.
+  void multiply(const float* a, std::int64_t a_stride, const float* b, std::int64_t rows, std::int64_t inner,
+                std::int64_t width, float* out) {
+    if (!status_.ok() || rows == 0) return;
+    const Result<cublasHandle_t> handle = cublas_->in(stream_);
+    if (!handle.ok()) return keep(handle.status());
+    const float one = 1.0F;
+    const float zero = 0.0F;
+    const auto i = [](std::int64_t x) { return static_cast<int>(x); };
+    // cuBLAS counts columns first: it sees every matrix transposed.
+    keep(Cublas::status_of(cublasSgemm(*handle, CUBLAS_OP_N, CUBLAS_OP_N, i(width), i(rows), i(inner), &one,
+                                       b, layer_.cols, a, i(a_stride), &zero, out, i(width)),
+                           "cublasSgemm"));
+  }
+
+  void decode(const float* books, DecodeKind kind, float* out) {
+    DecodeArgs args;
+    args.layer = layer_;
+    args.books = books;
+    args.out = out;
+    args.kind = kind;
+    start(decode_rows_kernel<0>, args, divide(s_->rows * s_->vectors(), kRowThreads), kRowThreads);
+  }
+  /// The dot product of each row of `a` with product_'s.
+  void row_products(const float* a, double* sums) {
+    ProductArgs args;
+    args.a = a;
+    args.b = product_.data();
+    args.sums = sums;
+    args.cols = layer_.cols;
+    start(row_products_kernel<0>, args, layer_.rows, kRowThreads);
+  }
+
+  /// places_ and begins_: where each centroid is used, in the order of rows.
+  void list_uses() {
+    const std::int64_t uses = s_->rows * s_->vectors();
+    for (DeviceArray<std::uint16_t>* x : {&keys_, &sorted_keys_}) reserve(*x, layer_.m * uses);
+    for (DeviceArray<std::int32_t>* x : {&unsorted_, &places_}) reserve(*x, layer_.m * uses);
+    reserve(begins_, layer_.m * (std::int64_t{layer_.centroids} + 1));
+    KeysArgs keys;
+    keys.layer = layer_;
+    keys.keys = keys_.data();
+    keys.places = unsorted_.data();
+    start(list_keys_kernel<0>, keys, divide(uses, kRowThreads), kRowThreads);
+    const auto sort = [&](void* memory, std::size_t& bytes, std::int64_t c) {
+      keep(cuda_status(cub::DeviceRadixSort::SortPairs(
+                           memory, bytes, keys_.data() + c * uses, sorted_keys_.data() + c * uses,
+                           unsorted_.data() + c * uses, places_.data() + c * uses, static_cast<int>(uses), 0,
+                           static_cast<int>(s_->format.b), stream_),
+                       "cub::DeviceRadixSort"));
+    };
+    std::size_t bytes = 0;
+    if (status_.ok()) sort(nullptr, bytes, 0);
+    reserve(sort_memory_, static_cast<std::int64_t>(bytes));
+    for (std::int64_t c = 0; c < layer_.m && status_.ok(); ++c) sort(sort_memory_.data(), bytes, c);
+    BeginsArgs begins;
+    begins.keys = sorted_keys_.data();
+    begins.begins = begins_.data();
+    begins.count = uses;
+    begins.centroids = layer_.centroids;
+    start(list_begins_kernel<0>, begins,
+          dim3(static_cast<unsigned>(divide(std::int64_t{layer_.centroids} + 1, kRowThreads)),
+               static_cast<unsigned>(layer_.m)),
+          kRowThreads);
+  }
+
+  [[nodiscard]] std::vector<float> sum_uses(void (*kernel)(UsesArgs), const float* values,
+                                            std::int32_t width) {
+    const std::int64_t centroids = std::int64_t{layer_.m} * layer_.centroids;
+    UsesArgs args;
+    args.layer = layer_;
+    args.places = places_.data();
+    args.begins = begins_.data();
+    args.values = values;
+    args.of_centroid = static_cast<std::int32_t>(std::max<std::int64_t>(1, kUsesWarps / centroids));
+    args.width = width;
+    reserve(parts_, centroids * args.of_centroid * width);
+    reserve(sums_, centroids * width);
+    args.parts = parts_.data();
+    start(kernel, args, divide(centroids * args.of_centroid, kUsesThreads / 32), kUsesThreads);
+    AddUsesArgs add;
+    add.parts = parts_.data();
+    add.out = sums_.data();
+    add.count = centroids * width;
+    add.of_centroid = args.of_centroid;
+    add.width = width;
+    start(add_uses_kernel<0>, add, divide(add.count, kRowThreads), kRowThreads);
+    std::vector<float> out(static_cast<std::size_t>(centroids * width));
+    copy(out.data(), sums_.data(), std::ssize(out), cudaMemcpyDeviceToHost);
+    if (status_.ok()) keep(cuda_status(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"));
+    if (!status_.ok()) std::fill(out.begin(), out.end(), 0.0F);
+    return out;
+  }
+
+  template <int kVecLen>
+  void search_rows(SearchMode mode, int beam) {
+    const bool rebuild = mode == SearchMode::kRebuild;
+    const std::int64_t cols = layer_.cols;
+    decode(books_.data(), DecodeKind::kResidual, error_.data());
+    if (rebuild) {
+      multiply(error_.data(), cols, gram_.data(), layer_.rows, cols, cols, product_.data());
+      row_products(error_.data(), row_sums_.data());
+    }
+    const std::int64_t of_row = beam * cols * static_cast<std::int64_t>(sizeof(float));
+    const std::int64_t at_once = std::clamp<std::int64_t>(kMostPathBytes / of_row, 1, layer_.rows);
+    const std::int64_t all_codes = layer_.m * s_->vectors();
+    for (int i = 0; i < (beam > 1 ? 2 : 1); ++i) {
+      reserve(path_errors_[i], at_once * beam * cols);
+      reserve(path_codes_[i], at_once * beam * all_codes);
+    }
+    reserve(losses_, at_once * beam);
+    reserve(counts_, at_once);
+    reserve(cross_, at_once * beam * kSearchColumns);
+    const std::int64_t vectors = kSearchColumns / kVecLen;
+    reserve(q_, vectors * kVecLen * kVecLen);
+    reserve(blocks_, vectors * kVecLen * kVecLen);
+    reserve(norms_, vectors * layer_.m * layer_.centroids);
+    for (std::int64_t first = 0; first < layer_.rows; first += at_once) {
+      const std::int64_t rows = std::min<std::int64_t>(at_once, layer_.rows - first);
+      StartArgs begin;
+      begin.errors = error_.data() + first * cols;
+      begin.codes = codes_.data() + first * all_codes;
+      begin.path_errors = path_errors_[0].data();
+      begin.path_codes = path_codes_[0].data();
+      begin.losses = losses_.data();
+      begin.counts = counts_.data();
+      begin.cols = layer_.cols;
+      begin.all_codes = static_cast<std::int32_t>(all_codes);
+      begin.beam = beam;
+      start(start_paths_kernel<0>, begin, rows, kRowThreads);
+      int from = 0;
+      const std::int64_t stretches = divide(cols, kSearchColumns);
+      for (std::int64_t i = 0; i < stretches; ++i) {
+        const std::int64_t column = (rebuild ? stretches - 1 - i : i) * kSearchColumns;
+        const int to = beam > 1 ? 1 - from : from;
+        search_stretch<kVecLen>(rebuild, beam, first, rows, column, from, to);
+        from = to;
+      }
+      FinishArgs end;
+      end.path_codes = path_codes_[from].data();
+      end.losses = losses_.data();
+      end.counts = counts_.data();
+      end.start_losses = rebuild ? row_sums_.data() + first : nullptr;
+      end.codes = codes_.data() + first * all_codes;
+      end.all_codes = static_cast<std::int32_t>(all_codes);
+      end.beam = beam;
+      start(finish_paths_kernel<0>, end, rows, kRowThreads);
+    }
+  }
+
+  /// kSearchColumns columns of some rows, the paths going from one set of arrays to another.
+  template <int kVecLen>
+  void search_stretch(bool rebuild, int beam, std::int64_t first_row, std::int64_t rows, std::int64_t column,
+                      int from, int to) {
+    const std::int64_t cols = layer_.cols;
+    const std::int64_t width = std::min<std::int64_t>(kSearchColumns, cols - column);
+    const float* const matrix = rebuild ? factor_.data() : gram_.data();
+    if (!rebuild) {
+      multiply(path_errors_[from].data(), cols, matrix + column, rows * beam, cols, width, cross_.data());
+    } else if (const std::int64_t chosen = column + width; chosen < cols) {
+      multiply(path_errors_[from].data() + chosen, cols, matrix + chosen * cols + column, rows * beam,
+               cols - chosen, width, cross_.data());
+    } else if (status_.ok()) {
+      keep(
+          cuda_status(cudaMemsetAsync(cross_.data(), 0,
+                                      static_cast<std::size_t>(rows * beam * width) * sizeof(float), stream_),
+                      "cudaMemsetAsync"));
+    }
+    MeasureArgs measure;
+    measure.cross = matrix;
+    measure.books = books_.data();
+    measure.q = q_.data();
+    measure.factor = blocks_.data();
+    measure.norms = norms_.data();
+    measure.cols = cols;
+    measure.first = column;
+    measure.m = layer_.m;
+    measure.centroids = layer_.centroids;
+    measure.rebuild = rebuild;
+    start(measure_kernel<kVecLen>, measure,
+          dim3(static_cast<unsigned>(width / kVecLen), static_cast<unsigned>(layer_.m),
+               static_cast<unsigned>(divide(layer_.centroids, kRowThreads))),
+          kRowThreads);
+    SearchArgs args;
+    args.layer = layer_;
+    args.books = books_.data();
+    args.matrix = matrix;
+    args.cross = cross_.data();
+    args.q = q_.data();
+    args.factor = blocks_.data();
+    args.norms = norms_.data();
+    args.errors_in = path_errors_[from].data();
+    args.errors_out = path_errors_[to].data();
+    args.codes_in = path_codes_[from].data();
+    args.codes_out = path_codes_[to].data();
+    args.losses = losses_.data();
+    args.counts = counts_.data();
+    args.first_row = static_cast<std::int32_t>(first_row);
+    args.first = static_cast<std::int32_t>(column);
+    args.width = static_cast<std::int32_t>(width);
+    args.beam = beam;
+    args.rounds = rebuild && layer_.m > 1 ? 2 : 1;
+    args.rebuild = rebuild;
+    const auto shared =
+        static_cast<std::size_t>(SearchLayout(kVecLen, layer_.m, beam).floats) * sizeof(float);
+    if (shared > static_cast<std::size_t>(device_.shared_bytes)) {
+      return keep(codegemm::error(StatusCode::kUnsupported, "quantize_calibrated: ", layer_.m,
+                                  " codebooks and a beam of ", beam, " take ", shared,
+                                  " bytes of shared memory, the card has ", device_.shared_bytes));
+    }
+    const int threads = std::clamp(layer_.centroids / 32 * 32, 32, kSearchThreads);
+    start(search_kernel<kVecLen>, args, dim3(static_cast<unsigned>(rows)), threads, shared);
+  }
+
+  Device device_;
+  cudaStream_t stream_ = nullptr;
+  std::shared_ptr<Cublas> cublas_;
+  Status status_;
+  AdditiveState* s_ = nullptr;
+  LayerArgs layer_;
+  DeviceArray<float> weights_, gram_, factor_, scales_, books_;
+  DeviceArray<std::uint16_t> codes_;
+  DeviceArray<float> error_, product_;       // [rows][cols]
+  DeviceArray<double> row_sums_;             // [rows]
+  DeviceArray<float> gradient_, curvature_;  // [rows][columns of a group]
+  // Of fit_codebooks().
+  DeviceArray<float> trial_, sums_;
+  DeviceArray<double> parts_;
+  DeviceArray<std::uint16_t> keys_, sorted_keys_;
+  DeviceArray<std::int32_t> unsorted_, places_, begins_;
+  DeviceArray<std::byte> sort_memory_;
+  // Of search().
+  DeviceArray<float> path_errors_[2], cross_, q_, blocks_, norms_;
+  DeviceArray<std::uint16_t> path_codes_[2];
+  DeviceArray<double> losses_;
+  DeviceArray<std::int32_t> counts_;
+};
+
+}  // namespace codegemm::cuda::detail

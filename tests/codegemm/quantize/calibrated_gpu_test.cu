@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// tests/codegemm/quantize/calibrated_gpu_test.cu - the calibrated quantizer on the GPU against the host's:
+// each step from the same state, then whole layers.
+
+// What nvcc's front end remarks on in Eigen.
+#pragma nv_diag_suppress 20012, 1675
+
+#include <codegemm/quantize/cuda/calibrated.cuh>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include <Eigen/Cholesky>
+
+#include <codegemm/base/thread_pool.hpp>
+#include <support/calibration.hpp>
+
+#include "../cuda/gpu.cuh"
+
+namespace codegemm::test {
+namespace {
+
+using cuda::Device;
+using cuda::DeviceQuantizer;
+using cuda::detail::DeviceSteps;
+using detail::HostSteps;
+using detail::SearchMode;
+
+struct Case {
+  const char* format;
+  std::int64_t rows, cols;
+};
+// One or several stretches of columns, groups that end short, each vector length.
+constexpr Case kCases[] = {{"m1v4g128", 37, 300}, {"m2v8g-1", 70, 272},  {"m2v2b4g64", 33, 130},
+                           {"m3v4b5g32", 9, 128}, {"m1v16b8g16", 5, 48}, {"m1v8b10g-1", 41, 1024}};
+
+struct Problem {
+  DenseMatrix w, x;
+  AdditiveState state;
+  DenseMatrix factor;
+
+  Problem(const Case& c, std::uint64_t seed) {
+    Rng rng(seed);
+    w = random_dense(rng, c.rows, c.cols);
+    x = correlated_inputs(rng, 2 * c.cols, c.cols);
+    state = random_state(rng, parse_format(c.format).value(), w, x);
+    factor = Eigen::LLT<DenseMatrix>(state.gram).matrixL();
+  }
+  /// A copy whose weights are here.
+  [[nodiscard]] AdditiveState copy() const { return state; }
+};
+
+double worst_of(const std::vector<float>& got, const std::vector<float>& want) {
+  REQUIRE(got.size() == want.size());
+  double off = 0.0;
+  double size = 1e-30;
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    off = std::max(off, std::abs(static_cast<double>(got[i]) - static_cast<double>(want[i])));
+    if (!std::isfinite(got[i])) off = HUGE_VAL;
+    size = std::max(size, std::abs(static_cast<double>(want[i])));
+  }
+  return off / size;
+}
+
+double loss_of(const AdditiveState& s) {
+  SerialExecutor serial;
+  return detail::weighted_error(s, true, serial);
+}
+
+}  // namespace
+
+TEST_CASE("each step of the quantizer on the GPU is the host's", "[calibrated][gpu]") {
+  const Device device = gpu_or_skip();
+  ThreadPool pool(2);
+  auto made = DeviceSteps::create(device, nullptr);
+  require_ok(made.status());
+  DeviceSteps& gpu = *made;
+  HostSteps host(pool);
+  for (const Case& c : kCases) {
+    CAPTURE(c.format, c.rows, c.cols);
+    const Problem problem(c, 61);
+    AdditiveState here = problem.copy();
+    AdditiveState there = problem.copy();
+    require_ok(host.begin(here, &problem.factor));
+    require_ok(gpu.begin(there, &problem.factor));
+    for (const bool residual : {false, true}) {
+      const double want = host.error(residual).value();
+      CHECK(std::abs(gpu.error(residual).value() - want) <= 1e-4 * want);
+    }
+
+    // Fits. Codebooks first: the sums that they are made of, then the result.
+    detail::HostCodebookSums sums(here, pool);
+    const std::vector<float> values = book_values(here);
+    require_ok(gpu.fit_codebooks(0));  // lists the uses
+    const double blocks = worst_of(gpu.blocks(), sums.blocks());
+    const double plain = worst_of(gpu.normal_map(values, false), sums.normal_map(values, false));
+    const double left = worst_of(gpu.normal_map(values, true), sums.normal_map(values, true));
+    CHECK(blocks <= 1e-5);
+    CHECK(plain <= 1e-4);
+    CHECK(left <= 1e-4);
+    require_ok(host.fit_codebooks(8));
+    require_ok(gpu.fit_codebooks(8));
+    const double fitted = host.error(true).value();
+    CHECK(std::abs(gpu.error(true).value() - fitted) <= 2e-3 * fitted);
+    require_ok(host.fit_scales());
+    require_ok(gpu.fit_scales());
+    const double scaled = host.error(true).value();
+    CHECK(std::abs(gpu.error(true).value() - scaled) <= 2e-3 * scaled);
+    std::printf("%-11s %3ld x %4ld: blocks off by %.2g, maps by %.2g and %.2g; fitted %.6g (GPU %.6g)\n",
+                c.format, static_cast<long>(c.rows), static_cast<long>(c.cols), blocks, plain, left, scaled,
+                gpu.error(true).value());
+
+    // Searches from the same codebooks and scales. Codes of a group whose scale is 0 stay.
+    if (here.groups() > 1) here.scales_of(1)[0] = 0.0F;
+    for (const SearchMode mode : {SearchMode::kRefine, SearchMode::kRebuild}) {
+      for (const int beam : {1, 3, 8}) {
+        CAPTURE(static_cast<int>(mode), beam);
+        AdditiveState a = here;
+        AdditiveState b = here;
+        require_ok(host.begin(a, &problem.factor));
+        require_ok(gpu.begin(b, &problem.factor));
+        require_ok(host.search(mode, beam));
+        require_ok(gpu.search(mode, beam));
+        require_ok(gpu.end());
+        const double before = loss_of(here);
+        const double want = loss_of(a);
+        const double got = loss_of(b);
+        std::size_t different = 0;
+        for (std::size_t i = 0; i < a.codes.size(); ++i) different += a.codes[i] == b.codes[i] ? 0 : 1;
+        const double share = static_cast<double>(different) / static_cast<double>(a.codes.size());
+        std::printf("  %s, beam %d: %.6g to %.6g (GPU %.6g), %.2f%% of the codes differ\n",
+                    mode == SearchMode::kRefine ? "refine" : "rebuild", beam, before, want, got,
+                    100.0 * share);
+        CHECK(got <= before * (1.0 + 1e-6));
+        CHECK(std::abs(got - want) <= 0.01 * want);
+        CHECK(*std::max_element(b.codes.begin(), b.codes.end()) < here.format.centroids());
+        for (std::int64_t j = 0; here.groups() > 1 && j < here.group_length() / here.format.v; ++j)
+          CHECK(b.codes_of(1)[j] == here.codes_of(1)[j]);
+        AdditiveState again = here;
+        require_ok(gpu.begin(again, &problem.factor));
+        require_ok(gpu.search(mode, beam));
+        require_ok(gpu.end());
+        CHECK(again.codes == b.codes);
+      }
+    }
+  }
+}
+
+TEST_CASE("layers quantized on the GPU are as good as the host's, and the same bits again",
+          "[calibrated][gpu]") {
+  const Device device = gpu_or_skip();
+  ThreadPool pool(2);
+  auto made = DeviceQuantizer::create(device, nullptr);
+  require_ok(made.status());
+  for (const Case& c : {Case{"m1v4g64", 96, 256}, Case{"m2v8g-1", 64, 256}, Case{"m2v4b4g64", 96, 320}}) {
+    CAPTURE(c.format);
+    Rng rng(71);
+    const DenseMatrix w = random_dense(rng, c.rows, c.cols);
+    const DenseMatrix x = correlated_inputs(rng, 3 * c.cols, c.cols);
+    const std::vector<float> gram = gram_of(x);
+    const MatrixView<const float> h(gram.data(), c.cols, c.cols);
+    CalibratedOptions options;
+    options.rounds = 6;
+    options.tolerance = 0.002;
+    options.beam = 2;
+    CalibratedReport on_host;
+    CalibratedReport on_gpu;
+    const Format f = parse_format(c.format).value();
+    require_ok(quantize_calibrated(view(w), h, f, options, pool, &on_host).status());
+    const auto first = made->quantize_calibrated(view(w), h, f, options, pool, &on_gpu);
+    require_ok(first.status());
+    std::printf("%s: k-means %.5f, host %.5f in %d rounds, GPU %.5f in %d\n", c.format, on_host.kmeans_error,
+                on_host.error, on_host.rounds, on_gpu.error, on_gpu.rounds);
+    CHECK(std::abs(on_gpu.kmeans_error - on_host.kmeans_error) <= 1e-4 * on_host.kmeans_error);
+    CHECK(on_gpu.error <= 1.02 * on_host.error);
+    CHECK(on_gpu.error < on_host.kmeans_error);
+    SerialExecutor serial;
+    const auto again = made->quantize_calibrated(view(w), h, f, options, serial, nullptr);
+    require_ok(again.status());
+    CHECK(std::equal(again->codes().begin(), again->codes().end(), first->codes().begin()));
+    CHECK(std::equal(again->codebooks().begin(), again->codebooks().end(), first->codebooks().begin()));
+    CHECK(std::equal(again->scales().begin(), again->scales().end(), first->scales().begin()));
+  }
+}
+
+}  // namespace codegemm::test
