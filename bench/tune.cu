@@ -116,9 +116,9 @@ cuda::LastTokens choose(const std::vector<const Measured*>& all) {
 }
 
 std::string line_of(const cuda::Crossover& c) {
-  return concat("    {", c.arch, ", ", c.multiprocessors, ", {", c.format.v, ", ", c.format.m, ", ",
-                c.format.b, ", ", c.format.g, "}, {", c.small.gather, ", ", c.small.mma, "}, {",
-                c.large.gather, ", ", c.large.mma, "}},\n");
+  return concat("    {{", c.card.arch, ", ", c.card.multiprocessors, ", ", c.card.memory_bits, "}, {",
+                c.format.v, ", ", c.format.m, ", ", c.format.b, ", ", c.format.g, "}, {", c.small.gather,
+                ", ", c.small.mma, "}, {", c.large.gather, ", ", c.large.mma, "}},\n");
 }
 
 // Replaces the lines between the marks: this card's formats by what was measured now, all others as they
@@ -134,7 +134,7 @@ void write_crossovers(const std::string& path, const std::vector<cuda::Crossover
   for (const cuda::Crossover& c : now) lines += line_of(c);
   for (const cuda::Crossover& c : cuda::kCrossovers) {
     const bool measured = std::any_of(now.begin(), now.end(), [&](const cuda::Crossover& n) {
-      return n.arch == c.arch && n.multiprocessors == c.multiprocessors && n.format == c.format;
+      return n.card == c.card && n.format == c.format;
     });
     if (!measured) lines += line_of(c);
   }
@@ -195,7 +195,7 @@ int program(int argc, char** argv) {
       }
       std::fflush(stdout);
     }
-    cuda::Crossover c{device->arch, device->multiprocessors, format, {}, {}};
+    cuda::Crossover c{{device->arch, device->multiprocessors, device->memory_bits}, format, {}, {}};
     std::vector<const Measured*> small, large;
     for (const Measured& m : measured)
       (m.shape.rows * m.shape.cols <= cuda::kSmallWeights ? small : large).push_back(&m);

@@ -53,7 +53,8 @@ template <class Configs = DefaultConfigs, class X, class Y>
   const bool wgmma = may(Regime::kFusedWgmma) && FusedWgmma::serves(p, device);
   // With at most a row tile for each multiprocessor, building Psumbooks is most of the work.
   const bool few_rows = w.layout.row_tiles <= device.multiprocessors;
-  const LastTokens last = last_tokens(w.format, w.rows * w.cols, device.arch, device.multiprocessors);
+  const LastTokens last =
+      last_tokens(w.format, w.rows * w.cols, {device.arch, device.multiprocessors, device.memory_bits});
   if (gather && !(few_rows && mma) && p.x.rows <= last.gather) return Regime::kGather;
   if (wgmma && (!mma || p.x.rows > last.mma)) return Regime::kFusedWgmma;
   if (mma) return Regime::kFusedMma;

@@ -17,13 +17,20 @@ struct LastTokens {
   int mma = 16;    ///< last one that goes through mma.sync
 };
 
+/// A kind of card. An H100 (5120) and an H200 (6144) differ in the last number alone.
+struct Card {
+  int arch = 0;                                                ///< as Device::arch
+  int multiprocessors = 0;                                     ///< how many
+  int memory_bits = 0;                                         ///< width of the memory's bus
+  [[nodiscard]] bool operator==(const Card&) const = default;  ///< the same kind
+};
+
 /// What was measured on one card for one format.
 struct Crossover {
-  int arch = 90;              ///< as Device::arch
-  int multiprocessors = 132;  ///< of the card
-  Format format;              ///< measured with
-  LastTokens small;           ///< matrices of at most kSmallWeights weights
-  LastTokens large;           ///< all larger ones
+  Card card;         ///< measured on
+  Format format;     ///< measured with
+  LastTokens small;  ///< matrices of at most kSmallWeights weights
+  LastTokens large;  ///< all larger ones
 };
 
 /// Up to here a matrix counts as small.
@@ -33,22 +40,25 @@ inline constexpr std::int64_t kSmallWeights = std::int64_t{6144} * 4096;
 /// The first one is what formats near none of the others get.
 inline constexpr Crossover kCrossovers[] = {
     // tune: begin
-    {90, 132, {4, 1, 8, 128}, {1, 24}, {1, 16}}, {90, 132, {8, 2, 8, 128}, {1, 16}, {1, 16}},
-    {90, 132, {4, 1, 8, 32}, {1, 24}, {1, 16}},  {90, 132, {4, 1, 8, -1}, {1, 16}, {1, 16}},
-    {90, 132, {8, 2, 8, -1}, {1, 24}, {1, 16}},  {90, 132, {8, 1, 16, -1}, {0, 16}, {0, 16}},
+    {{90, 132, 5120}, {4, 1, 8, 128}, {1, 32}, {1, 16}}, {{90, 132, 5120}, {8, 2, 8, 128}, {1, 16}, {1, 16}},
+    {{90, 132, 5120}, {4, 1, 8, 32}, {1, 24}, {1, 16}},  {{90, 132, 5120}, {4, 1, 8, -1}, {1, 16}, {1, 16}},
+    {{90, 132, 5120}, {8, 2, 8, -1}, {1, 24}, {1, 16}},  {{90, 132, 5120}, {8, 1, 16, -1}, {0, 16}, {0, 16}},
+    {{90, 132, 6144}, {4, 1, 8, 128}, {1, 24}, {1, 16}}, {{90, 132, 6144}, {8, 2, 8, 128}, {1, 16}, {1, 16}},
     // tune: end
 };
 
 /// The nearest measurement: of the same v, m and code bytes before any other, then of the same card, then of
 /// the same kind of scales (one a row, or groups), then of the same format; the first of those that are
 /// equally near.
-[[nodiscard]] constexpr LastTokens last_tokens(Format f, std::int64_t weights, int arch, int multiprocessors,
+[[nodiscard]] constexpr LastTokens last_tokens(Format f, std::int64_t weights, Card card,
                                                std::span<const Crossover> measured = kCrossovers) {
   const auto nearness = [&](const Crossover& c) {
     const Format& o = c.format;
     int out = 0;
     if (o.v == f.v && o.m == f.m && o.stored_code_bits() == f.stored_code_bits()) out += 16;
-    if (c.arch == arch) out += 4 + (c.multiprocessors == multiprocessors ? 4 : 0);
+    if (c.card.arch == card.arch) out += 4;
+    if (c.card.arch == card.arch && c.card.multiprocessors == card.multiprocessors) out += 4;
+    if (c.card == card) out += 4;
     if ((o.g < 0) == (f.g < 0)) out += 2;
     if (o == f) out += 1;
     return out;

@@ -31,6 +31,7 @@ struct Device {
   /// Whether this program's code for the card has wgmma: with compute capability 9.0 where it was built for
   /// sm_90a, not sm_90. Without it many tokens go through mma.sync.
   bool wgmma = true;
+  int memory_bits = 0;  ///< width of the memory's bus
 };
 
 namespace detail {
@@ -80,6 +81,7 @@ __global__ void wgmma_probe_kernel() {
   if (Status s = ask(minor, cudaDevAttrComputeCapabilityMinor); !s.ok()) return s;
   if (Status s = ask(out.multiprocessors, cudaDevAttrMultiProcessorCount); !s.ok()) return s;
   if (Status s = ask(out.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin); !s.ok()) return s;
+  if (Status s = ask(out.memory_bits, cudaDevAttrGlobalMemoryBusWidth); !s.ok()) return s;
   out.arch = major * 10 + minor;
   out.wgmma = false;
   if (out.arch < 90) return out;

@@ -59,10 +59,11 @@ struct FusedMmaTileShape {
   [[nodiscard]] static __host__ __device__ constexpr int scale_bytes(int steps) {
     return steps < 5 ? 512 >> steps : 0;
   }
-  /// Of a block.
+  /// Of a block. A tile without scales is read beyond its end all the same, see WgmmaFragments: 16 numbers.
+  static constexpr int kReadBeyond = 32;
   [[nodiscard]] static __host__ __device__ constexpr int shared_bytes(int bits, int steps) {
     return table_bytes(bits) + kStages * kStageBytes +
-           kCodeStages * kRowTiles * (kCodeBytes + scale_bytes(steps));
+           kCodeStages * kRowTiles * (kCodeBytes + scale_bytes(steps)) + kReadBeyond;
   }
 };
 

@@ -61,6 +61,7 @@ struct FusedWgmmaRegime {
     limits.max_stages = Shape::kMaxStages;
     limits.lane_span = Shape::kLaneSpan;
     limits.codebooks = Config::kCodebooks;
+    limits.step_cycles = Config::kCodeBytes == 1 ? 0.0 : 300.0;
     return plan_fused_wgmma(w.layout, w.cols, tokens, limits, tuning);
   }
 

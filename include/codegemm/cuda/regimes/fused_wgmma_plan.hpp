@@ -38,6 +38,7 @@ struct FusedWgmmaLimits {
   int max_stages = 0;                ///< of activations and of codes
   int lane_span = 0;                 ///< weights of a row that a lane owns
   int codebooks = 0;                 ///< of the format
+  double step_cycles = 0.0;          ///< of 128 rows x 16 k at least: centroids that come from memory
   bool halves = false;               ///< SwiGLU
 };
 
@@ -46,7 +47,6 @@ struct FusedWgmmaLimits {
                                                      std::int64_t tokens, const FusedWgmmaLimits& limits,
                                                      const GemmTuning& tuning) {
   constexpr std::size_t kMaxPartialBytes = (std::size_t{32} << 20) - kCounterBytes;
-  constexpr double kStepLatency = 90.0;      // of the lookups of 16 k
   constexpr double kProductCycles = 1500.0;  // filling the stages
   constexpr double kTokenCycles = 14.0;      // of the output
   constexpr double kHandOverCycles = 2000.0;
@@ -70,9 +70,9 @@ struct FusedWgmmaLimits {
     const std::int64_t token_blocks = divide_up(tokens, tile);
     const std::int64_t products = token_blocks * row_blocks;
     const double steps_of_slab = limits.lane_span;  // of 16 k
-    // Tensor cores; shared memory: tokens for both warpgroups, lookups and codes; latency.
-    const double step = std::max(
-        {static_cast<double>(tile), 1.1 * (tile / 2.0 + 8.0 * (4.0 * limits.codebooks + 2.0)), kStepLatency});
+    // As measured on an H200: products and a fixed part, of which each codebook's lookups are most.
+    const double step = std::max(std::max(0.94 * tile + 15.0, 0.5 * tile + 67.0) + 55.0 * limits.codebooks,
+                                 limits.step_cycles);
     const double slab_cycles = steps_of_slab * step;
     const double product_cycles = kProductCycles + kTokenCycles * tile;  // beside its slabs
     for (int splits = 1; splits <= 8; ++splits) {
