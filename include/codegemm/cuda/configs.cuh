@@ -11,9 +11,6 @@
 //                       kCodebooks
 //   kScaleSteps         log2 of the lanes that share a scale; 5: one scale a row; -1: known at run time only
 //   kThreads            of a block
-//   kBlocks             of a multiprocessor, as registers and the Psumbook allow; 1 if left out
-//   kFixedPoint         Psumbooks of 16-bit integers (block/fixed_psumbook.cuh), within 2e-4 of the product,
-//                       instead of fp32; false if left out
 //   kPassTokens         tokens in one pass over the weights; 32 KiB of shared memory for each set and token
 // Up to how many tokens a regime is used lies in crossovers.hpp.
 #pragma once
@@ -28,8 +25,7 @@ template <int V, int M, int ScaleSteps>
 struct GatherTuned {
   /// @{ See the head of this file.
   static constexpr int kVecLen = V, kCodebooks = M, kCodeBits = 8, kSets = 4, kScaleSteps = ScaleSteps;
-  static constexpr int kThreads = 512, kBlocks = 2, kPassTokens = 1;
-  static constexpr bool kFixedPoint = true;  /// @}
+  static constexpr int kThreads = 1024, kPassTokens = 1;  /// @}
 };
 using GatherM1V4G128 = GatherTuned<4, 1, 3>;  ///< 8 lanes of 16 weights share a scale
 using GatherM2V8G128 = GatherTuned<8, 2, 3>;  ///< 8 lanes of 16 weights share a scale

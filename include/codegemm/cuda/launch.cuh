@@ -36,7 +36,7 @@ template <class Args>
       return cuda_status(code, "cudaFuncSetAttribute (shared memory)");
     }
   }
-  cudaLaunchAttribute attributes[3] = {};
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = dim3(shape.threads);
@@ -54,13 +54,6 @@ template <class Args>
     cudaLaunchAttribute& a = attributes[config.numAttrs++];
     a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     a.val.programmaticStreamSerializationAllowed = 1;
-  }
-  // A multiprocessor changes how it divides its memory between cache and blocks only when it is empty: kernels
-  // that are to overlap must want the same.
-  if (shape.overlap) {
-    cudaLaunchAttribute& a = attributes[config.numAttrs++];
-    a.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
-    a.val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
   }
   const cudaError_t code = cudaLaunchKernelEx(&config, kernel, args);
   if (code != cudaSuccess) static_cast<void>(cudaGetLastError());  // reported here, not to the next caller

@@ -176,11 +176,10 @@ template <class X, class Y>
   }
   const GemmTuning& t = p.tuning;
   if (t.cluster < 1 || t.cluster > 8 || t.rounds_ahead < 0 || t.rounds_ahead > 15 || t.shared_bytes < 0 ||
-      t.splits < 0 || t.splits > 8 || t.token_tile < 0 || t.token_tile > 256 || t.blocks < 0 ||
-      t.blocks > 2) {
+      t.splits < 0 || t.splits > 8 || t.token_tile < 0 || t.token_tile > 256) {
     return error(StatusCode::kInvalidArgument, "cuda gemm: tuning with clusters of ", t.cluster, ", ",
                  t.rounds_ahead, " rounds ahead, ", t.shared_bytes, " bytes of shared memory, ", t.splits,
-                 " splits, tiles of ", t.token_tile, " tokens, ", t.blocks, " blocks");
+                 " splits, tiles of ", t.token_tile, " tokens");
   }
   if (p.x.rows == 0 || w.rows == 0) return {};
   const auto check_pointer = [](const char* name, const void* at, std::size_t to) -> Status {

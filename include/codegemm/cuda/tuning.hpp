@@ -31,7 +31,6 @@ struct GemmTuning {
   /// Fused: parts of K, up to 8; wgmma: pieces that a product of the last, unfilled wave is cut into.
   int splits = 0;
   int token_tile = 0;  ///< fused wgmma: tokens of a block, 32, 64, 128 or 256
-  int blocks = 0;      ///< gather: of a multiprocessor, where its configuration lets there be two
 };
 
 }  // namespace codegemm::cuda

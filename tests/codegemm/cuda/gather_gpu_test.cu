@@ -178,10 +178,8 @@ TEST_CASE("cuda gemm: captured in a graph and replayed with other inputs, in a c
       REQUIRE_CUDA(cudaGraphLaunch(replay, stream));
       REQUIRE_CUDA(cudaStreamSynchronize(stream));
       const auto between = middle.download();
-      CHECK(worst(reference_of(first.parts[0], values, 1, 1024), between, 1, 2048, 2048, 1024, 0.0,
-                  fixed_point_error(first.parts, values, 1, 1024)) <= 1.0);
-      CHECK(worst(reference_of(second.parts[0], between, 1, 2048), y.download(), 1, 777, 777, 2048, 0.0,
-                  fixed_point_error(second.parts, between, 1, 2048)) <= 1.0);
+      CHECK(worst(reference_of(first.parts[0], values, 1, 1024), between, 1, 2048, 2048, 1024) <= 1.0);
+      CHECK(worst(reference_of(second.parts[0], between, 1, 2048), y.download(), 1, 777, 777, 2048) <= 1.0);
     }
     REQUIRE_CUDA(cudaGraphExecDestroy(replay));
     REQUIRE_CUDA(cudaGraphDestroy(graph));
@@ -226,8 +224,7 @@ TEST_CASE("cuda gemm: two streams with two workspaces at once", "[gpu]") {
   }
   REQUIRE_CUDA(cudaDeviceSynchronize());
   for (std::size_t i = 0; i < 2; ++i) {
-    CHECK(worst(reference_of(w.parts[0], x[i], 1, 16384), y[i]->download(), 1, 1500, 1500, 16384, 0.0,
-                fixed_point_error(w.parts, x[i], 1, 16384)) <= 1.0);
+    CHECK(worst(reference_of(w.parts[0], x[i], 1, 16384), y[i]->download(), 1, 1500, 1500, 16384) <= 1.0);
     REQUIRE_CUDA(cudaStreamDestroy(streams[i]));
   }
 }
@@ -253,15 +250,9 @@ TEST_CASE("cuda gemm: zeros, extremes, infinity and NaN", "[gpu]") {
   std::vector<BFloat16> x(512);
   for (const float value : product(x)) CHECK(value == 0.0F);
   for (auto& value : x) value = BFloat16::from_float(rng.normal() * 1e30F);
-  CHECK(worst(reference_of(w.parts[0], x, 1, 512), product(x), 1, 40, 40, 512, 0.0,
-              fixed_point_error(w.parts, x, 1, 512)) <= 1.0);
-  CHECK(relative_error(reference_of(w.parts[0], x, 1, 512), product(x), 1, 40, 40) <= 4e-4);
+  CHECK(worst(reference_of(w.parts[0], x, 1, 512), product(x), 1, 40, 40, 512) <= 1.0);
   for (auto& value : x) value = BFloat16::from_float(rng.normal() * 1e-30F);
-  CHECK(relative_error(reference_of(w.parts[0], x, 1, 512), product(x), 1, 40, 40) <= 4e-4);
-  // Outliers in one lane take nothing from what the others add.
-  for (auto& value : x) value = BFloat16::from_float(rng.normal());
-  x[33] = BFloat16::from_float(3000.0F);
-  CHECK(relative_error(reference_of(w.parts[0], x, 1, 512), product(x), 1, 40, 40) <= 4e-4);
+  CHECK(relative_error(reference_of(w.parts[0], x, 1, 512), product(x), 1, 40, 40) <= 1e-6);
   x[77] = BFloat16::from_float(INFINITY);
   for (const float value : product(x)) CHECK(!std::isfinite(value));
   x[77] = BFloat16::from_float(NAN);

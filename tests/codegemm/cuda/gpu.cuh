@@ -232,7 +232,7 @@ template <class X>
 template <class Y>
 [[nodiscard]] double worst(const Reference& want, const std::vector<Y>& got, std::int64_t tokens,
                            std::int64_t rows, std::int64_t stride, std::int64_t cols,
-                           double weight_rounding = 0.0, double more = 0.0) {
+                           double weight_rounding = 0.0) {
   double out = 0.0;
   for (std::int64_t t = 0; t < tokens; ++t) {
     for (std::int64_t n = 0; n < rows; ++n) {
@@ -241,47 +241,13 @@ template <class Y>
       // The centroids' codebook sums, their sum over K in any order, one rounding of the output, and its
       // underflow.
       const double bound =
-          1.01 * rounding_of<Y>() * std::abs(want.y[i]) + 1e-7 + more +
+          1.01 * rounding_of<Y>() * std::abs(want.y[i]) + 1e-7 +
           ((16.0 + std::sqrt(static_cast<double>(cols))) * 0x1p-24 + weight_rounding) * want.size[i];
       const double off = std::abs(y - want.y[i]) / bound;
       out = off <= out ? out : (off > out ? off : HUGE_VAL);
     }
   }
   return out;
-}
-
-/// What the entries of a fixed-point Psumbook (block/fixed_psumbook.cuh) may add to the error of an output:
-/// six standard deviations. A lane owns 16 columns; an entry is off by up to half of 2^-13 times the largest
-/// centroid times the lane's largest segment.
-template <class X>
-[[nodiscard]] double fixed_point_error(const std::vector<QuantizedMatrix>& parts, const std::vector<X>& x,
-                                       std::int64_t tokens, std::int64_t stride) {
-  const std::int64_t v = parts[0].format().v;
-  const std::int64_t cols = parts[0].cols();
-  double centroid = 0.0;
-  double scale = 0.0;
-  for (const QuantizedMatrix& part : parts) {
-    for (const Half value : part.codebooks())
-      centroid = std::max(centroid, std::abs(static_cast<double>(value.to_float())));
-    for (const Half value : part.scales())
-      scale = std::max(scale, std::abs(static_cast<double>(value.to_float())));
-  }
-  double most = 0.0;
-  for (std::int64_t t = 0; t < tokens; ++t) {
-    double squares = 0.0;
-    for (std::int64_t lane = 0; lane < cols; lane += 16) {
-      double largest = 0.0;
-      for (std::int64_t segment = lane; segment < std::min(lane + 16, cols); segment += v) {
-        double sum = 0.0;
-        for (std::int64_t k = segment; k < segment + v; ++k)
-          sum += std::abs(static_cast<double>(as_float(x[static_cast<std::size_t>(t * stride + k)])));
-        largest = std::max(largest, sum);
-      }
-      squares += largest * largest;
-    }
-    most = std::max(most, std::sqrt(squares));
-  }
-  return 3.5 * 0x1p-13 * centroid * scale * most;
 }
 
 /// ||want||.

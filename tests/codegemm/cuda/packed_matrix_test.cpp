@@ -106,9 +106,8 @@ TEST_CASE("cuda plan: covers every granule and tile once, within the card") {
     limits.multiprocessors = static_cast<int>(1 + rng.below(140));
     limits.shared_bytes = 232448;
     if (round % 4 != 0) limits.clusters = {0, 132, 66, 40, 30, 22, 16, 16, 15};
-    limits.table_bytes = static_cast<std::size_t>(layout->sets) * (round % 7 < 3 ? 16960 : 32768);
-    limits.warps = round % 5 == 0 ? 32 : 16;
-    limits.blocks = 1 + round % 2;
+    limits.table_bytes = static_cast<std::size_t>(layout->sets) * 32768;
+    limits.warps = round % 5 == 0 ? 16 : 32;
     const cuda::GemmTuning tuning{static_cast<int>(1 + rng.below(8)), 1, 0};
     const cuda::GatherPlan p = cuda::plan_gather(*layout, limits, tuning);
     CAPTURE(round, rows, cols, p.splits, p.groups, p.chunks, p.granules_per_block, p.tiles_per_block);
@@ -120,9 +119,7 @@ TEST_CASE("cuda plan: covers every granule and tile once, within the card") {
     REQUIRE((blocks - 1) * p.granules_per_block < layout->granules);  // no block without work
     REQUIRE(static_cast<std::int64_t>(p.chunks) * p.tiles_per_block >= layout->row_tiles);
     REQUIRE(static_cast<std::int64_t>(p.chunks - 1) * p.tiles_per_block < layout->row_tiles);
-    REQUIRE(p.blocks >= 1);
-    REQUIRE(p.blocks <= limits.blocks);
-    REQUIRE(static_cast<std::size_t>(p.blocks) * (p.shared_bytes + 1024) <= limits.shared_bytes + 1024);
+    REQUIRE(p.shared_bytes <= limits.shared_bytes);
     REQUIRE((p.workspace_bytes(*layout, 1) > 0) == (p.groups > 1));
   }
 }

@@ -2,7 +2,6 @@
 //
 // tests/codegemm/cuda/psumbook_gpu_test.cu - the block collectives alone: every word of a Psumbook, two
 // tokens at once, and the sum over lanes.
-#include <codegemm/cuda/block/fixed_psumbook.cuh>
 #include <codegemm/cuda/block/psumbook.cuh>
 
 #include "gpu.cuh"
@@ -123,80 +122,6 @@ TEST_CASE("cuda psumbook: the sum over lanes, with and without scales", "[gpu]")
     }
     CHECK(std::abs(static_cast<double>(got[static_cast<std::size_t>(lane)]) - plain) <= 1e-5);
     CHECK(std::abs(static_cast<double>(got[static_cast<std::size_t>(32 + lane)]) - scaled) <= 1e-5);
-  }
-}
-
-template <class Book>
-__global__ void fixed_kernel(const std::uint16_t* codebooks, const float* x, float* out) {
-  extern __shared__ __align__(1024) char table[];
-  const auto centroids = Book::load_centroids(codebooks);
-  Book::stage(table, x[threadIdx.x]);
-  __syncthreads();
-  Book::build(table, centroids);
-  const float factor = Book::factor(table);
-  __syncthreads();
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  for (int i = static_cast<int>(threadIdx.x) / 32; i < 1024; i += Book::kThreads / 32) {
-    const int code = i / 4;
-    const int p = i % 4;
-    const int entry =
-        *reinterpret_cast<const short*>(table + code * 256 + p / 2 * 128 + lane * 4 + p % 2 * 2);
-    out[i * 32 + lane] = static_cast<float>(entry) * factor;
-  }
-}
-
-template <int V, int Codebooks>
-void check_fixed(bool outliers) {
-  using Book = cuda::FixedPsumbook<V, Codebooks>;
-  CAPTURE(V, Codebooks, outliers);
-  Rng rng(seed_or(9));
-  std::vector<Half> codebooks(static_cast<std::size_t>(Codebooks * 256 * V));
-  for (Half& value : codebooks) value = Half::from_float(std::clamp(rng.normal() * 16.0F, -63.9F, 63.9F));
-  std::vector<float> x(512);
-  for (std::size_t k = 0; k < x.size(); ++k)
-    x[k] = Half::from_float(rng.normal() * (outliers && k % 97 == 5 ? 1000.0F : 0.01F)).to_float();
-  DeviceBuffer<Half> codebooks_device(codebooks);
-  DeviceBuffer<float> x_device(x);
-  DeviceBuffer<float> out(1024 * 32);
-  out.poison();
-  REQUIRE_CUDA(
-      cudaFuncSetAttribute(fixed_kernel<Book>, cudaFuncAttributeMaxDynamicSharedMemorySize, Book::kBytes));
-  fixed_kernel<Book><<<1, Book::kThreads, Book::kBytes>>>(
-      reinterpret_cast<const std::uint16_t*>(codebooks_device.data()), x_device.data(), out.data());
-  REQUIRE_CUDA(cudaGetLastError());
-  REQUIRE_CUDA(cudaDeviceSynchronize());
-  REQUIRE(out.guards_intact());
-  const auto got = out.download();
-  double furthest = 0.0;  // in units of what an entry may be off: half of its last bit
-  for (std::size_t lane = 0; lane < 32; ++lane) {
-    double largest = 0.0;
-    for (std::size_t segment = lane * 16; segment < lane * 16 + 16; segment += V) {
-      double sum = 0.0;
-      for (std::size_t k = 0; k < V; ++k) sum += std::abs(static_cast<double>(x[segment + k]));
-      largest = std::max(largest, sum);
-    }
-    const double most = 0.5 * 64.0 * largest * 0x1p-14 * 1.0001;
-    for (std::size_t code = 0; code < 256; ++code) {
-      for (std::size_t p = 0; p < 4; ++p) {
-        const std::size_t segment = lane * 16 + p / Codebooks * V;
-        double want = 0.0;
-        for (std::size_t k = 0; k < V; ++k) {
-          want += static_cast<double>(x[segment + k]) *
-                  static_cast<double>(codebooks[(p % Codebooks * 256 + code) * V + k].to_float());
-        }
-        const double off = std::abs(static_cast<double>(got[(code * 4 + p) * 32 + lane]) - want) / most;
-        furthest = off <= furthest ? furthest : (off > furthest ? off : HUGE_VAL);
-      }
-    }
-  }
-  CHECK(furthest <= 1.0);
-}
-
-TEST_CASE("cuda Psumbook: entries of 16-bit integers, to half of a lane's last bit", "[gpu]") {
-  static_cast<void>(gpu_or_skip());
-  for (const bool outliers : {false, true}) {
-    check_fixed<4, 1>(outliers);
-    check_fixed<8, 2>(outliers);
   }
 }
 

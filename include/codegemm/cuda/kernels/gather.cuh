@@ -11,7 +11,6 @@
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <codegemm/cuda/block/psumbook.cuh>
 #include <codegemm/cuda/block/row_parts.hpp>
-#include <codegemm/cuda/kernels/gather_table.cuh>
 #include <codegemm/cuda/kernels/output.cuh>
 
 namespace codegemm::cuda {
@@ -118,14 +117,13 @@ __device__ __forceinline__ float reduce_tile(float (&sums)[16], const unsigned* 
 /// - Several groups: each block writes its share to `partials`, and the last to come, by `counters`, adds
 ///   them up.
 template <class Config, int Tokens, bool Cluster>
-__global__ void __launch_bounds__(Config::kThreads, detail::gather_blocks<Config>())
-    gather_kernel(const __grid_constant__ GatherArgs a) {
+__global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __grid_constant__ GatherArgs a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr bool kCluster = Cluster;
 #else
   constexpr bool kCluster = false;  // never launched there
 #endif
-  using Table = detail::GatherTable<Config, Tokens>;
+  using Book = Psumbook<Config::kVecLen, Config::kCodebooks, Config::kSets, Tokens>;
   constexpr int kWarps = Config::kThreads / 32;
   constexpr int kSets = Config::kSets;
   constexpr int kSteps = Config::kScaleSteps;
@@ -150,7 +148,7 @@ __global__ void __launch_bounds__(Config::kThreads, detail::gather_blocks<Config
   const RowBlocks::Block rows = a.rows.block(static_cast<int>(blockIdx.y), half);
   const int tile0 = rows.tile;
   const int tiles = rows.tiles;
-  float* const row_sums = reinterpret_cast<float*>(table + Table::bytes(code_bits));
+  float* const row_sums = reinterpret_cast<float*>(table + Book::bytes(code_bits));
 
   // Weights do not depend on the kernel before: they are on their way while it still runs. In each round a
   // warp sums one tile; its next one comes into the same registers in the meantime, and one warp asks for the
@@ -165,7 +163,20 @@ __global__ void __launch_bounds__(Config::kThreads, detail::gather_blocks<Config
   Tile tile;
   if (mine > 0) tile.load(at, lane);
 
-  Table psums(table, a.codebooks + rows.part * ((Config::kCodebooks * v) << code_bits), v, code_bits);
+  // With a fixed format each warp keeps its share of the centroids and builds one position of the table.
+  constexpr bool kFixed = Config::kVecLen != 0 && Config::kCodeBits != 0 && kWarps % kSets == 0;
+  constexpr int kShare = kFixed ? (1 << (Config::kCodeBits - 3)) * kSets / kWarps : 1;
+  static_assert(!kFixed || kShare >= 1,
+                "codegemm: Config kThreads must not be more than the Psumbook can use");
+  const std::uint16_t* const codebooks = a.codebooks + rows.part * ((Config::kCodebooks * v) << code_bits);
+  typename Book::Centroids centroids[kShare];
+  if constexpr (kFixed) {
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      centroids[i] = Book::load_centroids(codebooks + (warp % kSets % Config::kCodebooks) * (v << code_bits),
+                                          warp / kSets + i * (kWarps / kSets), v);
+    }
+  }
 
   const auto prefetch_round = [&](const unsigned char* block_tiles, int round) {
     const int first = round * kWarps;
@@ -204,14 +215,24 @@ __global__ void __launch_bounds__(Config::kThreads, detail::gather_blocks<Config
 #endif
 
   detail::wait_for_previous_kernel();
-  psums.set_input(a.x, a.x_stride, a.cols, a.x_type == ScalarType::kBFloat16);
-  psums.load(granule0);
+  Activations x[Tokens];
+#pragma unroll
+  for (int t = 0; t < Tokens; ++t) {
+    x[t] = Activations{a.x + t * a.x_stride, a.cols, a.x_type == ScalarType::kBFloat16};
+  }
+  typename Book::Segments segments[Tokens];
+  if constexpr (kFixed) {
+#pragma unroll
+    for (int t = 0; t < Tokens; ++t) {
+      segments[t] = Book::load_segments(x[t], granule0 * Book::kSegments * v, warp % kSets, v);
+    }
+  }
 
   // Sums a tile in registers; `next`, if there is one, then comes into the same registers.
   float* so_far = nullptr;  // the lane's row of the warp's next tile
   const auto sum_tile = [&](const unsigned char* tile_at, const unsigned char* next, bool first, bool last) {
     float sums[Tokens][16];
-    psums.gather(tile.codes, lane, sums);
+    Book::gather(table, tile.codes, lane, sums);
     unsigned scale_bits[sizeof(tile.scale_bits) / sizeof(unsigned)];
 #pragma unroll
     for (unsigned i = 0; i < sizeof(tile.scale_bits) / sizeof(unsigned); ++i)
@@ -240,11 +261,20 @@ __global__ void __launch_bounds__(Config::kThreads, detail::gather_blocks<Config
   };
 
   for (int granule = granule0; granule < granule1; ++granule) {
-    const bool first = granule == granule0;
-    psums.stage(first);
-    if (Table::kStaged || !first) __syncthreads();  // nobody gathers from the last one any more
-    psums.build(granule);
-    if (granule + 1 < granule1) psums.load(granule + 1);
+    if constexpr (kFixed) {
+#pragma unroll
+      for (int t = 0; t < Tokens; ++t) {
+#pragma unroll
+        for (int i = 0; i < kShare; ++i) {
+          float d[2][4] = {};
+          Book::multiply(d, x[t], centroids[i], segments[t]);
+          Book::store(table, Book::plane(t, warp % kSets), warp / kSets + i * (kWarps / kSets), d);
+        }
+        segments[t] = Book::load_segments(x[t], (granule + 1) * Book::kSegments * v, warp % kSets, v);
+      }
+    } else {
+      Book::build(table, codebooks, x, granule * Book::kSegments * v, v, code_bits);
+    }
     const bool last = granule + 1 == granule1;
     const unsigned char* const next_granule = at + granule_bytes;
     __syncthreads();
@@ -253,6 +283,7 @@ __global__ void __launch_bounds__(Config::kThreads, detail::gather_blocks<Config
       if (last) detail::cluster_wait();  // every barrier of the cluster is ready
     }
 #endif
+    const bool first = granule == granule0;
     so_far = row_sums + warp * 16 + row_slot(lane, 0);
     for (int i = 0; i < mine; ++i) {
       if ((i & (kWarps - 1)) == warp) {
@@ -269,6 +300,7 @@ __global__ void __launch_bounds__(Config::kThreads, detail::gather_blocks<Config
       sum_tile(at, next, first, last);
       at = next;
     }
+    if (!last) __syncthreads();
   }
 
   // Calls fn(token, row, sum, sum of the row's partner) for the rows of this block's share; with SwiGLU these

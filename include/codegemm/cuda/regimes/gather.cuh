@@ -18,6 +18,9 @@ namespace codegemm::cuda::detail {
 /// The regime over a config_list of gather configurations, see configs.cuh.
 template <class Configs>
 struct GatherRegime {
+  template <class Config, int Tokens>
+  using BookOf = Psumbook<Config::kVecLen, Config::kCodebooks, Config::kSets, Tokens>;
+
   // Calls fn(Config{}) for the configuration that serves a packed matrix on a device.
   template <class Fn>
   [[nodiscard]] static bool match(const DevicePackedView& w, const Device& device, Fn&& fn) {
@@ -25,7 +28,7 @@ struct GatherRegime {
         Configs{},
         [&](auto c) {
           using Config = decltype(c);
-          const auto shared = static_cast<std::size_t>(GatherTable<Config, 1>::bytes(w.format.b)) + 64;
+          const auto shared = static_cast<std::size_t>(BookOf<Config, 1>::bytes(w.format.b)) + 64;
           return w.layout.code_bytes == 1 && c.kCodebooks == w.format.m && c.kSets == w.layout.sets &&
                  (c.kVecLen == 0 || c.kVecLen == w.format.v) &&
                  (c.kCodeBits == 0 || c.kCodeBits == w.format.b) &&
@@ -43,9 +46,7 @@ struct GatherRegime {
     limits.multiprocessors = device.multiprocessors;
     limits.shared_bytes = static_cast<std::size_t>(device.shared_bytes);
     limits.clusters = device.clusters;
-    limits.table_bytes = static_cast<std::size_t>(GatherTable<Config, Tokens>::bytes(w.format.b));
-    limits.build_cycles = fixed_point<Config>() && Tokens == 1 ? 160.0 : 500.0;
-    limits.blocks = gather_blocks<Config>();
+    limits.table_bytes = static_cast<std::size_t>(BookOf<Config, Tokens>::bytes(w.format.b));
     limits.tokens = Tokens;
     limits.warps = Config::kThreads / 32;
     return plan_gather(w.layout, limits, tuning);

@@ -26,7 +26,6 @@ struct GatherPlan {
   int granules_per_block = 0;    ///< granules of K
   int tiles_per_block = 0;       ///< row tiles
   std::size_t shared_bytes = 0;  ///< of a block
-  int blocks = 1;                ///< of a multiprocessor
   double cost = 0.0;             ///< estimated cycles
 
   /// The sums of every group, after the counters.
@@ -46,8 +45,6 @@ struct GatherLimits {
   std::size_t table_bytes = 0;  ///< a block's Psumbook
   int tokens = 1;               ///< of a pass
   int warps = 1;                ///< of a block
-  int blocks = 1;               ///< of a multiprocessor at most, as far as registers go
-  double build_cycles = 500.0;  ///< of a multiprocessor, for one set of a Psumbook
   bool halves = false;          ///< SwiGLU
 };
 
@@ -57,8 +54,8 @@ struct GatherLimits {
                                             const GemmTuning& tuning) {
   // From traces of an H100. A tile's set of columns: 16 lookups, 4 shuffles and 4 wavefronts of codes.
   constexpr double kTileCycles = 27.0;
-  constexpr double kFewWarpsCycles = 2.0;    // more of them where 16 warps are all that a multiprocessor has
   constexpr double kGranuleCycles = 700.0;   // barriers, and the latency of a warp's last tile
+  constexpr double kBuildCycles = 500.0;     // a set of columns
   constexpr double kClusterCycles = 1000.0;  // pushing and waiting
   constexpr double kGroupCycles = 3000.0;    // writing, fence, counter
   constexpr double kReadCycles = 4.0;        // a tile's sums of one group, by the last block
@@ -66,9 +63,8 @@ struct GatherLimits {
   const std::int64_t granules = std::max<std::int64_t>(l.granules, 1);
   const std::size_t tile_sums = static_cast<std::size_t>(kTileRows * limits.tokens) * sizeof(float);
   GatherPlan best;
-  const auto consider = [&](int resident, bool cluster, std::int64_t splits, std::int64_t granules_per_block,
+  const auto consider = [&](bool cluster, std::int64_t splits, std::int64_t granules_per_block,
                             std::int64_t slots) {
-    slots *= resident;
     const std::int64_t blocks = divide_up(granules, granules_per_block);  // along K
     if (slots < 1 || blocks % splits != 0) return;
     const std::int64_t ranks = limits.halves ? 2 * splits : splits;
@@ -80,10 +76,7 @@ struct GatherLimits {
     const std::int64_t owned =
         cluster ? ranks * divide_up(limits.warps, ranks) : 0;  // warps, over all blocks of the cluster
     const std::size_t fixed = limits.table_bytes + static_cast<std::size_t>(owned) * tile_sums + 8;
-    // Of each block the hardware keeps 1 KiB for itself.
-    const std::size_t shared = (limits.shared_bytes + 1024) / static_cast<std::size_t>(resident) - 1024;
-    if (shared < fixed || (resident > 1 && static_cast<std::size_t>(tuning.shared_bytes) > shared)) return;
-    const auto room = static_cast<std::int64_t>((shared - fixed) / tile_sums);
+    const auto room = static_cast<std::int64_t>((limits.shared_bytes - fixed) / tile_sums);
     const std::int64_t most = room * limits.warps / (limits.warps + owned);
     if (most < 1) return;
     const std::int64_t tiles =
@@ -103,12 +96,9 @@ struct GatherLimits {
       p.shared_bytes += static_cast<std::size_t>(owned * divide_up(tiles, limits.warps)) * tile_sums + 8;
     p.shared_bytes = std::max(p.shared_bytes,
                               std::min(static_cast<std::size_t>(tuning.shared_bytes), limits.shared_bytes));
-    p.blocks = resident;
-    // Blocks of one multiprocessor share its time, and one works while the other waits.
     const double sets = static_cast<double>(l.sets * limits.tokens);
-    const double tile = kTileCycles + (resident * limits.warps <= 16 ? kFewWarpsCycles : 0.0);
-    const double granule = (limits.build_cycles + tile * static_cast<double>(tiles)) * sets * resident +
-                           kGranuleCycles / resident;
+    const double granule =
+        kBuildCycles * sets + kTileCycles * sets * static_cast<double>(tiles) + kGranuleCycles;
     const double waves = static_cast<double>(divide_up(chunks * groups, slots));
     p.cost = waves * static_cast<double>(granules_per_block) * granule + (cluster ? kClusterCycles : 0.0);
     if (groups > 1)
@@ -118,15 +108,13 @@ struct GatherLimits {
   };
   for (std::int64_t granules_per_block = 1; granules_per_block <= granules; ++granules_per_block) {
     // With more granules a block, its Psumbooks alone cost more than the best so far.
-    const double least = (limits.build_cycles + kTileCycles) * static_cast<double>(l.sets * limits.tokens);
+    const double least =
+        (kBuildCycles + kTileCycles) * static_cast<double>(l.sets * limits.tokens) + kGranuleCycles;
     if (best.splits != 0 && static_cast<double>(granules_per_block) * least >= best.cost) break;
-    for (int resident = 1; resident <= limits.blocks; ++resident) {
-      if (tuning.blocks != 0 && limits.blocks > 1 && resident != tuning.blocks) continue;
-      if (!limits.halves) consider(resident, false, 1, granules_per_block, limits.multiprocessors);
-      for (int size = 2; size <= tuning.cluster; size += limits.halves ? 2 : 1) {
-        consider(resident, true, limits.halves ? size / 2 : size, granules_per_block,
-                 limits.clusters[static_cast<std::size_t>(size)]);
-      }
+    if (!limits.halves) consider(false, 1, granules_per_block, limits.multiprocessors);
+    for (int size = 2; size <= tuning.cluster; size += limits.halves ? 2 : 1) {
+      consider(true, limits.halves ? size / 2 : size, granules_per_block,
+               limits.clusters[static_cast<std::size_t>(size)]);
     }
   }
   return best;
