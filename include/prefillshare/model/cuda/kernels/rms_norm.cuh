@@ -53,8 +53,9 @@ __global__ void __launch_bounds__(kRmsNormThreads) rms_norm_kernel(const __grid_
     const int at = first + i * kStep;
     if (at < a.width) detail::load8(a.weight + at, weight[i]);
   }
-  codegemm::cuda::detail::wait_for_previous_kernel();
+  // The product behind is to have its first weights by the time this one row is done.
   codegemm::cuda::detail::allow_next_kernel();
+  codegemm::cuda::detail::wait_for_previous_kernel();
   const std::int64_t row = blockIdx.x;
   const std::int64_t from = a.row_ends == nullptr ? row : a.row_ends[row + 1] - 1;
   const float* const x = a.x + from * a.width;
