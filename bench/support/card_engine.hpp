@@ -3,11 +3,15 @@
 // bench/support/card_engine.hpp - sessions of several agents on one card, as they arrive: the library's
 // workers and admission in one loop, on a GPU or in simulated time. Every decision is made here and in the
 // workers, so that a simulation differs from a run in nothing but what a step takes.
+//
+// Steps run one after the other, or decode steps beside a prefill: each on a part of the card while there are
+// both, on all of it while there is one.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -18,6 +22,7 @@
 #include <vector>
 
 #include <prefillshare/serve/admission.hpp>
+#include <prefillshare/serve/decode_order.hpp>
 #include <prefillshare/serve/decode_worker.hpp>
 #include <prefillshare/serve/prefill_worker.hpp>
 #include <prefillshare/sim/metrics.hpp>
@@ -47,6 +52,8 @@ struct CardOptions {
   std::int64_t blocks = 0;        // of each pool
   std::int64_t chunk_tokens = 0;  // prefilled in a step, by whichever model
   std::int64_t vocab_size = 0;    // of the tokens that come from outside
+  bool beside = false;            // decode steps run beside a prefill
+  bool largest_first = false;     // a decode step is that of one module: the one with the most answers
   bool admission = true;          // sessions begin when their contexts have room at their longest
   std::int64_t most_sessions = std::numeric_limits<std::int64_t>::max();  // at once
   double most_seconds = std::numeric_limits<double>::infinity();          // then the run is given up
@@ -79,15 +86,23 @@ struct CardOutcome {
   }
 };
 
-/// One run. Clock: now() seconds from its start, wait_until(seconds).
+/// Caches, and the worker that decodes from them.
+template <class DecodeWorkerType>
+struct CardPool {
+  typename DecodeWorkerType::Allocator* allocator = nullptr;
+  DecodeWorkerType* decode = nullptr;  // with all agents' modules in their order, or the agent's one
+};
+
+/// One run. Clock: now() seconds from its start, wait_until(seconds). Where decode runs beside a prefill
+/// also:
+///   begin_prefill(part)   the next chunks run on the prefills' part of the card, or on all of it
+///   end_prefill()         a ticket for what was begun since
+///   done(ticket)          whether that has run; wait(ticket) until then
+///   begin_decode(part)    the next decode steps run on theirs, or on all of it
 template <class PrefillWorkerType, class DecodeWorkerType, class Clock>
 class CardEngine {
  public:
-  using Allocator = typename DecodeWorkerType::Allocator;
-  struct Pool {
-    Allocator* allocator = nullptr;
-    DecodeWorkerType* decode = nullptr;  // with all agents' modules in their order, or the agent's one
-  };
+  using Pool = CardPool<DecodeWorkerType>;
 
   /// Prefill workers: one, or one for each agent; pools the same.
   CardEngine(std::vector<PrefillWorkerType*> prefills, std::vector<Pool> pools, Clock& clock,
@@ -122,7 +137,7 @@ class CardEngine {
         begin_call(static_cast<std::size_t>(next.request.id));
         out_.most_sessions = std::max(out_.most_sessions, ++begun);
       }
-      const bool worked = step();
+      const bool worked = options_.beside ? step_beside() : step();
       for (const std::size_t id : over_) {
         queue.release(id);
         ++ended;
@@ -145,6 +160,11 @@ class CardEngine {
     double issued = 0.0;
     double first_token = 0.0;
   };
+  /// Chunks of prefill under way, and whose caches are complete with them.
+  struct Chunk {
+    std::uint64_t ticket = 0;
+    std::vector<prefillshare::PrefillResult> results;
+  };
   struct End {
     double time = 0.0;
     std::int64_t tokens = 0;
@@ -160,7 +180,6 @@ class CardEngine {
   [[nodiscard]] std::size_t agent_of(std::size_t id) const {
     return static_cast<std::size_t>(plan(id).module);
   }
-  [[nodiscard]] std::size_t pool_of(std::size_t id) const { return pools_.size() == 1 ? 0 : agent_of(id); }
   /// What a session may come to hold in a pool: its caches there, and one answer with its copy of a block.
   [[nodiscard]] std::int64_t blocks_of(std::size_t id) const {
     const prefillshare::CallPlan& last = workload_->calls_of(workload_->sessions[id]).back();
@@ -194,53 +213,119 @@ class CardEngine {
   /// A chunk of prefill and a token for every answer under way. Whether there was anything to do.
   bool step() {
     ++out_.steps;
+    done_.clear();
+    const std::int64_t computed = prefill_chunk(done_);
+    const bool worked = !done_.empty();
+    begin_answers(done_);
+    return decode_round() > 0 || worked || computed > 0;
+  }
+  /// The same with chunks under way while tokens are made. Their caches are kept, and no answer begins on
+  /// them, until they have run.
+  bool step_beside() {
+    ++out_.steps;
     bool worked = false;
+    while (!chunks_.empty() && clock_->done(chunks_.front().ticket)) {
+      begin_answers(chunks_.front().results);
+      chunks_.pop_front();
+      worked = true;
+    }
+    const bool decoding = active() > 0;
+    // One chunk is queued behind that which runs, so that no end of a chunk waits for that of a decode step.
+    // While nothing is decoded the next chunk is not begun yet: answers may begin before it.
+    while (chunks_.size() < (decoding ? 2 : 1)) {
+      Chunk chunk;
+      clock_->begin_prefill(decoding);
+      if (prefill_chunk(chunk.results) == 0 && chunk.results.empty()) break;
+      chunk.ticket = clock_->end_prefill();
+      chunks_.push_back(std::move(chunk));
+      worked = true;
+    }
+    if (decoding) {
+      clock_->begin_decode(!chunks_.empty());
+      return decode_round() > 0 || worked;
+    }
+    if (chunks_.empty()) return worked;
+    clock_->wait(chunks_.front().ticket);
+    return true;
+  }
+
+  /// A chunk for the first prefill workers in turn that have one; the tokens.
+  std::int64_t prefill_chunk(std::vector<prefillshare::PrefillResult>& done) {
     std::int64_t computed = 0;
-    std::vector<std::size_t> again;
     for (std::size_t i = 0; i < prefills_.size() && computed < options_.chunk_tokens; ++i) {
       PrefillWorkerType& worker = *prefills_[next_prefill_++ % prefills_.size()];
       if (worker.idle()) continue;
       computed += worker.step(
           0, [](const prefillshare::PagesReady&) { return Status(); },
-          [&](prefillshare::PrefillResult&& result) {
-            check(result.status);
-            worked = true;
-            const auto id = static_cast<std::size_t>(result.id);
-            out_.computed_tokens += result.computed_tokens;
-            out_.reused_tokens += result.reused_tokens;
-            if (start(id, result.cache)) return;
-            // Its cache may be evicted for others until there is room.
-            ++out_.refused_starts;
-            again.push_back(id);
-          });
+          [&](prefillshare::PrefillResult&& result) { done.push_back(std::move(result)); });
+    }
+    return computed;
+  }
+  void begin_answers(std::vector<prefillshare::PrefillResult>& done) {
+    std::vector<std::size_t> again;
+    for (prefillshare::PrefillResult& result : done) {
+      check(result.status);
+      const auto id = static_cast<std::size_t>(result.id);
+      out_.computed_tokens += result.computed_tokens;
+      out_.reused_tokens += result.reused_tokens;
+      if (!start(id, result.cache)) {
+        // Its cache may be evicted for others until there is room.
+        ++out_.refused_starts;
+        again.push_back(id);
+      }
+      result.cache.reset();
     }
     for (const std::size_t id : again) submit(id);
+  }
+  [[nodiscard]] std::int64_t active() const {
+    std::int64_t out = 0;
+    for (const Pool& pool : pools_) out += pool.decode->active();
+    return out;
+  }
+  /// A token for every answer, or for those of one module.
+  std::int64_t decode_round() {
     std::int64_t made = 0;
     std::int64_t in_use = 0;
     std::int64_t held = 0;
+    const auto happens = [&](const prefillshare::DecodeEvent& event) { happened(event); };
+    if (options_.largest_first && active() > 0) made = largest_round(happens);
     for (const Pool& pool : pools_) {
-      if (pool.decode->active() > 0) {
-        made += pool.decode->step(0, [&](const prefillshare::DecodeEvent& event) { happened(event); });
-      }
+      if (!options_.largest_first && pool.decode->active() > 0) made += pool.decode->step(0, happens);
       const prefillshare::KvStats stats = pool.allocator->stats();
       in_use += stats.bytes_in_use;
       held += stats.bytes_in_use + stats.bytes_cached;
     }
     out_.kv_bytes_in_use = std::max(out_.kv_bytes_in_use, in_use);
     out_.kv_bytes_held = std::max(out_.kv_bytes_held, held);
-    return worked || computed > 0 || made > 0;
+    return made;
   }
+  template <class OnEvent>
+  std::int64_t largest_round(const OnEvent& happens) {
+    counts_.clear();
+    for (std::size_t agent = 0; agent < static_cast<std::size_t>(options_.agents); ++agent) {
+      counts_.push_back(decoder_of(agent).active(module_of(agent)));
+    }
+    const std::size_t agent = order_.next(counts_);
+    return decoder_of(agent).step_module(0, module_of(agent), happens);
+  }
+  [[nodiscard]] DecodeWorkerType& decoder_of(std::size_t agent) const {
+    return *pools_[pools_.size() == 1 ? 0 : agent].decode;
+  }
+  [[nodiscard]] prefillshare::ModuleId module_of(std::size_t agent) const {
+    return static_cast<prefillshare::ModuleId>(pools_.size() == 1 ? agent : 0);
+  }
+
   bool start(std::size_t id, const prefillshare::Sequence& cache) {
     const Session& session = sessions_[id];
     prefillshare::DecodeRequest request;
     request.id = id;
-    request.module = static_cast<prefillshare::ModuleId>(pools_.size() == 1 ? agent_of(id) : 0);
+    request.module = module_of(agent_of(id));
     request.last_token = session.context.back();
     request.max_tokens = plan(id).output;
     request.temperature = 1.0F;
     request.seed =
         (static_cast<std::uint64_t>(id) << 32U) + (std::uint64_t{1} << 31U) + session.context.size();
-    const Status status = pools_[pool_of(id)].decode->start(std::move(request), cache);
+    const Status status = decoder_of(agent_of(id)).start(std::move(request), cache);
     if (status.code() != StatusCode::kExhausted) check(status);
     return status.ok();
   }
@@ -273,6 +358,7 @@ class CardEngine {
 
   void give_up() {
     out_.given_up = true;
+    for (; !chunks_.empty(); chunks_.pop_front()) clock_->wait(chunks_.front().ticket);
     for (std::size_t id = 0; id < sessions_.size(); ++id) {
       for (PrefillWorkerType* worker : prefills_) worker->cancel(id);
       for (const Pool& pool : pools_) pool.decode->cancel(id);
@@ -307,6 +393,10 @@ class CardEngine {
   std::vector<std::size_t> over_;  // ended in this step
   std::vector<End> ends_;          // of calls
   std::size_t next_prefill_ = 0;
+  std::deque<Chunk> chunks_;
+  prefillshare::LargestBatchFirst order_;
+  std::vector<std::int64_t> counts_;               // of answers, by agent
+  std::vector<prefillshare::PrefillResult> done_;  // in this step
   CardOutcome out_;
 };
 

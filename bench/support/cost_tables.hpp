@@ -18,31 +18,61 @@
 
 namespace codegemm::bench {
 
+/// Where a step was timed: on the whole card alone, or on a part of so many multiprocessors while steps of
+/// other weights ran on the rest.
+struct StepPlace {
+  int multiprocessors = 0;  // 0: alone
+  std::string beside;       // the weights of those steps
+};
+
+namespace detail {
+
+inline void set_place(nlohmann::json& row, const StepPlace& place) {
+  if (place.multiprocessors == 0) return;
+  row["multiprocessors"] = place.multiprocessors;
+  row["beside"] = place.beside;
+}
+
+}  // namespace detail
+
 /// A prefill step over `tokens` of one sequence behind `context`.
 [[nodiscard]] inline nlohmann::json prefill_row(const std::string& weights, std::int64_t tokens,
-                                                std::int64_t context, double seconds) {
-  return {{"name", "prefill_step"},
-          {"weights", weights},
-          {"tokens", tokens},
-          {"context", context},
-          {"ms", seconds * 1e3}};
+                                                std::int64_t context, double seconds,
+                                                const StepPlace& place = {}) {
+  nlohmann::json row{{"name", "prefill_step"},
+                     {"weights", weights},
+                     {"tokens", tokens},
+                     {"context", context},
+                     {"ms", seconds * 1e3}};
+  detail::set_place(row, place);
+  return row;
 }
 /// A decode step of `batch` sequences with `context` tokens in all.
 [[nodiscard]] inline nlohmann::json decode_row(const std::string& weights, std::int64_t batch,
-                                               std::int64_t context, double seconds) {
-  return {{"name", "decode_step"},
-          {"weights", weights},
-          {"batch", batch},
-          {"context", context},
-          {"ms", seconds * 1e3}};
+                                               std::int64_t context, double seconds,
+                                               const StepPlace& place = {}) {
+  nlohmann::json row{{"name", "decode_step"},
+                     {"weights", weights},
+                     {"batch", batch},
+                     {"context", context},
+                     {"ms", seconds * 1e3}};
+  detail::set_place(row, place);
+  return row;
 }
 
+/// The multiprocessors of a split card: 0 for steps that have all of it.
+struct CardParts {
+  int prefill = 0;
+  int decode = 0;
+};
+
 /// The model that such rows make, others among them: prefill steps of the weights `prefill`, every tokens at
-/// every context; decode steps of `decode`, each batch at two contexts. kCorruptData for rows that lack
-/// something.
+/// every context; decode steps of `decode`, each batch at two contexts; alone, or of each beside the other on
+/// `parts`. kCorruptData for rows that lack something.
 [[nodiscard]] inline Result<prefillshare::CostModel> cost_from_rows(const nlohmann::json& rows,
                                                                     const std::string& prefill,
-                                                                    const std::string& decode) {
+                                                                    const std::string& decode,
+                                                                    const CardParts& parts = {}) {
   constexpr double kMostContext = 1e7;                 // the lines' far end, in tokens of all sequences
   std::map<double, std::map<double, double>> chunks;   // tokens, context: seconds
   std::map<double, std::map<double, double>> batches;  // sequences, context: seconds
@@ -52,6 +82,9 @@ namespace codegemm::bench {
       const bool step = name == "prefill_step";
       if (!step && name != "decode_step") continue;
       if (row.at("weights").get<std::string>() != (step ? prefill : decode)) continue;
+      const int multiprocessors = step ? parts.prefill : parts.decode;
+      if (row.value("multiprocessors", 0) != multiprocessors) continue;
+      if (multiprocessors > 0 && row.at("beside").get<std::string>() != (step ? decode : prefill)) continue;
       auto& table = step ? chunks : batches;
       table[row.at(step ? "tokens" : "batch").get<double>()][row.at("context").get<double>()] =
           row.at("ms").get<double>() * 1e-3;

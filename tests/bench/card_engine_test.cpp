@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The engine of suite serve-gpu in simulated time, at toy size; and step costs from a suite's rows.
+// The engine of suite serve-gpu in simulated time, at toy size; step costs from a suite's rows, and runs from
+// a plan's.
 #include <bench/support/cost_tables.hpp>
+#include <bench/support/serve_plan.hpp>
 #include <bench/support/sim_card.hpp>
 
 #include <cmath>
@@ -169,4 +171,99 @@ TEST_CASE("the engine gives up in time, and every block comes back") {
       simulate_card(toy_shape(300), cost, toy_sessions(20.0), options);  // throws else
   CHECK(outcome.given_up);
   CHECK(outcome.sessions.size() < 40);
+}
+
+namespace {
+
+// The toy card's steps on two parts of it: prefill takes a little longer, decode steps half as long again.
+nlohmann::json toy_parts() {
+  nlohmann::json rows = toy_rows();
+  const nlohmann::json whole = rows;
+  for (const nlohmann::json& row : whole) {
+    const bool step = row["name"] == "prefill_step";
+    if (!step && row["name"] != "decode_step") continue;
+    nlohmann::json part = row;
+    part["ms"] = row["ms"].get<double>() * (step ? 1.05 : 1.5);
+    part["multiprocessors"] = step ? 24 : 8;
+    part["beside"] = "fp16";
+    if (row["weights"] == "fp16") rows.push_back(part);
+  }
+  return rows;
+}
+
+}  // namespace
+
+TEST_CASE("the engine with decode steps beside a prefill: the same answers, sooner, and every block back") {
+  const nlohmann::json rows = toy_parts();
+  const CostModel cost = cost_from_rows(rows, "fp16", "fp16").value();
+  const CostModel part = cost_from_rows(rows, "fp16", "fp16", {24, 8}).value();
+  CHECK(std::abs(part.prefill_seconds(256, 0) - 1.05 * 26.6e-3) < 1e-9);
+  CHECK(std::abs(part.decode_seconds(8, 2000, 1) - 1.5 * 2.2e-3) < 1e-9);
+  CHECK(cost_from_rows(rows, "fp16", "fp16", {24, 16}).status().code() == StatusCode::kInvalidArgument);
+  CHECK(std::abs(cost.prefill_seconds(256, 0) - 26.6e-3) < 1e-9);  // rows of parts are not mixed in
+  for (const CardSharing sharing : {CardSharing::kSeparate, CardSharing::kPooled, CardSharing::kShared}) {
+    CAPTURE(name_of(sharing));
+    for (const double rate : {2.0, 64.0}) {
+      CAPTURE(rate);
+      const Workload workload = toy_sessions(rate);
+      CardOptions options;
+      options.sharing = sharing;
+      options.chunk_tokens = 256;
+      const CardOutcome one = simulate_card(toy_shape(100'000), cost, workload, options);
+      options.beside = true;
+      const CardOutcome two = simulate_card(toy_shape(100'000), cost, workload, options, &part);
+      CHECK((two.output_tokens == one.output_tokens && two.calls.size() == one.calls.size()));
+      CHECK(two.token_sum == one.token_sum);  // seeds, not schedules, make the tokens
+      CHECK(two.computed_tokens == one.computed_tokens);
+      // Costs on parts that were those of the whole: nothing is slower, and a flood is faster.
+      const CardOutcome bound = simulate_card(toy_shape(100'000), cost, workload, options);
+      CHECK(bound.seconds < one.seconds * 1.02);
+      if (rate > 8.0) CHECK(two.seconds < one.seconds);
+    }
+  }
+  // One module at a time: the same answers from fewer steps of weights, in less time.
+  for (const CardSharing sharing : {CardSharing::kSeparate, CardSharing::kShared}) {
+    const Workload workload = toy_sessions(64.0);
+    CardOptions all;
+    all.sharing = sharing;
+    all.chunk_tokens = 256;
+    CardOptions largest = all;
+    largest.largest_first = true;
+    const CardOutcome each = simulate_card(toy_shape(100'000), cost, workload, all);
+    const CardOutcome one = simulate_card(toy_shape(100'000), cost, workload, largest);
+    CHECK((one.token_sum == each.token_sum && one.sessions.size() == each.sessions.size()));
+    CHECK(one.seconds < each.seconds);
+    largest.beside = true;
+    CHECK(simulate_card(toy_shape(100'000), cost, workload, largest, &part).token_sum == each.token_sum);
+  }
+  // A small pool, and a run that is given up in its middle.
+  CardOptions options;
+  options.chunk_tokens = 64;
+  options.beside = true;
+  options.most_seconds = 0.7;
+  const CardOutcome over = simulate_card(toy_shape(300), cost, toy_sessions(20.0), options, &part);
+  CHECK((over.given_up && over.sessions.size() < 40));
+  options.most_seconds = 1e9;
+  options.admission = false;
+  CHECK(simulate_card(toy_shape(300), cost, toy_sessions(20.0), options, &part).sessions.size() == 40);
+}
+
+TEST_CASE("a run's row tells its conditions, and what it leaves out is as usual") {
+  ServePoint point;
+  point.sharing = CardSharing::kPooled;
+  point.weights = "m1v4g128";
+  point.parts = {108, 24};
+  point.pattern = "reflexion";
+  point.rate = 3.5;
+  point.sessions = 7;
+  point.seed = 9;
+  point.admission = false;
+  point.largest_first = false;
+  point.chunk_tokens = 1024;
+  const ServePoint again = point_of(point_row(point));
+  CHECK(point_row(again) == point_row(point));
+  CHECK((again.same_system(point) && again.options().beside && again.workload().sessions.size() == 7));
+  const ServePoint bare = point_of({{"system", "shared"}, {"sessions_per_s", 2.0}});
+  CHECK((bare.seed == 1 && bare.weights == "fp16" && !bare.options().beside && bare.admission));
+  CHECK_THROWS(point_of({{"system", "none"}, {"sessions_per_s", 2.0}}));
 }

@@ -146,6 +146,11 @@ class BasicDecodeWorker {
   }
 
   [[nodiscard]] std::int64_t active() const noexcept { return std::ssize(active_); }  ///< requests under way
+  /// Those of one module.
+  [[nodiscard]] std::int64_t active(ModuleId module) const noexcept {
+    return std::count_if(active_.begin(), active_.end(),
+                         [module](const Active& one) { return one.request.module == module; });
+  }
   /// Most of them at once, since the beginning.
   [[nodiscard]] std::int64_t most_active() const noexcept { return most_active_; }
 
@@ -157,7 +162,7 @@ class BasicDecodeWorker {
   template <class NextToken, class OnEvent>
   requires(!ChoosingLane<Lane>) std::int64_t step(KvTime now, NextToken&& next_token, OnEvent&& on_event) {
     return advance(
-        now,
+        now, kAllModules,
         [&](Lane& lane, std::size_t i, const Active& one) {
           return next_token(one.request.id, lane.logits(i));
         },
@@ -166,13 +171,24 @@ class BasicDecodeWorker {
   /// The same where the lanes sample, by each request's temperature and seed.
   template <class OnEvent>
   requires ChoosingLane<Lane> std::int64_t step(KvTime now, OnEvent&& on_event) {
+    return step_module(now, kAllModules, on_event);
+  }
+  /// The same for the requests of one module: the caller chooses whose weights are worth reading next. The
+  /// others' wait; those that are cancelled or late end all the same.
+  template <class OnEvent>
+  requires ChoosingLane<Lane> std::int64_t step_module(KvTime now, ModuleId module, OnEvent&& on_event) {
     return advance(
-        now, [](Lane& lane, std::size_t i, const Active&) { return lane.token(i); }, on_event);
+        now, module, [](Lane& lane, std::size_t i, const Active&) { return lane.token(i); }, on_event);
   }
 
  protected:
   /// Blocks of the pool that are held for good, and never serve an answer.
   void set_blocks_aside(std::int64_t blocks) noexcept { blocks_set_aside_ = blocks; }
+  /// fn(Lane&) for each module, in their order.
+  template <class Fn>
+  void each_lane(Fn&& fn) {
+    for (LaneState& state : lanes_) fn(*state.lane);
+  }
 
  private:
   struct Active {
@@ -201,8 +217,10 @@ class BasicDecodeWorker {
     end(one, {one.request.id, DecodeEvent::Kind::kFailed, 0, std::move(status)}, on_event);
   }
 
+  static constexpr ModuleId kAllModules = -1;
+
   template <class Choose, class OnEvent>
-  std::int64_t advance(KvTime now, Choose&& choose, OnEvent&& on_event) {
+  std::int64_t advance(KvTime now, ModuleId only, Choose&& choose, OnEvent&& on_event) {
     for (Active& one : active_) {
       if (one.cancelled || one.request.deadline <= now) {
         fail(one,
@@ -216,6 +234,7 @@ class BasicDecodeWorker {
     for (bool more = true; more;) {
       more = false;
       for (std::size_t module = 0; module < lanes_.size(); ++module) {
+        if (only != kAllModules && static_cast<std::size_t>(only) != module) continue;
         more = begin(lanes_[module], static_cast<ModuleId>(module), on_event) || more;
       }
       for (LaneState& state : lanes_) made += end_batch(state, choose, on_event);

@@ -146,6 +146,9 @@ class BasicPrefillWorker {
     return mark(running_) || mark(waiting_);
   }
 
+  /// What computes; not during a step().
+  [[nodiscard]] Runner& runner() noexcept { return runner_; }
+
   /// Jobs that share the steps.
   [[nodiscard]] std::int64_t running() const noexcept { return std::ssize(running_); }
   [[nodiscard]] std::int64_t waiting() const noexcept { return std::ssize(waiting_); }  ///< jobs behind them

@@ -20,9 +20,24 @@
 
 namespace prefillshare {
 
-/// What the simulated modules of one machine share: each step adds its time, one after the other.
+/// What the simulated modules of one machine share. Each step adds its time, one after the other; or, while
+/// `beside` is set, prefill steps follow one another on a part of the machine and decode steps on the rest.
 struct SimMachine {
-  double now = 0.0;  ///< seconds
+  double now = 0.0;  ///< seconds; where decode steps have got to
+  /// Prefill steps add to prefill_until instead of `now`.
+  bool beside = false;
+  double prefill_until = 0.0;    ///< when the last prefill step that was begun ends
+  bool prefill_in_part = false;  ///< prefill steps take the time that they take beside decode steps
+  bool decode_in_part = false;   ///< the same of decode steps
+
+  /// A prefill step of so many seconds.
+  void prefill(double seconds) noexcept {
+    if (beside) {
+      prefill_until = std::max(prefill_until, now) + seconds;
+    } else {
+      now += seconds;
+    }
+  }
 };
 
 /// What bounds a simulated module.
@@ -38,10 +53,15 @@ class SimPrefill {
  public:
   using Allocator = BasicKvAllocator<NoKvStorage>;  ///< blocks with nothing behind them
 
-  /// `cost.prefill` tells the times.
+  /// `cost.prefill` tells the times; that of `part`, where there is one, of steps on a part of the machine.
   SimPrefill(CacheKey key, Allocator& allocator, const CostModel& cost, SimMachine& machine,
-             const SimModuleLimits& limits)
-      : key_(std::move(key)), allocator_(&allocator), cost_(&cost), machine_(&machine), limits_(limits) {}
+             const SimModuleLimits& limits, const CostModel* part = nullptr)
+      : key_(std::move(key)),
+        allocator_(&allocator),
+        cost_(&cost),
+        part_(part != nullptr ? part : &cost),
+        machine_(&machine),
+        limits_(limits) {}
 
   [[nodiscard]] Allocator& allocator() const noexcept { return *allocator_; }            ///< as given
   [[nodiscard]] const CacheKey& key() const noexcept { return key_; }                    ///< as given
@@ -61,7 +81,7 @@ class SimPrefill {
     for (std::size_t i = 0; i < caches.size(); ++i) {
       parts_.push_back({std::ssize(chunks[i]), caches[i]->length()});
     }
-    machine_->now += cost_->prefill_step_seconds(parts_);
+    machine_->prefill((machine_->prefill_in_part ? part_ : cost_)->prefill_step_seconds(parts_));
     if (Status s = after_layer(0); !s.ok()) return s;
     for (std::size_t i = 0; i < caches.size(); ++i) {
       if (Status s = allocator_->commit(*caches[i], chunks[i]); !s.ok()) return s;
@@ -73,6 +93,7 @@ class SimPrefill {
   CacheKey key_;
   Allocator* allocator_;
   const CostModel* cost_;
+  const CostModel* part_;
   SimMachine* machine_;
   SimModuleLimits limits_;
   std::vector<PrefillPart> parts_;
@@ -84,11 +105,16 @@ class SimDecodeLane {
  public:
   using Allocator = SimPrefill::Allocator;  ///< blocks with nothing behind them
 
-  /// `cost.decode` tells the times. A batch of a size that is not in `sizes` (ascending, the last the most)
-  /// takes as long as the next larger one.
+  /// `cost.decode` tells the times; that of `part`, where there is one, of steps on a part of the machine. A
+  /// batch of a size that is not in `sizes` (ascending, the last the most) takes as long as the next larger
+  /// one.
   SimDecodeLane(const CostModel& cost, SimMachine& machine, const SimModuleLimits& limits,
-                std::vector<std::int64_t> sizes)
-      : cost_(&cost), machine_(&machine), limits_(limits), sizes_(std::move(sizes)) {}
+                std::vector<std::int64_t> sizes, const CostModel* part = nullptr)
+      : cost_(&cost),
+        part_(part != nullptr ? part : &cost),
+        machine_(&machine),
+        limits_(limits),
+        sizes_(std::move(sizes)) {}
 
   [[nodiscard]] std::int64_t vocab_size() const noexcept { return limits_.vocab_size; }    ///< as given
   [[nodiscard]] std::int64_t max_batch() const noexcept { return sizes_.back(); }          ///< as given
@@ -103,7 +129,7 @@ class SimDecodeLane {
                                                   static_cast<std::uint64_t>(limits_.vocab_size)));
     }
     const std::int64_t size = *std::lower_bound(sizes_.begin(), sizes_.end() - 1, std::ssize(batch));
-    machine_->now += cost_->decode_seconds(size, context, 1);
+    machine_->now += (machine_->decode_in_part ? part_ : cost_)->decode_seconds(size, context, 1);
     return {};
   }
   [[nodiscard]] static Status wait() { return {}; }  ///< launch() has done all
@@ -112,6 +138,7 @@ class SimDecodeLane {
 
  private:
   const CostModel* cost_;
+  const CostModel* part_;
   SimMachine* machine_;
   SimModuleLimits limits_;
   std::vector<std::int64_t> sizes_;

@@ -7,12 +7,14 @@
 // What nvcc's front end remarks on in Eigen and in the CPU's kernels.
 #pragma nv_diag_suppress 20012, 1675, 550
 
+#include <prefillshare/serve/cuda/card_split.cuh>
 #include <prefillshare/serve/cuda/decode_worker.cuh>
 #include <prefillshare/serve/cuda/prefill_runner.cuh>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <memory>
 #include <optional>
@@ -82,10 +84,11 @@ U take(codegemm::Result<U> made) {
 
 // A base and two decode modules, one of them the base's own weights, on one pool.
 struct Rig {
-  ModelConfig config = small_config();
+  ModelConfig config;
   HostModel hosts[2];
   std::shared_ptr<const Model> models[2];
   cudaStream_t stream = nullptr;
+  std::shared_ptr<cuda::Cublas> cublas;
   std::optional<cuda::DeviceKvStorage<__half>> storage;
   std::unique_ptr<cuda::DeviceKvAllocator<__half>> allocator;
   std::optional<cuda::DeviceWorkspace<__half>> workspace;
@@ -95,10 +98,17 @@ struct Rig {
   std::optional<Prefill> prefill;
   std::unique_ptr<Decode> decode;
 
+  // Places of decode steps besides the stream.
+  std::optional<cuda::DeviceWorkspace<__half>> part_workspace;
+  std::vector<cuda::DevicePlace<__half>> further;
+
   Rig(const cuda::Device& device, std::uint64_t seed, std::int64_t blocks, const PrefillOptions& options,
-      const std::vector<std::int64_t>& sizes, std::int64_t most_active = 64) {
+      const std::vector<std::int64_t>& sizes, std::int64_t most_active = 64,
+      const cuda::CardSplit* split = nullptr, std::int64_t share_from = 0)
+      : config(small_config()) {
+    if (share_from > 0) config.context_length = 2048;
     REQUIRE_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    auto cublas = take(cuda::Cublas::create());
+    cublas = take(cuda::Cublas::create());
     const cuda::DenseUploader<__half> uploader(cublas);
     for (std::size_t i = 0; i < 2; ++i) {
       hosts[i] = rounded_model(config, seed + i);
@@ -113,12 +123,19 @@ struct Rig {
     batch.emplace(take(cuda::PrefillBatch::create(64, 8, blocks + 8)));
     base = std::make_unique<cuda::DevicePrefillModule<Dense, Dense>>(models[0], CacheKey{"base", "1", ""});
     on = {device, stream, allocator.get(), &*storage, &*workspace};
-    prefill.emplace(
-        take(Prefill::create(cuda::DevicePrefill<Dense, Dense>(*base, on, *batch, 256), options)));
-    decode = take(Decode::create(on, most_active));
+    prefill.emplace(take(Prefill::create(
+        cuda::DevicePrefill<Dense, Dense>(*base, on, *batch, config.context_length), options)));
+    if (split != nullptr) {
+      for (const cuda::CardPart& part : {split->part(), split->rest()})
+        require_ok(cublas->add_stream(part.stream, part.device.multiprocessors));
+      part_workspace.emplace(
+          take(cuda::DeviceWorkspace<__half>::create(*models[0], 64, 8, split->part().device)));
+      further.push_back({split->part().device, split->part().stream, &*part_workspace});
+    }
+    decode = take(Decode::create(on, most_active, further));
     for (ModuleId i = 0; i < 2; ++i) {
       auto module = take(cuda::factorize(config, models[i]));
-      REQUIRE(take(decode->add_module(std::move(module), sizes, 256)) == i);
+      REQUIRE(take(decode->add_module(std::move(module), sizes, config.context_length, share_from)) == i);
     }
   }
   Rig(const Rig&) = delete;
@@ -311,6 +328,86 @@ TEST_CASE(
           ->add_module(take(cuda::factorize(rig.config, rig.models[0])), std::vector<std::int64_t>{2, 2}, 256)
           .status()
           .code() == StatusCode::kInvalidArgument);
+}
+
+TEST_CASE(
+    "workers on the GPU: decode steps beside a prefill, on parts of the card, choose as double loops do") {
+  const auto device = gpu_or_skip();
+  const std::uint64_t seed = seed_or(81);
+  CAPTURE(seed);
+  auto split = cuda::CardSplit::create(device, 0, 8);
+  if (split.status().code() == StatusCode::kUnsupported) TEST_SKIP("no green contexts");
+  require_ok(split.status());
+  CHECK(split->part().device.multiprocessors >= 8);
+  CHECK(split->part().device.multiprocessors + split->rest().device.multiprocessors <=
+        device.multiprocessors);
+  CHECK(cuda::CardSplit::create(device, 0, device.multiprocessors).status().code() ==
+        StatusCode::kInvalidArgument);
+  Rig rig(device, seed, 240, {48, 6, 64}, {1, 2, 5}, 64, &*split);
+  CHECK(rig.decode->use(2).code() == StatusCode::kInvalidArgument);
+  const cuda::DevicePlace<__half> whole{device, rig.stream, &*rig.workspace};
+  const cuda::DevicePlace<__half> rest{split->rest().device, split->rest().stream, &*rig.workspace};
+  Rng rng(seed + 2);
+  // Equal contexts beside each other: their blocks meet in the tree while both are being written.
+  std::map<std::uint64_t, std::vector<std::int32_t>> contexts;
+  for (std::uint64_t id = 0; id < 20; ++id) {
+    contexts[id] = random_tokens(rng, 20 + rng.below(70), rig.config.vocab_size);
+    if (id % 2 == 1) contexts[id] = contexts[id - 1];
+    if (id % 4 == 3) contexts[id].push_back(7);
+  }
+  const auto module_of = [](std::uint64_t id) { return static_cast<ModuleId>(id % 3 == 0 ? 0 : 1); };
+  struct Chunk {
+    cudaEvent_t done = nullptr;
+    std::vector<PrefillResult> results;
+  };
+  for (int turn = 0; turn < 2; ++turn) {
+    CAPTURE(turn);
+    for (const auto& [id, context] : contexts) require_ok(rig.prefill->submit(job_of(id, context)));
+    Answers answers;
+    std::deque<Chunk> chunks;
+    int beside = 0;
+    for (KvTime now = 0; now < 600 && (!rig.prefill->idle() || !chunks.empty() || rig.decode->active() > 0);
+         ++now) {
+      // As many chunks under way as fit; on all of the card at times.
+      if (now % 16 == 0) require_ok(rig.prefill->runner().move_to(now % 32 == 0 ? rest : whole));
+      const cudaStream_t in = now % 32 < 16 ? rest.stream : whole.stream;
+      if (!rig.prefill->idle() && chunks.size() < 2) {
+        Chunk chunk;
+        rig.prefill->step(now, kIgnorePages,
+                          [&](PrefillResult&& result) { chunk.results.push_back(std::move(result)); });
+        REQUIRE_CUDA(cudaEventCreateWithFlags(&chunk.done, cudaEventDisableTiming));
+        REQUIRE_CUDA(cudaEventRecord(chunk.done, in));
+        chunks.push_back(std::move(chunk));
+      }
+      beside += !chunks.empty() && rig.decode->active() > 0 ? 1 : 0;
+      require_ok(rig.decode->use(chunks.empty() ? 0 : 1));  // the whole's memory is the prefill's, too
+      rig.decode->step(now, [&](const DecodeEvent& event) { answers(event); });
+      if (chunks.empty() || (chunks.size() < 2 && !rig.prefill->idle())) continue;
+      REQUIRE_CUDA(cudaEventSynchronize(chunks.front().done));
+      REQUIRE_CUDA(cudaEventDestroy(chunks.front().done));
+      for (PrefillResult& result : chunks.front().results) {
+        require_ok(result.status);
+        const auto& context = contexts[result.id];
+        REQUIRE(result.cache.length() == std::ssize(context) - 1);
+        require_ok(rig.decode->start(request_of(result.id, context, 9, module_of(result.id)), result.cache));
+      }
+      chunks.pop_front();
+    }
+    CHECK(beside > 3);
+    REQUIRE(answers.by_id.size() == contexts.size());
+    for (const auto& [id, answer] : answers.by_id) {
+      CAPTURE(id);
+      CHECK((answer.ends == 1 && answer.last.kind == Kind::kLength));
+      REQUIRE(answer.tokens.size() == 9);
+      CHECK(rig.worst_choice(module_of(id), contexts[id], answer.tokens) < 0.02);
+      contexts[id].insert(contexts[id].end(), answer.tokens.begin(), answer.tokens.end());
+      contexts[id].push_back(static_cast<std::int32_t>(id));
+    }
+    CHECK(rig.in_use() == 0);
+  }
+  CHECK(rig.allocator->stats().merged_blocks > 0);
+  CHECK(rig.allocator->check_invariants().ok());
+  REQUIRE_CUDA(cudaDeviceSynchronize());
 }
 
 }  // namespace prefillshare::test

@@ -2,8 +2,11 @@
 //
 // Prefill and decode workers on tiny models: many requests at once get what each would get alone, through one
 // pool and through hand-offs between two; what cannot be served says why; every block comes back.
+#include <prefillshare/serve/decode_order.hpp>
+#include <prefillshare/serve/prefix_groups.hpp>
 #include <prefillshare/serve/transport.hpp>
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -319,4 +322,69 @@ TEST_CASE("a decode worker: what it refuses, how answers end, and that every blo
   CHECK(decode.active() == 0);
   CHECK(side.in_use() == 0);
   CHECK(side.cache.allocator->check_invariants().ok());
+}
+
+TEST_CASE("sequences that begin with the same blocks are put beside each other") {
+  CacheHarness cache(tiny_config(), 64, 4);
+  Rng rng(17);
+  const auto prompt = random_tokens(rng, 23, 61);
+  const auto other = random_tokens(rng, 9, 61);
+  const auto open = [&](std::vector<std::int32_t> tokens, std::int64_t own) {
+    const auto more = random_tokens(rng, own, 61);
+    tokens.insert(tokens.end(), more.begin(), more.end());
+    Sequence out = cache.allocator->open(CacheKey{"base", "1", ""}, tokens).value();
+    const auto rest = std::span<const std::int32_t>(tokens).subspan(static_cast<std::size_t>(out.length()));
+    REQUIRE(cache.allocator->reserve(out, std::ssize(rest)).ok());
+    REQUIRE(cache.allocator->commit(out, rest).ok());
+    return out;
+  };
+  const Sequence a = open(prompt, 0);
+  const Sequence b = open(other, 3);
+  const Sequence c = open(prompt, 30);
+  Sequence d = cache.allocator->fork(c).value();  // all of c's whole blocks, and an answer of its own
+  REQUIRE(cache.allocator->append_private(d, 5).ok());
+  const Sequence e = open({}, 8);
+  const std::vector<const Sequence*> batch{&a, &b, &c, &e, &d};
+  PrefixGroups groups;
+  // 20 of the prompt's 23 tokens lie in whole blocks of four.
+  REQUIRE(groups.find(batch, 4, 20));
+  std::vector<std::size_t> at(batch.size());
+  for (std::size_t i = 0; i < batch.size(); ++i) at[groups.order()[i]] = i;
+  CHECK((at[2] == at[0] + 1 && at[4] == at[0] + 2));  // in the batch's order
+  REQUIRE((groups.pages().size() == 3 && groups.indptr().size() == 4 && groups.indptr().back() == 5));
+  for (std::size_t g = 0; g < 3; ++g) {
+    const bool prompts = groups.indptr()[g] == static_cast<std::int32_t>(at[0]);
+    CHECK(groups.indptr()[g + 1] - groups.indptr()[g] == (prompts ? 3 : 1));
+    CHECK(groups.pages()[g] == (prompts ? 5 : 0));
+  }
+  CHECK_FALSE(groups.find(batch, 4, 21));
+  CHECK((groups.pages().empty() && groups.indptr().size() == 1));
+  CHECK(std::is_sorted(groups.order().begin(), groups.order().end()));
+  // Of the two that share more.
+  const std::vector<const Sequence*> two{&d, &b, &c};
+  REQUIRE(groups.find(two, 4, 21));
+  CHECK(*std::max_element(groups.pages().begin(), groups.pages().end()) == 13);  // 52 of c's 53 tokens
+  const std::vector<const Sequence*> same{&c, &c};
+  REQUIRE(groups.find(same, 4, 1));
+  CHECK(groups.pages()[0] == 13);
+  CHECK_FALSE(groups.find({}, 4, 1));
+}
+
+TEST_CASE("the module with the most answers is next, and none waits for ever") {
+  using Counts = std::vector<std::int64_t>;
+  LargestBatchFirst order(0.5);
+  CHECK(order.next(Counts{}) == 0);
+  CHECK(order.next(Counts{0, 0, 0}) == 3);
+  CHECK(order.next(Counts{2, 5, 5}) == 1);
+  CHECK(order.next(Counts{2, 5, 5}) == 2);  // it has waited
+  CHECK(order.next(Counts{2, 5, 5}) == 1);
+  std::vector<int> turns(3);
+  for (int i = 0; i < 100; ++i) ++turns[order.next(Counts{1, 8, 3})];
+  CHECK((turns[1] > turns[2] && turns[2] > turns[0] && turns[0] > 2));
+  LargestBatchFirst never(0.0);
+  for (int i = 0; i < 100; ++i) CHECK(never.next(Counts{1, 2}) == 1);
+  // What has nothing to do does not wait.
+  LargestBatchFirst idle(1.0);
+  for (int i = 0; i < 50; ++i) CHECK(idle.next(Counts{0, 1}) == 1);
+  CHECK(idle.next(Counts{1, 3}) == 1);
 }
