@@ -379,7 +379,7 @@ TEST_CASE("the module with the most answers is next, and none waits for ever") {
   CHECK(order.next(Counts{2, 5, 5}) == 2);  // it has waited
   CHECK(order.next(Counts{2, 5, 5}) == 1);
   std::vector<int> turns(3);
-  for (int i = 0; i < 100; ++i) ++turns[order.next(Counts{1, 8, 3})];
+  for (int i = 0; i < 100; ++i) ++turns.at(order.next(Counts{1, 8, 3}));
   CHECK((turns[1] > turns[2] && turns[2] > turns[0] && turns[0] > 2));
   LargestBatchFirst never(0.0);
   for (int i = 0; i < 100; ++i) CHECK(never.next(Counts{1, 2}) == 1);
