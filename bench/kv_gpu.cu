@@ -9,7 +9,7 @@
 //
 // usage: kv-gpu [--json FILE] [--quick] [--torch FILE]
 //               [--only decode|decode-hnd|decode-fp8|shared|prefill|copies] [--lanes N] [--min-tiles N]
-//               [--no-overlap] [--many-rows-cost PERCENT] [--taken-percent PERCENT] [--ordered-pages]
+//               [--no-overlap] [--many-rows-cost PERCENT] [--ordered-pages]
 //   --ordered-pages  a sequence's pages lie one after the other, to see what it costs that they do not
 //   --torch FILE  the times that bench/attention_peer.py wrote on this machine, as peers
 #include <algorithm>
@@ -496,7 +496,6 @@ int program(int argc, char** argv) {
                 {"--lanes", Option::value(program.tuning.lanes)},
                 {"--min-tiles", Option::value(program.tuning.min_tiles)},
                 {"--many-rows-cost", Option::value(program.tuning.many_rows_cost)},
-                {"--taken-percent", Option::value(program.tuning.taken_percent)},
                 {"--torch", Option::value([&](const char* path) {
                    std::ifstream file(path);
                    program.torch = nlohmann::json::parse(file);

@@ -74,8 +74,6 @@ struct DecodeLayout {
   std::int64_t shared_parts = 0;
   int tail_part_rows = 0;
   std::size_t arrivals = 0;
-  std::size_t cuts = 0;
-  std::size_t taken = 0;
   std::size_t starts = 0;
   std::size_t tail_families = 0;
   std::size_t shared_families = 0;
@@ -111,7 +109,7 @@ template <class T, class C>
   return best;
 }
 
-// causal: the problem's sequences are tokens, see DecodeArgs.
+// causal: the problem's sequences are tokens, see DecodeSort.
 template <class T, class Y, class C>
 [[nodiscard]] DecodeLayout decode_layout(const DecodeProblem<T, Y, C>& p, const Device& device,
                                          bool causal = false) {
@@ -125,7 +123,7 @@ template <class T, class Y, class C>
   const std::int64_t row_tiles = (group + kTailRows - 1) / kTailRows;
   const std::int64_t all_blocks = std::int64_t{out.superblocks} * out.lanes;
   const std::int64_t tail_items = causal ? 0 : sequences * p.kv.kv_heads * row_tiles;
-  if (!causal) out.tail_parts = all_blocks * (1 + kMaxSmall) + tail_items;
+  if (!causal) out.tail_parts = all_blocks + tail_items;
   if (shares(p)) {
     // Each group may have a tile that is partly filled.
     const std::int64_t tiles =
@@ -141,9 +139,7 @@ template <class T, class Y, class C>
   const std::int64_t groups = shares(p) ? p.prefixes.groups : 0;
   const auto row = static_cast<std::size_t>(p.kv.head_dim) * sizeof(float);
   place(out.arrivals, tail_items, sizeof(unsigned));
-  place(out.cuts, 2, sizeof(DecodeCut));
-  place(out.taken, 1, sizeof(unsigned));
-  place(out.starts, std::int64_t{out.superblocks} * (1 + kMaxSmall), sizeof(BlockStart));
+  place(out.starts, out.superblocks, sizeof(BlockStart));
   place(out.tail_families, sequences, sizeof(KeyFamily));
   place(out.shared_families, groups, sizeof(KeyFamily));
   place(out.tail_top, out.tail_parts * out.tail_part_rows, sizeof(float2));
@@ -164,12 +160,9 @@ template <class T, class Y, class C>
   args.indptr = p.table.indptr;
   args.last_page_len = p.table.last_page_len;
   args.starts = reinterpret_cast<BlockStart*>(base + at.starts);
-  args.cuts = reinterpret_cast<DecodeCut*>(base + at.cuts);
-  args.taken_percent = p.tuning.taken_percent;
   args.tails = reinterpret_cast<KeyFamily*>(base + at.tail_families);
   args.shared = reinterpret_cast<KeyFamily*>(base + at.shared_families);
   args.arrivals = reinterpret_cast<unsigned*>(base + at.arrivals);
-  args.taken = reinterpret_cast<unsigned*>(base + at.taken);
   args.sequences = p.table.sequences;
   if (shares(p)) {
     args.group_indptr = p.prefixes.group_indptr;
@@ -194,9 +187,9 @@ template <class T, class Y, class C>
 }
 
 // What run() launches, after its checks.
-template <bool Shares, class T, class Y, class C>
+template <DecodeSort Sort, class T, class Y, class C>
 [[nodiscard]] Status launch_decode(const DecodeProblem<T, Y, C>& p, const DecodeLayout& at,
-                                   const Device& device, void* workspace, cudaStream_t stream, bool causal) {
+                                   const Device& device, void* workspace, cudaStream_t stream) {
   auto* const base = static_cast<std::byte*>(workspace);
   DecodeArgs args;
   args.kv = source_of(p.kv);
@@ -211,22 +204,24 @@ template <bool Shares, class T, class Y, class C>
   args.group = p.heads / p.kv.kv_heads;
   args.scale_log2 = scale_log2_of(p.scale, p.kv);
   args.lanes = at.lanes;
-  args.causal = causal;
   args.overlap = p.overlap && device.arch >= 90;
   args.starts = reinterpret_cast<const BlockStart*>(base + at.starts);
-  args.cuts = reinterpret_cast<const DecodeCut*>(base + at.cuts);
   args.families[0] = reinterpret_cast<const KeyFamily*>(base + at.tail_families);
   args.families[1] = reinterpret_cast<const KeyFamily*>(base + at.shared_families);
   args.partials[0] = {reinterpret_cast<float*>(base + at.tail_out),
                       reinterpret_cast<float2*>(base + at.tail_top), at.tail_part_rows};
   args.partials[1] = {reinterpret_cast<float*>(base + at.shared_out),
                       reinterpret_cast<float2*>(base + at.shared_top), kManyRows};
-  args.arrivals = reinterpret_cast<unsigned*>(base + at.arrivals);
-  args.taken = reinterpret_cast<unsigned*>(base + at.taken);
+  // One block adds up quickly what some ten others have of an item; more parts are left to a kernel's many
+  // blocks.
+  constexpr std::int64_t kMostParts = 10;
+  const std::int64_t items = std::int64_t{p.table.sequences} * p.kv.kv_heads;
+  const bool in_last_block = items * kMostParts >= std::int64_t{at.superblocks} * at.lanes;
+  if (in_last_block) args.arrivals = reinterpret_cast<unsigned*>(base + at.arrivals);
   DecodeMergeArgs merge;
+  merge.shared_only = in_last_block;
   merge.tails = args.families[0];
   merge.shared = args.families[1];
-  merge.cuts = args.cuts;
   merge.tail_partials = args.partials[0];
   merge.shared_partials = args.partials[1];
   merge.out = args.out;
@@ -250,9 +245,9 @@ template <bool Shares, class T, class Y, class C>
         using Many = ManyRowsShape<T, C, c.kHeadDim>;
         shape.threads = Tail::kThreads;
         shape.shared_bytes = Tail::kSharedBytes;
-        const auto attend = decode_kernel<Tail, Few, Some, Many, Shares>;
+        const auto attend = decode_kernel<Tail, Few, Some, Many, Sort>;
         static_cast<void>(status = codegemm::cuda::launch(attend, shape, args, stream));
-        if (!status.ok() || !Shares) return;
+        if (!status.ok() || (Sort == DecodeSort::kAlone && merge.shared_only)) return;
         // Few rows: each has many parts, and the warps to share them.
         const std::int64_t rows = std::int64_t{p.table.sequences} * p.heads;
         const bool few = rows < std::int64_t{16} * device.multiprocessors;
@@ -293,11 +288,10 @@ template <class T, class Y, class C>
   }
   const DecodeTuning& t = p.tuning;
   if (t.min_tiles < 1 || t.min_tiles > 1024 || t.min_shared_sequences < 1 || t.min_shared_tokens < 1 ||
-      t.many_rows_cost < 100 || t.many_rows_cost > 1000 || t.taken_percent < 0 || t.taken_percent > 50) {
+      t.many_rows_cost < 100 || t.many_rows_cost > 1000) {
     return error(StatusCode::kInvalidArgument, kCall, ": tuning with ", t.min_tiles,
                  " tiles a block, sharing from ", t.min_shared_sequences, " sequences and ",
-                 t.min_shared_tokens, " tokens on, tiles at ", t.many_rows_cost, " percent, ",
-                 t.taken_percent, " percent taken");
+                 t.min_shared_tokens, " tokens on, tiles at ", t.many_rows_cost, " percent");
   }
   if (t.lanes < 0 || (t.lanes > 0 && p.kv.kv_heads % t.lanes != 0)) {
     return error(StatusCode::kInvalidArgument, kCall, ": tuning with ", t.lanes, " lanes for ", p.kv.kv_heads,
@@ -337,9 +331,9 @@ template <class T, class Y, class C>
   if (p.table.sequences == 0) return {};
   const detail::DecodeLayout at = detail::decode_layout(p, device);
   if (Status s = detail::check_workspace("cuda decode", workspace, size, at.bytes); !s.ok()) return s;
-  const auto launch =
-      detail::shares(p) ? detail::launch_decode<true, T, Y, C> : detail::launch_decode<false, T, Y, C>;
-  return launch(p, at, device, workspace, stream, false);
+  const auto launch = detail::shares(p) ? detail::launch_decode<DecodeSort::kShared, T, Y, C>
+                                        : detail::launch_decode<DecodeSort::kAlone, T, Y, C>;
+  return launch(p, at, device, workspace, stream);
 }
 
 }  // namespace prefillshare::cuda

@@ -43,21 +43,12 @@ template <class T, class Y, class C>
 
 }  // namespace detail
 
-/// From contexts of this many tokens on run_split() is used where splits_keys() says so; over shorter ones
-/// its launches cost what they gain.
-inline constexpr std::int64_t kMinSplitContext = 2048;
-
-/// The query rows are so few that run() would leave half of the multiprocessors or more without work. For a
-/// problem that validate() takes; looks at no lengths.
+/// The query rows are so few that run() would leave three of four multiprocessors without work: over contexts
+/// of some thousand tokens run_split() is faster then (suite kv-gpu). Looks at no lengths. For a problem that
+/// validate() takes.
 template <class T, class Y, class C>
 [[nodiscard]] bool splits_keys(const PrefillProblem<T, Y, C>& p, const Device& device) {
-  return p.q.rows > 0 && detail::row_tiles(p) * p.kv.kv_heads * 2 <= device.multiprocessors;
-}
-/// The most tokens, of one sequence, for which splits_keys() holds.
-template <class T, class Y, class C>
-[[nodiscard]] std::int64_t most_split_tokens(const PrefillProblem<T, Y, C>& p, const Device& device) {
-  const std::int64_t tiles = device.multiprocessors / (2 * p.kv.kv_heads);
-  return std::max<std::int64_t>(1, tiles * detail::kPrefillRows / (p.heads / p.kv.kv_heads));
+  return p.q.rows > 0 && detail::row_tiles(p) * p.kv.kv_heads * 4 <= device.multiprocessors;
 }
 
 /// Bytes of workspace of prepare_split() and run_split(), aligned to 256. Depends on the numbers of sequences
@@ -93,7 +84,7 @@ template <class T, class Y, class C>
   const auto problem = detail::as_decode(p);
   const detail::DecodeLayout at = detail::decode_layout(problem, device, true);
   if (Status s = detail::check_workspace("cuda prefill", workspace, size, at.bytes); !s.ok()) return s;
-  return detail::launch_decode<true>(problem, at, device, workspace, stream, true);
+  return detail::launch_decode<DecodeSort::kCausal>(problem, at, device, workspace, stream);
 }
 
 }  // namespace prefillshare::cuda

@@ -248,9 +248,6 @@ TEST_CASE("cuda decode: every wrong operand has its own status") {
   p.tuning.min_shared_sequences = 0;
   expect(p, StatusCode::kInvalidArgument, "from 0 sequences");
   p = good_decode();
-  p.tuning.taken_percent = 51;
-  expect(p, StatusCode::kInvalidArgument, "51 percent taken");
-  p = good_decode();
   p.tuning.lanes = 3;
   expect(p, StatusCode::kInvalidArgument, "3 lanes for 2");
 }

@@ -17,7 +17,6 @@
 #include <prefillshare/attention/append.cuh>
 #include <prefillshare/attention/decode.cuh>
 #include <prefillshare/attention/prefill.cuh>
-#include <prefillshare/attention/prefill_split.cuh>
 #include <prefillshare/kv/device_storage.cuh>
 #include <prefillshare/model/after_layer.hpp>
 #include <prefillshare/model/cuda/kernels/rms_norm.cuh>
@@ -34,9 +33,6 @@ struct DeviceBatch {
   const std::int32_t* query_indptr = nullptr;  ///< [sequences + 1] rows of each; null: one token a sequence
   PageTableView table;                         ///< the sequences' pages, with the new tokens
   SharedPrefixes prefixes;                     ///< what decoding sequences share; where query_indptr is null
-  /// Tokens of the longest sequence, the new ones too, where query_indptr is set: decides about the kernel of
-  /// attention. 0: not known.
-  std::int64_t longest = 0;
 };
 
 /// The activations of a pass and the memory of its kernels, on the device: allocated once, used by one pass
@@ -71,13 +67,6 @@ class DeviceWorkspace {
     std::size_t attention = workspace_bytes(decode, device);
     decode.prefixes.groups = static_cast<int>(max_sequences);
     attention = std::max(attention, workspace_bytes(decode, device));
-    // The most rows of which the keys are split.
-    PrefillProblem<T> prefill;
-    prefill.heads = decode.heads;
-    prefill.kv = decode.kv;
-    prefill.q.rows = std::min(max_tokens, most_split_tokens(prefill, device));
-    prefill.table.sequences = static_cast<int>(std::min(max_sequences, prefill.q.rows));
-    attention = std::max(attention, split_workspace_bytes(prefill, device));
 
     DeviceWorkspace out;
     out.max_tokens_ = max_tokens;
@@ -116,7 +105,7 @@ class DeviceWorkspace {
   DeviceArray<T> attended;           ///< [tokens][heads * head_dim]
   DeviceArray<T> gated;              ///< [tokens][intermediate]
   DeviceArray<float> logits;         ///< [sequences][vocab], of the last pass that asked for them
-  DeviceArray<std::byte> attention;  ///< of decode, and of prefill with keys split
+  DeviceArray<std::byte> attention;  ///< of decode
   DeviceArray<std::byte> zeroed;     ///< of linear layers
   DeviceArray<std::byte> scratch;    ///< the same
 
@@ -157,10 +146,6 @@ class DeviceForward {
 
   /// Which blocks of the decode kernel read which keys: once for all layers.
   [[nodiscard]] Status prepare() {
-    if (splits()) {
-      return prepare_split(prefill_problem(0), call_.device, ws_.attention.data(), ws_.attention.size(),
-                           call_.stream);
-    }
     if (!decoding()) return {};
     return cuda::prepare(decode_problem(0), call_.device, ws_.attention.data(), ws_.attention.size(),
                          call_.stream);
@@ -209,14 +194,15 @@ class DeviceForward {
           !s.ok()) {
         return s;
       }
-    } else if (splits()) {
-      if (Status s = run_split(prefill_problem(index), call_.device, ws_.attention.data(),
-                               ws_.attention.size(), call_.stream);
-          !s.ok()) {
-        return s;
-      }
-    } else if (Status s = cuda::run(prefill_problem(index), call_.device, call_.stream); !s.ok()) {
-      return s;
+    } else {
+      PrefillProblem<T> p;
+      p.kv = pages(index);
+      p.table = batch_.table;
+      p.query_indptr = batch_.query_indptr;
+      p.q = q();
+      p.out = MatrixView<T>(ws_.attended.data(), batch_.count, c_.q_size());
+      p.heads = static_cast<int>(c_.heads);
+      if (Status s = cuda::run(p, call_.device, call_.stream); !s.ok()) return s;
     }
     return layer(index).o.add(MatrixView<const T>(ws_.attended.data(), batch_.count, c_.q_size()), hidden(),
                               call_);
@@ -252,20 +238,6 @@ class DeviceForward {
     const KvShape& shape = storage_.shape();
     return kv_pages(storage_.layer(index), KvLayout::kNhd, static_cast<std::int32_t>(storage_.blocks()),
                     shape.block_tokens, shape.kv_heads, shape.head_dim);
-  }
-  [[nodiscard]] PrefillProblem<T> prefill_problem(int index) const {
-    PrefillProblem<T> p;
-    p.kv = pages(index);
-    p.table = batch_.table;
-    p.query_indptr = batch_.query_indptr;
-    p.q = q();
-    p.out = MatrixView<T>(ws_.attended.data(), batch_.count, c_.q_size());
-    p.heads = static_cast<int>(c_.heads);
-    return p;
-  }
-  // Few new tokens behind long contexts.
-  [[nodiscard]] bool splits() const {
-    return !decoding() && batch_.longest >= kMinSplitContext && splits_keys(prefill_problem(0), call_.device);
   }
   [[nodiscard]] DecodeProblem<T> decode_problem(int index) const {
     DecodeProblem<T> p;

@@ -5,7 +5,6 @@
 // Layer: model/cuda (host, needs nvcc).
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -100,9 +99,6 @@ class PrefillBatch {
     out.query_indptr = input_.device<std::int32_t>(query_indptr_at_);
     out.table = {input_.device<std::int32_t>(indptr_at_), input_.device<std::int32_t>(indices_at_),
                  input_.device<std::int32_t>(last_page_len_at_), static_cast<int>(chunks.size())};
-    for (std::size_t i = 0; i < caches.size(); ++i) {
-      out.longest = std::max(out.longest, caches[i]->length() + pending_[i]);
-    }
     return out;
   }
 

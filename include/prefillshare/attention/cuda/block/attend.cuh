@@ -212,7 +212,9 @@ __device__ __forceinline__ void attend(AttendState<Shape>& state, unsigned share
   detail::Queries<Shape> queries;
   state.clear();
   detail::PageLoader<Shape> loader;
-  if constexpr (Shape::kQueriesInShared && !Await::kMayWait) queries.load(rows, shared);
+  static_assert(!(Shape::kQueriesInShared && Await::kMayWait),
+                "prefillshare: attend() waits only where queries go to registers");
+  if constexpr (Shape::kQueriesInShared) queries.load(rows, shared);
   loader.look_up(kv, pages, keys.begin, keys.end);
   int missing = -1;
   if constexpr (Await::kMayWait) missing = await.waits ? await.newest : -1;
@@ -242,11 +244,7 @@ __device__ __forceinline__ void attend(AttendState<Shape>& state, unsigned share
       }
     }
   }
-  if constexpr (!Shape::kQueriesInShared || Await::kMayWait) queries.load(rows, shared);
-  if constexpr (Shape::kQueriesInShared && Await::kMayWait) {
-    detail::end_copy_group();
-    detail::wait_for_copies<0>();
-  }
+  if constexpr (!Shape::kQueriesInShared) queries.load(rows, shared);
   unsigned stage = 0;
   unsigned next_stage = Shape::kStages - 1;
   for (int t = 0; t < tiles; ++t) {

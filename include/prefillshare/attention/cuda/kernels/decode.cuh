@@ -14,11 +14,24 @@ namespace prefillshare::cuda {
 
 namespace detail {
 
+// Brings the first keys of an item into the second-level cache.
+template <class Shape>
+__device__ __forceinline__ void prefetch_keys(const DecodeArgs& a, const KeyFamily& family,
+                                              const DecodeItem& item) {
+  constexpr unsigned kBytes = Shape::kRowChunks * 16;
+  const int key = family.key_begin + item.tile * kTileKeys + static_cast<int>(threadIdx.x);
+  if (static_cast<int>(threadIdx.x) >= item.count * kTileKeys || key >= family.key_end) return;
+  const int slot = page_of(a.kv, key);
+  const std::int64_t at = a.indices[family.page_begin + slot] * a.kv.page_stride +
+                          (key - slot * a.kv.page_size) * a.kv.token_stride + item.kv_head * a.kv.head_stride;
+  codegemm::cuda::detail::prefetch_l2(a.kv.k + at, kBytes);
+  codegemm::cuda::detail::prefetch_l2(a.kv.v + at, kBytes);
+}
+
 // Tiles of keys of one item, in the shape that its kind asks for.
-template <class Shape, WorkKind Kind>
+template <class Shape, WorkKind Kind, bool Causal>
 __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily& family,
-                                            const DecodeItem& item, const DecodeCut& cut, bool waits,
-                                            char* shared_memory) {
+                                            const DecodeItem& item, bool waits, char* shared_memory) {
   const DecodePartials& partials = a.partials[Kind == WorkKind::kTail ? 0 : 1];
   QueryRows rows;
   rows.q = a.q;
@@ -32,25 +45,36 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
   keys.begin = family.key_begin + item.tile * kTileKeys;
   keys.end = min(family.key_end, keys.begin + item.count * kTileKeys);
   keys.whole = keys.end;
-  const bool is_causal = Kind != WorkKind::kTail && a.causal;
   const int of_first = family.key_end - family.rows / a.group + 1;  // keys that the family's first token sees
-  if (is_causal) keys.whole = min(keys.end, of_first + rows.first_row / a.group);
+  if constexpr (Causal) keys.whole = min(keys.end, of_first + rows.first_row / a.group);
   const auto limit = [&](int r, int h) {
     const int row =
         rows.first_row + warp_row<Shape>() + r * 16 + h * 8 + static_cast<int>(threadIdx.x) % 32 / 4;
-    return is_causal ? min(keys.end, of_first + row / a.group) : keys.end;
+    return Causal ? min(keys.end, of_first + row / a.group) : keys.end;
   };
   AttendState<Shape> state;
-  attend(state, static_cast<unsigned>(__cvta_generic_to_shared(shared_memory)), a.kv,
-         a.indices + family.page_begin, item.kv_head, rows, keys, limit, a.scale_log2,
-         AwaitNewest{waits, family.key_end - 1});
+  const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory));
+  const std::int32_t* const pages = a.indices + family.page_begin;
+  if constexpr (Kind == WorkKind::kManyRows) {  // has no registers to spare
+    if (waits) {
+      prefetch_keys<Shape>(a, family, item);
+      codegemm::cuda::detail::wait_for_previous_kernel();
+      codegemm::cuda::detail::allow_next_kernel();
+    }
+    attend(state, shared, a.kv, pages, item.kv_head, rows, keys, limit, a.scale_log2);
+  } else {
+    attend(state, shared, a.kv, pages, item.kv_head, rows, keys, limit, a.scale_log2,
+           AwaitNewest{waits, family.key_end - 1});
+  }
   if constexpr (Shape::kWarpsN > 1) {
     __syncthreads();
     const bool is_alone = Kind == WorkKind::kTail && family.shared < 0;
     const bool whole = is_alone && item.count == family.tiles;
     store_keys_split(state, shared_memory, a, partials, rows, whole, item.part);
     if constexpr (Kind == WorkKind::kTail) {
-      if (is_alone && !whole) merge_if_last<Shape>(a, family, rows, cut, item.item, item.kv_head % a.lanes);
+      if (is_alone && !whole && a.arrivals != nullptr) {
+        merge_if_last<Shape>(a, family, rows, item.item, item.kv_head % a.lanes);
+      }
     }
   } else {
     store_rows_split(state, a, partials, rows, item.part);
@@ -60,9 +84,9 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
 }  // namespace detail
 
 /// Each block takes its numbers of the work, which may end one item and begin another. Items of sequences
-/// that share nothing go to the output, those of several blocks through the one that ends last; what others
-/// have of a row is put together by decode_merge_kernel.
-template <class Tail, class Few, class Some, class Many, bool Shares>
+/// that share nothing go to the output, those of several blocks through the one that ends last, if those are
+/// few; what else there is of a row is put together by decode_merge_kernel.
+template <class Tail, class Few, class Some, class Many, DecodeSort Sort>
 __global__ void __launch_bounds__(Tail::kThreads, 2) decode_kernel(const __grid_constant__ DecodeArgs a) {
   static_assert(Tail::kThreads == Few::kThreads && Tail::kThreads == Some::kThreads &&
                     Tail::kThreads == Many::kThreads && Tail::kSharedBytes >= Few::kSharedBytes &&
@@ -72,77 +96,51 @@ __global__ void __launch_bounds__(Tail::kThreads, 2) decode_kernel(const __grid_
                     Some::kRows == rows_of(WorkKind::kSomeRows) && Many::kRows == kManyRows,
                 "prefillshare: decode_kernel's shapes have the rows that prepare() counts on");
   extern __shared__ __align__(128) char shared_memory[];
-  __shared__ int next_taken;
   const int superblock = static_cast<int>(blockIdx.x) / a.lanes;
-  int lane = static_cast<int>(blockIdx.x) - superblock * a.lanes;
+  const int lane = static_cast<int>(blockIdx.x) - superblock * a.lanes;
   bool waits = a.overlap;
   if (!waits) {
     codegemm::cuda::detail::wait_for_previous_kernel();
     codegemm::cuda::detail::allow_next_kernel();
   }
-  BlockStart start = detail::load_record(a.starts + superblock);
-  const DecodeCut cut = detail::load_record(a.cuts);
+  const BlockStart start = detail::load_record(a.starts + superblock);
   if (start.at >= start.end) {
     // No block of the next kernel may find this grid ended while the one before still runs.
     if (waits) codegemm::cuda::detail::wait_for_previous_kernel();
     if (start.family.has_empty != 0) detail::store_empty<Tail::kHeadDim>(a);
     return;
   }
-  constexpr bool kTakes = !Shares;
-  const bool has_empty = start.family.has_empty != 0;
-  const bool is_shared = Shares && start.first % 2 != 0;
+  const bool is_shared = Sort != DecodeSort::kAlone && start.first % 2 != 0;
   KeyFamily family = start.family;
   int number = start.number;
   int at = start.at;
-  bool has_asked = false;  // for the next chunk, after this one
-  const auto ask = [&] {
-    if (threadIdx.x == 0) {
-      next_taken = static_cast<int>(atomicInc(a.taken, static_cast<unsigned>(cut.takes - 1)));
-    }
-    has_asked = true;
-  };
   while (true) {
-    if (kTakes && cut.takes > 0 && !waits && !has_asked) ask();
     detail::DecodeItem item;
     item.find(family, start, at, a.lanes, lane);
     const WorkKind kind = is_shared ? shared_kind(family.rows) : WorkKind::kTail;
-    if (kind == WorkKind::kTail) {
-      detail::decode_item<Tail, WorkKind::kTail>(a, family, item, cut, waits, shared_memory);
-    } else if constexpr (Shares) {
+    constexpr bool kCausal = Sort == DecodeSort::kCausal;
+    if (!kCausal && kind == WorkKind::kTail) {
+      detail::decode_item<Tail, WorkKind::kTail, false>(a, family, item, waits, shared_memory);
+    } else if constexpr (Sort != DecodeSort::kAlone) {
       if (kind == WorkKind::kFewRows) {
-        detail::decode_item<Few, WorkKind::kFewRows>(a, family, item, cut, waits, shared_memory);
+        detail::decode_item<Few, WorkKind::kFewRows, kCausal>(a, family, item, waits, shared_memory);
       } else if (kind == WorkKind::kSomeRows) {
-        detail::decode_item<Some, WorkKind::kSomeRows>(a, family, item, cut, waits, shared_memory);
+        detail::decode_item<Some, WorkKind::kSomeRows, kCausal>(a, family, item, waits, shared_memory);
       } else {
-        detail::decode_item<Many, WorkKind::kManyRows>(a, family, item, cut, waits, shared_memory);
+        detail::decode_item<Many, WorkKind::kManyRows, kCausal>(a, family, item, waits, shared_memory);
       }
     }
     waits = false;
     at += item.count;
-    if (at < start.end) {
-      if (at == family.work_begin + family.tiles * family.row_tiles * (a.kv_heads / a.lanes)) {
-        do {
-          family = detail::load_record(a.families[is_shared ? 1 : 0] + ++number);
-        } while (family.tiles == 0);
-      }
-      __syncthreads();  // before shared memory is written again
-      continue;
+    if (at >= start.end) break;
+    if (at == family.work_begin + family.tiles * family.row_tiles * (a.kv_heads / a.lanes)) {
+      do {
+        family = detail::load_record(a.families[is_shared ? 1 : 0] + ++number);
+      } while (family.tiles == 0);
     }
-    if (!kTakes || cut.takes == 0) break;
-    if (!has_asked) ask();
-    __syncthreads();
-    const int next = next_taken;
-    const auto blocks = static_cast<int>(gridDim.x);
-    if (next >= cut.takes - blocks) break;
-    __syncthreads();  // before next_taken is written again
-    start = detail::load_record(a.starts + blocks / a.lanes + next / a.lanes);
-    lane = next % a.lanes;
-    family = start.family;
-    number = start.number;
-    at = start.at;
-    has_asked = false;
+    __syncthreads();  // before shared memory is written again
   }
-  if (has_empty) detail::store_empty<Tail::kHeadDim>(a);
+  if (start.family.has_empty != 0) detail::store_empty<Tail::kHeadDim>(a);
 }
 
 }  // namespace prefillshare::cuda

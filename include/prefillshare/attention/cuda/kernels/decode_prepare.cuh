@@ -19,9 +19,7 @@ struct DecodePrepareArgs {
   const std::int32_t* last_page_len = nullptr;  // [sequences]
   const std::int32_t* group_indptr = nullptr;   // [groups + 1]
   const std::int32_t* shared_pages = nullptr;   // [groups]
-  BlockStart* starts = nullptr;                 // [superblocks * (1 + kMaxSmall)]
-  DecodeCut* cuts = nullptr;                    // [2], of tails, of shared pages
-  unsigned* taken = nullptr;                    // [1]
+  BlockStart* starts = nullptr;                 // [superblocks]
   KeyFamily* tails = nullptr;                   // [sequences]
   KeyFamily* shared = nullptr;                  // [groups]
   unsigned* arrivals = nullptr;                 // [items of tails][lanes], see DecodeArgs
@@ -33,7 +31,6 @@ struct DecodePrepareArgs {
   int lanes = 0;
   int superblocks = 0;
   int min_tiles = 0;
-  int taken_percent = 0;   // of the work, in small chunks
   int many_rows_cost = 0;  // of a tile of many rows, in percent of one of few
   int min_shared_sequences = 0;
   int min_shared_tokens = 0;
@@ -42,13 +39,6 @@ struct DecodePrepareArgs {
 };
 
 inline constexpr int kPrepareThreads = 256;
-/// Small chunks of a superblock at most, see DecodeCut.
-inline constexpr int kMaxSmall = 12;
-/// Where a superblock has fewer tiles of keys there are no small chunks.
-inline constexpr int kMinQuotaToTake = 48;
-/// Tiles of a small chunk at least.
-inline constexpr int kMinSmall = 8;
-
 namespace detail {
 
 // The sum of `value` over the threads before this one; `total` of all of them.
@@ -113,42 +103,21 @@ __device__ inline int number_work(KeyFamily* families, int count, const DecodePr
   return superblocks > 0 ? max(least, (all + superblocks - 1) / superblocks) : least;
 }
 
-// How `superblocks` superblocks share `all` of the work; `takes`: some of it in small chunks.
-[[nodiscard]] __device__ inline DecodeCut cut_of(const DecodePrepareArgs& a, int all, int superblocks,
-                                                 bool takes) {
-  DecodeCut cut;
-  cut.large = quota_of(all, superblocks, a.min_tiles);
-  cut.large_end = cut.large * superblocks;
-  if (!takes || cut.large < kMinQuotaToTake || a.taken_percent == 0) return cut;
-  cut.large -= cut.large * a.taken_percent / 100;
-  cut.large_end = cut.large * superblocks;
-  const int rest = all - cut.large_end;
-  const int most = superblocks * kMaxSmall;
-  cut.small = max(kMinSmall, (rest + most - 1) / most);
-  cut.takes = ((rest + cut.small - 1) / cut.small + superblocks) * a.lanes;
-  return cut;
-}
-
-// Says where each chunk starts, the first of them being number `first` of the grid.
-__device__ inline void deal_out(const DecodePrepareArgs& a, const KeyFamily* families, int count, int all,
-                                const DecodeCut& cut, int first, int shared, int has_empty) {
-  if (threadIdx.x == 0) a.cuts[shared] = cut;
+// Says where each of `superblocks` superblocks starts, the first of them being number `first` of the grid.
+__device__ inline void deal_out(const DecodePrepareArgs& a, KeyFamily* families, int count, int all,
+                                int first, int superblocks, int shared, int has_empty) {
+  const int quota = quota_of(all, superblocks, a.min_tiles);
   const int head_groups = a.kv_heads / a.lanes;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int large = cut.large_end / cut.large;
-  const auto begin_of = [&](int chunk) {
-    return chunk < large ? chunk * cut.large : cut.large_end + (chunk - large) * cut.small;
-  };
   for (int i = static_cast<int>(threadIdx.x) / 32; i < count; i += kPrepareThreads / 32) {
     KeyFamily family = load_record(families + i);
+    __syncwarp();
+    if (lane == 0) families[i].quota = quota;
+    family.quota = quota;
     family.has_empty = has_empty;
     const int end = family.work_begin + family.tiles * family.row_tiles * head_groups;
-    if (family.work_begin == end) continue;
-    int chunk = cut.chunk_of(family.work_begin);
-    if (begin_of(chunk) < family.work_begin) ++chunk;
-    for (chunk += lane; begin_of(chunk) < end; chunk += 32) {
-      a.starts[first + chunk] =
-          BlockStart{begin_of(chunk), min(all, begin_of(chunk + 1)), i, 2 * chunk + shared, family};
+    for (int b = (family.work_begin + quota - 1) / quota + lane; b * quota < end; b += 32) {
+      a.starts[first + b] = BlockStart{b * quota, min(all, (b + 1) * quota), i, 2 * b + shared, family};
     }
   }
 }
@@ -233,13 +202,9 @@ __global__ void __launch_bounds__(kPrepareThreads)
   }
   __syncthreads();
   const int superblocks_shared = best % 1024;
-  if (thread == 0) *a.taken = 0;
-  const int superblocks_tails = a.superblocks - superblocks_shared;
-  detail::deal_out(a, a.shared, a.groups, shared_all,
-                   detail::cut_of(a, shared_all, superblocks_shared, false), 0, 1, has_empty);
-  detail::deal_out(a, a.tails, a.sequences, tail_all,
-                   detail::cut_of(a, tail_all, superblocks_tails, a.groups == 0), superblocks_shared, 0,
-                   has_empty);
+  detail::deal_out(a, a.shared, a.groups, shared_all, 0, superblocks_shared, 1, has_empty);
+  detail::deal_out(a, a.tails, a.sequences, tail_all, superblocks_shared, a.superblocks - superblocks_shared,
+                   0, has_empty);
 }
 
 }  // namespace prefillshare::cuda

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // prefillshare/attention/cuda/kernels/decode_store.cuh - where the sums of a block of decode go: to the
-// output, or to parts that the last block adds up. Layer: attention/cuda/kernels (device).
+// output, or to parts that the last block adds up.
+// Layer: attention/cuda/kernels (device).
 #pragma once
 
 #include <cstdint>
@@ -86,11 +87,10 @@ __device__ __forceinline__ void store_keys_split(const AttendState<Shape>& state
 // up, in the order of their keys, whoever it is. All threads.
 template <class Shape>
 __device__ __forceinline__ void merge_if_last(const DecodeArgs& a, const KeyFamily& family,
-                                              const QueryRows& rows, const DecodeCut& cut, int item,
-                                              int lane) {
+                                              const QueryRows& rows, int item, int lane) {
   const int begin = family.work_begin + item * family.tiles;
-  const int block = cut.chunk_of(begin);
-  const int parts = cut.chunk_of(begin + family.tiles - 1) - block + 1;
+  const int block = begin / family.quota;
+  const int parts = (begin + family.tiles - 1) / family.quota - block + 1;
   __syncthreads();
   bool is_last = false;
   if (threadIdx.x == 0) {

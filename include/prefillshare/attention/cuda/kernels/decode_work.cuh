@@ -29,36 +29,26 @@ struct alignas(16) KeyFamily {
   int item_begin = 0;  // items (family, heads / lanes, row tile) before its own
   int shared = -1;     // of a tail: the family of its sequence's shared pages, or -1
   int has_empty = 0;   // of a BlockStart: 1 if there are sequences without keys
-  int padding = 0;
+  int quota = 1;       // numbers of the work of a superblock, the same for all families of its kind
 };
 static_assert(sizeof(KeyFamily) == 48, "KeyFamily is read as three vectors of 16 bytes");
 
-/// How the work of a kind is cut: chunks of `large` numbers up to large_end, one a superblock, then chunks of
-/// `small` that whoever has ended takes, since multiprocessors are not equally fast.
-struct alignas(16) DecodeCut {
-  int large = 1;
-  int large_end = 0;
-  int small = 1;
-  int takes = 0;  // small chunks of all lanes, and a vain take of each block; 0: nothing is to be taken
-
-  /// The chunk that has a number of the work.
-  [[nodiscard]] CODEGEMM_HOST_DEVICE int chunk_of(int number) const {
-    return number < large_end ? number / large : large_end / large + (number - large_end) / small;
-  }
-};
-
-/// A chunk of the work: numbers [at, end) of one kind, from family `number` on.
+/// The numbers of the work that a superblock has: [at, end) of one kind, from family `number` on.
 struct alignas(16) BlockStart {
   int at = 0;
   int end = 0;
   int number = 0;
-  int first = 0;  // the chunk's number among those for tails, or for shared pages, times 2; plus 1 for these
+  int first = 0;  // superblock's number among those for tails, or for shared pages, times 2; plus 1 for these
   KeyFamily family;
 };
 static_assert(sizeof(BlockStart) == 64, "BlockStart is read as four vectors of 16 bytes");
 
 /// Kinds of work: a sequence's own keys, and shared ones for few, some or many query rows.
 enum class WorkKind { kTail, kFewRows, kSomeRows, kManyRows };
+
+/// What the work is: sequences alone; with shared pages beside their own; or several tokens of each sequence,
+/// which share its pages, each seeing those up to itself.
+enum class DecodeSort { kAlone, kShared, kCausal };
 
 [[nodiscard]] CODEGEMM_HOST_DEVICE constexpr WorkKind shared_kind(int rows) {
   return rows <= 32 ? WorkKind::kFewRows : rows <= 64 ? WorkKind::kSomeRows : WorkKind::kManyRows;
@@ -87,14 +77,13 @@ struct DecodeArgs {
   const std::uint16_t* q = nullptr;  // [sequences][q_stride]
   std::int64_t q_stride = 0;
   const std::int32_t* indices = nullptr;
-  const BlockStart* starts = nullptr;  // [chunks]
-  const DecodeCut* cuts = nullptr;     // of tails, of shared pages
+  const BlockStart* starts = nullptr;  // [superblocks]
   const KeyFamily* families[2] = {};   // of tails, of shared pages
   DecodePartials partials[2];          // the same
-  // [items of tails][lanes]: how many of an item's parts are there, back at 0 when all were.
+  // [items of tails][lanes]: how many of an item's parts are there, back at 0 when all were. Null:
+  // decode_merge_kernel follows.
   unsigned* arrivals = nullptr;
-  unsigned* taken = nullptr;  // takes of small chunks, back at 0 when all blocks have ended
-  void* out = nullptr;        // [sequences][out_stride]
+  void* out = nullptr;  // [sequences][out_stride]
   std::int64_t out_stride = 0;
   ScalarType out_type = ScalarType::kHalf;
   int sequences = 0;
@@ -102,8 +91,6 @@ struct DecodeArgs {
   int group = 0;  // query heads of a K/V head
   int lanes = 1;  // a divisor of kv_heads
   float scale_log2 = 0.0F;
-  // Shared families are several tokens of one sequence each: a token sees the keys up to its own.
-  bool causal = false;
   // What prepare() left, the table and all keys but each sequence's newest are older than the kernel before.
   bool overlap = false;
 };
