@@ -7,8 +7,9 @@
 // all where one is smaller, so that no cache of the GPU holds them; divided by the number of calls. prepare()
 // is once a step, not once a layer: it has a row of its own.
 //
-// usage: kv-gpu [--json FILE] [--quick] [--torch FILE] [--only decode|decode-hnd|shared|prefill|copies]
-//               [--lanes N] [--min-tiles N] [--no-overlap] [--many-rows-cost PERCENT] [--ordered-pages]
+// usage: kv-gpu [--json FILE] [--quick] [--torch FILE]
+//               [--only decode|decode-hnd|decode-fp8|shared|prefill|copies] [--lanes N] [--min-tiles N]
+//               [--no-overlap] [--many-rows-cost PERCENT] [--ordered-pages]
 //   --ordered-pages  a sequence's pages lie one after the other, to see what it costs that they do not
 //   --torch FILE  the times that bench/attention_peer.py wrote on this machine, as peers
 #include <algorithm>
@@ -24,6 +25,7 @@
 
 #include <prefillshare/attention/decode.cuh>
 #include <prefillshare/attention/prefill.cuh>
+#include <prefillshare/attention/prefill_split.cuh>
 #include <prefillshare/kv/cuda_copy_engine.cuh>
 
 #include "support/gpu_program.hpp"
@@ -47,15 +49,25 @@ __host__ __device__ inline float value_at(std::uint64_t i, std::uint64_t seed) {
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
   return (static_cast<float>((z ^ (z >> 31)) >> 40) * 0x1p-24F - 0.5F) * 3.4641016F;
 }
-__global__ void fill_kernel(__half* data, std::uint64_t count, std::uint64_t seed) {
+// fp8 numbers are stored as so many times what they stand for.
+constexpr float kFp8Factor = 64.0F;
+
+template <class C>
+__global__ void fill_kernel(C* data, std::uint64_t count, std::uint64_t seed) {
   const std::uint64_t step = static_cast<std::uint64_t>(gridDim.x) * blockDim.x;
   for (std::uint64_t i = static_cast<std::uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
        i += step) {
-    data[i] = __float2half_rn(value_at(i, seed));
+    data[i] = C(sizeof(C) == 1 ? kFp8Factor * value_at(i, seed) : value_at(i, seed));
   }
 }
+template <class C>
 double rounded(std::uint64_t i, std::uint64_t seed) {
-  return static_cast<double>(Half::from_float(value_at(i, seed)).to_float());
+  if constexpr (sizeof(C) == 1) {
+    return static_cast<double>(prefillshare::Fp8E4M3::from_float(kFp8Factor * value_at(i, seed)).to_float() /
+                               kFp8Factor);
+  } else {
+    return static_cast<double>(Half::from_float(value_at(i, seed)).to_float());
+  }
 }
 
 bool ordered_pages = false;
@@ -70,6 +82,7 @@ constexpr Model kModels[] = {{"8b", 32, 8, 128}, {"70b", 64, 8, 128}};
 constexpr int kPageSize = 16;
 
 // A batch of sequences of one length, the first `shared` tokens of all in the same pages; `copies` caches.
+template <class C = __half>
 struct Bench {
   Model model;
   int sequences;
@@ -79,7 +92,7 @@ struct Bench {
   std::int64_t pages;                 // of a cache
   double bytes;                       // K and V of a cache, each page once
   std::vector<std::int32_t> indices;  // [copies][sequences][pages of a sequence]
-  Buffer<__half> cache;
+  Buffer<C> cache;
   Buffer<std::int32_t> indptr_device;
   Buffer<std::int32_t> indices_device;
   Buffer<std::int32_t> last_device;
@@ -94,7 +107,7 @@ struct Bench {
         shared(shared_),
         copies(1),
         pages(shared / kPageSize + std::int64_t{sequences} * (per_sequence() - shared / kPageSize)),
-        bytes(static_cast<double>(pages) * static_cast<double>(page_elements()) * 2.0),
+        bytes(static_cast<double>(pages) * static_cast<double>(page_elements()) * sizeof(C)),
         indices(scatter(least_bytes)),
         cache(static_cast<std::size_t>(copies * pages * page_elements())),
         indptr_device(indptr()),
@@ -135,9 +148,11 @@ struct Bench {
     }
     return out;
   }
-  [[nodiscard]] KvPages<const __half> pages_view() const {
-    return kv_pages<const __half>(cache.data, layout, static_cast<std::int32_t>(copies * pages), kPageSize,
-                                  model.kv_heads, model.head_dim);
+  [[nodiscard]] KvPages<const C> pages_view() const {
+    auto out = kv_pages<const C>(cache.data, layout, static_cast<std::int32_t>(copies * pages), kPageSize,
+                                 model.kv_heads, model.head_dim);
+    out.k_scale = out.v_scale = sizeof(C) == 1 ? 1.0F / kFp8Factor : 1.0F;
+    return out;
   }
   [[nodiscard]] PageTableView table(int copy) const {
     return {indptr_device.data, indices_device.data + copy * sequences * per_sequence(), last_device.data,
@@ -162,14 +177,14 @@ struct Bench {
                                         : std::int64_t{kv_head} * kPageSize + token % kPageSize) *
                   dim +
               d;
-          return rounded(static_cast<std::uint64_t>(at), 1);
+          return rounded<C>(static_cast<std::uint64_t>(at), 1);
         };
         std::vector<double> weight(static_cast<std::size_t>(keys[r]));
         double top = -HUGE_VAL;
         for (int t = 0; t < keys[r]; ++t) {
           double sum = 0.0;
           for (int d = 0; d < dim; ++d) {
-            sum += rounded(static_cast<std::uint64_t>(q_at + d), 2) * element(t, d, false);
+            sum += rounded<__half>(static_cast<std::uint64_t>(q_at + d), 2) * element(t, d, false);
           }
           weight[static_cast<std::size_t>(t)] = sum / std::sqrt(static_cast<double>(dim));
           top = std::max(top, weight[static_cast<std::size_t>(t)]);
@@ -215,7 +230,8 @@ struct Program {
   }
 
   // us of a call and the error of the first.
-  std::pair<double, double> time_decode(const Bench& b, SharedPath path) {
+  template <class C>
+  std::pair<double, double> time_decode(const Bench<C>& b, SharedPath path) {
     const std::int64_t cols = std::int64_t{b.model.heads} * b.model.head_dim;
     const auto elements = static_cast<std::size_t>(b.sequences * cols);
     Buffer<__half> q(elements);
@@ -224,7 +240,7 @@ struct Program {
     check(cudaMemset(out.data, 0xFF, elements * 2), "cudaMemset");
     Buffer<std::int32_t> group_indptr(std::vector<std::int32_t>{0, b.sequences});
     Buffer<std::int32_t> shared_pages(std::vector<std::int32_t>{b.shared / kPageSize});
-    DecodeProblem<__half> p;
+    DecodeProblem<__half, __half, C> p;
     p.kv = b.pages_view();
     p.table = b.table(0);
     p.prefixes = {group_indptr.data, shared_pages.data, b.shared > 0 ? 1 : 0};
@@ -251,15 +267,17 @@ struct Program {
     return {us, error};
   }
 
+  template <class C>
   void decode(KvLayout layout) {
+    const bool few = quick || layout == KvLayout::kHnd || sizeof(C) == 1;
     for (const Model& model : kModels) {
       for (const int tokens : {2048, 8192, 32768}) {
         for (const int sequences : {1, 4, 16, 64}) {
-          if ((quick || layout == KvLayout::kHnd) && (tokens == 8192 || sequences == 16)) continue;
-          const Bench b(model, sequences, tokens, 0, 600e6, layout);
+          if (few && (tokens == 8192 || sequences == 16)) continue;
+          const Bench<C> b(model, sequences, tokens, 0, 600e6, layout);
           const auto [us, error] = time_decode(b, SharedPath::kNever);
           Row row;
-          row.name = layout == KvLayout::kNhd ? "decode" : "decode-hnd";
+          row.name = sizeof(C) == 1 ? "decode-fp8" : layout == KvLayout::kNhd ? "decode" : "decode-hnd";
           row.shape = std::to_string(model.heads) + "/" + std::to_string(model.kv_heads) + "/" +
                       std::to_string(model.head_dim);
           row.config = concat("batch", sequences, "x", tokens);
@@ -288,7 +306,7 @@ struct Program {
     }
     for (const Model& model : kModels) {
       for (const Point point : points) {
-        const Bench b(model, point.sequences, point.prefix + 128, point.prefix, 600e6);
+        const Bench<> b(model, point.sequences, point.prefix + 128, point.prefix, 600e6);
         const auto [us, error] = time_decode(b, SharedPath::kAlways);
         const double plain = time_decode(b, SharedPath::kNever).first;
         Row row;
@@ -313,8 +331,9 @@ struct Program {
       int context;
     };
     for (const Model& model : kModels) {
-      for (const Point point : {Point{2048, 2048}, Point{4096, 4096}, Point{8192, 8192}, Point{512, 8192}}) {
-        const Bench b(model, 1, point.context, 0, 0.0);
+      for (const Point point : {Point{2048, 2048}, Point{4096, 4096}, Point{8192, 8192}, Point{512, 8192},
+                                Point{16, 32768}, Point{64, 8192}, Point{64, 32768}, Point{256, 32768}}) {
+        const Bench<> b(model, 1, point.context, 0, 0.0);
         const std::int64_t cols = std::int64_t{model.heads} * model.head_dim;
         const auto elements = static_cast<std::size_t>(point.tokens * cols);
         Buffer<__half> q(elements);
@@ -329,7 +348,14 @@ struct Program {
         p.q = MatrixView<const __half>(q.data, point.tokens, cols);
         p.out = MatrixView<__half>(out.data, point.tokens, cols);
         p.heads = model.heads;
-        check(run(p, device, stream));
+        const bool splits = splits_keys(p, device);
+        const std::size_t size = split_workspace_bytes(p, device);
+        Buffer<std::byte> workspace(splits ? size : 0);
+        if (splits) check(prepare_split(p, device, workspace.data, size, stream));
+        const auto call = [&] {
+          check(splits ? run_split(p, device, workspace.data, size, stream) : run(p, device, stream));
+        };
+        call();
         check(cudaStreamSynchronize(stream), "prefill");
         std::vector<Half> host(elements);
         check(cudaMemcpy(host.data(), out.data, elements * 2, cudaMemcpyDeviceToHost), "cudaMemcpy");
@@ -344,10 +370,14 @@ struct Program {
                     std::to_string(model.head_dim);
         row.config = concat(point.tokens, "of", point.context);
         row.tokens = point.tokens;
-        row.median_us = time_us(stream, 4, quick ? 3 : 11, [&](int) { check(run(p, device, stream)); });
+        row.median_us = time_us(stream, 4, quick ? 3 : 11, [&](int) { call(); });
         const double pairs = static_cast<double>(point.tokens) * (past + 0.5 * (point.tokens + 1.0));
         row.tflop_per_s = pairs * model.heads * model.head_dim * 4.0 / row.median_us * 1e-6;
-        if (device.arch == 90) {
+        if (splits) {
+          const double whole =
+              time_us(stream, 4, quick ? 3 : 11, [&](int) { check(run(p, device, stream)); });
+          row.peers.push_back({"not-split", whole, whole / row.median_us});
+        } else if (device.arch == 90) {
           p.tuning.kernel = PrefillKernel::kMma;
           const double mma = time_us(stream, 4, quick ? 3 : 11, [&](int) { check(run(p, device, stream)); });
           row.peers.push_back({"mma.sync", mma, mma / row.median_us});
@@ -432,7 +462,7 @@ struct Program {
   }
 
   void time_prepare() {
-    const Bench b(kModels[0], 64, 2048, 0, 0.0);
+    const Bench<> b(kModels[0], 64, 2048, 0, 0.0);
     Buffer<__half> q(64 * 4096);
     DecodeProblem<__half> p;
     p.kv = b.pages_view();
@@ -480,8 +510,9 @@ int program(int argc, char** argv) {
   std::printf("%s\ncopy %.0f GB/s, read %.0f GB/s\n", program.suite.machine.get<std::string>().c_str(),
               program.suite.memory.copy_gb_per_s, program.suite.memory.read_gb_per_s);
   const auto wanted = [&](const char* part) { return only.empty() || only == part; };
-  if (wanted("decode")) program.decode(KvLayout::kNhd);
-  if (wanted("decode-hnd")) program.decode(KvLayout::kHnd);
+  if (wanted("decode")) program.decode<__half>(KvLayout::kNhd);
+  if (wanted("decode-hnd")) program.decode<__half>(KvLayout::kHnd);
+  if (wanted("decode-fp8")) program.decode<__nv_fp8_e4m3>(KvLayout::kNhd);
   if (wanted("decode")) program.time_prepare();
   if (wanted("shared")) program.shared();
   if (wanted("prefill")) program.prefill();

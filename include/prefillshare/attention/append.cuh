@@ -27,11 +27,14 @@ struct DeviceRope {
 /// New tokens of a batch of sequences. The table already counts them: the last token of sequence i is at
 /// position length - 1. Tokens of a sequence are consecutive rows, sequence i's being rows query_indptr[i]
 /// .. query_indptr[i + 1] - 1. Pages must be the sequences' own to write, and are written with K after RoPE.
-template <class T>
+/// C, the cache's type: T, or Fp8E4M3, into which K after RoPE and V, divided by their scales, are rounded
+/// once.
+template <class T, class C = T>
 struct AppendProblem {
   static_assert(detail::kIsCacheType<T>,
                 "prefillshare: AppendProblem T must be __half, __nv_bfloat16, codegemm::Half or BFloat16");
-  KvPages<T> kv;                               ///< one layer's pages, to be written
+  static_assert(detail::kFits<C, T>, "prefillshare: AppendProblem C must be T or Fp8E4M3");
+  KvPages<C> kv;                               ///< one layer's pages, to be written
   PageTableView table;                         ///< the sequences' pages
   const std::int32_t* query_indptr = nullptr;  ///< device, [sequences + 1]; null: one token a sequence
   MatrixView<T> q;                             ///< [T][heads * head_dim], turned in place; null data: no Q
@@ -43,8 +46,8 @@ struct AppendProblem {
 
 /// Everything that run() refuses, with the numbers; looks at no device memory. head_dim: any multiple of 16
 /// up to 256.
-template <class T>
-[[nodiscard]] Status validate(const AppendProblem<T>& p, const Device& device) {
+template <class T, class C>
+[[nodiscard]] Status validate(const AppendProblem<T, C>& p, const Device& device) {
   using detail::error;
   constexpr const char* kCall = "cuda append";
   const std::int64_t tokens = p.k.rows;
@@ -88,8 +91,8 @@ template <class T>
 
 /// Puts the work into the stream. Errors as validate(), and kCudaError; then nothing was launched. Positions
 /// past a table's end take its last angles, which is wrong but stays in bounds (an assertion in debug).
-template <class T>
-[[nodiscard]] Status run(const AppendProblem<T>& p, const Device& device, cudaStream_t stream) {
+template <class T, class C>
+[[nodiscard]] Status run(const AppendProblem<T, C>& p, const Device& device, cudaStream_t stream) {
   if (Status status = validate(p, device); !status.ok()) return status;
   if (p.k.rows == 0) return {};
   AppendArgs args;
@@ -99,8 +102,10 @@ template <class T>
   args.q_stride = p.q.stride;
   args.k_stride = p.k.stride;
   args.v_stride = p.v.stride;
-  args.k_pages = reinterpret_cast<std::uint16_t*>(p.kv.k);
-  args.v_pages = reinterpret_cast<std::uint16_t*>(p.kv.v);
+  args.k_pages = p.kv.k;
+  args.v_pages = p.kv.v;
+  args.k_scale = p.kv.k_scale;
+  args.v_scale = p.kv.v_scale;
   args.page_stride = p.kv.page_stride;
   args.token_stride = p.kv.token_stride;
   args.head_stride = p.kv.head_stride;
@@ -126,7 +131,8 @@ template <class T>
   shape.grid = dim3(static_cast<unsigned>((threads + kAppendThreads - 1) / kAppendThreads));
   shape.threads = kAppendThreads;
   shape.overlap = device.arch >= 90;
-  return codegemm::cuda::launch(append_kernel<detail::ScalarOf<T>::kType>, shape, args, stream);
+  return codegemm::cuda::launch(append_kernel<detail::ScalarOf<T>::kType, detail::kIsFp8<C>>, shape, args,
+                                stream);
 }
 
 }  // namespace prefillshare::cuda

@@ -30,37 +30,41 @@ struct SharedPrefixes {
 
 /// out[i][h] = softmax(scale * q[i][h] . K) V over all keys of sequence i, zeros if there are none. Scores
 /// and sums are fp32; weights are rounded to bf16 only where more than 64 query rows share keys, to fp16 with
-/// fp16 caches. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y: these or float.
-template <class T, class Y = T>
+/// fp16 queries. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y: these or float; C, the cache's
+/// type: T, or Fp8E4M3 with a scale for K and one for V.
+template <class T, class Y = T, class C = T>
 struct DecodeProblem {
   static_assert(detail::kIsCacheType<T>,
                 "prefillshare: DecodeProblem T must be __half, __nv_bfloat16, codegemm::Half or BFloat16");
   static_assert(
       detail::ScalarOf<Y>::kKnown,
       "prefillshare: DecodeProblem Y must be float, __half, __nv_bfloat16, codegemm::Half or BFloat16");
-  KvPages<const T> kv;      ///< one layer's pages
+  static_assert(detail::kFits<C, T>, "prefillshare: DecodeProblem C must be T or Fp8E4M3");
+  KvPages<const C> kv;      ///< one layer's pages
   PageTableView table;      ///< the sequences' pages
   SharedPrefixes prefixes;  ///< what sequences share
   MatrixView<const T> q;    ///< [sequences][heads * head_dim], after RoPE
   MatrixView<Y> out;        ///< the same shape; must not overlap q or the pages
   int heads = 0;            ///< a multiple of kv.kv_heads
   float scale = 0.0F;       ///< of the scores; 0 means 1 / sqrt(head_dim)
-  /// Set where a kernel lies between prepare(), or whatever wrote the table, and run(): the first keys' way
-  /// through the caches then begins while that kernel still runs. It may be the one that writes K and V.
+  /// Set where a kernel lies between prepare(), or whatever wrote the table, and run(): the first keys are
+  /// then read while that kernel still runs. It may be the one that writes q, and K and V of each sequence's
+  /// last token; all tokens before are older than it. It lets this one start when all before it have ended.
   bool overlap = false;
   DecodeTuning tuning = {};  ///< what is chosen by itself unless set here
 };
 
 namespace detail {
 
-template <class T, int HeadDim>
-using TailShape = AttendShape<ScalarOf<T>::kType, HeadDim, 1, 4, 1, 3>;
-template <class T, int HeadDim>
-using FewRowsShape = AttendShape<ScalarOf<T>::kType, HeadDim, 2, 2, 1, 3>;
-template <class T, int HeadDim>
-using SomeRowsShape = AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 1, 3>;
-template <class T, int HeadDim>
-using ManyRowsShape = AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 2, 2>;
+// Half as many bytes of fp8 are a tile, so that more tiles are under way.
+template <class T, class C, int HeadDim>
+using TailShape = AttendShape<ScalarOf<T>::kType, HeadDim, 1, 4, 1, kIsFp8<C> ? 5 : 3, kIsFp8<C>>;
+template <class T, class C, int HeadDim>
+using FewRowsShape = AttendShape<ScalarOf<T>::kType, HeadDim, 2, 2, 1, kIsFp8<C> ? 5 : 3, kIsFp8<C>>;
+template <class T, class C, int HeadDim>
+using SomeRowsShape = AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 1, kIsFp8<C> ? 5 : 3, kIsFp8<C>>;
+template <class T, class C, int HeadDim>
+using ManyRowsShape = AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 2, kIsFp8<C> ? 3 : 2, kIsFp8<C>>;
 
 // Where things lie in the workspace, in bytes from its start.
 struct DecodeLayout {
@@ -69,7 +73,7 @@ struct DecodeLayout {
   std::int64_t tail_parts = 0;
   std::int64_t shared_parts = 0;
   int tail_part_rows = 0;
-  std::size_t quotas = 0;
+  std::size_t arrivals = 0;
   std::size_t starts = 0;
   std::size_t tail_families = 0;
   std::size_t shared_families = 0;
@@ -80,16 +84,19 @@ struct DecodeLayout {
   std::size_t bytes = 0;
 };
 
-template <class T, class Y>
-[[nodiscard]] bool shares(const DecodeProblem<T, Y>& p) {
+template <class T, class Y, class C>
+[[nodiscard]] bool shares(const DecodeProblem<T, Y, C>& p) {
   return p.prefixes.groups > 0 && p.tuning.shared != SharedPath::kNever;
 }
 
 // Two blocks a multiprocessor where the shared memory allows.
-template <class T>
+template <class T, class C>
 [[nodiscard]] int decode_blocks(int head_dim, const Device& device) {
-  const int stage = kTileKeys * (head_dim * 2 + 16) * 2;
-  const int bytes = 3 * stage + 1024;  // a kilobyte is the system's
+  int bytes = 0;
+  static_cast<void>(codegemm::first_match(
+      HeadSizes{}, [&](auto c) { return c.kHeadDim == head_dim; },
+      [&](auto c) { bytes = TailShape<T, C, c.kHeadDim>::kSharedBytes; }));
+  bytes += 1024;  // the system's
   return device.multiprocessors * std::clamp((device.shared_bytes + 1024) / bytes, 1, 2);
 }
 
@@ -102,18 +109,21 @@ template <class T>
   return best;
 }
 
-template <class T, class Y>
-[[nodiscard]] DecodeLayout decode_layout(const DecodeProblem<T, Y>& p, const Device& device) {
+// causal: the problem's sequences are tokens, see DecodeSort.
+template <class T, class Y, class C>
+[[nodiscard]] DecodeLayout decode_layout(const DecodeProblem<T, Y, C>& p, const Device& device,
+                                         bool causal = false) {
   DecodeLayout out;
   const int group = p.heads / p.kv.kv_heads;
   const std::int64_t sequences = p.table.sequences;
-  const int blocks = decode_blocks<T>(p.kv.head_dim, device);
+  const int blocks = decode_blocks<T, C>(p.kv.head_dim, device);
   out.lanes = p.tuning.lanes > 0 ? p.tuning.lanes : decode_lanes(p.kv.kv_heads, blocks);
   out.superblocks = std::max(blocks / out.lanes, 2);  // one of each kind
   out.tail_part_rows = std::min(group, kTailRows);
   const std::int64_t row_tiles = (group + kTailRows - 1) / kTailRows;
   const std::int64_t all_blocks = std::int64_t{out.superblocks} * out.lanes;
-  out.tail_parts = all_blocks + sequences * p.kv.kv_heads * row_tiles;
+  const std::int64_t tail_items = causal ? 0 : sequences * p.kv.kv_heads * row_tiles;
+  if (!causal) out.tail_parts = all_blocks + tail_items;
   if (shares(p)) {
     // Each group may have a tile that is partly filled.
     const std::int64_t tiles =
@@ -128,7 +138,7 @@ template <class T, class Y>
   };
   const std::int64_t groups = shares(p) ? p.prefixes.groups : 0;
   const auto row = static_cast<std::size_t>(p.kv.head_dim) * sizeof(float);
-  place(out.quotas, 2, sizeof(int));
+  place(out.arrivals, tail_items, sizeof(unsigned));
   place(out.starts, out.superblocks, sizeof(BlockStart));
   place(out.tail_families, sequences, sizeof(KeyFamily));
   place(out.shared_families, groups, sizeof(KeyFamily));
@@ -140,19 +150,122 @@ template <class T, class Y>
   return out;
 }
 
-[[nodiscard]] inline DecodeWork tail_work(std::byte* base, const DecodeLayout& at) {
-  return {reinterpret_cast<int*>(base + at.quotas), reinterpret_cast<KeyFamily*>(base + at.tail_families)};
+// What prepare() launches, after its checks.
+template <class T, class Y, class C>
+[[nodiscard]] Status launch_prepare(const DecodeProblem<T, Y, C>& p, const DecodeLayout& at,
+                                    const Device& device, void* workspace, cudaStream_t stream, bool causal) {
+  auto* const base = static_cast<std::byte*>(workspace);
+  DecodePrepareArgs args;
+  args.causal = causal;
+  args.indptr = p.table.indptr;
+  args.last_page_len = p.table.last_page_len;
+  args.starts = reinterpret_cast<BlockStart*>(base + at.starts);
+  args.tails = reinterpret_cast<KeyFamily*>(base + at.tail_families);
+  args.shared = reinterpret_cast<KeyFamily*>(base + at.shared_families);
+  args.arrivals = reinterpret_cast<unsigned*>(base + at.arrivals);
+  args.sequences = p.table.sequences;
+  if (shares(p)) {
+    args.group_indptr = p.prefixes.group_indptr;
+    args.shared_pages = p.prefixes.shared_pages;
+    args.groups = p.prefixes.groups;
+  }
+  args.page_size = p.kv.page_size;
+  args.kv_heads = p.kv.kv_heads;
+  args.group = p.heads / p.kv.kv_heads;
+  args.lanes = at.lanes;
+  args.superblocks = at.superblocks;
+  args.min_tiles = p.tuning.min_tiles;
+  args.many_rows_cost = p.tuning.many_rows_cost;
+  const bool always = causal || p.tuning.shared == SharedPath::kAlways;
+  args.min_shared_sequences = always ? 1 : p.tuning.min_shared_sequences;
+  args.min_shared_tokens = always ? 1 : p.tuning.min_shared_tokens;
+  codegemm::cuda::LaunchShape shape;
+  shape.grid = dim3(1);
+  shape.threads = kPrepareThreads;
+  shape.overlap = device.arch >= 90;
+  return codegemm::cuda::launch(decode_prepare_kernel<0>, shape, args, stream);
 }
-[[nodiscard]] inline DecodeWork shared_work(std::byte* base, const DecodeLayout& at) {
-  return {reinterpret_cast<int*>(base + at.quotas) + 1,
-          reinterpret_cast<KeyFamily*>(base + at.shared_families)};
+
+// What run() launches, after its checks.
+template <DecodeSort Sort, class T, class Y, class C>
+[[nodiscard]] Status launch_decode(const DecodeProblem<T, Y, C>& p, const DecodeLayout& at,
+                                   const Device& device, void* workspace, cudaStream_t stream) {
+  auto* const base = static_cast<std::byte*>(workspace);
+  DecodeArgs args;
+  args.kv = source_of(p.kv);
+  args.q = reinterpret_cast<const std::uint16_t*>(p.q.data);
+  args.q_stride = p.q.stride;
+  args.indices = p.table.indices;
+  args.out = p.out.data;
+  args.out_stride = p.out.stride;
+  args.out_type = ScalarOf<Y>::kType;
+  args.sequences = p.table.sequences;
+  args.kv_heads = p.kv.kv_heads;
+  args.group = p.heads / p.kv.kv_heads;
+  args.scale_log2 = scale_log2_of(p.scale, p.kv);
+  args.lanes = at.lanes;
+  args.overlap = p.overlap && device.arch >= 90;
+  args.starts = reinterpret_cast<const BlockStart*>(base + at.starts);
+  args.families[0] = reinterpret_cast<const KeyFamily*>(base + at.tail_families);
+  args.families[1] = reinterpret_cast<const KeyFamily*>(base + at.shared_families);
+  args.partials[0] = {reinterpret_cast<float*>(base + at.tail_out),
+                      reinterpret_cast<float2*>(base + at.tail_top), at.tail_part_rows};
+  args.partials[1] = {reinterpret_cast<float*>(base + at.shared_out),
+                      reinterpret_cast<float2*>(base + at.shared_top), kManyRows};
+  // One block adds up quickly what some ten others have of an item; more parts are left to a kernel's many
+  // blocks.
+  constexpr std::int64_t kMostParts = 10;
+  const std::int64_t items = std::int64_t{p.table.sequences} * p.kv.kv_heads;
+  const bool in_last_block = items * kMostParts >= std::int64_t{at.superblocks} * at.lanes;
+  if (in_last_block) args.arrivals = reinterpret_cast<unsigned*>(base + at.arrivals);
+  DecodeMergeArgs merge;
+  merge.shared_only = in_last_block;
+  merge.tails = args.families[0];
+  merge.shared = args.families[1];
+  merge.tail_partials = args.partials[0];
+  merge.shared_partials = args.partials[1];
+  merge.out = args.out;
+  merge.out_stride = args.out_stride;
+  merge.out_type = args.out_type;
+  merge.sequences = args.sequences;
+  merge.kv_heads = args.kv_heads;
+  merge.group = args.group;
+  merge.lanes = at.lanes;
+
+  Status status;
+  codegemm::cuda::LaunchShape shape;
+  shape.overlap = device.arch >= 90;
+  shape.grid = dim3(static_cast<unsigned>(at.superblocks * at.lanes));
+  static_cast<void>(codegemm::first_match(
+      HeadSizes{}, [&](auto c) { return c.kHeadDim == p.kv.head_dim; },
+      [&](auto c) {
+        using Tail = TailShape<T, C, c.kHeadDim>;
+        using Few = FewRowsShape<T, C, c.kHeadDim>;
+        using Some = SomeRowsShape<T, C, c.kHeadDim>;
+        using Many = ManyRowsShape<T, C, c.kHeadDim>;
+        shape.threads = Tail::kThreads;
+        shape.shared_bytes = Tail::kSharedBytes;
+        const auto attend = decode_kernel<Tail, Few, Some, Many, Sort>;
+        static_cast<void>(status = codegemm::cuda::launch(attend, shape, args, stream));
+        if (!status.ok() || (Sort == DecodeSort::kAlone && merge.shared_only)) return;
+        // Few rows: each has many parts, and the warps to share them.
+        const std::int64_t rows = std::int64_t{p.table.sequences} * p.heads;
+        const bool few = rows < std::int64_t{16} * device.multiprocessors;
+        const std::int64_t block_rows = few ? 1 : kMergeThreads / 32;
+        shape.grid = dim3(static_cast<unsigned>((rows + block_rows - 1) / block_rows));
+        shape.threads = kMergeThreads;
+        shape.shared_bytes = 0;
+        const auto kernel = few ? decode_merge_kernel<c.kHeadDim, 4> : decode_merge_kernel<c.kHeadDim, 1>;
+        static_cast<void>(status = codegemm::cuda::launch(kernel, shape, merge, stream));
+      }));
+  return status;
 }
 
 }  // namespace detail
 
 /// Everything that prepare() and run() refuse but the workspace, with the numbers; looks at no device memory.
-template <class T, class Y>
-[[nodiscard]] Status validate(const DecodeProblem<T, Y>& p, const Device& device) {
+template <class T, class Y, class C>
+[[nodiscard]] Status validate(const DecodeProblem<T, Y, C>& p, const Device& device) {
   using detail::error;
   constexpr const char* kCall = "cuda decode";
   if (Status s = detail::check_device(kCall, device); !s.ok()) return s;
@@ -189,8 +302,8 @@ template <class T, class Y>
 
 /// Bytes of workspace for a problem that validate() takes, aligned to 256. Depends on the numbers of
 /// sequences and groups, heads and head_dim, not on lengths; need not be cleared. Two streams need two.
-template <class T, class Y>
-[[nodiscard]] std::size_t workspace_bytes(const DecodeProblem<T, Y>& p, const Device& device) {
+template <class T, class Y, class C>
+[[nodiscard]] std::size_t workspace_bytes(const DecodeProblem<T, Y, C>& p, const Device& device) {
   return p.table.sequences == 0 ? 0 : detail::decode_layout(p, device).bytes;
 }
 
@@ -198,115 +311,29 @@ template <class T, class Y>
 /// evenly to the blocks of run(). Once for all layers of a step, into the workspace that run() then gets. May
 /// be captured together with run(): a replay reads table and prefixes anew. Errors as validate(), and
 /// kWorkspaceTooSmall, kNullPointer, kMisaligned, kCudaError; then nothing was launched.
-template <class T, class Y>
-[[nodiscard]] Status prepare(const DecodeProblem<T, Y>& p, const Device& device, void* workspace,
+template <class T, class Y, class C>
+[[nodiscard]] Status prepare(const DecodeProblem<T, Y, C>& p, const Device& device, void* workspace,
                              std::size_t size, cudaStream_t stream) {
   if (Status status = validate(p, device); !status.ok()) return status;
   if (p.table.sequences == 0) return {};
   const detail::DecodeLayout at = detail::decode_layout(p, device);
   if (Status s = detail::check_workspace("cuda decode", workspace, size, at.bytes); !s.ok()) return s;
-  auto* const base = static_cast<std::byte*>(workspace);
-  DecodePrepareArgs args;
-  args.indptr = p.table.indptr;
-  args.last_page_len = p.table.last_page_len;
-  args.starts = reinterpret_cast<BlockStart*>(base + at.starts);
-  args.tails = detail::tail_work(base, at);
-  args.shared = detail::shared_work(base, at);
-  args.sequences = p.table.sequences;
-  if (detail::shares(p)) {
-    args.group_indptr = p.prefixes.group_indptr;
-    args.shared_pages = p.prefixes.shared_pages;
-    args.groups = p.prefixes.groups;
-  }
-  args.page_size = p.kv.page_size;
-  args.kv_heads = p.kv.kv_heads;
-  args.group = p.heads / p.kv.kv_heads;
-  args.lanes = at.lanes;
-  args.superblocks = at.superblocks;
-  args.min_tiles = p.tuning.min_tiles;
-  args.many_rows_cost = p.tuning.many_rows_cost;
-  const bool always = p.tuning.shared == SharedPath::kAlways;
-  args.min_shared_sequences = always ? 1 : p.tuning.min_shared_sequences;
-  args.min_shared_tokens = always ? 1 : p.tuning.min_shared_tokens;
-  codegemm::cuda::LaunchShape shape;
-  shape.grid = dim3(1);
-  shape.threads = kPrepareThreads;
-  shape.overlap = device.arch >= 90;
-  return codegemm::cuda::launch(decode_prepare_kernel<0>, shape, args, stream);
+  return detail::launch_prepare(p, at, device, workspace, stream, false);
 }
 
 /// Puts the attention of one layer into the stream, after prepare() with the same table, prefixes, tuning and
 /// sizes. Same bits on every run on the same card. Errors as prepare(); kCudaError: perhaps part was
 /// launched.
-template <class T, class Y>
-[[nodiscard]] Status run(const DecodeProblem<T, Y>& p, const Device& device, void* workspace,
+template <class T, class Y, class C>
+[[nodiscard]] Status run(const DecodeProblem<T, Y, C>& p, const Device& device, void* workspace,
                          std::size_t size, cudaStream_t stream) {
   if (Status status = validate(p, device); !status.ok()) return status;
   if (p.table.sequences == 0) return {};
   const detail::DecodeLayout at = detail::decode_layout(p, device);
   if (Status s = detail::check_workspace("cuda decode", workspace, size, at.bytes); !s.ok()) return s;
-  auto* const base = static_cast<std::byte*>(workspace);
-  DecodeArgs args;
-  args.kv = detail::source_of(p.kv);
-  args.q = reinterpret_cast<const std::uint16_t*>(p.q.data);
-  args.q_stride = p.q.stride;
-  args.indices = p.table.indices;
-  args.out = p.out.data;
-  args.out_stride = p.out.stride;
-  args.out_type = detail::ScalarOf<Y>::kType;
-  args.kv_heads = p.kv.kv_heads;
-  args.group = p.heads / p.kv.kv_heads;
-  args.scale_log2 = detail::scale_log2_of(p.scale, p.kv.head_dim);
-  args.lanes = at.lanes;
-  args.overlap = p.overlap && device.arch >= 90;
-  args.starts = reinterpret_cast<const BlockStart*>(base + at.starts);
-  DecodeMergeArgs merge;
-  merge.tails = detail::tail_work(base, at);
-  merge.shared = detail::shared_work(base, at);
-  merge.tail_partials = {reinterpret_cast<float*>(base + at.tail_out),
-                         reinterpret_cast<float2*>(base + at.tail_top), at.tail_part_rows};
-  merge.shared_partials = {reinterpret_cast<float*>(base + at.shared_out),
-                           reinterpret_cast<float2*>(base + at.shared_top), kManyRows};
-  merge.out = args.out;
-  merge.out_stride = args.out_stride;
-  merge.out_type = args.out_type;
-  merge.sequences = p.table.sequences;
-  merge.kv_heads = args.kv_heads;
-  merge.group = args.group;
-  merge.lanes = at.lanes;
-  args.families[0] = merge.tails.families;
-  args.families[1] = merge.shared.families;
-  args.partials[0] = merge.tail_partials;
-  args.partials[1] = merge.shared_partials;
-
-  Status status;
-  codegemm::cuda::LaunchShape shape;
-  shape.overlap = device.arch >= 90;
-  shape.grid = dim3(static_cast<unsigned>(at.superblocks * at.lanes));
-  static_cast<void>(codegemm::first_match(
-      HeadSizes{}, [&](auto c) { return c.kHeadDim == p.kv.head_dim; },
-      [&](auto c) {
-        using Tail = detail::TailShape<T, c.kHeadDim>;
-        using Few = detail::FewRowsShape<T, c.kHeadDim>;
-        using Some = detail::SomeRowsShape<T, c.kHeadDim>;
-        using Many = detail::ManyRowsShape<T, c.kHeadDim>;
-        shape.threads = Tail::kThreads;
-        shape.shared_bytes = Tail::kSharedBytes;
-        const auto attend = detail::shares(p) ? decode_kernel<Tail, Few, Some, Many, true>
-                                              : decode_kernel<Tail, Few, Some, Many, false>;
-        static_cast<void>(status = codegemm::cuda::launch(attend, shape, args, stream));
-        if (!status.ok()) return;
-        // Few rows: each has many parts, and the warps to share them.
-        const std::int64_t rows = std::int64_t{p.table.sequences} * p.heads;
-        const bool few = rows < std::int64_t{16} * device.multiprocessors;
-        const std::int64_t block_rows = few ? 1 : kMergeThreads / 32;
-        shape.grid = dim3(static_cast<unsigned>((rows + block_rows - 1) / block_rows));
-        shape.threads = kMergeThreads;
-        shape.shared_bytes = 0;
-        const auto kernel = few ? decode_merge_kernel<c.kHeadDim, 4> : decode_merge_kernel<c.kHeadDim, 1>;
-        static_cast<void>(status = codegemm::cuda::launch(kernel, shape, merge, stream));
-      }));
-  return status;
+  const auto launch = detail::shares(p) ? detail::launch_decode<DecodeSort::kShared, T, Y, C>
+                                        : detail::launch_decode<DecodeSort::kAlone, T, Y, C>;
+  return launch(p, at, device, workspace, stream);
 }
 
 }  // namespace prefillshare::cuda

@@ -20,15 +20,17 @@ namespace prefillshare::cuda {
 /// out[t][h] = softmax(scale * q[t][h] . K[0 .. p]) V[0 .. p], p being the position of token t. Sequence i's
 /// tokens are rows query_indptr[i] .. query_indptr[i + 1] - 1; the last of them is at position length - 1, so
 /// its K/V and those of all before it are in the pages. Scores and sums are fp32; the weights are rounded to
-/// T. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y: these or float.
-template <class T, class Y = T>
+/// T. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y: these or float; C, the cache's type: T, or
+/// Fp8E4M3 with a scale for K and one for V, which mma.sync alone takes.
+template <class T, class Y = T, class C = T>
 struct PrefillProblem {
   static_assert(detail::kIsCacheType<T>,
                 "prefillshare: PrefillProblem T must be __half, __nv_bfloat16, codegemm::Half or BFloat16");
   static_assert(
       detail::ScalarOf<Y>::kKnown,
       "prefillshare: PrefillProblem Y must be float, __half, __nv_bfloat16, codegemm::Half or BFloat16");
-  KvPages<const T> kv;                         ///< one layer's pages
+  static_assert(detail::kFits<C, T>, "prefillshare: PrefillProblem C must be T or Fp8E4M3");
+  KvPages<const C> kv;                         ///< one layer's pages
   PageTableView table;                         ///< the sequences' pages
   const std::int32_t* query_indptr = nullptr;  ///< device, [sequences + 1]
   MatrixView<const T> q;                       ///< [T][heads * head_dim], after RoPE
@@ -39,6 +41,15 @@ struct PrefillProblem {
 };
 
 namespace detail {
+
+inline constexpr std::int64_t kPrefillRows = 128;  // that a block takes at a time
+
+// Tiles of query rows at most: a sequence's last one may be partly filled.
+template <class T, class Y, class C>
+[[nodiscard]] std::int64_t row_tiles(const PrefillProblem<T, Y, C>& p) {
+  return (p.q.rows * (p.heads / p.kv.kv_heads) + kPrefillRows - 1) / kPrefillRows +
+         std::min<std::int64_t>(p.table.sequences, p.q.rows) - 1;
+}
 
 // A block an item or a multiprocessor, whichever are fewer: a block takes several items one after the other.
 template <class T, int HeadDim>
@@ -55,10 +66,10 @@ template <class T, int HeadDim>
 }
 
 // A block an item.
-template <class T, int HeadDim>
+template <class T, class C, int HeadDim>
 [[nodiscard]] Status launch_prefill_mma(const PrefillArgs& args, std::int64_t tiles, const Device& device,
                                         cudaStream_t stream) {
-  using Shape = AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 2, 2>;
+  using Shape = AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 2, 2, kIsFp8<C>>;
   constexpr std::int64_t kMaxGrid = 65535;
   if (tiles > kMaxGrid) {
     return error(StatusCode::kUnsupported, "cuda prefill: ", tiles, " tiles of ", Shape::kRows,
@@ -75,8 +86,8 @@ template <class T, int HeadDim>
 }  // namespace detail
 
 /// Everything that run() refuses, with the numbers; looks at no device memory. No tokens is success.
-template <class T, class Y>
-[[nodiscard]] Status validate(const PrefillProblem<T, Y>& p, const Device& device) {
+template <class T, class Y, class C>
+[[nodiscard]] Status validate(const PrefillProblem<T, Y, C>& p, const Device& device) {
   using detail::error;
   constexpr const char* kCall = "cuda prefill";
   if (Status s = detail::check_device(kCall, device); !s.ok()) return s;
@@ -93,6 +104,9 @@ template <class T, class Y>
   if (p.tuning.kernel == PrefillKernel::kWgmma && device.arch != 90) {
     return error(StatusCode::kUnsupported, kCall, ": wgmma on compute capability ", device.arch / 10, ".",
                  device.arch % 10, ", expected 9.0");
+  }
+  if (p.tuning.kernel == PrefillKernel::kWgmma && detail::kIsFp8<C>) {
+    return error(StatusCode::kUnsupported, kCall, ": wgmma over a cache of fp8, expected kAuto or kMma");
   }
   if (p.tuning.kernel == PrefillKernel::kWgmma && !device.wgmma) {
     return error(StatusCode::kUnsupported, kCall,
@@ -112,8 +126,8 @@ template <class T, class Y>
 /// Puts the work into the stream; needs no workspace. May be captured: a replay reads table, query_indptr and
 /// lengths anew, for up to as many tokens (q.rows) in all. Same bits on every run. Errors as validate(), and
 /// kCudaError; then nothing was launched.
-template <class T, class Y>
-[[nodiscard]] Status run(const PrefillProblem<T, Y>& p, const Device& device, cudaStream_t stream) {
+template <class T, class Y, class C>
+[[nodiscard]] Status run(const PrefillProblem<T, Y, C>& p, const Device& device, cudaStream_t stream) {
   if (Status status = validate(p, device); !status.ok()) return status;
   if (p.q.rows == 0) return {};
   PrefillArgs args;
@@ -130,20 +144,22 @@ template <class T, class Y>
   args.sequences = p.table.sequences;
   args.kv_heads = p.kv.kv_heads;
   args.group = p.heads / p.kv.kv_heads;
-  args.scale_log2 = detail::scale_log2_of(p.scale, p.kv.head_dim);
-  // Both kernels take 128 rows at a time; a sequence's last tile may be partly filled.
-  constexpr std::int64_t kRows = 128;
-  const std::int64_t tiles =
-      (p.q.rows * args.group + kRows - 1) / kRows + std::min<std::int64_t>(args.sequences, p.q.rows) - 1;
+  args.scale_log2 = detail::scale_log2_of(p.scale, p.kv);
+  const std::int64_t tiles = detail::row_tiles(p);
   const bool wgmma = p.tuning.kernel == PrefillKernel::kWgmma ||
                      (p.tuning.kernel == PrefillKernel::kAuto && device.arch == 90 && device.wgmma);
   Status status;
   static_cast<void>(codegemm::first_match(
       HeadSizes{}, [&](auto c) { return c.kHeadDim == p.kv.head_dim; },
       [&](auto c) {
-        const auto launch =
-            wgmma ? detail::launch_prefill_wgmma<T, c.kHeadDim> : detail::launch_prefill_mma<T, c.kHeadDim>;
-        static_cast<void>(status = launch(args, tiles, device, stream));
+        if constexpr (!detail::kIsFp8<C>) {
+          if (wgmma) {
+            static_cast<void>(status =
+                                  detail::launch_prefill_wgmma<T, c.kHeadDim>(args, tiles, device, stream));
+            return;
+          }
+        }
+        static_cast<void>(status = detail::launch_prefill_mma<T, C, c.kHeadDim>(args, tiles, device, stream));
       }));
   return status;
 }

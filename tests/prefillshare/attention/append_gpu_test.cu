@@ -14,7 +14,7 @@ using codegemm::test::seed_or;
 
 enum class Angles { kTable, kFrequencies, kNone };
 
-template <class T>
+template <class T, class C = T>
 void check(const BatchShape& shape, const RopeConfig& rope, Angles angles, const std::vector<int>& lengths,
            const std::vector<int>& chunks, bool with_q) {
   const auto device = gpu_or_skip();
@@ -22,7 +22,7 @@ void check(const BatchShape& shape, const RopeConfig& rope, Angles angles, const
   CAPTURE(seed, shape.page_size, shape.head_dim, static_cast<int>(rope.layout), static_cast<int>(angles),
           lengths, chunks, with_q);
   Rng rng(seed);
-  PagedBatch<T> batch(shape, lengths, {}, rng);
+  PagedBatch<C> batch(shape, lengths, {}, rng);
   std::vector<std::int32_t> query_indptr{0};
   std::vector<QueryAt> rows;  // keys: position + 1
   for (std::size_t i = 0; i < chunks.size(); ++i) {
@@ -46,14 +46,14 @@ void check(const BatchShape& shape, const RopeConfig& rope, Angles angles, const
   DeviceBuffer<float> cos(std::vector<float>(table->cos(0), table->cos(0) + angle_count));
   DeviceBuffer<float> sin(std::vector<float>(table->sin(0), table->sin(0) + angle_count));
   DeviceBuffer<float> frequencies_device(frequencies);
-  DeviceBuffer<T> cache(batch.values);
+  DeviceBuffer<C> cache(batch.values);
   DeviceTable pages(batch);
   DeviceBuffer<std::int32_t> query_indptr_device(query_indptr);
   DeviceBuffer<T> q_device(q);
   DeviceBuffer<T> k_device(k);
   DeviceBuffer<T> v_device(v);
 
-  cuda::AppendProblem<T> p;
+  cuda::AppendProblem<T, C> p;
   p.kv = batch.view(cache.data());
   p.table = pages.view();
   p.query_indptr = one_each ? nullptr : query_indptr_device.data();
@@ -82,14 +82,32 @@ void check(const BatchShape& shape, const RopeConfig& rope, Angles angles, const
     return out;
   };
   double off = 0.0;
+  bool same_bits = true;
   const auto compare = [&](T got, float want, bool exact) {
     const double bound =
         exact ? 1e-30 : 1.01 * codegemm::test::rounding_of<T>() * std::abs(static_cast<double>(want)) + 2e-5;
     const double d = std::abs(static_cast<double>(got.to_float()) - static_cast<double>(want)) / bound;
     off = d <= off ? off : (d > off ? d : HUGE_VAL);
   };
-  std::vector<T> expected = batch.values;  // with the new tokens: everything else must stay
-  const std::vector<T> got = cache.download();
+  // What a page holds of a number: the same, or fp8. An angle's last place may move it to the next fp8.
+  const auto compare_stored = [&](C got, float want, float scale, bool exact) {
+    if constexpr (std::is_same_v<C, T>) {
+      compare(got, want, exact);
+    } else {
+      if (exact) {
+        same_bits = same_bits && got == C::from_float(want / scale);
+        return;
+      }
+      const double stored = static_cast<double>(want) / static_cast<double>(scale);
+      const double size = std::max(std::abs(stored), 0x1p-6);
+      const double bound =
+          1.01 * 0x1p-4 * std::exp2(std::floor(std::log2(size))) + 2e-5 / static_cast<double>(scale);
+      const double d = std::abs(static_cast<double>(got.to_float()) - stored) / bound;
+      off = d <= off ? off : (d > off ? d : HUGE_VAL);
+    }
+  };
+  std::vector<C> expected = batch.values;  // with the new tokens: everything else must stay
+  const std::vector<C> got = cache.download();
   const std::vector<T> got_q = q_device.download();
   for (std::size_t r = 0; r < rows.size(); ++r) {
     const int position = rows[r].keys - 1;
@@ -101,8 +119,9 @@ void check(const BatchShape& shape, const RopeConfig& rope, Angles angles, const
         const std::size_t v_at =
             batch.offset(rows[r].sequence, position, h, true) + static_cast<std::size_t>(d);
         const auto column = static_cast<std::size_t>(h * shape.head_dim + d);
-        compare(got[k_at], k_row[column], angles == Angles::kNone);
-        compare(got[v_at], v[r * static_cast<std::size_t>(cols + 16) + column].to_float(), true);
+        compare_stored(got[k_at], k_row[column], batch.k_scale, angles == Angles::kNone);
+        compare_stored(got[v_at], v[r * static_cast<std::size_t>(cols + 16) + column].to_float(),
+                       batch.v_scale, true);
         expected[k_at] = got[k_at];
         expected[v_at] = got[v_at];
       }
@@ -120,7 +139,8 @@ void check(const BatchShape& shape, const RopeConfig& rope, Angles angles, const
     CHECK(std::equal(q_row + q_cols, q_row + q_cols + 8, got_row + q_cols));
   }
   CHECK(off <= 1.0);
-  CHECK(std::memcmp(expected.data(), got.data(), got.size() * sizeof(T)) == 0);
+  CHECK(same_bits);
+  CHECK(std::memcmp(expected.data(), got.data(), got.size() * sizeof(C)) == 0);
 }
 
 RopeConfig plain(int head_dim, RopeLayout layout) {
@@ -150,6 +170,7 @@ TEST_CASE("cuda append: page sizes, head sizes, layouts, ways of having angles")
           const BatchShape shape{page_size, layout, 2, 4, head_dim};
           check<Half>(shape, llama3, angles, {1, 64, 65, 300}, {1, 64, 2, 0}, true);
           check<BFloat16>(shape, llama3, angles, {1, 64, 65, 5000}, {1, 1, 1, 1}, false);
+          check<BFloat16, Fp8E4M3>(shape, llama3, angles, {1, 64, 65, 300}, {1, 64, 2, 0}, true);
         }
       }
       check<Half>({page_size, cuda::KvLayout::kNhd, 1, 4, head_dim},

@@ -33,19 +33,19 @@ std::vector<std::int32_t> shared_pages_of(const std::vector<SharedGroup>& groups
 }
 
 // Everything of one batch on the device; run() gives what the call wrote.
-template <class T, class Y>
+template <class T, class Y, class C = T>
 struct Fixture {
-  PagedBatch<T> batch;
+  PagedBatch<C> batch;
   std::int64_t cols;
   std::int64_t stride;
   std::vector<T> queries;
-  DeviceBuffer<T> cache;
+  DeviceBuffer<C> cache;
   DeviceTable table;
   DeviceBuffer<std::int32_t> group_indptr;
   DeviceBuffer<std::int32_t> shared_pages;
   DeviceBuffer<T> q;
   DeviceBuffer<Y> out;
-  cuda::DecodeProblem<T, Y> problem;
+  cuda::DecodeProblem<T, Y, C> problem;
   codegemm::cuda::Device device;
   DeviceBuffer<std::byte> workspace;
 
@@ -65,8 +65,8 @@ struct Fixture {
         workspace(cuda::workspace_bytes(problem, device)) {
     workspace.poison();
   }
-  cuda::DecodeProblem<T, Y> make(const Case& c) {
-    cuda::DecodeProblem<T, Y> p;
+  cuda::DecodeProblem<T, Y, C> make(const Case& c) {
+    cuda::DecodeProblem<T, Y, C> p;
     p.kv = batch.view(cache.data());
     p.table = table.view();
     p.prefixes = {group_indptr.data(), shared_pages.data(), static_cast<int>(c.groups.size())};
@@ -101,13 +101,13 @@ struct Fixture {
   }
 };
 
-template <class T, class Y>
+template <class T, class Y, class C = T>
 void check(const Case& c, std::uint64_t seed) {
   const auto device = gpu_or_skip();
   CAPTURE(seed, c.shape.page_size, c.shape.kv_heads, c.shape.group, c.shape.head_dim);
   CAPTURE(static_cast<int>(c.shape.layout), c.lengths, static_cast<int>(c.path), sizeof(Y));
   Rng rng(seed);
-  Fixture<T, Y> f(c, device, rng);
+  Fixture<T, Y, C> f(c, device, rng);
   const std::vector<Y> got = f.run();
   // Weights are rounded to bf16 where many query rows share keys.
   const bool rounded = std::is_same_v<T, BFloat16> && !c.groups.empty();
@@ -185,6 +185,27 @@ TEST_CASE("cuda decode: shared prefixes") {
     check<Half, Half>(
         {{16, cuda::KvLayout::kNhd, 2, 6, 128}, mixed, {{0, 3, 66}, {3, 8, 68}, {11, 39, 20}}, path}, seed);
   }
+}
+
+TEST_CASE("cuda decode: a cache of fp8 with scales") {
+  const std::uint64_t seed = seed_or(7);
+  for (const int page_size : {1, 5, 16, 64}) {
+    for (const int head_dim : {64, 96, 128}) {
+      const auto layout = page_size == 16 ? cuda::KvLayout::kNhd : cuda::KvLayout::kHnd;
+      check<BFloat16, float, Fp8E4M3>({{page_size, layout, 2, 4, head_dim},
+                                       {1, page_size, page_size + 1, 0, 63, 64, 65, 321, 700},
+                                       kNoGroups},
+                                      seed);
+      // Groups of few, some and many query rows.
+      std::vector<int> mixed(40, 400);
+      std::fill(mixed.begin() + 11, mixed.end(), 333);
+      const int pages = 320 / page_size;
+      check<BFloat16, float, Fp8E4M3>(
+          {{page_size, layout, 2, 6, head_dim}, mixed, {{0, 3, pages}, {3, 8, pages}, {11, 29, pages}}},
+          seed);
+    }
+  }
+  check<BFloat16, float, Fp8E4M3>({{16, cuda::KvLayout::kNhd, 8, 8, 128}, {3000, 17, 5003}, kNoGroups}, seed);
 }
 
 TEST_CASE("cuda decode: a graph follows lengths, pages and groups that change") {

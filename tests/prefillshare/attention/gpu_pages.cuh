@@ -12,6 +12,7 @@
 #include <vector>
 
 #include <prefillshare/attention/cuda/kv_pages.hpp>
+#include <prefillshare/kv/element.hpp>
 
 #include "../../codegemm/cuda/gpu.cuh"
 
@@ -25,6 +26,8 @@ using codegemm::StatusCode;
 using codegemm::test::as_float;
 using codegemm::test::DeviceBuffer;
 using codegemm::test::Rng;
+
+inline float as_float(Fp8E4M3 value) { return value.to_float(); }
 
 /// Consecutive sequences of a batch that share their first pages.
 struct SharedGroup {
@@ -52,6 +55,8 @@ struct PagedBatch {
   std::vector<std::int32_t> last_page_len;
   int pages = 0;
   std::vector<T> values;  // the cache
+  float k_scale = std::is_same_v<T, Fp8E4M3> ? 0.017F : 1.0F;
+  float v_scale = std::is_same_v<T, Fp8E4M3> ? 0.3F : 1.0F;
 
   PagedBatch(BatchShape shape_, std::vector<int> lengths_, const std::vector<SharedGroup>& groups, Rng& rng)
       : shape(shape_), lengths(std::move(lengths_)) {
@@ -84,16 +89,17 @@ struct PagedBatch {
     }
     const cuda::KvPages<T> at = view(nullptr);
     T nan;
-    nan.bits = 0xFFFF;
+    nan.bits = static_cast<decltype(nan.bits)>(0xFFFF);
     values.assign(static_cast<std::size_t>(at.page_stride * pages), nan);
     for (std::size_t i = 0; i < lengths.size(); ++i) {
       for (int t = 0; t < lengths[i]; ++t) {
         for (int h = 0; h < shape.kv_heads; ++h) {
           for (int d = 0; d < shape.head_dim; ++d) {
             T& k = values[offset(i, t, h, false) + static_cast<std::size_t>(d)];
-            if (k.bits != 0xFFFF) continue;  // shared, and there already
-            k = T::from_float(rng.normal());
-            values[offset(i, t, h, true) + static_cast<std::size_t>(d)] = T::from_float(rng.normal());
+            if (k.bits != nan.bits) continue;  // shared, and there already
+            k = T::from_float(rng.normal() / k_scale);
+            values[offset(i, t, h, true) + static_cast<std::size_t>(d)] =
+                T::from_float(rng.normal() / v_scale);
           }
         }
       }
@@ -101,7 +107,10 @@ struct PagedBatch {
   }
 
   [[nodiscard]] cuda::KvPages<T> view(T* data) const {
-    return cuda::kv_pages(data, shape.layout, pages, shape.page_size, shape.kv_heads, shape.head_dim);
+    auto out = cuda::kv_pages(data, shape.layout, pages, shape.page_size, shape.kv_heads, shape.head_dim);
+    out.k_scale = k_scale;
+    out.v_scale = v_scale;
+    return out;
   }
   [[nodiscard]] std::size_t offset(std::size_t sequence, int token, int head, bool v) const {
     const cuda::KvPages<T> at = view(nullptr);
@@ -141,8 +150,8 @@ struct QueryAt {
   int keys;  // that it sees
 };
 
-template <class T>
-[[nodiscard]] AttentionReference reference_attention(const PagedBatch<T>& batch, const std::vector<T>& q,
+template <class C, class T>
+[[nodiscard]] AttentionReference reference_attention(const PagedBatch<C>& batch, const std::vector<T>& q,
                                                      std::int64_t stride, const std::vector<QueryAt>& rows) {
   const BatchShape& s = batch.shape;
   const auto dim = static_cast<std::size_t>(s.head_dim);
@@ -158,22 +167,23 @@ template <class T>
       std::vector<double> weight(static_cast<std::size_t>(rows[r].keys));
       double top = -HUGE_VAL;
       for (std::size_t t = 0; t < weight.size(); ++t) {
-        const T* const k =
+        const C* const k =
             batch.values.data() + batch.offset(rows[r].sequence, static_cast<int>(t), kv_head, false);
         double sum = 0.0;
         for (std::size_t d = 0; d < dim; ++d) {
           sum += static_cast<double>(as_float(query[d])) * static_cast<double>(as_float(k[d]));
         }
-        weight[t] = sum * scale;
+        weight[t] = sum * scale * static_cast<double>(batch.k_scale);
         top = std::max(top, weight[t]);
       }
       double all = 0.0;
       for (double& w : weight) all += w = std::exp(w - top);
       for (std::size_t t = 0; t < weight.size(); ++t) {
-        const T* const v =
+        const C* const v =
             batch.values.data() + batch.offset(rows[r].sequence, static_cast<int>(t), kv_head, true);
         for (std::size_t d = 0; d < dim; ++d) {
-          const double term = weight[t] / all * static_cast<double>(as_float(v[d]));
+          const double term =
+              weight[t] / all * static_cast<double>(as_float(v[d])) * static_cast<double>(batch.v_scale);
           want.out[(r * heads + h) * dim + d] += term;
           want.size[(r * heads + h) * dim + d] += std::abs(term);
         }

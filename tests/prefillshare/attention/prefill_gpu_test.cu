@@ -3,6 +3,7 @@
 // tests/prefillshare/attention/prefill_gpu_test.cu - causal attention of chunks over pages, against sums in
 // double.
 #include <prefillshare/attention/prefill.cuh>
+#include <prefillshare/attention/prefill_split.cuh>
 
 #include <cstring>
 
@@ -15,14 +16,16 @@ using codegemm::test::gpu_or_skip;
 using codegemm::test::random_vector;
 using codegemm::test::seed_or;
 
+enum class Keys { kWhole, kSplit };
+
 // chunks[i]: new tokens of sequence i, the last of its lengths[i].
-template <class T, class Y>
+template <class T, class Y, class C = T, Keys kKeys = Keys::kWhole>
 void check(const BatchShape& shape, const std::vector<int>& lengths, const std::vector<int>& chunks,
            std::uint64_t seed, float query_size = 1.0F) {
   const auto device = gpu_or_skip();
   CAPTURE(seed, shape.page_size, shape.kv_heads, shape.group, shape.head_dim, lengths, chunks, sizeof(Y));
   Rng rng(seed);
-  PagedBatch<T> batch(shape, lengths, {}, rng);
+  PagedBatch<C> batch(shape, lengths, {}, rng);
   std::vector<std::int32_t> query_indptr{0};
   std::vector<QueryAt> rows;
   for (std::size_t i = 0; i < chunks.size(); ++i) {
@@ -33,11 +36,11 @@ void check(const BatchShape& shape, const std::vector<int>& lengths, const std::
   const std::int64_t stride = cols + 16;
   std::vector<T> queries = random_vector<T>(rows.size() * static_cast<std::size_t>(stride), rng);
   for (T& value : queries) value = T::from_float(query_size * as_float(value));
-  DeviceBuffer<T> cache(batch.values);
+  DeviceBuffer<C> cache(batch.values);
   DeviceTable table(batch);
   DeviceBuffer<std::int32_t> query_indptr_device(query_indptr);
   DeviceBuffer<T> q(queries);
-  cuda::PrefillProblem<T, Y> p;
+  cuda::PrefillProblem<T, Y, C> p;
   p.kv = batch.view(cache.data());
   p.table = table.view();
   p.query_indptr = query_indptr_device.data();
@@ -45,8 +48,13 @@ void check(const BatchShape& shape, const std::vector<int>& lengths, const std::
   p.heads = shape.heads();
   const AttentionReference want = reference_attention(batch, queries, stride, rows);
   const double tolerance = std::is_same_v<T, Half> ? kTolerance : kTolerancePrefillBFloat16;
+  DeviceBuffer<std::byte> workspace(kKeys == Keys::kSplit ? cuda::split_workspace_bytes(p, device) : 0);
+  workspace.poison();
   for (const auto kernel : {cuda::PrefillKernel::kMma, cuda::PrefillKernel::kWgmma}) {
-    if (kernel == cuda::PrefillKernel::kWgmma && device.arch != 90) continue;
+    if (kernel == cuda::PrefillKernel::kWgmma &&
+        (device.arch != 90 || sizeof(C) == 1 || kKeys == Keys::kSplit)) {
+      continue;
+    }
     CAPTURE(static_cast<int>(kernel));
     p.tuning.kernel = kernel;
     std::vector<Y> first;
@@ -54,10 +62,18 @@ void check(const BatchShape& shape, const std::vector<int>& lengths, const std::
       DeviceBuffer<Y> out(queries.size());
       out.poison();
       p.out = MatrixView<Y>(out.data(), static_cast<std::int64_t>(rows.size()), cols, stride);
-      const Status status = cuda::run(p, device, nullptr);
-      codegemm::test::require_ok(status);
+      if constexpr (kKeys == Keys::kSplit) {
+        const Status prepared = cuda::prepare_split(p, device, workspace.data(), workspace.size(), nullptr);
+        codegemm::test::require_ok(prepared);
+        const Status status = cuda::run_split(p, device, workspace.data(), workspace.size(), nullptr);
+        codegemm::test::require_ok(status);
+      } else {
+        const Status status = cuda::run(p, device, nullptr);
+        codegemm::test::require_ok(status);
+      }
       REQUIRE_CUDA(cudaDeviceSynchronize());
       REQUIRE(out.guards_intact());
+      REQUIRE(workspace.guards_intact());
       const std::vector<Y> got = out.download();
       if (time == 0) {
         CHECK(furthest(want, got, cols, stride, tolerance) <= 1.0);
@@ -109,6 +125,27 @@ TEST_CASE("cuda prefill: lengths and chunks about the edges of tiles") {
   check<Half, float>({16, cuda::KvLayout::kNhd, 3, 4, 128}, lengths, chunks, seed_or(5));
   check<Half, Half>({64, cuda::KvLayout::kHnd, 2, 5, 96}, lengths, chunks, seed_or(6));
   check<BFloat16, float>({1, cuda::KvLayout::kNhd, 1, 8, 64}, lengths, chunks, seed_or(7));
+}
+
+TEST_CASE("cuda prefill: few tokens over long contexts, keys split over all multiprocessors") {
+  const auto split = [](const BatchShape& shape, const std::vector<int>& lengths,
+                        const std::vector<int>& chunks, std::uint64_t seed) {
+    check<BFloat16, float, BFloat16, Keys::kSplit>(shape, lengths, chunks, seed);
+  };
+  // Of few, some and many query rows a sequence, one without any, one without keys before its own.
+  split({16, cuda::KvLayout::kNhd, 8, 4, 128}, {4000, 900, 0, 333, 40}, {5, 16, 0, 80, 40}, seed_or(12));
+  split({5, cuda::KvLayout::kHnd, 2, 3, 64}, {700, 65, 64, 1}, {1, 64, 2, 1}, seed_or(13));
+  split({64, cuda::KvLayout::kNhd, 1, 8, 96}, {1300}, {33}, seed_or(14));
+  split({1, cuda::KvLayout::kNhd, 2, 1, 128}, {513, 129}, {129, 129}, seed_or(15));
+}
+
+TEST_CASE("cuda prefill: a cache of fp8 with scales") {
+  const std::vector<int> lengths{127, 129, 64, 257, 0, 640};
+  const std::vector<int> chunks{127, 1, 63, 129, 0, 33};
+  for (const int head_dim : {64, 96, 128}) {
+    check<Half, float, Fp8E4M3>({16, cuda::KvLayout::kNhd, 2, 4, head_dim}, lengths, chunks, seed_or(10));
+    check<Half, float, Fp8E4M3>({5, cuda::KvLayout::kHnd, 1, 3, head_dim}, lengths, chunks, seed_or(11));
+  }
 }
 
 TEST_CASE("cuda prefill: more items than multiprocessors, large scores") {

@@ -252,6 +252,45 @@ TEST_CASE("cuda decode: every wrong operand has its own status") {
   expect(p, StatusCode::kInvalidArgument, "3 lanes for 2");
 }
 
+// By validate() alone: run() would compile the kernels once more.
+TEST_CASE("cuda attention: a cache of fp8 has strides of 16 elements and positive scales") {
+  cuda::DecodeProblem<Half, Half, Fp8E4M3> good;
+  good.kv = cuda::kv_pages(address<const Fp8E4M3>(65536), cuda::KvLayout::kNhd, 100, 16, 2, 128);
+  good.kv.k_scale = 0.5F;
+  good.table = good_decode().table;
+  good.q = good_decode().q;
+  good.out = good_decode().out;
+  good.heads = good_decode().heads;
+  CHECK(cuda::validate(good, kHopper).ok());
+  const auto refused = [](const auto& p, StatusCode code, const char* text) {
+    const Status status = cuda::validate(p, kHopper);
+    CAPTURE(status.message(), text);
+    CHECK(status.code() == code);
+    CHECK(status.message().find(text) != std::string::npos);
+  };
+  auto p = good;
+  p.kv.page_stride += 8;
+  refused(p, StatusCode::kMisaligned, "positive multiple of 16 elements");
+  for (const float scale : {0.0F, -1.0F, INFINITY, NAN}) {
+    p = good;
+    p.kv.k_scale = scale;
+    refused(p, StatusCode::kInvalidArgument, "scales");
+    p = good;
+    p.kv.v_scale = scale;
+    refused(p, StatusCode::kInvalidArgument, "of V, expected positive numbers");
+  }
+  cuda::PrefillProblem<BFloat16, float, Fp8E4M3> prefill;
+  prefill.kv = good.kv;
+  prefill.table = good.table;
+  prefill.query_indptr = good_prefill().query_indptr;
+  prefill.q = good_prefill().q;
+  prefill.out = good_prefill().out;
+  prefill.heads = 8;
+  CHECK(cuda::validate(prefill, kHopper).ok());
+  prefill.tuning.kernel = cuda::PrefillKernel::kWgmma;
+  refused(prefill, StatusCode::kUnsupported, "wgmma over a cache of fp8");
+}
+
 TEST_CASE("cuda decode: the workspace is checked, and grows with sharing alone") {
   const Decode p = good_decode();
   const std::size_t size = cuda::workspace_bytes(p, kHopper);

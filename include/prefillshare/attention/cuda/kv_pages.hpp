@@ -17,7 +17,8 @@ enum class KvLayout {
 
 /// The K/V cache of one layer. Element d of token slot t and head h in page p is
 /// k[p * page_stride + t * token_stride + h * head_stride + d]; v the same. k and v lie at multiples of 16
-/// bytes, strides are multiples of 8 elements. Owns nothing.
+/// bytes, strides are multiples of 16 bytes. T is prefillshare::Fp8E4M3 (or __nv_fp8_e4m3) for a cache of
+/// fp8, whose numbers are what they stand for divided by a scale, as in prefillshare::KvPages. Owns nothing.
 template <class T>
 struct KvPages {
   T* k = nullptr;                 ///< device memory
@@ -29,10 +30,13 @@ struct KvPages {
   int page_size = 0;              ///< tokens, 1 to kMaxPageSize
   int kv_heads = 0;               ///< heads of K and of V
   int head_dim = 0;               ///< elements of a head
+  float k_scale = 1.0F;           ///< fp8 alone: a K is its stored number times this
+  float v_scale = 1.0F;           ///< the same for V
 
   /// A view to read from, out of one to write to.
   operator KvPages<const T>() const {  // NOLINT(google-explicit-constructor): as T* becomes const T*
-    return {k, v, page_stride, token_stride, head_stride, pages, page_size, kv_heads, head_dim};
+    return {k,         v,        page_stride, token_stride, head_stride, pages,
+            page_size, kv_heads, head_dim,    k_scale,      v_scale};
   }
 };
 

@@ -11,6 +11,8 @@
 #include <numbers>
 #include <type_traits>
 
+#include <cuda_fp8.h>
+
 #include <codegemm/base/config_list.hpp>
 #include <codegemm/base/matrix_view.hpp>
 #include <codegemm/base/status.hpp>
@@ -19,6 +21,7 @@
 #include <codegemm/cuda/problem.cuh>
 #include <prefillshare/attention/cuda/block/page_loader.cuh>
 #include <prefillshare/attention/cuda/kv_pages.hpp>
+#include <prefillshare/kv/element.hpp>
 
 namespace prefillshare::cuda {
 
@@ -50,6 +53,14 @@ template <class T>
 inline constexpr bool kIsCacheType =
     ScalarOf<std::remove_const_t<T>>::kKnown && !std::is_same_v<std::remove_const_t<T>, float>;
 
+// A cache of e4m3 with scales.
+template <class C>
+inline constexpr bool kIsFp8 =
+    std::is_same_v<std::remove_const_t<C>, Fp8E4M3> || std::is_same_v<std::remove_const_t<C>, __nv_fp8_e4m3>;
+// A cache that queries of type T may be multiplied with.
+template <class C, class T>
+inline constexpr bool kFits = kIsFp8<C> || std::is_same_v<std::remove_const_t<C>, std::remove_const_t<T>>;
+
 [[nodiscard]] inline Status check_device(const char* call, const Device& device) {
   if (device.arch >= 80) return {};
   return error(StatusCode::kUnsupported, call, ": compute capability ", device.arch / 10, ".",
@@ -67,9 +78,10 @@ template <class T>
     return error(StatusCode::kInvalidArgument, call, ": ", kv.pages, " pages of ", kv.kv_heads, " K/V heads");
   }
   const auto check_stride = [&](const char* name, std::int64_t stride) -> Status {
-    if (stride > 0 && stride % 8 == 0) return {};
+    constexpr auto kStep = static_cast<std::int64_t>(16 / sizeof(T));
+    if (stride > 0 && stride % kStep == 0) return {};
     return error(StatusCode::kMisaligned, call, ": ", name, " = ", stride,
-                 ", expected a positive multiple of 8 elements");
+                 ", expected a positive multiple of ", kStep, " elements");
   };
   if (Status s = check_stride("page_stride", kv.page_stride); !s.ok()) return s;
   if (Status s = check_stride("token_stride", kv.token_stride); !s.ok()) return s;
@@ -77,6 +89,11 @@ template <class T>
   if (kv.token_stride < kv.head_dim || kv.head_stride < kv.head_dim) {
     return error(StatusCode::kInvalidArgument, call, ": token_stride ", kv.token_stride, " or head_stride ",
                  kv.head_stride, " is less than head_dim ", kv.head_dim);
+  }
+  const auto is_scale = [](float scale) { return std::isfinite(scale) && scale > 0.0F; };
+  if (kIsFp8<T> && (!is_scale(kv.k_scale) || !is_scale(kv.v_scale))) {
+    return error(StatusCode::kInvalidArgument, call, ": scales ", kv.k_scale, " of K and ", kv.v_scale,
+                 " of V, expected positive numbers");
   }
   if (!used) return {};
   if (kv.k == nullptr || kv.v == nullptr) {
@@ -142,10 +159,12 @@ template <class T>
                ", expected a positive number, or 0 for 1 / sqrt(head_dim)");
 }
 
-// What exponents of base 2 are multiplied by.
-[[nodiscard]] inline float scale_log2_of(float scale, int head_dim) {
-  const double plain = scale != 0.0F ? static_cast<double>(scale) : 1.0 / std::sqrt(head_dim);
-  return static_cast<float>(plain * std::numbers::log2e);
+// What exponents of base 2, of queries times stored keys, are multiplied by.
+template <class C>
+[[nodiscard]] float scale_log2_of(float scale, const KvPages<C>& kv) {
+  const double plain = scale != 0.0F ? static_cast<double>(scale) : 1.0 / std::sqrt(kv.head_dim);
+  return static_cast<float>(plain * std::numbers::log2e *
+                            (kIsFp8<C> ? static_cast<double>(kv.k_scale) : 1.0));
 }
 
 [[nodiscard]] inline Status check_workspace(const char* call, const void* workspace, std::size_t size,
@@ -167,9 +186,11 @@ template <class T>
   KvSource out;
   out.k = reinterpret_cast<const std::uint16_t*>(kv.k);
   out.v = reinterpret_cast<const std::uint16_t*>(kv.v);
-  out.page_stride = kv.page_stride;
-  out.token_stride = kv.token_stride;
-  out.head_stride = kv.head_stride;
+  constexpr int kOfUnit = 2 / static_cast<int>(sizeof(T));  // elements of two bytes
+  out.page_stride = kv.page_stride / kOfUnit;
+  out.token_stride = kv.token_stride / kOfUnit;
+  out.head_stride = kv.head_stride / kOfUnit;
+  if constexpr (kIsFp8<T>) out.v_scale = kv.v_scale;
   out.page_magic = magic_of(kv.page_size);
   out.page_size = kv.page_size;
   out.pages = kv.pages;

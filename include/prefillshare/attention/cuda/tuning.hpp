@@ -27,7 +27,7 @@ struct DecodeTuning {
   SharedPath shared = SharedPath::kAuto;           ///< which way
   int min_shared_sequences = kMinSharedSequences;  ///< for kAuto
   int min_shared_tokens = kMinSharedTokens;        ///< for kAuto
-  int min_tiles = 1;  ///< tiles of 64 keys that a block gets at least, 1 to 1024: fewer parts to merge
+  int min_tiles = 2;  ///< tiles of 64 keys that a block gets at least, 1 to 1024: fewer parts to merge
   /// Time of a shared tile with more than 64 query rows, in percent of other tiles', 100 to 1000.
   int many_rows_cost = 130;
   int lanes = 0;  ///< K/V heads read side by side, a divisor of all of them; 0: chosen

@@ -7,20 +7,11 @@
 
 #include <cstdint>
 
+#include <codegemm/cuda/block/intrinsics.cuh>
+#include <prefillshare/attention/cuda/block/attend_products.cuh>
 #include <prefillshare/attention/cuda/block/page_loader.cuh>
 
 namespace prefillshare::cuda {
-
-/// Query rows of one K/V head: row r is head first_head + r % group of token first_token + r / group.
-struct QueryRows {
-  const std::uint16_t* q = nullptr;  ///< [tokens][stride]
-  std::int64_t stride = 0;           ///< elements from a token to the next
-  std::int64_t first_token = 0;      ///< of these rows
-  int first_head = 0;                ///< of these rows
-  int group = 1;                     ///< query heads of a K/V head
-  int first_row = 0;                 ///< of this block
-  int rows = 0;                      ///< rows from here on do not exist
-};
 
 /// What a warp knows of its rows after some keys, in mma's fragments: of row tile i, this lane has the rows
 /// lane / 4 and lane / 4 + 8. `sum` is of this lane's keys alone until finish().
@@ -46,8 +37,18 @@ struct AttendState {
       }
     }
   }
-  /// After the last ones: `sum` is of all lanes' keys.
-  __device__ __forceinline__ void finish() {
+  /// After the last ones: `sum` is of all lanes' keys, and stored values become V.
+  __device__ __forceinline__ void finish(float v_scale) {
+    if constexpr (Shape::kFp8) {
+#pragma unroll
+      for (int r = 0; r < Shape::kRowTiles; ++r) {
+#pragma unroll
+        for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) out[r][n][e] *= v_scale;
+        }
+      }
+    }
 #pragma unroll
     for (int r = 0; r < Shape::kRowTiles; ++r) {
 #pragma unroll
@@ -56,6 +57,20 @@ struct AttendState {
         sum[r][h] += __shfl_xor_sync(0xFFFFFFFFU, sum[r][h], 2);
       }
     }
+  }
+  /// Two neighbouring columns, the first being column_of(n), of row lane / 4 + 8 h of tile r; n from 0 to
+  /// kHeadDim / 8 - 1 are all that this lane has.
+  [[nodiscard]] __device__ __forceinline__ float2 pair(int r, int n, int h) const {
+    if constexpr (Shape::kFp8) {
+      return make_float2(out[r][n / 2 * 2][2 * h + n % 2], out[r][n / 2 * 2 + 1][2 * h + n % 2]);
+    } else {
+      return make_float2(out[r][n][2 * h], out[r][n][2 * h + 1]);
+    }
+  }
+  /// See pair(). Of fp8 values, tiles 2 i and 2 i + 1 have the even and the odd ones of 16 columns.
+  [[nodiscard]] static __device__ __forceinline__ int column_of(int n) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    return Shape::kFp8 ? n / 2 * 16 + lane % 4 * 4 + n % 2 * 2 : n * 8 + lane % 4 * 2;
   }
 };
 
@@ -66,109 +81,45 @@ struct KeyRange {
   int whole = 0;  ///< keys that all rows see
 };
 
-namespace detail {
-
-// The first row of this warp, in the block.
-template <class Shape>
-[[nodiscard]] __device__ __forceinline__ int warp_row() {
-  return static_cast<int>(threadIdx.x) / 32 / Shape::kWarpsN * Shape::kWarpRows;
-}
-
-[[nodiscard]] __device__ __forceinline__ const std::uint16_t* query_row(const QueryRows& rows, int row,
-                                                                        int head_dim) {
-  const int token = row / rows.group;
-  return rows.q + (rows.first_token + token) * rows.stride +
-         static_cast<std::int64_t>(rows.first_head + row - token * rows.group) * head_dim;
-}
-
-// The warp's rows of Q as fragments of A, or all rows of the block into shared memory.
-template <class Shape>
-struct Queries {
-  static constexpr int kSteps = Shape::kHeadDim / 16;
-  unsigned fragment[Shape::kQueriesInShared ? 1 : kSteps][4];
-  unsigned shared;
-
-  // In shared memory they are complete at the block's next barrier.
-  __device__ __forceinline__ void load(const QueryRows& rows, unsigned shared_memory) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    if constexpr (Shape::kQueriesInShared) {
-      constexpr int kChunks = Shape::kHeadDim / 8;
-      const unsigned base = shared_memory + Shape::kQueriesAt;
-      for (int i = static_cast<int>(threadIdx.x); i < Shape::kRows * kChunks; i += Shape::kThreads) {
-        const int row = rows.first_row + i / kChunks;
-        const bool there = row < rows.rows;
-        copy_or_zero(base + static_cast<unsigned>(i / kChunks * Shape::kRowBytes + i % kChunks * 16),
-                     query_row(rows, there ? row : 0, Shape::kHeadDim) + i % kChunks * 8, there);
-      }
-      shared =
-          base + static_cast<unsigned>((warp_row<Shape>() + lane % 16) * Shape::kRowBytes + lane / 16 * 16);
-    } else {
-      const int row = rows.first_row + warp_row<Shape>() + lane / 4;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const bool there = row + 8 * h < rows.rows;
-        const std::uint16_t* const from =
-            query_row(rows, there ? row + 8 * h : 0, Shape::kHeadDim) + lane % 4 * 2;
-#pragma unroll
-        for (int k = 0; k < kSteps; ++k) {
-          fragment[k][h] = there ? *reinterpret_cast<const unsigned*>(from + k * 16) : 0U;
-          fragment[k][h + 2] = there ? *reinterpret_cast<const unsigned*>(from + k * 16 + 8) : 0U;
-        }
-      }
-    }
-  }
-  __device__ __forceinline__ void get(int k, unsigned (&out)[Shape::kRowTiles][4]) const {
-    if constexpr (Shape::kQueriesInShared) {
-#pragma unroll
-      for (int r = 0; r < Shape::kRowTiles; ++r) {
-        load_matrices(out[r], shared + static_cast<unsigned>(r * 16 * Shape::kRowBytes + k * 32));
-      }
-    } else {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) out[0][e] = fragment[k][e];
-    }
-  }
+/// Before a block's first queries and last key there may be a kernel to wait for. This is for those that have
+/// waited already.
+struct NothingToAwait {
+  static constexpr bool kMayWait = false;  ///< nothing is compiled for it
+};
+/// Keys are copied while the kernel before still runs, but for the newest, which it may be writing; then the
+/// block waits for it, and lets the next kernel start.
+struct AwaitNewest {
+  static constexpr bool kMayWait = true;  ///< if `waits`
+  bool waits = false;                     ///< else the block has waited
+  int newest = 0;                         ///< key
 };
 
+namespace detail {
+
 // The warp's keys of the tile in `stage`, which start at first_key.
-template <class Shape>
+template <class Shape, class Limit>
 __device__ __forceinline__ void attend_tile(AttendState<Shape>& state, const Queries<Shape>& queries,
-                                            unsigned stage, int first_key, int whole,
-                                            const int (&limit)[Shape::kRowTiles][2], float scale_log2) {
+                                            unsigned stage, int first_key, int whole, const Limit& limit,
+                                            float scale_log2) {
   constexpr int kTiles = Shape::kWarpKeys / 8;  // column tiles of the scores
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int key_at = static_cast<int>(threadIdx.x) / 32 % Shape::kWarpsN * Shape::kWarpKeys;
-  const unsigned k_at = stage + static_cast<unsigned>((key_at + lane % 8 + lane / 16 * 8) * Shape::kRowBytes +
-                                                      lane / 8 % 2 * 16);
   const unsigned v_at =
       stage +
       static_cast<unsigned>(Shape::kTileBytes + (key_at + lane % 16) * Shape::kRowBytes + lane / 16 * 16);
 
   float score[Shape::kRowTiles][kTiles][4] = {};
-#pragma unroll
-  for (int k = 0; k < Shape::kHeadDim / 16; ++k) {
-    unsigned a[Shape::kRowTiles][4];
-    queries.get(k, a);
-#pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-      unsigned b[4];
-      load_matrices(b, k_at + static_cast<unsigned>(n * 8 * Shape::kRowBytes + k * 32));
-#pragma unroll
-      for (int r = 0; r < Shape::kRowTiles; ++r) {
-        mma<Shape::kType>(score[r][n], a[r], b[0], b[1]);
-        mma<Shape::kType>(score[r][n + 1], a[r], b[2], b[3]);
-      }
-    }
-  }
+  multiply_keys(score, queries, stage, key_at);
   if (first_key + kTileKeys > whole) {
 #pragma unroll
     for (int r = 0; r < Shape::kRowTiles; ++r) {
+      const int limits[2] = {limit(r, 0), limit(r, 1)};
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int key = first_key + key_at + n * 8 + lane % 4 * 2 + e % 2;
-          if (key >= limit[r][e / 2]) score[r][n][e] = -INFINITY;
+          if (key >= limits[e / 2]) score[r][n][e] = -INFINITY;
         }
       }
     }
@@ -234,32 +185,20 @@ __device__ __forceinline__ void attend_tile(AttendState<Shape>& state, const Que
         }
       }
     }
-#pragma unroll
-    for (int d = 0; d < Shape::kHeadDim / 8; d += 2) {
-      unsigned b[4];
-      load_matrices_transposed(b, v_at + static_cast<unsigned>(n * 8 * Shape::kRowBytes + d * 16));
-#pragma unroll
-      for (int r = 0; r < Shape::kRowTiles; ++r) {
-        mma<Shape::kType>(state.out[r][d], a[r], b[0], b[1]);
-        mma<Shape::kType>(state.out[r][d + 1], a[r], b[2], b[3]);
-        if constexpr (Shape::kExactWeights) {
-          mma<Shape::kType>(state.out[r][d], rest[r], b[0], b[1]);
-          mma<Shape::kType>(state.out[r][d + 1], rest[r], b[2], b[3]);
-        }
-      }
-    }
+    multiply_values<Shape>(state.out, a, rest, v_at + static_cast<unsigned>(n * 8 * Shape::kRowBytes));
   }
 }
 
 }  // namespace detail
 
 /// All threads of a block call it; shared memory (Shape::kSharedBytes) is free again after the block's next
-/// barrier. limit: of this lane's rows, see AttendState. Rows that see no key keep sum 0.
-template <class Shape>
+/// barrier. limit(r, h): of row lane / 4 + 8 h of this lane's row tile r, see KeyRange; called seldom. Rows
+/// that see no key keep sum 0.
+template <class Shape, class Limit, class Await = NothingToAwait>
 __device__ __forceinline__ void attend(AttendState<Shape>& state, unsigned shared, const KvSource& kv,
                                        const std::int32_t* pages, int kv_head, const QueryRows& rows,
-                                       const KeyRange& keys, const int (&limit)[Shape::kRowTiles][2],
-                                       float scale_log2) {
+                                       const KeyRange& keys, const Limit& limit, float scale_log2,
+                                       const Await& await = {}) {
   // A warp that multiplies the keys that it loaded itself waits for nobody.
   const auto meet = [] {
     if constexpr (Shape::kWarpsN == Shape::kWarps && !Shape::kQueriesInShared) {
@@ -273,13 +212,37 @@ __device__ __forceinline__ void attend(AttendState<Shape>& state, unsigned share
   detail::Queries<Shape> queries;
   state.clear();
   detail::PageLoader<Shape> loader;
+  static_assert(!(Shape::kQueriesInShared && Await::kMayWait),
+                "prefillshare: attend() waits only where queries go to registers");
   if constexpr (Shape::kQueriesInShared) queries.load(rows, shared);
   loader.look_up(kv, pages, keys.begin, keys.end);
+  int missing = -1;
+  if constexpr (Await::kMayWait) missing = await.waits ? await.newest : -1;
 #pragma unroll
   for (int s = 0; s < Shape::kStages - 1; ++s) {
-    loader.copy(kv, kv_head, shared + static_cast<unsigned>(s) * kStageBytes);
+    loader.template copy<Await::kMayWait>(kv, kv_head, shared + static_cast<unsigned>(s) * kStageBytes,
+                                          missing);
     detail::end_copy_group();
     loader.look_up(kv, pages, keys.begin + (s + 1) * kTileKeys, keys.end);
+  }
+  if constexpr (Await::kMayWait) {
+    if (await.waits) {
+      const int tile = (await.newest - keys.begin) / kTileKeys;
+      const bool is_here = await.newest >= keys.begin && await.newest < keys.end && tile < Shape::kStages - 1;
+      const int slot = detail::page_of(kv, await.newest);
+      const int page = is_here ? __ldg(pages + slot) : 0;
+      codegemm::cuda::detail::wait_for_previous_kernel();
+      codegemm::cuda::detail::allow_next_kernel();
+      if (is_here) {
+        const std::int64_t from = page * kv.page_stride +
+                                  (await.newest - slot * kv.page_size) * kv.token_stride +
+                                  kv_head * kv.head_stride;
+        detail::PageLoader<Shape>::copy_row(kv, from, (await.newest - keys.begin) % kTileKeys,
+                                            shared + static_cast<unsigned>(tile) * kStageBytes);
+        detail::end_copy_group();
+        detail::wait_for_copies<0>();
+      }
+    }
   }
   if constexpr (!Shape::kQueriesInShared) queries.load(rows, shared);
   unsigned stage = 0;
@@ -296,7 +259,7 @@ __device__ __forceinline__ void attend(AttendState<Shape>& state, unsigned share
     stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
   }
   detail::wait_for_copies<0>();
-  state.finish();
+  state.finish(kv.v_scale);
 }
 
 }  // namespace prefillshare::cuda

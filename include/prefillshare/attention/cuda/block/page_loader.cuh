@@ -16,11 +16,13 @@ inline constexpr int kTileKeys = 64;
 
 /// How a block of threads shares out a tile: kWarpsM warps along the query rows, kWarpsN along the keys, and
 /// kRowTiles times 16 query rows a warp. Shared memory holds kStages tiles of K and V, each row padded by 16
-/// bytes, so that the eight rows of a matrix that ldmatrix reads lie in different banks.
-template <ScalarType Type, int HeadDim, int WarpsM, int WarpsN, int RowTiles, int Stages>
+/// bytes, so that the eight rows of a matrix that ldmatrix reads lie in different banks. Fp8: K and V are
+/// e4m3 and become Type, exactly, between shared memory and the products.
+template <ScalarType Type, int HeadDim, int WarpsM, int WarpsN, int RowTiles, int Stages, bool Fp8 = false>
 struct AttendShape {
   static_assert(HeadDim % 16 == 0, "prefillshare: AttendShape HeadDim must be a multiple of 16");
-  static constexpr ScalarType kType = Type;               ///< of the cache
+  static constexpr ScalarType kType = Type;               ///< of the queries and of the products
+  static constexpr bool kFp8 = Fp8;                       ///< the cache is e4m3, else of kType
   static constexpr int kHeadDim = HeadDim;                ///< elements of a head
   static constexpr int kWarpsM = WarpsM;                  ///< warps beside each other along the query rows
   static constexpr int kWarpsN = WarpsN;                  ///< warps beside each other along the keys
@@ -35,16 +37,18 @@ struct AttendShape {
   static constexpr bool kQueriesInShared = RowTiles > 1;  ///< else in registers
   /// Decoding waits for memory, so that there is time to multiply by what bf16 leaves of a weight, too.
   static constexpr bool kExactWeights = Type == ScalarType::kBFloat16 && RowTiles == 1;
-  /// Of a row in shared memory: padded, so that rows lie in different banks.
-  static constexpr int kRowBytes = HeadDim * 2 + 16;
+  static constexpr int kRowChunks = HeadDim * (Fp8 ? 1 : 2) / 16;  ///< of 16 bytes, of a row of K or V
+  /// Of a row of K or V in shared memory: padded, so that rows lie in different banks.
+  static constexpr int kRowBytes = kRowChunks * 16 + 16;
+  static constexpr int kQueryRowBytes = HeadDim * 2 + 16;      ///< the same of Q
   static constexpr int kTileBytes = kTileKeys * kRowBytes;     ///< of K or of V
   static constexpr int kQueriesAt = kStages * 2 * kTileBytes;  ///< bytes, from the beginning of shared memory
   /// Of a block.
-  static constexpr int kSharedBytes = kQueriesAt + (kQueriesInShared ? kRows * kRowBytes : 0);
+  static constexpr int kSharedBytes = kQueriesAt + (kQueriesInShared ? kRows * kQueryRowBytes : 0);
   static_assert(kSlice % 8 == 0 && kSlice <= 32, "prefillshare: AttendShape needs 2, 4 or 8 warps");
 };
 
-/// Where one K/V head's rows lie. Strides in elements of 2 bytes.
+/// Where one K/V head's rows lie. Strides in units of 2 bytes: of one element, or two of fp8.
 struct KvSource {
   const std::uint16_t* k = nullptr;  ///< K, as bits
   const std::uint16_t* v = nullptr;  ///< V, as bits
@@ -54,6 +58,7 @@ struct KvSource {
   unsigned page_magic = 0;           ///< see page_of()
   int page_size = 0;                 ///< tokens
   int pages = 0;                     ///< in the pool
+  float v_scale = 1.0F;              ///< of fp8: what a stored V is multiplied by
 };
 
 /// ceil(2^32 / size): key * magic / 2^32 is key / size for every key below 2^26 and size from 2 to 64.
@@ -77,6 +82,9 @@ struct PageLoader {
   int slot = 0;   // the key's page in the sequence
   int page = -1;  // and in memory; -1: past the end
 
+  static constexpr std::int64_t kZeros = -1;
+  static constexpr std::int64_t kNothing = -2;
+
   // Of the tile at tile_key. pages: of the sequence, key 0 lies in the first. Keys from `end` on become
   // zeros.
   __device__ __forceinline__ void look_up(const KvSource& kv, const std::int32_t* pages, int tile_key,
@@ -88,21 +96,25 @@ struct PageLoader {
     page = key < end ? __ldg(pages + slot) : -1;
   }
 
-  // Of the tile looked up last, into the stage at byte address `stage` of shared memory.
-  __device__ __forceinline__ void copy(const KvSource& kv, int head, unsigned stage) const {
-    constexpr int kChunks = Shape::kHeadDim / 8;  // of 16 bytes in a row
+  // Of the tile looked up last, into the stage at byte address `stage` of shared memory. Where kLeavesOut,
+  // key `missing` is not copied: nothing is written where it belongs.
+  template <bool kLeavesOut = false>
+  __device__ __forceinline__ void copy(const KvSource& kv, int head, unsigned stage, int missing = -1) const {
+    constexpr int kChunks = Shape::kRowChunks;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int warp = static_cast<int>(threadIdx.x) / 32;
     CODEGEMM_ASSERT(page < kv.pages);
-    const std::int64_t mine =
-        page < 0
-            ? -1
-            : page * kv.page_stride + (key - slot * kv.page_size) * kv.token_stride + head * kv.head_stride;
+    std::int64_t mine = kZeros;
+    if (page >= 0) {
+      mine = page * kv.page_stride + (key - slot * kv.page_size) * kv.token_stride + head * kv.head_stride;
+    }
+    if (kLeavesOut && key == missing) mine = kNothing;
 #pragma unroll
     for (int i = 0; i < Shape::kSlice * kChunks / 32; ++i) {
       const int row = (i * 32 + lane) / kChunks;
       const int column = (i * 32 + lane) % kChunks;
       const std::int64_t from = __shfl_sync(0xFFFFFFFFU, mine, row);
+      if (kLeavesOut && from == kNothing) continue;
       const bool there = from >= 0;
       const std::int64_t at = (there ? from : 0) + column * 8;
       const unsigned to =
@@ -110,6 +122,16 @@ struct PageLoader {
       copy_or_zero(to, kv.k + at, there);
       copy_or_zero(to + static_cast<unsigned>(Shape::kTileBytes), kv.v + at, there);
     }
+  }
+  // Row `row` of the tile in `stage`: the element at `from` of K and V. The warp that copies this row's tile.
+  __device__ __forceinline__ static void copy_row(const KvSource& kv, std::int64_t from, int row,
+                                                  unsigned stage) {
+    constexpr int kChunks = Shape::kRowChunks;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (static_cast<int>(threadIdx.x) / 32 != row / Shape::kSlice || lane >= kChunks) return;
+    const unsigned to = stage + static_cast<unsigned>(row * Shape::kRowBytes + lane * 16);
+    copy_16(to, kv.k + from + lane * 8);
+    copy_16(to + static_cast<unsigned>(Shape::kTileBytes), kv.v + from + lane * 8);
   }
 };
 

@@ -6,6 +6,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <codegemm/cuda/kernels/output.cuh>
 
@@ -46,10 +47,28 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&out)[4], uns
                : "memory");
 }
 
+template <int Words>
+__device__ __forceinline__ void load_words(unsigned (&out)[Words], unsigned shared) {
+  static_assert(Words == 2 || Words == 4, "prefillshare: load_words reads 8 or 16 bytes");
+  if constexpr (Words == 2) {
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(out[0]), "=r"(out[1]) : "r"(shared) : "memory");
+  } else {
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(shared)
+                 : "memory");
+  }
+}
+
 // Copies 16 bytes into shared memory while the thread goes on, or writes 16 zeros there.
 __device__ __forceinline__ void copy_or_zero(unsigned shared, const void* from, bool copy) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
                "r"(copy ? 16 : 0)
+               : "memory");
+}
+// The same for 4 bytes.
+__device__ __forceinline__ void copy_4_or_zero(unsigned shared, const void* from, bool copy) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(from), "r"(copy ? 4 : 0)
                : "memory");
 }
 __device__ __forceinline__ void copy_16(unsigned shared, const void* from) {
@@ -84,6 +103,18 @@ __device__ __forceinline__ float2 unpack(unsigned pair) {
     return __half22float2(*reinterpret_cast<const __half2*>(&pair));
   } else {
     return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+  }
+}
+
+// Two e4m3 numbers, the first in the lower byte. Exact.
+template <ScalarType Type>
+__device__ __forceinline__ unsigned widen_fp8(unsigned pair) {
+  const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
+  if constexpr (Type == ScalarType::kHalf) {
+    return static_cast<unsigned>(raw.x) | static_cast<unsigned>(raw.y) << 16;
+  } else {
+    const float2 wide = __half22float2(__half2(raw));
+    return pack<Type>(wide.x, wide.y);
   }
 }
 

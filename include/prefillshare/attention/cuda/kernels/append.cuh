@@ -21,9 +21,11 @@ struct AppendArgs {
   std::int64_t q_stride = 0;
   std::int64_t k_stride = 0;
   std::int64_t v_stride = 0;
-  std::uint16_t* k_pages = nullptr;
-  std::uint16_t* v_pages = nullptr;
-  std::int64_t page_stride = 0;
+  void* k_pages = nullptr;
+  void* v_pages = nullptr;
+  float k_scale = 1.0F;  // of fp8
+  float v_scale = 1.0F;
+  std::int64_t page_stride = 0;  // elements
   std::int64_t token_stride = 0;
   std::int64_t head_stride = 0;
   const std::int32_t* query_indptr = nullptr;  // [sequences + 1], or null: one token a sequence
@@ -48,45 +50,59 @@ inline constexpr int kAppendThreads = 256;
 
 namespace detail {
 
-// Sixteen elements of a head: for rotate-half eight pairs from its two halves, else neighbours.
-template <ScalarType Type>
-__device__ __forceinline__ void turn(unsigned (&low)[4], unsigned (&high)[4], const float (&cos)[8],
-                                     const float (&sin)[8], bool interleaved) {
+// Sixteen elements of a head: for rotate-half the first and the second of eight pairs, which lie in its two
+// halves; interleaved, eight neighbours and the next eight.
+struct Sixteen {
   float a[8];
   float b[8];
+
+  template <ScalarType Type>
+  __device__ __forceinline__ void load(const uint4& low, const uint4& high, bool interleaved) {
+    const unsigned words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 x = unpack<Type>(low[i]);
-    const float2 y = unpack<Type>(high[i]);
-    if (interleaved) {
-      a[i] = x.x;
-      b[i] = x.y;
-      a[i + 4] = y.x;
-      b[i + 4] = y.y;
-    } else {
-      a[2 * i] = x.x;
-      a[2 * i + 1] = x.y;
-      b[2 * i] = y.x;
-      b[2 * i + 1] = y.y;
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = unpack<Type>(words[i]);
+      const float2 y = unpack<Type>(words[i + 4]);
+      if (interleaved) {
+        a[i] = x.x;
+        b[i] = x.y;
+        a[i + 4] = y.x;
+        b[i + 4] = y.y;
+      } else {
+        a[2 * i] = x.x;
+        a[2 * i + 1] = x.y;
+        b[2 * i] = y.x;
+        b[2 * i + 1] = y.y;
+      }
     }
   }
+  __device__ __forceinline__ void turn(const float (&cos)[8], const float (&sin)[8]) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float turned = a[i] * cos[i] - b[i] * sin[i];
-    b[i] = b[i] * cos[i] + a[i] * sin[i];
-    a[i] = turned;
+    for (int i = 0; i < 8; ++i) {
+      const float turned = a[i] * cos[i] - b[i] * sin[i];
+      b[i] = b[i] * cos[i] + a[i] * sin[i];
+      a[i] = turned;
+    }
   }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    low[i] = interleaved ? pack<Type>(a[i], b[i]) : pack<Type>(a[2 * i], a[2 * i + 1]);
-    high[i] = interleaved ? pack<Type>(a[i + 4], b[i + 4]) : pack<Type>(b[2 * i], b[2 * i + 1]);
+  // Elements 2 i and 2 i + 1 of the first eight in memory, or of the second.
+  [[nodiscard]] __device__ __forceinline__ float2 low(int i, bool interleaved) const {
+    return interleaved ? make_float2(a[i], b[i]) : make_float2(a[2 * i], a[2 * i + 1]);
   }
+  [[nodiscard]] __device__ __forceinline__ float2 high(int i, bool interleaved) const {
+    return interleaved ? make_float2(a[i + 4], b[i + 4]) : make_float2(b[2 * i], b[2 * i + 1]);
+  }
+};
+
+// Two numbers divided by the scale, as e4m3: to nearest even, beyond 448 to 448.
+__device__ __forceinline__ unsigned narrow_fp8(const float2& pair, float scale) {
+  return __nv_cvt_float2_to_fp8x2(make_float2(__fdiv_rn(pair.x, scale), __fdiv_rn(pair.y, scale)),
+                                  __NV_SATFINITE, __NV_E4M3);
 }
 
 }  // namespace detail
 
-/// A thread takes sixteen elements of one head of one token, of Q, K or V.
-template <ScalarType Type>
+/// A thread takes sixteen elements of one head of one token, of Q, K or V. Fp8: pages of e4m3.
+template <ScalarType Type, bool Fp8>
 __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_constant__ AppendArgs a) {
   codegemm::cuda::detail::wait_for_previous_kernel();
   codegemm::cuda::detail::allow_next_kernel();
@@ -129,11 +145,12 @@ __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_con
       is_q   ? a.q + token * a.q_stride + static_cast<std::int64_t>(head) * a.head_dim
       : is_k ? a.k + token * a.k_stride + static_cast<std::int64_t>(kv_head) * a.head_dim
              : a.v + token * a.v_stride + static_cast<std::int64_t>(kv_head) * a.head_dim;
-  const uint4 low4 = *reinterpret_cast<const uint4*>(from + low_at);
-  const uint4 high4 = *reinterpret_cast<const uint4*>(from + high_at);
-  unsigned low[4] = {low4.x, low4.y, low4.z, low4.w};
-  unsigned high[4] = {high4.x, high4.y, high4.z, high4.w};
-  if ((is_q || is_k) && (a.cos != nullptr || a.frequencies != nullptr)) {
+  uint4 low = *reinterpret_cast<const uint4*>(from + low_at);
+  uint4 high = *reinterpret_cast<const uint4*>(from + high_at);
+  const bool turns = (is_q || is_k) && (a.cos != nullptr || a.frequencies != nullptr);
+  detail::Sixteen numbers;
+  if (turns || (Fp8 && !is_q)) numbers.load<Type>(low, high, a.interleaved);
+  if (turns) {
     CODEGEMM_ASSERT(a.cos == nullptr || position < a.positions);
     float cos[8];
     float sin[8];
@@ -149,7 +166,13 @@ __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_con
         sincosf(static_cast<float>(position) * a.frequencies[pair], &sin[i], &cos[i]);
       }
     }
-    detail::turn<Type>(low, high, cos, sin, a.interleaved);
+    numbers.turn(cos, sin);
+    const auto packed = [&](int i, bool second) {
+      const float2 pair = second ? numbers.high(i, a.interleaved) : numbers.low(i, a.interleaved);
+      return detail::pack<Type>(pair.x, pair.y);
+    };
+    low = make_uint4(packed(0, false), packed(1, false), packed(2, false), packed(3, false));
+    high = make_uint4(packed(0, true), packed(1, true), packed(2, true), packed(3, true));
   }
   std::uint16_t* to = nullptr;
   if (is_q) {
@@ -157,11 +180,25 @@ __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_con
   } else {
     const int page = a.indices[page_begin + position / a.page_size];
     CODEGEMM_ASSERT(page >= 0 && page < a.pages);
-    to = (is_k ? a.k_pages : a.v_pages) + page * a.page_stride + position % a.page_size * a.token_stride +
-         kv_head * a.head_stride;
+    void* const pages = is_k ? a.k_pages : a.v_pages;
+    const std::int64_t at =
+        page * a.page_stride + position % a.page_size * a.token_stride + kv_head * a.head_stride;
+    if constexpr (Fp8) {
+      auto* const row = static_cast<std::uint8_t*>(pages) + at;
+      const float scale = is_k ? a.k_scale : a.v_scale;
+      const auto four = [&](int i, bool second) {
+        const float2 x = second ? numbers.high(i, a.interleaved) : numbers.low(i, a.interleaved);
+        const float2 y = second ? numbers.high(i + 1, a.interleaved) : numbers.low(i + 1, a.interleaved);
+        return detail::narrow_fp8(x, scale) | detail::narrow_fp8(y, scale) << 16;
+      };
+      *reinterpret_cast<uint2*>(row + low_at) = make_uint2(four(0, false), four(2, false));
+      *reinterpret_cast<uint2*>(row + high_at) = make_uint2(four(0, true), four(2, true));
+      return;
+    }
+    to = static_cast<std::uint16_t*>(pages) + at;
   }
-  *reinterpret_cast<uint4*>(to + low_at) = make_uint4(low[0], low[1], low[2], low[3]);
-  *reinterpret_cast<uint4*>(to + high_at) = make_uint4(high[0], high[1], high[2], high[3]);
+  *reinterpret_cast<uint4*>(to + low_at) = low;
+  *reinterpret_cast<uint4*>(to + high_at) = high;
 }
 
 }  // namespace prefillshare::cuda

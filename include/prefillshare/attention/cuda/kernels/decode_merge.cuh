@@ -8,14 +8,14 @@
 #include <cstdint>
 
 #include <codegemm/cuda/block/intrinsics.cuh>
-#include <prefillshare/attention/cuda/kernels/decode.cuh>
+#include <prefillshare/attention/cuda/kernels/decode_work.cuh>
 
 namespace prefillshare::cuda {
 
 /// Everything that the kernel reads, by value. Pointers are to device memory.
 struct DecodeMergeArgs {
-  DecodeWork tails;
-  DecodeWork shared;  // not read where no tail names a shared family
+  const KeyFamily* tails = nullptr;   // [sequences]
+  const KeyFamily* shared = nullptr;  // [groups]
   DecodePartials tail_partials;
   DecodePartials shared_partials;
   void* out = nullptr;  // [sequences][out_stride]
@@ -25,6 +25,7 @@ struct DecodeMergeArgs {
   int kv_heads = 0;
   int group = 0;  // query heads of a K/V head
   int lanes = 1;
+  bool shared_only = false;  // rows of sequences that share nothing are there already
 };
 
 inline constexpr int kMergeThreads = 128;
@@ -37,15 +38,14 @@ struct RowParts {
   int step = 0;            // rows from part to part
   int count = 0;
 
-  __device__ __forceinline__ void find(const DecodeWork& work, const KeyFamily& family, int kv_head, int row,
-                                       int lanes, int item_rows, int part_rows) {
+  __device__ __forceinline__ void find(const KeyFamily& family, int kv_head, int row, int lanes,
+                                       int item_rows, int part_rows) {
     if (family.tiles == 0) return;
-    const int quota = *work.quota;
     const int head_group = kv_head / lanes;
     const int item = head_group * family.row_tiles + row / item_rows;
     const int begin = family.work_begin + item * family.tiles;
-    const int block = begin / quota;
-    count = (begin + family.tiles - 1) / quota - block + 1;
+    const int block = begin / family.quota;
+    count = (begin + family.tiles - 1) / family.quota - block + 1;
     const int part = (block + family.item_begin + item) * lanes + kv_head - head_group * lanes;
     first = static_cast<std::int64_t>(part) * part_rows + row % item_rows;
     step = lanes * part_rows;
@@ -75,17 +75,18 @@ __global__ void __launch_bounds__(kMergeThreads, 8)
   const int row = head - kv_head * a.group;
 
   // prepare() had ended when the kernel before this one began, so that what it left may be read at once.
-  const KeyFamily tail = detail::load_record(a.tails.families + sequence);
+  const KeyFamily tail = detail::load_record(a.tails + sequence);
   detail::RowParts tails;
-  tails.find(a.tails, tail, kv_head, row, a.lanes, kTailRows, a.tail_partials.rows);
+  tails.find(tail, kv_head, row, a.lanes, kTailRows, a.tail_partials.rows);
   detail::RowParts shared;
   if (tail.shared >= 0) {
-    const KeyFamily family = detail::load_record(a.shared.families + tail.shared);
-    shared.find(a.shared, family, kv_head, (sequence - family.first_token) * a.group + row, a.lanes,
+    const KeyFamily family = detail::load_record(a.shared + tail.shared);
+    shared.find(family, kv_head, (sequence - family.first_token) * a.group + row, a.lanes,
                 rows_of(shared_kind(family.rows)), a.shared_partials.rows);
   }
   codegemm::cuda::detail::wait_for_previous_kernel();
-  if (tail.shared < 0 && tails.count == 1) return;  // the block that had it wrote the output
+  // The blocks that had it wrote the output.
+  if (tail.shared < 0 && (a.shared_only || tails.count <= 1)) return;
   const int count = shared.count + tails.count;
   // So many parts are asked for before the first is there. More would need registers that the blocks of
   // decode_kernel leave to this one, so that it waits beside them.

@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #include <codegemm/cuda/block/intrinsics.cuh>
-#include <prefillshare/attention/cuda/kernels/decode.cuh>
+#include <prefillshare/attention/cuda/kernels/decode_work.cuh>
 
 namespace prefillshare::cuda {
 
@@ -20,8 +20,9 @@ struct DecodePrepareArgs {
   const std::int32_t* group_indptr = nullptr;   // [groups + 1]
   const std::int32_t* shared_pages = nullptr;   // [groups]
   BlockStart* starts = nullptr;                 // [superblocks]
-  DecodeWork tails;                             // a family a sequence
-  DecodeWork shared;                            // a family a group
+  KeyFamily* tails = nullptr;                   // [sequences]
+  KeyFamily* shared = nullptr;                  // [groups]
+  unsigned* arrivals = nullptr;                 // [items of tails][lanes], see DecodeArgs
   int sequences = 0;
   int groups = 0;
   int page_size = 0;
@@ -33,10 +34,11 @@ struct DecodePrepareArgs {
   int many_rows_cost = 0;  // of a tile of many rows, in percent of one of few
   int min_shared_sequences = 0;
   int min_shared_tokens = 0;
+  // Group g is sequence g of the table, and what else is called a sequence is one of its last tokens.
+  bool causal = false;
 };
 
 inline constexpr int kPrepareThreads = 256;
-
 namespace detail {
 
 // The sum of `value` over the threads before this one; `total` of all of them.
@@ -68,7 +70,7 @@ __device__ __forceinline__ int sum_before(int value, int& total, int (&warp_sums
 }
 
 // Numbers the families' work and returns how much it is; `cost` gets that of a tile on average, in percent.
-__device__ inline int number_work(const DecodeWork& work, int count, const DecodePrepareArgs& a, int& cost,
+__device__ inline int number_work(KeyFamily* families, int count, const DecodePrepareArgs& a, int& cost,
                                   int (&warp_sums)[kPrepareThreads / 32]) {
   const int head_groups = a.kv_heads / a.lanes;
   int all = 0;
@@ -76,17 +78,17 @@ __device__ inline int number_work(const DecodeWork& work, int count, const Decod
   int many = 0;
   for (int first = 0; first < count; first += kPrepareThreads) {
     const int i = first + static_cast<int>(threadIdx.x);
-    const int row_tiles = i < count ? work.families[i].row_tiles * head_groups : 0;
-    const int mine = i < count ? work.families[i].tiles * row_tiles : 0;
+    const int row_tiles = i < count ? families[i].row_tiles * head_groups : 0;
+    const int mine = i < count ? families[i].tiles * row_tiles : 0;
     int total = 0;
     const int before = sum_before(mine, total, warp_sums);
     int total_items = 0;
     const int items_before = sum_before(row_tiles, total_items, warp_sums);
     if (i < count) {
-      work.families[i].work_begin = all + before;
-      work.families[i].item_begin = items + items_before;
+      families[i].work_begin = all + before;
+      families[i].item_begin = items + items_before;
     }
-    const bool is_many = mine > 0 && shared_kind(work.families[i].rows) == WorkKind::kManyRows;
+    const bool is_many = mine > 0 && shared_kind(families[i].rows) == WorkKind::kManyRows;
     int total_many = 0;
     sum_before(is_many ? mine : 0, total_many, warp_sums);
     all += total;
@@ -102,14 +104,17 @@ __device__ inline int number_work(const DecodeWork& work, int count, const Decod
 }
 
 // Says where each of `superblocks` superblocks starts, the first of them being number `first` of the grid.
-__device__ inline void deal_out(const DecodePrepareArgs& a, const DecodeWork& work, int count, int all,
-                                int first, int superblocks, int shared) {
+__device__ inline void deal_out(const DecodePrepareArgs& a, KeyFamily* families, int count, int all,
+                                int first, int superblocks, int shared, int has_empty) {
   const int quota = quota_of(all, superblocks, a.min_tiles);
-  if (threadIdx.x == 0) *work.quota = quota;
   const int head_groups = a.kv_heads / a.lanes;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int i = static_cast<int>(threadIdx.x) / 32; i < count; i += kPrepareThreads / 32) {
-    const KeyFamily family = load_record(work.families + i);
+    KeyFamily family = load_record(families + i);
+    __syncwarp();
+    if (lane == 0) families[i].quota = quota;
+    family.quota = quota;
+    family.has_empty = has_empty;
     const int end = family.work_begin + family.tiles * family.row_tiles * head_groups;
     for (int b = (family.work_begin + quota - 1) / quota + lane; b * quota < end; b += 32) {
       a.starts[first + b] = BlockStart{b * quota, min(all, (b + 1) * quota), i, 2 * b + shared, family};
@@ -125,50 +130,67 @@ __global__ void __launch_bounds__(kPrepareThreads)
     decode_prepare_kernel(const __grid_constant__ DecodePrepareArgs a) {
   __shared__ int warp_sums[kPrepareThreads / 32];
   __shared__ int best;
+  __shared__ int has_empty;
   codegemm::cuda::detail::wait_for_previous_kernel();
   codegemm::cuda::detail::allow_next_kernel();
   const int thread = static_cast<int>(threadIdx.x);
-  for (int i = thread; i < a.sequences; i += kPrepareThreads) a.tails.families[i].shared = -1;
+  for (int i = thread; i < a.sequences; i += kPrepareThreads) a.tails[i].shared = -1;
+  if (thread == 0) {
+    best = INT_MAX;
+    has_empty = 0;
+  }
+  const int items = a.causal ? 0 : a.sequences * a.kv_heads * ((a.group + kTailRows - 1) / kTailRows);
+  for (int i = thread; i < items; i += kPrepareThreads) a.arrivals[i] = 0;
   __syncthreads();
   for (int g = thread; g < a.groups; g += kPrepareThreads) {
     const int first = max(0, min(a.group_indptr[g], a.sequences));
     const int count = max(0, min(a.group_indptr[g + 1], a.sequences) - first);
     KeyFamily family;
     if (count > 0) {
-      const int pages = min(a.shared_pages[g], a.indptr[first + 1] - a.indptr[first]);
-      const int tokens = max(0, min(pages * a.page_size, detail::tokens_of(a, first)));
+      const int owner = a.causal ? g : first;
+      const int all = detail::tokens_of(a, owner);
+      const int pages = a.causal ? 0 : min(a.shared_pages[g], a.indptr[first + 1] - a.indptr[first]);
+      const int tokens = a.causal ? all : max(0, min(pages * a.page_size, all));
       if (tokens > 0 && tokens >= a.min_shared_tokens && count >= a.min_shared_sequences) {
         family.key_end = tokens;
         family.tiles = (tokens + kTileKeys - 1) / kTileKeys;
         family.rows = count * a.group;
         const int rows = rows_of(shared_kind(family.rows));
         family.row_tiles = (family.rows + rows - 1) / rows;
-        for (int i = first; i < first + count; ++i) a.tails.families[i].shared = g;
+        for (int i = first; i < first + count; ++i) a.tails[i].shared = g;
       }
-      family.page_begin = a.indptr[first];
+      family.page_begin = a.indptr[owner];
     }
     family.first_token = first;
-    a.shared.families[g] = family;
+    a.shared[g] = family;
   }
   __syncthreads();
   for (int i = thread; i < a.sequences; i += kPrepareThreads) {
     KeyFamily family;
-    family.shared = a.tails.families[i].shared;
-    family.key_begin = family.shared < 0 ? 0 : a.shared.families[family.shared].key_end;
+    family.shared = a.tails[i].shared;
+    family.first_token = i;
+    if (a.causal) {
+      a.tails[i] = family;
+      continue;
+    }
+    family.key_begin = family.shared < 0 ? 0 : a.shared[family.shared].key_end;
     family.key_end = detail::tokens_of(a, i);
     family.tiles = max(0, (family.key_end - family.key_begin + kTileKeys - 1) / kTileKeys);
     family.page_begin = a.indptr[i];
-    family.first_token = i;
     family.rows = a.group;
     family.row_tiles = (a.group + kTailRows - 1) / kTailRows;
-    a.tails.families[i] = family;
+    a.tails[i] = family;
+    if (family.tiles == 0 && family.shared < 0) has_empty = 1;
   }
   __syncthreads();
-  if (thread == 0) best = INT_MAX;
   int cost = 100;
   const int tail_all = detail::number_work(a.tails, a.sequences, a, cost, warp_sums);
   const int shared_all = detail::number_work(a.shared, a.groups, a, cost, warp_sums);
-  for (int i = thread; i < a.superblocks; i += kPrepareThreads) a.starts[i] = BlockStart{};
+  for (int i = thread; i < a.superblocks; i += kPrepareThreads) {
+    BlockStart start;
+    start.family.has_empty = has_empty;
+    a.starts[i] = start;
+  }
   __syncthreads();
   // The two kinds run side by side: so many superblocks for each that both end at about the same time.
   const int least = shared_all == 0 ? 0 : 1;
@@ -180,9 +202,9 @@ __global__ void __launch_bounds__(kPrepareThreads)
   }
   __syncthreads();
   const int superblocks_shared = best % 1024;
-  detail::deal_out(a, a.shared, a.groups, shared_all, 0, superblocks_shared, 1);
+  detail::deal_out(a, a.shared, a.groups, shared_all, 0, superblocks_shared, 1, has_empty);
   detail::deal_out(a, a.tails, a.sequences, tail_all, superblocks_shared, a.superblocks - superblocks_shared,
-                   0);
+                   0, has_empty);
 }
 
 }  // namespace prefillshare::cuda

@@ -102,14 +102,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 256 / Shape::kThreads)
   keys.whole = first_position + rows.first_row / a.group + 1;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int lane_row = rows.first_row + detail::warp_row<Shape>() + lane / 4;
-  int limit[Shape::kRowTiles][2];
-#pragma unroll
-  for (int r = 0; r < Shape::kRowTiles; ++r) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      limit[r][h] = min(keys.end, first_position + (lane_row + r * 16 + h * 8) / a.group + 1);
-    }
-  }
+  const auto limit = [&](int r, int h) {
+    return min(keys.end, first_position + (lane_row + r * 16 + h * 8) / a.group + 1);
+  };
   AttendState<Shape> state;
   attend(state, shared, a.kv, a.indices + page_begin, kv_head, rows, keys, limit, a.scale_log2);
 #pragma unroll
@@ -123,11 +118,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 256 / Shape::kThreads)
       const int token = row / a.group;
       const std::int64_t at =
           (static_cast<std::int64_t>(first_query) + token) * a.out_stride +
-          static_cast<std::int64_t>(rows.first_head + row - token * a.group) * Shape::kHeadDim + lane % 4 * 2;
+          static_cast<std::int64_t>(rows.first_head + row - token * a.group) * Shape::kHeadDim;
 #pragma unroll
       for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
-        detail::store_pair(a.out, at + n * 8, a.out_type, state.out[r][n][2 * h] * inverse,
-                           state.out[r][n][2 * h + 1] * inverse);
+        const float2 sums = state.pair(r, n, h);
+        detail::store_pair(a.out, at + state.column_of(n), a.out_type, sums.x * inverse, sums.y * inverse);
       }
     }
   }

@@ -283,6 +283,7 @@ __device__ __forceinline__ void multiply_prefill(const PrefillArgs& a, char* sha
   for (unsigned phase = 0;; phase ^= 1U) {
     codegemm::cuda::detail::wait_for_phase(shared + Shape::kQueriesFull, phase);
     const PrefillItem item = *reinterpret_cast<const PrefillItem*>(shared_memory + Shape::kItemAt);
+    __syncwarp();  // all lanes have read it before lane 0 says so
     if (item.rows == 0) return;
     const int tiles = (item.keys + Shape::kKeys - 1) / Shape::kKeys;
     const int first_row = item.first_row + half * 64 + warp * 16;  // of the warp

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefillshare/attention/cuda/kernels/decode_work.cuh - how the work of a decode step is numbered, cut and
+// written down for its kernels.
+// Layer: attention/cuda/kernels (device).
+#pragma once
+
+#include <cstdint>
+
+#include <codegemm/base/macros.hpp>
+#include <prefillshare/attention/cuda/block/page_loader.cuh>
+
+namespace prefillshare::cuda {
+
+/// K/V heads are dealt to blocks in step: block s * lanes + i has head lanes * j + i of what superblock s has
+/// of heads lanes * j .. lanes * j + lanes - 1, so that neighbours in memory are read at about the same time.
+///
+/// A range of keys and the queries that see all of it: the private tail of a sequence, or pages that a group
+/// of sequences shares. Its work is numbered [heads / lanes][row tile][tile of keys] from work_begin on.
+struct alignas(16) KeyFamily {
+  int work_begin = 0;
+  int tiles = 0;      // of keys; 0: no work
+  int key_begin = 0;  // positions in the sequence
+  int key_end = 0;
+  int page_begin = 0;  // in the table's indices
+  int first_token = 0;
+  int rows = 0;  // query rows a K/V head
+  int row_tiles = 0;
+  int item_begin = 0;  // items (family, heads / lanes, row tile) before its own
+  int shared = -1;     // of a tail: the family of its sequence's shared pages, or -1
+  int has_empty = 0;   // of a BlockStart: 1 if there are sequences without keys
+  int quota = 1;       // numbers of the work of a superblock, the same for all families of its kind
+};
+static_assert(sizeof(KeyFamily) == 48, "KeyFamily is read as three vectors of 16 bytes");
+
+/// The numbers of the work that a superblock has: [at, end) of one kind, from family `number` on.
+struct alignas(16) BlockStart {
+  int at = 0;
+  int end = 0;
+  int number = 0;
+  int first = 0;  // superblock's number among those for tails, or for shared pages, times 2; plus 1 for these
+  KeyFamily family;
+};
+static_assert(sizeof(BlockStart) == 64, "BlockStart is read as four vectors of 16 bytes");
+
+/// Kinds of work: a sequence's own keys, and shared ones for few, some or many query rows.
+enum class WorkKind { kTail, kFewRows, kSomeRows, kManyRows };
+
+/// What the work is: sequences alone; with shared pages beside their own; or several tokens of each sequence,
+/// which share its pages, each seeing those up to itself.
+enum class DecodeSort { kAlone, kShared, kCausal };
+
+[[nodiscard]] CODEGEMM_HOST_DEVICE constexpr WorkKind shared_kind(int rows) {
+  return rows <= 32 ? WorkKind::kFewRows : rows <= 64 ? WorkKind::kSomeRows : WorkKind::kManyRows;
+}
+/// Query rows of an item of each kind.
+[[nodiscard]] CODEGEMM_HOST_DEVICE constexpr int rows_of(WorkKind kind) {
+  return kind == WorkKind::kTail       ? 16
+         : kind == WorkKind::kFewRows  ? 32
+         : kind == WorkKind::kSomeRows ? 64
+                                       : 128;
+}
+inline constexpr int kTailRows = rows_of(WorkKind::kTail);
+inline constexpr int kManyRows = rows_of(WorkKind::kManyRows);
+
+/// Sums of each part of an item: part (superblock, item, lane) is number (superblock + item) * lanes + lane,
+/// which no two have in common, since the next part is of the next superblock, the next item or both.
+struct DecodePartials {
+  float* out = nullptr;   // [parts][rows of an item][head_dim]
+  float2* top = nullptr;  // [parts][rows of an item]: largest scaled score, base 2, and the sum of weights
+  int rows = 0;           // of an item
+};
+
+/// Everything that the kernel reads, by value. Pointers are to device memory.
+struct DecodeArgs {
+  KvSource kv;
+  const std::uint16_t* q = nullptr;  // [sequences][q_stride]
+  std::int64_t q_stride = 0;
+  const std::int32_t* indices = nullptr;
+  const BlockStart* starts = nullptr;  // [superblocks]
+  const KeyFamily* families[2] = {};   // of tails, of shared pages
+  DecodePartials partials[2];          // the same
+  // [items of tails][lanes]: how many of an item's parts are there, back at 0 when all were. Null:
+  // decode_merge_kernel follows.
+  unsigned* arrivals = nullptr;
+  void* out = nullptr;  // [sequences][out_stride]
+  std::int64_t out_stride = 0;
+  ScalarType out_type = ScalarType::kHalf;
+  int sequences = 0;
+  int kv_heads = 0;
+  int group = 0;  // query heads of a K/V head
+  int lanes = 1;  // a divisor of kv_heads
+  float scale_log2 = 0.0F;
+  // What prepare() left, the table and all keys but each sequence's newest are older than the kernel before.
+  bool overlap = false;
+};
+
+namespace detail {
+
+template <class T>
+[[nodiscard]] __device__ __forceinline__ T load_record(const T* from) {
+  T out;
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(T) / 16; ++i) {
+    reinterpret_cast<int4*>(&out)[i] = reinterpret_cast<const int4*>(from)[i];
+  }
+  return out;
+}
+
+// Where in the work a block is.
+struct DecodeItem {
+  int item = 0;  // in the family
+  int tile = 0;  // of keys, the first
+  int count = 0;
+  int kv_head = 0;
+  int row_tile = 0;
+  int part = 0;
+
+  __device__ __forceinline__ void find(const KeyFamily& family, const BlockStart& start, int at, int lanes,
+                                       int lane) {
+    const int offset = at - family.work_begin;
+    item = offset / family.tiles;
+    tile = offset - item * family.tiles;
+    count = min(family.tiles - tile, start.end - at);
+    const int head_group = item / family.row_tiles;
+    kv_head = head_group * lanes + lane;
+    row_tile = item - head_group * family.row_tiles;
+    part = (start.first / 2 + family.item_begin + item) * lanes + lane;
+  }
+};
+
+}  // namespace detail
+}  // namespace prefillshare::cuda
