@@ -216,7 +216,8 @@ template <DecodeSort Sort, class T, class Y, class C>
   // blocks.
   constexpr std::int64_t kMostParts = 10;
   const std::int64_t items = std::int64_t{p.table.sequences} * p.kv.kv_heads;
-  const bool in_last_block = items * kMostParts >= std::int64_t{at.superblocks} * at.lanes;
+  const bool in_last_block =
+      Sort == DecodeSort::kAlone && items * kMostParts >= std::int64_t{at.superblocks} * at.lanes;
   if (in_last_block) args.arrivals = reinterpret_cast<unsigned*>(base + at.arrivals);
   DecodeMergeArgs merge;
   merge.shared_only = in_last_block;

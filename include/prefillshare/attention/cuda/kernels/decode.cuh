@@ -29,7 +29,7 @@ __device__ __forceinline__ void prefetch_keys(const DecodeArgs& a, const KeyFami
 }
 
 // Tiles of keys of one item, in the shape that its kind asks for.
-template <class Shape, WorkKind Kind, bool Causal>
+template <class Shape, WorkKind Kind, DecodeSort Sort>
 __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily& family,
                                             const DecodeItem& item, bool waits, char* shared_memory) {
   const DecodePartials& partials = a.partials[Kind == WorkKind::kTail ? 0 : 1];
@@ -46,11 +46,12 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
   keys.end = min(family.key_end, keys.begin + item.count * kTileKeys);
   keys.whole = keys.end;
   const int of_first = family.key_end - family.rows / a.group + 1;  // keys that the family's first token sees
-  if constexpr (Causal) keys.whole = min(keys.end, of_first + rows.first_row / a.group);
+  constexpr bool kCausal = Sort == DecodeSort::kCausal;
+  if constexpr (kCausal) keys.whole = min(keys.end, of_first + rows.first_row / a.group);
   const auto limit = [&](int r, int h) {
     const int row =
         rows.first_row + warp_row<Shape>() + r * 16 + h * 8 + static_cast<int>(threadIdx.x) % 32 / 4;
-    return Causal ? min(keys.end, of_first + row / a.group) : keys.end;
+    return kCausal ? min(keys.end, of_first + row / a.group) : keys.end;
   };
   AttendState<Shape> state;
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory));
@@ -71,7 +72,7 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
     const bool is_alone = Kind == WorkKind::kTail && family.shared < 0;
     const bool whole = is_alone && item.count == family.tiles;
     store_keys_split(state, shared_memory, a, partials, rows, whole, item.part);
-    if constexpr (Kind == WorkKind::kTail) {
+    if constexpr (Sort == DecodeSort::kAlone) {
       if (is_alone && !whole && a.arrivals != nullptr) {
         merge_if_last<Shape>(a, family, rows, item.item, item.kv_head % a.lanes);
       }
@@ -118,16 +119,15 @@ __global__ void __launch_bounds__(Tail::kThreads, 2) decode_kernel(const __grid_
     detail::DecodeItem item;
     item.find(family, start, at, a.lanes, lane);
     const WorkKind kind = is_shared ? shared_kind(family.rows) : WorkKind::kTail;
-    constexpr bool kCausal = Sort == DecodeSort::kCausal;
-    if (!kCausal && kind == WorkKind::kTail) {
-      detail::decode_item<Tail, WorkKind::kTail, false>(a, family, item, waits, shared_memory);
+    if (Sort != DecodeSort::kCausal && kind == WorkKind::kTail) {
+      detail::decode_item<Tail, WorkKind::kTail, Sort>(a, family, item, waits, shared_memory);
     } else if constexpr (Sort != DecodeSort::kAlone) {
       if (kind == WorkKind::kFewRows) {
-        detail::decode_item<Few, WorkKind::kFewRows, kCausal>(a, family, item, waits, shared_memory);
+        detail::decode_item<Few, WorkKind::kFewRows, Sort>(a, family, item, waits, shared_memory);
       } else if (kind == WorkKind::kSomeRows) {
-        detail::decode_item<Some, WorkKind::kSomeRows, kCausal>(a, family, item, waits, shared_memory);
+        detail::decode_item<Some, WorkKind::kSomeRows, Sort>(a, family, item, waits, shared_memory);
       } else {
-        detail::decode_item<Many, WorkKind::kManyRows, kCausal>(a, family, item, waits, shared_memory);
+        detail::decode_item<Many, WorkKind::kManyRows, Sort>(a, family, item, waits, shared_memory);
       }
     }
     waits = false;
