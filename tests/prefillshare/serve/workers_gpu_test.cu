@@ -330,6 +330,60 @@ TEST_CASE(
           .code() == StatusCode::kInvalidArgument);
 }
 
+TEST_CASE("workers on the GPU: a batch's common prefixes are read once, and it chooses as double loops do") {
+  const auto device = gpu_or_skip();
+  const std::uint64_t seed = seed_or(76);
+  CAPTURE(seed);
+  Rig rig(device, seed, 400, {64, 8, 64}, {1, 3, 8}, 64, nullptr, 256);
+  Rng rng(seed + 2);
+  // Two prompts whose sequences come in turns, one that nobody shares, one that is shared by too little.
+  const auto first = random_tokens(rng, 1045, rig.config.vocab_size);
+  const auto second = random_tokens(rng, 270, rig.config.vocab_size);
+  std::map<std::uint64_t, std::vector<std::int32_t>> contexts;
+  for (std::uint64_t id = 0; id < 8; ++id) {
+    const auto& prompt = id % 2 == 0 ? first : second;
+    std::int64_t length = std::ssize(prompt);
+    if (id == 5) length = 0;
+    if (id == 7) length = 40;
+    contexts[id].assign(prompt.begin(), prompt.begin() + length);
+    const auto own = random_tokens(rng, 3 + 11 * static_cast<std::int64_t>(id), rig.config.vocab_size);
+    contexts[id].insert(contexts[id].end(), own.begin(), own.end());
+  }
+  // One after the other, so that each finds what the one before has left in the tree.
+  std::map<std::uint64_t, Sequence> bases;
+  for (const auto& [id, context] : contexts) {
+    require_ok(rig.prefill->submit(job_of(id, context)));
+    while (!rig.prefill->idle()) {
+      rig.prefill->step(0, kIgnorePages, [&](PrefillResult&& result) {
+        require_ok(result.status);
+        bases[result.id] = std::move(result.cache);
+      });
+    }
+  }
+  // What the attention's kernel shares by itself, and what it is told of besides.
+  static_assert(cuda::kMinSharedTokens <= 1040);
+  REQUIRE(bases.at(2).blocks()[64] == bases.at(0).blocks()[64]);
+  const auto module_of = [](std::uint64_t id) { return static_cast<ModuleId>(id < 6 ? 1 : 0); };
+  Answers answers;
+  for (const auto& [id, context] : contexts) {
+    require_ok(rig.decode->start(request_of(id, context, 6, module_of(id)), bases.at(id)));
+  }
+  for (int i = 0; i < 6; ++i) rig.decode->step(i, [&](const DecodeEvent& event) { answers(event); });
+  REQUIRE(answers.by_id.size() == contexts.size());
+  for (const auto& [id, answer] : answers.by_id) {
+    CAPTURE(id);
+    REQUIRE(answer.tokens.size() == 6);
+    CHECK(rig.worst_choice(module_of(id), contexts[id], answer.tokens) < 0.02);
+  }
+  bases.clear();
+  CHECK(rig.in_use() == 0);
+  CHECK(rig.decode
+            ->add_module(take(cuda::factorize(rig.config, rig.models[0])), std::vector<std::int64_t>{2}, 256,
+                         -1)
+            .status()
+            .code() == StatusCode::kInvalidArgument);
+}
+
 TEST_CASE(
     "workers on the GPU: decode steps beside a prefill, on parts of the card, choose as double loops do") {
   const auto device = gpu_or_skip();
