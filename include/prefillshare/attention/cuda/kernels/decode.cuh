@@ -56,7 +56,7 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
   AttendState<Shape> state;
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory));
   const std::int32_t* const pages = a.indices + family.page_begin;
-  if constexpr (Kind == WorkKind::kManyRows) {  // has no registers to spare
+  if constexpr (Sort != DecodeSort::kAlone) {  // a kernel of four shapes has no registers to spare
     if (waits) {
       prefetch_keys<Shape>(a, family, item);
       codegemm::cuda::detail::wait_for_previous_kernel();
