@@ -416,7 +416,8 @@ int program(int argc, char** argv) {
        {System{"shared", 1, 1}, {"pooled", kAgents, 1}, {"separate", kAgents, kAgents}}) {
     use(0);
     PrefillHalf prefill(config, system, bytes, options.quick);
-    const auto seed = static_cast<std::uint64_t>(system.bases);
+    // Of its own: the decode GPU keeps what the system before has handed over.
+    const auto seed = static_cast<std::uint64_t>(system.bases * system.pools);
     static_cast<void>(decode.run(prefill, std::min(options.sessions, 2), 900 + seed));
     const Outcome out = decode.run(prefill, options.sessions, seed);
     const double tokens_per_s = static_cast<double>(out.answers) / out.seconds;
