@@ -16,11 +16,11 @@ enum class SharedPath {
   kNever,   ///< every sequence reads all of its pages
 };
 
-/// The crossover, measured on an H100 and an H200 by the suite kv-gpu with 2 to 64 sequences of 4 and 8 query
-/// heads a K/V head: below, sharing costs up to a quarter or gains up to a fifth; from here on it gains.
-inline constexpr int kMinSharedSequences = 2;
+/// The crossover, measured on an H200 by the suite kv-gpu with 2 to 64 sequences of 4 and 8 query heads a K/V
+/// head: below, sharing costs up to four tenths or gains up to a fifth; from here on it gains.
+inline constexpr int kMinSharedSequences = 4;
 /// The same for the tokens they share.
-inline constexpr int kMinSharedTokens = 1024;
+inline constexpr int kMinSharedTokens = 2048;
 
 /// Choices of one call; the defaults fit an H100.
 struct DecodeTuning {
