@@ -106,7 +106,7 @@ struct Rig {
       const std::vector<std::int64_t>& sizes, std::int64_t most_active = 64,
       const cuda::CardSplit* split = nullptr, std::int64_t share_from = 0)
       : config(small_config()) {
-    if (share_from > 0) config.context_length = 2048;
+    if (share_from > 0) config.context_length = 4096;
     REQUIRE_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     cublas = take(cuda::Cublas::create());
     const cuda::DenseUploader<__half> uploader(cublas);
@@ -337,7 +337,7 @@ TEST_CASE("workers on the GPU: a batch's common prefixes are read once, and it c
   Rig rig(device, seed, 400, {64, 8, 64}, {1, 3, 8}, 64, nullptr, 256);
   Rng rng(seed + 2);
   // Two prompts whose sequences come in turns, one that nobody shares, one that is shared by too little.
-  const auto first = random_tokens(rng, 1045, rig.config.vocab_size);
+  const auto first = random_tokens(rng, 2085, rig.config.vocab_size);
   const auto second = random_tokens(rng, 270, rig.config.vocab_size);
   std::map<std::uint64_t, std::vector<std::int32_t>> contexts;
   for (std::uint64_t id = 0; id < 8; ++id) {
@@ -361,9 +361,9 @@ TEST_CASE("workers on the GPU: a batch's common prefixes are read once, and it c
     }
   }
   // What the attention's kernel shares by itself, and what it is told of besides.
-  static_assert(cuda::kMinSharedTokens <= 1040);
-  REQUIRE(bases.at(2).blocks()[64] == bases.at(0).blocks()[64]);
-  const auto module_of = [](std::uint64_t id) { return static_cast<ModuleId>(id < 6 ? 1 : 0); };
+  static_assert(cuda::kMinSharedTokens <= 2080 && cuda::kMinSharedSequences <= 4);
+  REQUIRE(bases.at(2).blocks()[128] == bases.at(0).blocks()[128]);
+  const auto module_of = [](std::uint64_t id) { return static_cast<ModuleId>(id % 2 == 0 ? 1 : 0); };
   Answers answers;
   for (const auto& [id, context] : contexts) {
     require_ok(rig.decode->start(request_of(id, context, 6, module_of(id)), bases.at(id)));
