@@ -5,7 +5,8 @@
 // allocator and admission run in simulated time.
 //
 // A plan of runs that have not been made (entries like rows of the results, without what was measured) is
-// simulated the same way, with the step times of another file: predictions.
+// simulated the same way, with the step times of another file: predictions. So are the rows of
+// multi-gpu-serve (a prefill and a decode GPU).
 //
 // usage: serve-sim [--from bench/results/serve-gpu-CARD.json] [--costs FILE] [--json FILE]
 
@@ -51,12 +52,51 @@ CardOutcome simulate(const json& row, const json& costs) {
   return simulate_point(point_of(row), shape, costs);
 }
 
+/// What a row of multi-gpu-serve measures: a prefill and a decode GPU are a card whose two sides run beside
+/// each other, each as fast as alone; the hand-off, which the prefill hides, takes no time. The prefill GPU's
+/// memory is what is counted; all sessions are there at once.
+CardOutcome simulate_pair(const json& row, const json& costs) {
+  ServePoint point = point_of({{"system", row.at("name")}, {"sessions_per_s", 1e6}});
+  point.weights = "m1v4g128";
+  point.sessions = row.at("sessions").get<std::int64_t>();
+  point.chunk_tokens = 2048;
+  CardOptions options = point.options();
+  options.beside = true;
+  options.largest_first = false;
+  options.admission = false;
+  CardShape shape;
+  shape.kv = {32, 8, 128, 16};
+  shape.vocab_size = 128256;
+  shape.max_context = 131072;
+  shape.most_running = 8;
+  shape.blocks = row.at("prefill_blocks").get<std::int64_t>();
+  const auto cost = cost_from_rows(costs, "fp16", point.weights);
+  if (!cost.ok()) throw std::runtime_error(cost.status().message());
+  for (const double size : cost->decode.x) shape.batch_sizes.push_back(static_cast<std::int64_t>(size));
+  return simulate_card(shape, *cost, point.workload(), options, &*cost);
+}
+
+/// The row beside what was measured.
+json compare_pair(const json& row, const CardOutcome& outcome) {
+  const prefillshare::Percentiles sessions = prefillshare::percentiles(outcome.sessions);
+  json out{{"name", "pair"}, {"system", row.at("name")}, {"sessions", row.at("sessions")}};
+  for (const auto& [what, simulated] :
+       {std::pair<const char*, double>{"tokens_per_s", outcome.tokens_per_second},
+        {"session_p50_s", sessions.p50},
+        {"session_p95_s", sessions.p95},
+        {"hit_ratio", outcome.hit_ratio()}}) {
+    const auto real = row.at(what).get<double>();
+    out[what] = {{"simulated", simulated}, {"real", real}, {"off", simulated / real - 1.0}};
+  }
+  return out;
+}
+
 int run(int argc, char** argv) {
   std::string from = std::string(CODEGEMM_BENCH_FOLDER) + "/results/serve-gpu-h200.json";
   std::string costs_path;
   std::string json_path;
   CLI::App app("Runs on one card, simulated with the step times measured beside them");
-  app.add_option("--from", from, "Results of serve-gpu, or a plan of runs");
+  app.add_option("--from", from, "Results of serve-gpu or multi-gpu-serve, or a plan of runs");
   app.add_option("--costs", costs_path, "Results with the step times; default: the same");
   app.add_option("--json", json_path, "Write the results to this file");
   try {
@@ -78,6 +118,11 @@ int run(int argc, char** argv) {
   suite.memory = measure_memory(executor);
   json out_rows = json::array();
   for (const json& row : measured.at("rows")) {
+    if (row.value("part", "") == "serve") {
+      out_rows.push_back(compare_pair(row, simulate_pair(row, timed.at("rows"))));
+      std::printf("%s\n", out_rows.back().dump().c_str());
+      continue;
+    }
     if (!row.contains("system")) continue;
     const CardOutcome outcome = simulate(row, timed.at("rows"));
     json out = point_row(point_of(row));
