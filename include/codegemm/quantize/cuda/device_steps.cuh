@@ -22,6 +22,8 @@
 #include <codegemm/cuda/launch.cuh>
 #include <codegemm/quantize/calibrated.hpp>
 #include <codegemm/quantize/cuda/kernels/search.cuh>
+#include <codegemm/quantize/cuda/kernels/search_measure.cuh>
+#include <codegemm/quantize/cuda/kernels/search_paths.cuh>
 
 namespace codegemm::cuda::detail {
 

@@ -17,60 +17,6 @@ inline constexpr int kSearchColumns = 128;  // between two products with H, as o
 inline constexpr int kSearchThreads = 256;  // at most
 inline constexpr int kSearchPaths = 16;     // at most
 
-// What all rows share at the vectors of a stretch: Q, the block of H or L, and c Q c^T of every centroid.
-struct MeasureArgs {
-  const float* cross = nullptr;  // H or L, [cols][cols]
-  const float* books = nullptr;  // [m][centroids][v]
-  float* q = nullptr;            // [vectors][v][v]
-  float* factor = nullptr;       // [vectors][v][v]
-  float* norms = nullptr;        // [vectors][m][centroids]
-  std::int64_t cols = 0;
-  std::int64_t first = 0;  // column of the first vector
-  std::int32_t m = 0;
-  std::int32_t centroids = 0;
-  bool rebuild = false;
-};
-
-// Grid: (vectors, m, stretches of kRowThreads centroids).
-template <int kVecLen>
-__global__ void __launch_bounds__(kRowThreads) measure_kernel(const __grid_constant__ MeasureArgs a) {
-  __shared__ float block[kVecLen * kVecLen];
-  __shared__ float q[kVecLen * kVecLen];
-  const std::int64_t k = a.first + static_cast<std::int64_t>(blockIdx.x) * kVecLen;
-  for (int i = static_cast<int>(threadIdx.x); i < kVecLen * kVecLen; i += kRowThreads)
-    block[i] = a.cross[(k + i / kVecLen) * a.cols + k + i % kVecLen];
-  __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < kVecLen * kVecLen; i += kRowThreads) {
-    float value = block[i];
-    if (a.rebuild) {
-      const int row = i / kVecLen;
-      const int column = i % kVecLen;
-      value = 0.0F;
-      for (int d = 0; d <= min(row, column); ++d)
-        value += block[row * kVecLen + d] * block[column * kVecLen + d];
-    }
-    q[i] = value;
-    if (blockIdx.y == 0 && blockIdx.z == 0) {
-      a.q[static_cast<std::int64_t>(blockIdx.x) * kVecLen * kVecLen + i] = value;
-      a.factor[static_cast<std::int64_t>(blockIdx.x) * kVecLen * kVecLen + i] = block[i];
-    }
-  }
-  __syncthreads();
-  const int code = static_cast<int>(blockIdx.z) * kRowThreads + static_cast<int>(threadIdx.x);
-  if (code >= a.centroids) return;
-  const float* const c = a.books + (static_cast<std::int64_t>(blockIdx.y) * a.centroids + code) * kVecLen;
-  float x[kVecLen];
-#pragma unroll
-  for (int d = 0; d < kVecLen; ++d) x[d] = c[d];
-  float norm = 0.0F;
-#pragma unroll
-  for (int i = 0; i < kVecLen; ++i) {
-#pragma unroll
-    for (int d = 0; d <= i; ++d) norm += (i == d ? 1.0F : 2.0F) * q[i * kVecLen + d] * x[i] * x[d];
-  }
-  a.norms[(static_cast<std::int64_t>(blockIdx.x) * a.m + blockIdx.y) * a.centroids + code] = norm;
-}
-
 struct SearchArgs {
   LayerArgs layer;                // scales and shape
   const float* books = nullptr;   // [m][centroids][v]
@@ -476,54 +422,6 @@ template <int kVecLen>
 __global__ void __launch_bounds__(kSearchThreads) search_kernel(const __grid_constant__ SearchArgs a) {
   extern __shared__ __align__(16) float search_shared[];
   RowSearch<kVecLen>(a, search_shared).run();
-}
-
-struct StartArgs {
-  const float* errors = nullptr;         // [rows][cols]
-  const std::uint16_t* codes = nullptr;  // [rows][m][vectors]
-  float* path_errors = nullptr;          // [rows][beam][cols]
-  std::uint16_t* path_codes = nullptr;   // [rows][beam][m][vectors]
-  double* losses = nullptr;              // [rows][beam]
-  std::int32_t* counts = nullptr;        // [rows]
-  std::int32_t cols = 0;
-  std::int32_t all_codes = 0;  // m * vectors
-  std::int32_t beam = 0;
-};
-
-// A row's one path, to begin with; the others are zero, as products read them. A block takes a row.
-template <int>
-__global__ void __launch_bounds__(kRowThreads) start_paths_kernel(const __grid_constant__ StartArgs a) {
-  const std::int64_t row = blockIdx.x;
-  for (int i = static_cast<int>(threadIdx.x); i < a.beam * a.cols; i += kRowThreads)
-    a.path_errors[row * a.beam * a.cols + i] = i < a.cols ? a.errors[row * a.cols + i] : 0.0F;
-  for (int i = static_cast<int>(threadIdx.x); i < a.beam * a.all_codes; i += kRowThreads) {
-    a.path_codes[row * a.beam * a.all_codes + i] =
-        i < a.all_codes ? a.codes[row * a.all_codes + i] : std::uint16_t{0};
-  }
-  for (int p = static_cast<int>(threadIdx.x); p < a.beam; p += kRowThreads) a.losses[row * a.beam + p] = 0.0;
-  if (threadIdx.x == 0) a.counts[row] = 1;
-}
-
-struct FinishArgs {
-  const std::uint16_t* path_codes = nullptr;  // [rows][beam][m][vectors]
-  const double* losses = nullptr;             // [rows][beam]
-  const std::int32_t* counts = nullptr;       // [rows]
-  const double* start_losses = nullptr;       // [rows]: a path must be below it; or null
-  std::uint16_t* codes = nullptr;             // [rows][m][vectors]
-  std::int32_t all_codes = 0;
-  std::int32_t beam = 0;
-};
-
-// A row's best path, the first of equals. A block takes a row.
-template <int>
-__global__ void __launch_bounds__(kRowThreads) finish_paths_kernel(const __grid_constant__ FinishArgs a) {
-  const std::int64_t row = blockIdx.x;
-  const double* const losses = a.losses + row * a.beam;
-  int best = 0;
-  for (int p = 1; p < a.counts[row]; ++p) best = losses[p] < losses[best] ? p : best;
-  if (a.start_losses != nullptr && !(losses[best] < a.start_losses[row])) return;
-  for (int i = static_cast<int>(threadIdx.x); i < a.all_codes; i += kRowThreads)
-    a.codes[row * a.all_codes + i] = a.path_codes[(row * a.beam + best) * a.all_codes + i];
 }
 
 }  // namespace codegemm::cuda::detail
