@@ -69,16 +69,11 @@ void write_weights(const LlamaModel<DenseLinear>& model, const char* path) {
     const std::string prefix = "model.layers." + std::to_string(i) + ".";
     add(prefix + "input_layernorm.weight", layer.input_norm, 1, c.hidden_size);
     add(prefix + "post_attention_layernorm.weight", layer.post_attention_norm, 1, c.hidden_size);
-    linear(prefix + "self_attn.q_proj", layer.q);
-    linear(prefix + "self_attn.k_proj", layer.k);
-    linear(prefix + "self_attn.v_proj", layer.v);
-    linear(prefix + "self_attn.o_proj", layer.o);
-    linear(prefix + "mlp.gate_proj", layer.gate);
-    linear(prefix + "mlp.up_proj", layer.up);
-    linear(prefix + "mlp.down_proj", layer.down);
   }
   add("model.norm.weight", model.final_norm, 1, c.hidden_size);
-  if (!c.tied_embeddings) linear("lm_head", model.head);
+  for_each_linear(model, [&](const std::string& name, const DenseLinear& layer) {
+    if (name != "lm_head" || !c.tied_embeddings) linear(name, layer);
+  });
   const nlohmann::json head{{"vocab_size", c.vocab_size},
                             {"hidden_size", c.hidden_size},
                             {"intermediate_size", c.intermediate_size},

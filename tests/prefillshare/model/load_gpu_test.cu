@@ -50,16 +50,11 @@ class MemorySource {
         add(prefix + "self_attn.q_norm.weight", layer.q_norm);
         add(prefix + "self_attn.k_norm.weight", layer.k_norm);
       }
-      add(prefix + "self_attn.q_proj", layer.q);
-      add(prefix + "self_attn.k_proj", layer.k);
-      add(prefix + "self_attn.v_proj", layer.v);
-      add(prefix + "self_attn.o_proj", layer.o);
-      add(prefix + "mlp.gate_proj", layer.gate);
-      add(prefix + "mlp.up_proj", layer.up);
-      add(prefix + "mlp.down_proj", layer.down);
     }
     add("model.norm.weight", model.final_norm);
-    if (!c.tied_embeddings) add("lm_head", model.head);
+    for_each_linear(model, [&](const std::string& name, const DenseLinear& layer) {
+      if (name != "lm_head" || !c.tied_embeddings) add(name, layer);
+    });
   }
 
   [[nodiscard]] Result<Tensor> info(std::string_view name) const {
