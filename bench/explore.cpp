@@ -178,8 +178,8 @@ class Explorer {
   void run() {
     const std::int64_t vocabulary = loaded_.model->config.vocab_size;
     std::printf("%zu windows of %zu tokens of %s; %s on %zu sequences of %zu tokens of %s\n", windows_.size(),
-                windows_.front().size(), name_of(options_.text).c_str(), method_text().c_str(),
-                sequences_.size(), sequences_.front().size(), name_of(options_.calibration).c_str());
+                windows_.front().size(), file_name(options_.text).c_str(), method_text().c_str(),
+                sequences_.size(), sequences_.front().size(), file_name(options_.calibration).c_str());
     std::printf(
         "linear layers of the blocks: %lld weights; embeddings and head (%lld x %lld) stay as they are\n",
         static_cast<long long>(weights_), static_cast<long long>(vocabulary),
@@ -205,9 +205,6 @@ class Explorer {
     Windows out = spread_sequences(ids, count, length, tokenizer);
     if (out.empty()) throw UserError(concat(path, ": has ", ids.size(), " tokens, needs ", length));
     return out;
-  }
-  static std::string name_of(const std::string& path) {
-    return std::filesystem::path(path).filename().string();
   }
   [[nodiscard]] std::string method_text() const {
     const char* const corrected = options_.correct ? ", corrected weights" : "";
@@ -249,7 +246,7 @@ class Explorer {
   void add_file(const TensorSource& source, const std::shared_ptr<const DenseModel>& model,
                 const std::string& family, const std::string& method, const std::string& path) {
     Candidate out;
-    out.name = family == "source" ? "source" : name_of(path).substr(loaded_.fingerprint.size() + 1);
+    out.name = family == "source" ? "source" : file_name(path).substr(loaded_.fingerprint.size() + 1);
     out.family = family;
     out.method = method;
     json types = json::object();
@@ -281,7 +278,7 @@ class Explorer {
     const std::string windows = concat(hash_tokens(windows_));
     if (!file.is_object() || file.value("windows", std::string()) != windows) {
       throw UserError(concat(path, ": no results of quantize-gpu on ", windows_.size(), " windows of ",
-                             windows_.front().size(), " tokens of ", name_of(options_.text)));
+                             windows_.front().size(), " tokens of ", file_name(options_.text)));
     }
     for (const json& row : file.at("rows")) {
       if (row.contains("perplexity")) distilled_.push_back(row);
@@ -461,7 +458,7 @@ class Explorer {
     std::printf("%s\n", words.c_str());
     if (!options_.json_path.empty()) {
       json out = frame_json(suite_, rows_);
-      out["model"] = name_of(options_.model);
+      out["model"] = file_name(options_.model);
       out["held_out_text"] = text_json(options_.text, windows_);
       out["calibration_text"] = text_json(options_.calibration, sequences_);
       out["linear_weights"] = weights_;
@@ -471,17 +468,11 @@ class Explorer {
     }
     if (!options_.csv.empty()) check(write_text(to_csv(all_), options_.csv));
     if (!options_.plot.empty()) {
-      const std::string title = concat(name_of(options_.model), ", ", name_of(options_.text));
+      const std::string title = concat(file_name(options_.model), ", ", file_name(options_.text));
       const std::string x =
           concat("us for one token through the linear layers, ", pool_.workers(), " thread(s)");
       check(write_text(explore_svg(all_, &Candidate::cpu_us, title, x), options_.plot));
     }
-  }
-  static json text_json(const std::string& path, const Windows& windows) {
-    return {{"name", name_of(path)},
-            {"bytes", std::filesystem::file_size(path)},
-            {"sequences", windows.size()},
-            {"length", windows.front().size()}};
   }
 
   const Options& options_;

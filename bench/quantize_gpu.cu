@@ -65,8 +65,6 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-std::string name_of(const std::string& path) { return std::filesystem::path(path).filename().string(); }
-
 class QuantizeSuite {
  public:
   explicit QuantizeSuite(const Options& options)
@@ -106,10 +104,10 @@ class QuantizeSuite {
   void run() {
     const PerplexitySums dense = gpu_.score(*loaded_.model, windows_);
     std::printf("%zu windows of %zu tokens of %s: perplexity of the model as given %.3f +- %.3f\n",
-                windows_.size(), windows_.front().size(), name_of(options_.text).c_str(), dense.perplexity(),
-                dense.error());
+                windows_.size(), windows_.front().size(), file_name(options_.text).c_str(),
+                dense.perplexity(), dense.error());
     std::printf("%s: calibrated on %zu sequences of %zu tokens, distilled on %zu, judged on %zu\n",
-                name_of(options_.calibration).c_str(), sequences_.size(), sequences_.front().size(),
+                file_name(options_.calibration).c_str(), sequences_.size(), sequences_.front().size(),
                 taught_.size(), judged_.size());
     std::fflush(stdout);
     for (const std::string& layer : options_.layers) add_layer(layer);
@@ -245,7 +243,7 @@ class QuantizeSuite {
     json out = frame_json(suite_, rows_);
     rusage usage = {};
     getrusage(RUSAGE_SELF, &usage);
-    out["model"] = name_of(options_.model);
+    out["model"] = file_name(options_.model);
     out["perplexity_as_given"] = dense.perplexity();
     out["perplexity_as_given_error"] = dense.error();
     out["held_out_text"] = text_json(options_.text, windows_);
@@ -256,12 +254,6 @@ class QuantizeSuite {
     out["threads"] = pool_.workers();
     out["layers"] = layer_rows_;
     check(write_text(out.dump(2) + '\n', options_.json_path));
-  }
-  static json text_json(const std::string& path, const std::vector<std::vector<std::int32_t>>& sequences) {
-    return {{"name", name_of(path)},
-            {"bytes", std::filesystem::file_size(path)},
-            {"sequences", sequences.size()},
-            {"length", sequences.front().size()}};
   }
 
   const Options& options_;

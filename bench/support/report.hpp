@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <string>
 #include <utility>
@@ -17,6 +18,20 @@
 #include "machine.hpp"
 
 namespace codegemm::bench {
+
+/// A file's name without its folder: results tell no paths of a machine.
+[[nodiscard]] inline std::string file_name(const std::string& path) {
+  return std::filesystem::path(path).filename().string();
+}
+
+/// A text and what was taken of it: sequences of tokens, all as long as the first.
+[[nodiscard]] inline nlohmann::json text_json(const std::string& path,
+                                              const std::vector<std::vector<std::int32_t>>& sequences) {
+  return {{"name", file_name(path)},
+          {"bytes", std::filesystem::file_size(path)},
+          {"sequences", sequences.size()},
+          {"length", sequences.front().size()}};
+}
 
 /// Another implementation, measured in the same run on the same problem.
 struct Peer {
