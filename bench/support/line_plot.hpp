@@ -15,13 +15,14 @@
 
 namespace codegemm::bench {
 
-/// One diagram; y begins at 0, or is logarithmic.
+/// One diagram; x and y begin at 0, or are logarithmic.
 struct Diagram {
   std::string title;
   std::string x_name;
   std::vector<Curve> lines;
   bool logarithmic = false;
-  double scale = 1.0;  // of y
+  double scale = 1.0;          // of y
+  bool logarithmic_x = false;  // x is then marked where the first line has points
 };
 
 /// An SVG of its own, the diagrams below one another.
@@ -35,22 +36,30 @@ struct Diagram {
   char line[32];
   double top = 30;
   for (const Diagram& diagram : diagrams) {
+    double left = 1e300;
     double right = 0.0;
     double low = 1e300;
     double high = 1e-300;
     for (const Curve& one : diagram.lines) {
       for (const auto& [x, y] : one.points) {
+        left = std::min(left, x);
         right = std::max(right, x);
         low = std::min(low, y * diagram.scale);
         high = std::max(high, y * diagram.scale);
       }
     }
     const double first = diagram.logarithmic ? std::floor(std::log10(low)) : 0.0;
-    const double last = diagram.logarithmic ? std::ceil(std::log10(high)) : high * 1.05;
+    const double decade = std::pow(10.0, std::floor(std::log10(high)));
+    const double rise = high / decade > 5 ? 2 * decade : high / decade > 2 ? decade : decade / 2;
+    const double last =
+        diagram.logarithmic ? std::ceil(std::log10(high)) : rise * std::ceil(high / rise - 1e-9);
     const auto value = [&](double y) { return diagram.logarithmic ? std::log10(std::max(y, 1e-300)) : y; };
-    const auto at_x = [&](double x) { return kLeft + kWidth * x / right; };
+    const auto at_x = [&](double x) {
+      return kLeft +
+             kWidth * (diagram.logarithmic_x ? std::log(x / left) / std::log(right / left) : x / right);
+    };
     const auto at_y = [&](double y) { return top + kHeight * (last - value(y)) / (last - first); };
-    const double step = diagram.logarithmic ? 1.0 : (last - first) / 5.0;
+    const double step = diagram.logarithmic ? 1.0 : rise;
     for (int mark = 0; first + mark * step <= last + 1e-9; ++mark) {
       const double y = first + mark * step;
       const double shown = diagram.logarithmic ? std::pow(10.0, y) : y;
@@ -58,8 +67,14 @@ struct Diagram {
       std::snprintf(line, sizeof(line), "%.4g", shown);
       svg.text(kLeft - 6, at_y(shown) + 4, "end", std::string(line));
     }
-    for (int i = 0; i <= 4; ++i) {
-      const double x = right * i / 4;
+    std::vector<double> marks = {0, right / 4, right / 2, right * 3 / 4, right};
+    if (diagram.logarithmic_x) {
+      marks.clear();
+      for (const auto& [x, y] : diagram.lines.front().points) {
+        if (marks.empty() || at_x(x) - at_x(marks.back()) > 34) marks.push_back(x);
+      }
+    }
+    for (const double x : marks) {
       svg.grid(at_x(x), top, at_x(x), top + kHeight);
       std::snprintf(line, sizeof(line), "%.4g", x);
       svg.text(at_x(x), top + kHeight + 16, "middle", std::string(line));
