@@ -15,6 +15,7 @@
 
 #include <codegemm/quantized_matrix.hpp>
 #include <common/low_rank.hpp>
+#include <common/text_quantizer.hpp>
 #include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/model/llama.hpp>
 #include <prefillshare/train/trainer.hpp>
@@ -67,6 +68,8 @@ concept FinetuneBackend = requires(B& backend, Executor& executor, const TrainJo
   { backend.dense(module) } -> std::same_as<Result<DenseModelPtr>>;
   /// The deltas of a module trained with kLowRank, in for_each_linear()'s order; none of another.
   { backend.low_rank(module) } -> std::same_as<Result<std::vector<prefillshare::examples::LowRankDelta>>>;
+  /// Where layers are quantized; valid as long as the backend lives.
+  { backend.quantizer() } -> std::same_as<prefillshare::examples::QuantizeBackend>;
 };
 
 }  // namespace codegemm::bench

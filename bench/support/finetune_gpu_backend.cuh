@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include <common/gpu_quantizer.cuh>
 #include <prefillshare/train/cuda/generator.cuh>
 #include <prefillshare/train/cuda/trainer.cuh>
 
@@ -153,6 +154,11 @@ class FinetuneGpuBackend {
     return out;
   }
 
+  [[nodiscard]] prefillshare::examples::QuantizeBackend quantizer() {
+    if (quantizer_ == nullptr) quantizer_ = std::make_unique<prefillshare::examples::GpuQuantizer>();
+    return quantizer_->backend();
+  }
+
  private:
   struct DestroyStream {
     void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
@@ -205,6 +211,7 @@ class FinetuneGpuBackend {
   const Matrices* matrices_ = nullptr;
   std::optional<prefillshare::cuda::DeviceExamples<S>> judge_;
   std::optional<prefillshare::cuda::DeviceGenerator<S>> generator_;
+  std::unique_ptr<prefillshare::examples::GpuQuantizer> quantizer_;
 };
 static_assert(FinetuneBackend<FinetuneGpuBackend>);
 

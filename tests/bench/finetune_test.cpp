@@ -4,6 +4,8 @@
 // end to end at a toy size.
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -11,9 +13,11 @@
 #include <fstream>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <set>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -467,7 +471,6 @@ struct Toy {
   FinetuneOptions options;
   Tokenizer tokenizer = byte_tokenizer();
   LoadedModel loaded;
-  codegemm::ThreadPool pool{2};
 
   Toy() {
     ModelConfig c = tiny_config();
@@ -502,9 +505,11 @@ struct Toy {
     options.calibration_items = 1;
     options.adapt_steps = 1;
     options.adapt_rates = {1e-3};
+    options.threads = 2;
   }
   [[nodiscard]] std::vector<FinetuneRow> run(bool& complete) {
-    FinetuneSuite<FinetuneCpuBackend> suite(options, loaded, tokenizer, pool, {"finetune", "toy", {}, {}});
+    const auto pools = make_pools(options);
+    FinetuneSuite<FinetuneCpuBackend> suite(options, loaded, tokenizer, pools, {"finetune", "toy", {}, {}});
     complete = suite.run();
     return suite.rows();
   }
@@ -557,22 +562,19 @@ TEST_CASE("the suite runs all of its methods, stops at its time limit and goes o
   CHECK(json["suite"] == "finetune");
   CHECK(json["complete"] == true);
   CHECK(json["rows"].size() == rows.size());
+  CHECK(json["jobs"] == 1);
+  REQUIRE(json["stages"].size() == 4);
+  for (const nlohmann::json& stage : json["stages"]) {
+    const bool claimed = stage["stage"] == "claim";  // in the run before
+    CHECK(stage["runs_kept"] == (claimed ? 2 * 7 : 0));
+    CHECK(stage["runs"] == (claimed ? 0 : stage["stage"] == "quantized" ? 2 * 4 : 2 * 2));
+    CHECK((stage["seconds"].get<double>() > 0.0) != claimed);
+    CHECK(stage["seconds"].get<double>() <= json["wall_seconds"].get<double>());
+  }
   CHECK(json["rows"][2]["accuracy_mean"].is_number());
   CHECK(text_of_file(toy.options.plot).find("naive") != std::string::npos);
   const std::string specialist = toy.options.specialists + "/shell.safetensors";
   CHECK(need(read_specialist(specialist, *toy.loaded.model, "00112233")).deltas.size() == 7);
-
-  FinetuneOptions report;
-  report.work = toy.options.work;
-  report.json_path = toy.options.json_path + "2";
-  report_runs(report, {toy.options.json_path, toy.options.json_path});
-  const nlohmann::json again = nlohmann::json::parse(text_of_file(report.json_path));
-  CHECK(again["machine"] == json["machine"]);
-  CHECK(again["complete"] == true);
-  CHECK(again["rows"].size() == 2 * 8);  // the default options do not name the toy's format
-  for (const nlohmann::json& row : again["rows"]) CHECK(row["n"] == 3);
-  std::ofstream(report.json_path) << "{}";
-  CHECK_THROWS_AS(report_runs(report, {report.json_path}), UserError);
 
   // All is there: nothing is run again. A broken file, or one of another run, is.
   const std::string path = toy.options.work + "/shell-base.json";
@@ -588,6 +590,72 @@ TEST_CASE("the suite runs all of its methods, stops at its time limit and goes o
   std::ofstream(path) << kept;
   CHECK(toy.run(complete)[0].mean() != 12.5);
   CHECK(complete);
+}
+
+TEST_CASE("runs side by side are those of one after the other", "[finetune]") {
+  std::vector<std::vector<FinetuneRow>> tables;
+  for (const std::int64_t jobs : {1, 3}) {
+    Toy toy;
+    toy.options.jobs = jobs;
+    toy.options.threads = static_cast<int>(jobs);
+    toy.options.quantized_seeds = 2;
+    bool complete = false;
+    tables.push_back(toy.run(complete));
+    CHECK(complete);
+    CHECK(toy.json()["jobs"] == jobs);
+  }
+  REQUIRE(tables[0].size() == tables[1].size());
+  for (std::size_t i = 0; i < tables[0].size(); ++i) {
+    CHECK(tables[0][i].method == tables[1][i].method);
+    CHECK(tables[0][i].rate == tables[1][i].rate);
+    CHECK(tables[0][i].accuracy == tables[1][i].accuracy);
+    if (tables[0][i].method.find("m1v4b4g64") != std::string::npos) CHECK(tables[0][i].accuracy.size() == 2);
+  }
+}
+
+TEST_CASE("a run begins when those it waits for are done", "[finetune]") {
+  for (const std::size_t workers : {1U, 4U}) {
+    FinetuneQueue queue;
+    std::mutex mutex;
+    std::vector<std::size_t> ended;
+    std::size_t on_host = 0;
+    std::size_t most_on_host = 0;
+    std::vector<std::vector<std::size_t>> after(40);
+    for (std::size_t i = 0; i < after.size(); ++i) {
+      if (i >= 8) after[i] = {i - 8, i / 2};
+      const bool host = i % 2 == 1;
+      const auto job = [&, i, host](std::size_t worker) {
+        {
+          const std::lock_guard lock(mutex);
+          CHECK(worker < workers);
+          for (const std::size_t before : after[i])
+            CHECK(std::find(ended.begin(), ended.end(), before) != ended.end());
+          if (host) most_on_host = std::max(most_on_host, ++on_host);
+        }
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+        const std::lock_guard lock(mutex);
+        ended.push_back(i);
+        if (host) --on_host;
+      };
+      CHECK(queue.add(job, after[i], host) == i);
+    }
+    queue.run(workers);
+    CHECK(ended.size() == after.size());
+    CHECK(most_on_host >= 1);
+    CHECK(most_on_host <= std::max<std::size_t>(1, workers / 2));
+
+    FinetuneQueue failing;
+    std::atomic<int> begun{0};
+    for (int i = 0; i < 100; ++i) {
+      failing.add([&, i](std::size_t) {
+        ++begun;
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+        if (i == 2) throw UserError("the third one");
+      });
+    }
+    CHECK_THROWS_AS(failing.run(workers), UserError);
+    CHECK(begun < 100);
+  }
 }
 
 TEST_CASE("a rate at which the loss does not stay finite counts as nothing learned", "[finetune]") {
