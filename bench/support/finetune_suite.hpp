@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <functional>
+#include <future>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -27,7 +28,6 @@
 #include <codegemm/base/thread_pool.hpp>
 #include <common/low_rank.hpp>
 #include <common/model_loader.hpp>
-#include <common/progress.hpp>
 #include <common/tokenizer.hpp>
 
 #include "finetune_data.hpp"
@@ -37,16 +37,18 @@
 #include "finetune_queue.hpp"
 #include "finetune_results.hpp"
 #include "finetune_runs.hpp"
+#include "finetune_worker.hpp"
 
 namespace codegemm::bench {
 
-/// The threads of `jobs` runs that go side by side.
+/// Pools for `jobs` runs side by side. Half of the runs need one at a time (FinetuneQueue): each gets the
+/// threads for that.
 [[nodiscard]] inline std::vector<std::unique_ptr<ThreadPool>> make_pools(const FinetuneOptions& options) {
   int threads = options.threads;
   if (threads <= 0) threads = static_cast<int>(std::thread::hardware_concurrency());
+  threads = std::max(1, threads / std::max(1, static_cast<int>(options.jobs) / 2));
   std::vector<std::unique_ptr<ThreadPool>> out;
-  for (std::int64_t job = 0; job < options.jobs; ++job)
-    out.push_back(std::make_unique<ThreadPool>(std::max(1, threads / static_cast<int>(options.jobs))));
+  for (std::int64_t job = 0; job < options.jobs; ++job) out.push_back(std::make_unique<ThreadPool>(threads));
   return out;
 }
 
@@ -64,13 +66,21 @@ class FinetuneSuite {
         tokenizer_(tokenizer),
         frame_(std::move(frame)),
         ledger_(o_, count_runs(options)) {
+    std::vector<std::future<FinetuneData>> made;  // seconds each
     for (const std::string& name : o_.tasks) {
-      data_.push_back(FinetuneData::make(name, o_, tokenizer));
+      made.push_back(std::async(pools.size() > 1 ? std::launch::async : std::launch::deferred,
+                                [&, name] { return FinetuneData::make(name, o_, tokenizer); }));
+    }
+    for (std::future<FinetuneData>& data : made) {
+      data_.push_back(data.get());
       max_tokens_ = std::max(max_tokens_, data_.back().most_tokens(o_.answer_tokens));
     }
     workers_.reserve(pools.size());
-    for (const std::unique_ptr<ThreadPool>& pool : pools)
-      workers_.push_back({pool.get(), unwrap(Backend::create(loaded.model, max_tokens_, *pool))});
+    const bool alone = pools.size() == 1;
+    for (const std::unique_ptr<ThreadPool>& pool : pools) {
+      workers_.emplace_back(o_, tokenizer, *pool, unwrap(Backend::create(loaded.model, max_tokens_, *pool)),
+                            alone);
+    }
     for (const FinetuneData& data : data_) keys_[data.task->name] = key_of(data);
   }
 
@@ -99,14 +109,10 @@ class FinetuneSuite {
   [[nodiscard]] std::vector<FinetuneRow> rows() const { return ledger_.results().rows(); }
 
  private:
+  using Worker = FinetuneWorker<Backend>;
   using Module = typename Backend::Module;
   using Jobs = std::vector<std::size_t>;
 
-  /// One thread's.
-  struct Worker {
-    ThreadPool* pool;
-    Backend backend;
-  };
   /// A module that is quantized later.
   struct Tuned {
     std::mutex mutex;
@@ -119,6 +125,11 @@ class FinetuneSuite {
     Worker& worker;
     FinetuneRun& run;
     const std::string& label;
+
+    [[nodiscard]] std::optional<Module> train(TrainJob& job) const {
+      return worker.train(data, job, run, label);
+    }
+    void judge(const Module& module) const { worker.judge(data, module, {1.0}, run); }
   };
   using Make = std::function<void(const Context&)>;
 
@@ -132,8 +143,9 @@ class FinetuneSuite {
   void claim(FinetuneQueue& queue, std::map<std::string, Jobs>& first_seed) {
     for (const FinetuneData& data : data_) {
       queue.add([this, &data](std::size_t worker) {
-        one(worker, data, "claim", concat(data.task->name, "-base"), "base",
-            [this](const Context& c) { judge(c, unwrap(c.worker.backend.load(loaded_.model)), {0.0}); });
+        one(worker, data, "claim", concat(data.task->name, "-base"), "base", [this](const Context& c) {
+          c.worker.judge(c.data, unwrap(c.worker.backend().load(loaded_.model)), {0.0}, c.run);
+        });
       });
     }
     std::vector<double> rates = {o_.first_rate()};
@@ -195,10 +207,10 @@ class FinetuneSuite {
     const Make make = [&](const Context& c) {
       TrainJob job = job_of(data, 1.0, rate, 1);
       job.kind = ParameterKind::kLowRank;
-      const std::optional<Module> module = train(c, job);
+      const std::optional<Module> module = c.train(job);
       if (!module) return;
       prefillshare::examples::Specialist made{data.task->name, loaded_.fingerprint,
-                                              unwrap(c.worker.backend.low_rank(*module))};
+                                              unwrap(c.worker.backend().low_rank(*module))};
       prefillshare::examples::check(write_specialist(file, made));
     };
     one(worker, data, "specialists", name, "low-rank", make,
@@ -215,8 +227,8 @@ class FinetuneSuite {
           unwrap(prefillshare::examples::read_specialist(file, *loaded_.model, loaded_.fingerprint));
       const DenseModelPtr merged = unwrap(prefillshare::examples::merge(*loaded_.model, kept.deltas));
       const Matrices matrices =
-          quantize_plainly(*merged, unwrap(parse_format(kSpecialistFormat)), *c.worker.pool);
-      judge(c, unwrap(c.worker.backend.load(dequantize_module(*merged, matrices))), {1.0});
+          quantize_plainly(*merged, unwrap(parse_format(kSpecialistFormat)), c.worker.pool());
+      c.judge(unwrap(c.worker.backend().load(dequantize_module(*merged, matrices))));
       c.run.rate = *rate;
     };
     one(worker, data, "specialists", run_name(data.task->name, method, *rate, 1), method, make);
@@ -259,13 +271,13 @@ class FinetuneSuite {
       if (dense != nullptr) return;
       dense = tuned(c, *rate, seed);
       matrices = quantize_module(dense, key, unwrap(ModuleFormat::parse(format)), o_.quantizer,
-                                 data.texts(o_.calibration_items), folder, c.worker.backend.quantizer(),
-                                 *c.worker.pool);
+                                 data.texts(o_.calibration_items), folder, c.worker.backend().quantizer(),
+                                 c.worker.pool());
     };
     // One rate, the tuned module's, names them all; the rate of the adaptation stands in the method.
     one(worker, data, "quantized", run_name(task, plain, *rate, seed), plain, [&](const Context& c) {
       prepare(c);
-      judge(c, unwrap(c.worker.backend.load(dequantize_module(*dense, matrices))), {1.0});
+      c.judge(unwrap(c.worker.backend().load(dequantize_module(*dense, matrices))));
       c.run.rate = *rate;
       c.run.seed = seed;
     });
@@ -279,7 +291,7 @@ class FinetuneSuite {
         job.kind = ParameterKind::kCodebooks;
         job.matrices = &matrices;
         job.options.steps = o_.adapt_steps;
-        (void)train(c, job);
+        (void)c.train(job);
       });
     }
     std::error_code ignored;
@@ -333,52 +345,18 @@ class FinetuneSuite {
     return job;
   }
 
-  /// Trains and judges, at the ratio of the training and, if that is 0, at all others too. Nothing where the
-  /// loss did not stay finite: no answer counts then.
-  std::optional<Module> train(const Context& c, TrainJob& job) {
-    FinetuneRun& run = c.run;
-    run.rate = job.options.rate;
-    run.seed = static_cast<std::int64_t>(job.options.seed);
-    run.trained_at = job.options.sharing;
-    prefillshare::examples::ProgressLine line(c.label);
-    job.progress = [&](const prefillshare::TrainProgress& now) {
-      run.tokens_per_second = now.tokens_per_second;
-      if (workers_.size() > 1) return;  // lines of several runs would be mixed
-      char text[96];
-      std::snprintf(text, sizeof(text), "loss %.4f, %.0f tokens/s, %.0f s left", now.loss,
-                    now.tokens_per_second, now.seconds_left);
-      line.update(now.step, now.steps, text);
-    };
-    std::vector<double> sharing = {run.trained_at};
-    if (run.trained_at == 0.0) {
-      sharing.insert(sharing.end(), o_.sharing.begin(), o_.sharing.end());
-      sharing.push_back(1.0);
-    }
-    Result<Module> module = c.worker.backend.train(job);
-    if (!module.ok() && module.status().code() == StatusCode::kInvalidArgument &&
-        module.status().message().find("parameters are those after") != std::string::npos) {
-      std::fprintf(stderr, "%s: %s\n", c.label.c_str(), module.status().message().c_str());
-      run.loss = 1e9;
-      for (const double at : sharing) run.accuracy[at] = 0.0;
-      return std::nullopt;
-    }
-    Module trained = unwrap(std::move(module));
-    judge(c, trained, sharing);
-    return trained;
-  }
-
   /// Full fine-tuning (sharing 0), or a module for the base's cache.
   void trained(std::size_t worker, const FinetuneData& data, const char* stage, const std::string& method,
                double sharing, double rate, std::int64_t seed) {
     one(worker, data, stage, run_name(data.task->name, method, rate, seed), method, [&](const Context& c) {
       TrainJob job = job_of(data, sharing, rate, seed);
-      const std::optional<Module> module = train(c, job);
+      const std::optional<Module> module = c.train(job);
       if (!module || method != kSharedRuns || !o_.has_stage("quantized") || seed > o_.quantized_seeds) return;
       Tuned& kept = tuned_of(data, seed);
       const std::lock_guard lock(kept.mutex);
       if (kept.dense != nullptr && !FinetuneResults::better(c.run, kept.run)) return;
       kept.run = c.run;
-      kept.dense = unwrap(c.worker.backend.dense(*module));
+      kept.dense = unwrap(c.worker.backend().dense(*module));
     });
   }
 
@@ -393,33 +371,14 @@ class FinetuneSuite {
     if (kept.dense == nullptr || kept.run.rate != rate) {
       TrainJob job = job_of(c.data, 1.0, rate, seed);
       kept.run.rate = rate;
-      kept.dense = unwrap(c.worker.backend.dense(unwrap(c.worker.backend.train(job))));
+      kept.dense = unwrap(c.worker.backend().dense(unwrap(c.worker.backend().train(job))));
     }
     return kept.dense;
   }
 
-  /// Answers of the module: on the development items at the ratio of its training, on the test items at all.
-  void judge(const Context& c, const Module& module, const std::vector<double>& sharing) {
-    const double own = sharing.front();
-    c.run.trained_at = own;
-    c.run.development = points(c, module, c.data.development, own);
-    c.run.loss = unwrap(c.worker.backend.loss(module, c.data.development.examples, own));
-    for (const double at : sharing) c.run.accuracy[at] = points(c, module, c.data.test, at);
-  }
-  [[nodiscard]] double points(const Context& c, const Module& module, const FinetuneItems& items,
-                              double sharing) {
-    const std::vector<Tokens> answers =
-        unwrap(c.worker.backend.generate(module, items.prompts, sharing, o_.answer_tokens, c.data.stop));
-    std::vector<std::string> texts;
-    texts.reserve(answers.size());
-    for (const Tokens& answer : answers) texts.push_back(unwrap(tokenizer_.decode(answer, false)));
-    const std::int64_t right = prefillshare::examples::count_right(*c.data.task, items.items, texts);
-    return 100.0 * static_cast<double>(right) / static_cast<double>(items.items.size());
-  }
-
   /// All that a run's numbers depend on beside its own name.
   [[nodiscard]] std::string key_of(const FinetuneData& data) const {
-    std::string key = concat("base ", loaded_.fingerprint, ", on ", workers_.front().backend.device(),
+    std::string key = concat("base ", loaded_.fingerprint, ", on ", workers_.front().backend().device(),
                              ", items ", data.hash(), ", answers ", o_.answer_tokens, ", stop ",
                              data.stop.size(), ", steps ", o_.steps, ", batch ", o_.batch, ", pass ",
                              o_.pass_tokens, ", warm-up ", o_.warmup, ", clip ", o_.clip, ", low rank ",
@@ -443,7 +402,7 @@ class FinetuneSuite {
   void write(const std::vector<FinetuneRow>& table) {
     if (!o_.json_path.empty()) {
       nlohmann::json out = frame_json(frame_, rows_json(table));
-      out["device"] = workers_.front().backend.device();
+      out["device"] = workers_.front().backend().device();
       out["base"] = loaded_.fingerprint;
       out["complete"] = !ledger_.stopped();
       out["jobs"] = workers_.size();

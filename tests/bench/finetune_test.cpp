@@ -594,6 +594,7 @@ TEST_CASE("the suite runs all of its methods, stops at its time limit and goes o
 
 TEST_CASE("runs side by side are those of one after the other", "[finetune]") {
   std::vector<std::vector<FinetuneRow>> tables;
+  std::vector<std::map<std::string, nlohmann::json>> runs;  // by their files' names
   for (const std::int64_t jobs : {1, 3}) {
     Toy toy;
     toy.options.jobs = jobs;
@@ -603,7 +604,15 @@ TEST_CASE("runs side by side are those of one after the other", "[finetune]") {
     tables.push_back(toy.run(complete));
     CHECK(complete);
     CHECK(toy.json()["jobs"] == jobs);
+    for (const auto& file : std::filesystem::directory_iterator(toy.options.work)) {
+      if (file.path().extension() != ".json") continue;
+      nlohmann::json run = nlohmann::json::parse(text_of_file(file.path().string()));
+      for (const char* time : {"seconds", "tokens_per_second"}) run["run"].erase(time);
+      (runs.size() < tables.size() ? runs.emplace_back() : runs.back())[file.path().filename()] = run;
+    }
   }
+  CHECK(runs[0].size() == 2 * (7 + 2 + 2 + 8));
+  CHECK(runs[0] == runs[1]);
   REQUIRE(tables[0].size() == tables[1].size());
   for (std::size_t i = 0; i < tables[0].size(); ++i) {
     CHECK(tables[0][i].method == tables[1][i].method);
