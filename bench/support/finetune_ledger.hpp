@@ -105,7 +105,10 @@ class FinetuneLedger {
   /// Stages overlap where several runs go side by side.
   [[nodiscard]] nlohmann::json times() const {
     nlohmann::json stages = nlohmann::json::array();
-    for (const auto& [name, stage] : stages_) {
+    for (const std::string& name : o_.stages) {
+      const auto at = stages_.find(name);
+      if (at == stages_.end()) continue;
+      const Stage& stage = at->second;
       stages.push_back({{"stage", name},
                         {"seconds", stage.end - stage.begin},
                         {"begin", stage.begin},

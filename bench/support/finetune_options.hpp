@@ -29,7 +29,7 @@ struct FinetuneOptions {
   std::vector<double> sharing = {0.25, 0.5, 0.75};
   std::int64_t curve_seeds = 3;  // at most `seeds`
 
-  std::int64_t steps = 600;
+  std::int64_t steps = 500;
   std::int64_t batch = 64;
   std::int64_t pass_tokens = 16384;
   double warmup = 0.05;

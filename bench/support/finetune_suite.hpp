@@ -41,12 +41,14 @@
 
 namespace codegemm::bench {
 
+[[nodiscard]] inline int threads_of(const FinetuneOptions& options) {
+  return options.threads > 0 ? options.threads : static_cast<int>(std::thread::hardware_concurrency());
+}
+
 /// Pools for `jobs` runs side by side. Half of the runs need one at a time (FinetuneQueue): each gets the
 /// threads for that.
 [[nodiscard]] inline std::vector<std::unique_ptr<ThreadPool>> make_pools(const FinetuneOptions& options) {
-  int threads = options.threads;
-  if (threads <= 0) threads = static_cast<int>(std::thread::hardware_concurrency());
-  threads = std::max(1, threads / std::max(1, static_cast<int>(options.jobs) / 2));
+  const int threads = std::max(1, threads_of(options) / std::max(1, static_cast<int>(options.jobs) / 2));
   std::vector<std::unique_ptr<ThreadPool>> out;
   for (std::int64_t job = 0; job < options.jobs; ++job) out.push_back(std::make_unique<ThreadPool>(threads));
   return out;
@@ -406,6 +408,7 @@ class FinetuneSuite {
       out["base"] = loaded_.fingerprint;
       out["complete"] = !ledger_.stopped();
       out["jobs"] = workers_.size();
+      out["threads"] = threads_of(o_);
       out.update(ledger_.results().summary());
       out.update(ledger_.times());
       prefillshare::examples::check(write_text(out.dump(2) + '\n', o_.json_path));
