@@ -4,8 +4,6 @@
 // end to end at a toy size.
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -13,11 +11,9 @@
 #include <fstream>
 #include <limits>
 #include <memory>
-#include <mutex>
 #include <set>
 #include <sstream>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -620,51 +616,6 @@ TEST_CASE("runs side by side are those of one after the other", "[finetune]") {
     CHECK(tables[0][i].rate == tables[1][i].rate);
     CHECK(tables[0][i].accuracy == tables[1][i].accuracy);
     if (tables[0][i].method.find("m1v4b4g64") != std::string::npos) CHECK(tables[0][i].accuracy.size() == 2);
-  }
-}
-
-TEST_CASE("a run begins when those it waits for are done", "[finetune]") {
-  for (const std::size_t workers : {1U, 4U}) {
-    FinetuneQueue queue;
-    std::mutex mutex;
-    std::vector<std::size_t> ended;
-    std::size_t on_host = 0;
-    std::size_t most_on_host = 0;
-    std::vector<std::vector<std::size_t>> after(40);
-    for (std::size_t i = 0; i < after.size(); ++i) {
-      if (i >= 8) after[i] = {i - 8, i / 2};
-      const bool host = i % 2 == 1;
-      const auto job = [&, i, host](std::size_t worker) {
-        {
-          const std::lock_guard lock(mutex);
-          CHECK(worker < workers);
-          for (const std::size_t before : after[i])
-            CHECK(std::find(ended.begin(), ended.end(), before) != ended.end());
-          if (host) most_on_host = std::max(most_on_host, ++on_host);
-        }
-        std::this_thread::sleep_for(std::chrono::microseconds(100));
-        const std::lock_guard lock(mutex);
-        ended.push_back(i);
-        if (host) --on_host;
-      };
-      CHECK(queue.add(job, after[i], host) == i);
-    }
-    queue.run(workers);
-    CHECK(ended.size() == after.size());
-    CHECK(most_on_host >= 1);
-    CHECK(most_on_host <= std::max<std::size_t>(1, workers / 2));
-
-    FinetuneQueue failing;
-    std::atomic<int> begun{0};
-    for (int i = 0; i < 100; ++i) {
-      failing.add([&, i](std::size_t) {
-        ++begun;
-        std::this_thread::sleep_for(std::chrono::microseconds(100));
-        if (i == 2) throw UserError("the third one");
-      });
-    }
-    CHECK_THROWS_AS(failing.run(workers), UserError);
-    CHECK(begun < 100);
   }
 }
 
