@@ -40,9 +40,9 @@ struct ModuleFormat {
   }
 };
 
-/// The linear layers of the blocks: k-means weighted by the inputs on `texts`, then the rounds of the calibrated
-/// quantizer if so asked; the weights are corrected for the errors of the layers before them where there are
-/// tokens enough. Layers that are done stay in `folder`.
+/// The linear layers of the blocks: k-means weighted by the inputs on `texts`, then the rounds of the
+/// calibrated quantizer if so asked; the weights are corrected for the errors of the layers before them where
+/// there are tokens enough. Layers that are done stay in `folder`.
 [[nodiscard]] inline Matrices quantize_module(const DenseModelPtr& dense, const std::string& fingerprint,
                                               const ModuleFormat& format, const CalibratedOptions& quantizer,
                                               const std::vector<Tokens>& texts, const std::string& folder,
