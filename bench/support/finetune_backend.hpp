@@ -39,6 +39,7 @@ struct TrainJob {
   std::span<const prefillshare::TrainingExample> examples;
   prefillshare::TrainOptions options;                                // sharing among them
   std::function<void(const prefillshare::TrainProgress&)> progress;  // after each step, if any
+  bool alone = true;  // whether no other thread of the process trains at the same time
 };
 
 /// Trains decode modules of one frozen base and generates with them. Module is a handle to a decode module

@@ -94,6 +94,7 @@ class FinetuneGpuBackend {
     auto trainer = prefillshare::cuda::DeviceTrainer<S>::create(
         *host_, frozen_, std::move(examples), job.options, "of a benchmark", device_, stream_.get());
     if (!trainer.ok()) return trainer.status();
+    trainer->use_graphs(job.alone);
     if (Status s = trainer->run("", 0, job.progress); !s.ok()) return s;
     return Module{*origin_, std::make_shared<const Trained>(trainer->take_weights()), nullptr};
   }
@@ -108,6 +109,7 @@ class FinetuneGpuBackend {
           device_, stream_.get());
       if (!made.ok()) return made.status();
       judge_.emplace(*std::move(made));
+      judge_->use_graphs(false);  // a few passes for each module
     }
     return judge_->evaluate(module.view(), examples, sharing);
   }

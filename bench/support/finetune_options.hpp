@@ -27,7 +27,7 @@ struct FinetuneOptions {
   std::int64_t seeds = 3;
   std::vector<double> rates = {1e-4, 3e-4, 1e-3};  // the first run takes the middle one
   std::vector<double> sharing = {0.25, 0.5, 0.75};
-  std::int64_t curve_seeds = 3;  // at most `seeds`
+  std::int64_t curve_seeds = 1;  // at most `seeds`
 
   std::int64_t steps = 500;
   std::int64_t batch = 64;

@@ -48,7 +48,9 @@ namespace codegemm::bench {
 /// Pools for `jobs` runs side by side. Half of the runs need one at a time (FinetuneQueue): each gets the
 /// threads for that.
 [[nodiscard]] inline std::vector<std::unique_ptr<ThreadPool>> make_pools(const FinetuneOptions& options) {
-  const int threads = std::max(1, threads_of(options) / std::max(1, static_cast<int>(options.jobs) / 2));
+  const int jobs = static_cast<int>(options.jobs);
+  const int busy = std::max(1, jobs / 2);  // pools at a time; the other runs need a thread each
+  const int threads = std::max(1, (threads_of(options) - (jobs - busy)) / busy);
   std::vector<std::unique_ptr<ThreadPool>> out;
   for (std::int64_t job = 0; job < options.jobs; ++job) out.push_back(std::make_unique<ThreadPool>(threads));
   return out;
@@ -372,6 +374,7 @@ class FinetuneSuite {
     const std::lock_guard lock(kept.mutex);
     if (kept.dense == nullptr || kept.run.rate != rate) {
       TrainJob job = job_of(c.data, 1.0, rate, seed);
+      job.alone = workers_.size() == 1;
       kept.run.rate = rate;
       kept.dense = unwrap(c.worker.backend().dense(unwrap(c.worker.backend().train(job))));
     }

@@ -27,8 +27,7 @@ class FinetuneWorker {
  public:
   using Module = typename Backend::Module;
 
-  /// `alone`: whether nothing else is told of at the same time. All that is passed by reference outlives the
-  /// worker.
+  /// `alone`: whether there is no other worker. All that is passed by reference outlives this.
   FinetuneWorker(const FinetuneOptions& options, const prefillshare::examples::Tokenizer& tokenizer,
                  ThreadPool& pool, Backend backend, bool alone)
       : o_(&options), tokenizer_(&tokenizer), pool_(&pool), backend_(std::move(backend)), alone_(alone) {}
@@ -53,6 +52,7 @@ class FinetuneWorker {
                     now.tokens_per_second, now.seconds_left);
       line.update(now.step, now.steps, text);
     };
+    job.alone = alone_;
     std::vector<double> sharing = {run.trained_at};
     if (run.trained_at == 0.0) {
       sharing.insert(sharing.end(), o_->sharing.begin(), o_->sharing.end());
