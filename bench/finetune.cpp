@@ -15,7 +15,6 @@
 
 #include <CLI/CLI.hpp>
 
-#include <codegemm/base/thread_pool.hpp>
 #include <common/model_loader.hpp>
 #include <common/model_tokenizer.hpp>
 
@@ -28,16 +27,12 @@ using namespace codegemm::bench;
 using prefillshare::examples::unwrap;
 
 int run(const FinetuneOptions& options) {
-  if (!options.report.empty()) {
-    report_runs(options, options.report);
-    return 0;
-  }
-  codegemm::ThreadPool pool(options.threads);
+  const auto pools = make_pools(options);
   const auto tokenizer = unwrap(prefillshare::examples::load_tokenizer(options.model));
   const auto loaded =
       unwrap(prefillshare::examples::load_model(*unwrap(prefillshare::examples::open_model(options.model))));
-  Suite frame{"finetune", machine_json(pool), measure_memory(pool), {}};
-  FinetuneSuite<FinetuneCpuBackend> suite(options, loaded, tokenizer, pool, std::move(frame));
+  Suite frame{"finetune", machine_json(*pools.front()), measure_memory(*pools.front()), {}};
+  FinetuneSuite<FinetuneCpuBackend> suite(options, loaded, tokenizer, pools, std::move(frame));
   suite.run();
   return 0;
 }

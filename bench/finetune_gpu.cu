@@ -14,7 +14,6 @@
 
 #include <CLI/CLI.hpp>
 
-#include <codegemm/base/thread_pool.hpp>
 #include <common/model_loader.hpp>
 #include <common/model_tokenizer.hpp>
 
@@ -28,11 +27,7 @@ using namespace codegemm::bench;
 using prefillshare::examples::unwrap;
 
 int run(const FinetuneOptions& options) {
-  if (!options.report.empty()) {
-    report_runs(options, options.report);
-    return 0;
-  }
-  codegemm::ThreadPool pool(options.threads);
+  const auto pools = make_pools(options);
   const codegemm::cuda::Device device = unwrap(codegemm::cuda::query_device(0));
   cudaStream_t stream = nullptr;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
@@ -41,7 +36,7 @@ int run(const FinetuneOptions& options) {
   const auto tokenizer = unwrap(prefillshare::examples::load_tokenizer(options.model));
   const auto loaded =
       unwrap(prefillshare::examples::load_model(*unwrap(prefillshare::examples::open_model(options.model))));
-  FinetuneSuite<FinetuneGpuBackend> suite(options, loaded, tokenizer, pool, std::move(frame));
+  FinetuneSuite<FinetuneGpuBackend> suite(options, loaded, tokenizer, pools, std::move(frame));
   suite.run();
   return 0;
 }
@@ -50,6 +45,14 @@ int run(const FinetuneOptions& options) {
 
 int main(int argc, char** argv) {
   FinetuneOptions options;
+  options.jobs = 5;  // a model of this size does not fill a card; 22 GB each
+  options.formats = {"m1v4g64", "m1v4g64-calibrated", "m2v2b4g64"};
+  // Rounds on the GPU cost less than a good beginning on the host.
+  options.quantizer.rounds = 6;
+  options.quantizer.kmeans.iterations = 8;
+  options.quantizer.kmeans.rounds = 4;
+  options.quantizer.kmeans.refits = 1;
+  options.quantizer.kmeans.sample = 32768;
   CLI::App app{
       "Fine-tunes decode modules on the cache of a frozen base and judges what they answer, on a GPU."};
   add_options(app, options);

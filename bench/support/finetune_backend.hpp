@@ -15,6 +15,7 @@
 
 #include <codegemm/quantized_matrix.hpp>
 #include <common/low_rank.hpp>
+#include <common/text_quantizer.hpp>
 #include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/model/llama.hpp>
 #include <prefillshare/train/trainer.hpp>
@@ -38,6 +39,7 @@ struct TrainJob {
   std::span<const prefillshare::TrainingExample> examples;
   prefillshare::TrainOptions options;                                // sharing among them
   std::function<void(const prefillshare::TrainProgress&)> progress;  // after each step, if any
+  bool alone = true;  // whether no other thread of the process trains at the same time
 };
 
 /// Trains decode modules of one frozen base and generates with them. Module is a handle to a decode module
@@ -67,6 +69,8 @@ concept FinetuneBackend = requires(B& backend, Executor& executor, const TrainJo
   { backend.dense(module) } -> std::same_as<Result<DenseModelPtr>>;
   /// The deltas of a module trained with kLowRank, in for_each_linear()'s order; none of another.
   { backend.low_rank(module) } -> std::same_as<Result<std::vector<prefillshare::examples::LowRankDelta>>>;
+  /// Where layers are quantized; valid as long as the backend lives.
+  { backend.quantizer() } -> std::same_as<prefillshare::examples::QuantizeBackend>;
 };
 
 }  // namespace codegemm::bench

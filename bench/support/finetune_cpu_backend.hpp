@@ -103,6 +103,8 @@ class FinetuneCpuBackend {
     return module.deltas;
   }
 
+  [[nodiscard]] prefillshare::examples::QuantizeBackend quantizer() const { return {}; }  // the host
+
  private:
   static constexpr int kSequences = 32;  // at a time
 

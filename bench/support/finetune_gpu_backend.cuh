@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include <common/gpu_quantizer.cuh>
 #include <prefillshare/train/cuda/generator.cuh>
 #include <prefillshare/train/cuda/trainer.cuh>
 
@@ -93,6 +94,7 @@ class FinetuneGpuBackend {
     auto trainer = prefillshare::cuda::DeviceTrainer<S>::create(
         *host_, frozen_, std::move(examples), job.options, "of a benchmark", device_, stream_.get());
     if (!trainer.ok()) return trainer.status();
+    trainer->use_graphs(job.alone);
     if (Status s = trainer->run("", 0, job.progress); !s.ok()) return s;
     return Module{*origin_, std::make_shared<const Trained>(trainer->take_weights()), nullptr};
   }
@@ -107,6 +109,7 @@ class FinetuneGpuBackend {
           device_, stream_.get());
       if (!made.ok()) return made.status();
       judge_.emplace(*std::move(made));
+      judge_->use_graphs(false);  // a few passes for each module
     }
     return judge_->evaluate(module.view(), examples, sharing);
   }
@@ -151,6 +154,11 @@ class FinetuneGpuBackend {
       }
     }
     return out;
+  }
+
+  [[nodiscard]] prefillshare::examples::QuantizeBackend quantizer() {
+    if (quantizer_ == nullptr) quantizer_ = std::make_unique<prefillshare::examples::GpuQuantizer>();
+    return quantizer_->backend();
   }
 
  private:
@@ -205,6 +213,7 @@ class FinetuneGpuBackend {
   const Matrices* matrices_ = nullptr;
   std::optional<prefillshare::cuda::DeviceExamples<S>> judge_;
   std::optional<prefillshare::cuda::DeviceGenerator<S>> generator_;
+  std::unique_ptr<prefillshare::examples::GpuQuantizer> quantizer_;
 };
 static_assert(FinetuneBackend<FinetuneGpuBackend>);
 

@@ -9,7 +9,7 @@
 
 #include <CLI/CLI.hpp>
 
-#include <codegemm/format.hpp>
+#include <codegemm/quantize/calibrated.hpp>
 #include <common/tasks.hpp>
 
 namespace codegemm::bench {
@@ -27,9 +27,9 @@ struct FinetuneOptions {
   std::int64_t seeds = 3;
   std::vector<double> rates = {1e-4, 3e-4, 1e-3};  // the first run takes the middle one
   std::vector<double> sharing = {0.25, 0.5, 0.75};
-  std::int64_t curve_seeds = 3;  // at most `seeds`
+  std::int64_t curve_seeds = 1;  // at most `seeds`
 
-  std::int64_t steps = 600;
+  std::int64_t steps = 500;
   std::int64_t batch = 64;
   std::int64_t pass_tokens = 16384;
   double warmup = 0.05;
@@ -41,15 +41,19 @@ struct FinetuneOptions {
 
   std::vector<std::string> formats = {"m1v4g64", "m2v2b4g64"};
   std::int64_t calibration_items = 64;
+  CalibratedOptions quantizer;  // its rounds are those of formats that are calibrated
   std::int64_t adapt_steps = 300;
   std::vector<double> adapt_rates = {1e-3};
   std::int64_t quantized_seeds = 1;
 
-  std::vector<std::string> report;  // results of suites to put together; nothing is run then
-
   double time_limit = 0.0;  // seconds; 0: none
-  int threads = 0;
+  std::int64_t jobs = 1;    // runs side by side
+  int threads = 0;          // of all jobs
 
+  FinetuneOptions() {
+    quantizer.rounds = 1;
+    quantizer.beam = 1;
+  }
   [[nodiscard]] double first_rate() const { return rates[rates.size() / 2]; }
   [[nodiscard]] bool has_stage(const char* name) const {
     for (const std::string& stage : stages) {
@@ -69,11 +73,6 @@ inline void add_options(CLI::App& app, FinetuneOptions& o) {
     return app.add_option(name, to, text)->capture_default_str();
   };
   app.add_option("--model", o.model, "GGUF file or Hugging Face folder of the base")->required();
-  app.add_option(
-         "--report", o.report,
-         "JSON of suites that ran one task each; with --work FOLDER, in which all their runs lie, one "
-         "JSON and one plot are made of them, and nothing is run")
-      ->delimiter(',');
   number("--work", o.work, "folder for what finished runs leave: the same command goes on from there");
   app.add_option("--json", o.json_path, "where the results go");
   app.add_option("--plot", o.plot, "SVG: accuracy of the methods, and over the sharing ratio");
@@ -105,12 +104,15 @@ inline void add_options(CLI::App& app, FinetuneOptions& o) {
        "of quantized decode modules; \"-calibrated\" behind a name: codes for the outputs on the task's "
        "texts");
   number("--calibration-items", o.calibration_items, "that the quantizer sees")->check(positive);
+  number("--rounds", o.quantizer.rounds, "of the quantizer where it calibrates")->check(CLI::Range(1, 1000));
   number("--adapt-steps", o.adapt_steps, "of quantization-aware adaptation")->check(positive);
   list("--adapt-rates", o.adapt_rates, "its learning rates")->check(CLI::PositiveNumber);
   number("--quantized-seeds", o.quantized_seeds, "how many seeds' modules are quantized")->check(positive);
   number("--time-limit", o.time_limit, "seconds; ends between two runs before they are over; 0: none")
       ->check(CLI::NonNegativeNumber);
-  number("--threads", o.threads, "0: one for each processor")->check(CLI::Range(0, 1024));
+  number("--jobs", o.jobs, "runs side by side; each has memory of its own")->check(CLI::Range(1, 64));
+  number("--threads", o.threads, "of all jobs together; 0: one for each processor")
+      ->check(CLI::Range(0, 1024));
 }
 
 }  // namespace codegemm::bench

@@ -40,16 +40,19 @@ struct ModuleFormat {
   }
 };
 
-/// The linear layers of the blocks: k-means weighted by the inputs on `texts`, then a round of the calibrated
-/// quantizer if so asked; the weights are corrected for the errors of the layers before them where there are
-/// tokens enough. Layers that are done stay in `folder`.
+/// The linear layers of the blocks: k-means weighted by the inputs on `texts`, then the rounds of the
+/// calibrated quantizer if so asked; the weights are corrected for the errors of the layers before them where
+/// there are tokens enough. Layers that are done stay in `folder`.
 [[nodiscard]] inline Matrices quantize_module(const DenseModelPtr& dense, const std::string& fingerprint,
-                                              const ModuleFormat& format, const std::vector<Tokens>& texts,
-                                              const std::string& folder, Executor& executor) {
+                                              const ModuleFormat& format, const CalibratedOptions& quantizer,
+                                              const std::vector<Tokens>& texts, const std::string& folder,
+                                              prefillshare::examples::QuantizeBackend backend,
+                                              Executor& executor) {
   using namespace prefillshare::examples;
   TextQuantizerOptions options;
-  options.layers.rounds = format.calibrated ? 1 : 0;
-  options.layers.beam = 1;
+  options.layers = quantizer;
+  if (!format.calibrated) options.layers.rounds = 0;
+  options.backend = std::move(backend);
   std::int64_t tokens = 0;
   for (const Tokens& text : texts) tokens += static_cast<std::int64_t>(text.size());
   options.correct = tokens >= 2 * dense->config.intermediate_size;

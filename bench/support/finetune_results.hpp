@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <fstream>
 #include <map>
 #include <optional>
 #include <string>
@@ -141,40 +140,6 @@ class FinetuneResults {
     }
   }
   return out;
-}
-
-/// Puts the results of several suites on one machine together, whose runs lie in one folder: prints the
-/// table, writes JSON and plot. The frame is the first one's. Throws UserError.
-inline void report_runs(const FinetuneOptions& options, const std::vector<std::string>& suites) {
-  using prefillshare::examples::UserError;
-  FinetuneOptions all;
-  nlohmann::json frame;
-  bool complete = true;
-  for (const std::string& path : suites) {
-    const nlohmann::json one = nlohmann::json::parse(std::ifstream(path), nullptr, false);
-    if (!one.is_object() || !one.contains("machine") || !one.contains("rows") || one["rows"].empty())
-      throw UserError(path + ": holds no results of this suite");
-    if (frame.is_null()) frame = one;
-    for (const char* same : {"suite", "machine", "base", "steps", "batch"}) {
-      if (one.value(same, nlohmann::json()) != frame.value(same, nlohmann::json()))
-        throw UserError(concat(path, ": '", same, "' differs from that of ", suites.front()));
-    }
-    complete = complete && one.value("complete", false);
-    all.test_items = one["rows"][0].value("n", all.test_items);
-  }
-  const std::map<std::string, FinetuneRun> runs = FinetuneRuns(options.work).all();
-  const FinetuneResults results(all, runs);
-  const std::vector<FinetuneRow> table = results.rows();
-  print_rows(table);
-  const nlohmann::json summary = results.summary();
-  for (const char* own : {"seconds", "tokens_per_second"}) frame[own] = summary[own];
-  frame["rows"] = rows_json(table);
-  frame["complete"] = complete;
-  if (!options.json_path.empty())
-    prefillshare::examples::check(write_text(frame.dump(2) + '\n', options.json_path));
-  if (!options.plot.empty()) {
-    prefillshare::examples::check(write_text(finetune_svg(bars_of(table), curves_of(table)), options.plot));
-  }
 }
 
 }  // namespace codegemm::bench

@@ -89,19 +89,6 @@ class FinetuneRuns {
       return std::nullopt;  // not whole: made anew
     }
   }
-  /// All runs of the folder by their names, whatever they depend on.
-  [[nodiscard]] std::map<std::string, FinetuneRun> all() const {
-    std::map<std::string, FinetuneRun> out;
-    for (const auto& entry : std::filesystem::directory_iterator(folder_)) {
-      if (entry.path().extension() != ".json") continue;
-      const nlohmann::json kept = nlohmann::json::parse(std::ifstream(entry.path()), nullptr, false);
-      const std::string name = entry.path().stem().string();
-      if (!kept.is_object() || !kept.contains("key")) continue;
-      if (std::optional<FinetuneRun> run = find(name, kept.value("key", std::string())); run)
-        out.emplace(name, *std::move(run));
-    }
-    return out;
-  }
   void keep(const std::string& name, const std::string& key, const FinetuneRun& run) const {
     const nlohmann::json file = {{"key", key}, {"run", run}};
     prefillshare::examples::check(write_text(file.dump(2) + '\n', path(name + ".json")));

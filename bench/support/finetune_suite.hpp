@@ -7,78 +7,135 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
 #include <functional>
+#include <future>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <span>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #include <nlohmann/json.hpp>
 
+#include <codegemm/base/thread_pool.hpp>
 #include <common/low_rank.hpp>
 #include <common/model_loader.hpp>
-#include <common/progress.hpp>
 #include <common/tokenizer.hpp>
 
 #include "finetune_data.hpp"
+#include "finetune_ledger.hpp"
 #include "finetune_plot.hpp"
 #include "finetune_quantize.hpp"
+#include "finetune_queue.hpp"
 #include "finetune_results.hpp"
 #include "finetune_runs.hpp"
+#include "finetune_worker.hpp"
 
 namespace codegemm::bench {
+
+[[nodiscard]] inline int threads_of(const FinetuneOptions& options) {
+  return options.threads > 0 ? options.threads : static_cast<int>(std::thread::hardware_concurrency());
+}
+
+/// Pools for `jobs` runs side by side. Half of the runs need one at a time (FinetuneQueue): each gets the
+/// threads for that.
+[[nodiscard]] inline std::vector<std::unique_ptr<ThreadPool>> make_pools(const FinetuneOptions& options) {
+  const int jobs = static_cast<int>(options.jobs);
+  const int busy = std::max(1, jobs / 2);  // pools at a time; the other runs need a thread each
+  const int threads = std::max(1, (threads_of(options) - (jobs - busy)) / busy);
+  std::vector<std::unique_ptr<ThreadPool>> out;
+  for (std::int64_t job = 0; job < options.jobs; ++job) out.push_back(std::make_unique<ThreadPool>(threads));
+  return out;
+}
 
 template <FinetuneBackend Backend>
 class FinetuneSuite {
  public:
-  /// All that is passed by reference outlives the suite. Throws UserError.
+  using Pools = std::span<const std::unique_ptr<ThreadPool>>;
+
+  /// As many runs side by side as there are pools. All that is passed by reference outlives the suite. Throws
+  /// UserError.
   FinetuneSuite(const FinetuneOptions& options, const prefillshare::examples::LoadedModel& loaded,
-                const prefillshare::examples::Tokenizer& tokenizer, Executor& executor, Suite frame)
+                const prefillshare::examples::Tokenizer& tokenizer, Pools pools, Suite frame)
       : o_(options),
         loaded_(loaded),
         tokenizer_(tokenizer),
-        executor_(executor),
         frame_(std::move(frame)),
-        runs_(options.work) {
-    std::int64_t most = 0;
+        ledger_(o_, count_runs(options)) {
+    std::vector<std::future<FinetuneData>> made;  // seconds each
     for (const std::string& name : o_.tasks) {
-      data_.push_back(FinetuneData::make(name, o_, tokenizer));
-      most = std::max(most, data_.back().most_tokens(o_.answer_tokens));
+      made.push_back(std::async(pools.size() > 1 ? std::launch::async : std::launch::deferred,
+                                [&, name] { return FinetuneData::make(name, o_, tokenizer); }));
     }
-    max_tokens_ = most;
-    backend_.emplace(unwrap(Backend::create(loaded.model, most, executor)));
-    total_ = count_runs();
+    for (std::future<FinetuneData>& data : made) {
+      data_.push_back(data.get());
+      max_tokens_ = std::max(max_tokens_, data_.back().most_tokens(o_.answer_tokens));
+    }
+    workers_.reserve(pools.size());
+    const bool alone = pools.size() == 1;
+    for (const std::unique_ptr<ThreadPool>& pool : pools) {
+      workers_.emplace_back(o_, tokenizer, *pool, unwrap(Backend::create(loaded.model, max_tokens_, *pool)),
+                            alone);
+    }
+    for (const FinetuneData& data : data_) keys_[data.task->name] = key_of(data);
   }
 
   /// All runs that are not done yet, as far as the time goes; then the results. Whether all are done.
   bool run() {
-    if (o_.has_stage("claim")) claim();
-    if (o_.has_stage("specialists")) specialists();
-    if (o_.has_stage("quantized")) quantized();
-    if (o_.has_stage("curve")) curve();
+    FinetuneQueue queue;
+    std::map<std::string, Jobs> first_seed;  // the jobs that choose a rate, by task and method
+    if (o_.has_stage("claim")) claim(queue, first_seed);
+    if (o_.has_stage("quantized")) quantized(queue, first_seed);
+    if (o_.has_stage("specialists")) specialists(queue);
+    if (o_.has_stage("curve")) curve(queue, first_seed);
+    queue.run(workers_.size());
     const std::vector<FinetuneRow> table = rows();
     print_rows(table);
-    if (stopped_) {
+    print_times();
+    if (ledger_.stopped()) {
       std::printf("\nstopped after %lld of %lld runs (--time-limit); the same command goes on from %s\n",
-                  static_cast<long long>(done_), static_cast<long long>(total_), o_.work.c_str());
+                  static_cast<long long>(ledger_.done()), static_cast<long long>(ledger_.total()),
+                  o_.work.c_str());
     }
     write(table);
-    return !stopped_;
+    return !ledger_.stopped();
   }
 
   /// What is known so far.
-  [[nodiscard]] std::vector<FinetuneRow> rows() const { return results().rows(); }
+  [[nodiscard]] std::vector<FinetuneRow> rows() const { return ledger_.results().rows(); }
 
  private:
-  using Clock = std::chrono::steady_clock;
+  using Worker = FinetuneWorker<Backend>;
   using Module = typename Backend::Module;
+  using Jobs = std::vector<std::size_t>;
+
+  /// A module that is quantized later.
+  struct Tuned {
+    std::mutex mutex;
+    FinetuneRun run;
+    DenseModelPtr dense;
+  };
+  /// The run at hand.
+  struct Context {
+    const FinetuneData& data;
+    Worker& worker;
+    FinetuneRun& run;
+    const std::string& label;
+
+    [[nodiscard]] std::optional<Module> train(TrainJob& job) const {
+      return worker.train(data, job, run, label);
+    }
+    void judge(const Module& module) const { worker.judge(data, module, {1.0}, run); }
+  };
+  using Make = std::function<void(const Context&)>;
 
   template <class T>
   static T unwrap(Result<T> result) {
@@ -87,183 +144,188 @@ class FinetuneSuite {
 
   // ---- The stages.
 
-  void claim() {
+  void claim(FinetuneQueue& queue, std::map<std::string, Jobs>& first_seed) {
     for (const FinetuneData& data : data_) {
-      one(concat(data.task->name, "-base"), "base", [&](FinetuneRun& run) {
-        const Module module = unwrap(backend_->load(loaded_.model));
-        judge(data, module, {0.0}, run);
+      queue.add([this, &data](std::size_t worker) {
+        one(worker, data, "claim", concat(data.task->name, "-base"), "base", [this](const Context& c) {
+          c.worker.judge(c.data, unwrap(c.worker.backend().load(loaded_.model)), {0.0}, c.run);
+        });
       });
     }
-    for (const FinetuneData& data : data_) both(data, o_.first_rate(), 1);
+    std::vector<double> rates = {o_.first_rate()};
     for (const double rate : o_.rates) {
-      for (const FinetuneData& data : data_) both(data, rate, 1);
+      if (rate != rates.front()) rates.push_back(rate);
+    }
+    for (const double rate : rates) {
+      for (const FinetuneData& data : data_) {
+        for (const char* method : {"full", kSharedRuns}) {
+          first_seed[concat(data.task->name, method)].push_back(
+              queue.add([this, &data, method, rate](std::size_t worker) {
+                trained(worker, data, "claim", method, method == std::string("full") ? 0.0 : 1.0, rate, 1);
+              }));
+        }
+      }
     }
     for (std::int64_t seed = 2; seed <= o_.seeds; ++seed) {
       for (const FinetuneData& data : data_) {
         for (const char* method : {"full", kSharedRuns}) {
-          if (const auto rate = best_rate(data.task->name, method))
-            trained(data, method, method == std::string("full") ? 0.0 : 1.0, *rate, seed);
+          const auto job = [this, &data, method, seed](std::size_t worker) {
+            if (const auto rate = ledger_.best_rate(data.task->name, method))
+              trained(worker, data, "claim", method, method == std::string("full") ? 0.0 : 1.0, *rate, seed);
+          };
+          const std::size_t added = queue.add(job, first_seed[concat(data.task->name, method)]);
+          if (method == std::string(kSharedRuns) && seed <= o_.quantized_seeds)
+            first_seed[concat(data.task->name, seed)].push_back(added);
         }
       }
     }
-  }
-  void both(const FinetuneData& data, double rate, std::int64_t seed) {
-    trained(data, "full", 0.0, rate, seed);
-    trained(data, kSharedRuns, 1.0, rate, seed);
   }
 
   /// Modules that are trained for each ratio of the curve; naive sharing is judged with its model.
-  void curve() {
+  void curve(FinetuneQueue& queue, std::map<std::string, Jobs>& first_seed) {
     for (std::int64_t seed = 1; seed <= std::min(o_.seeds, o_.curve_seeds); ++seed) {
       for (const FinetuneData& data : data_) {
-        const auto rate = best_rate(data.task->name, kSharedRuns);
         for (const double sharing : o_.sharing) {
-          if (rate) trained(data, shared_at(sharing), sharing, *rate, seed);
+          const auto job = [this, &data, sharing, seed](std::size_t worker) {
+            if (const auto rate = ledger_.best_rate(data.task->name, kSharedRuns))
+              trained(worker, data, "curve", shared_at(sharing), sharing, *rate, seed);
+          };
+          queue.add(job, first_seed[concat(data.task->name, kSharedRuns)]);
         }
       }
     }
   }
 
-  void specialists() {
+  void specialists(FinetuneQueue& queue) {
     for (const FinetuneData& data : data_) {
+      Jobs rates;
       for (const double rate : o_.low_rank_rates) {
-        const std::string name = run_name(data.task->name, "low-rank", rate, 1);
-        const std::string file = runs_.path(name + ".safetensors");
-        one(
-            name, "low-rank",
-            [&](FinetuneRun& run) {
-              TrainJob job = job_of(data, 1.0, rate, 1);
-              job.kind = ParameterKind::kLowRank;
-              const std::optional<Module> module = train(data, job, run);
-              if (!module) return;
-              prefillshare::examples::Specialist made{data.task->name, loaded_.fingerprint,
-                                                      unwrap(backend_->low_rank(*module))};
-              prefillshare::examples::check(write_specialist(file, made));
-            },
-            o_.specialists.empty() || std::filesystem::exists(file));
+        rates.push_back(queue.add([this, &data, rate](std::size_t worker) { low_rank(worker, data, rate); }));
       }
-      const auto rate = best_rate(data.task->name, "low-rank");
-      if (!rate) continue;
-      const std::string file = runs_.path(run_name(data.task->name, "low-rank", *rate, 1) + ".safetensors");
-      const std::string method = concat("low-rank-", kSpecialistFormat);
-      one(run_name(data.task->name, method, *rate, 1), method, [&](FinetuneRun& run) {
-        const auto kept =
-            unwrap(prefillshare::examples::read_specialist(file, *loaded_.model, loaded_.fingerprint));
-        const DenseModelPtr merged = unwrap(prefillshare::examples::merge(*loaded_.model, kept.deltas));
-        const Matrices matrices =
-            quantize_plainly(*merged, unwrap(parse_format(kSpecialistFormat)), executor_);
-        judge(data, unwrap(backend_->load(dequantize_module(*merged, matrices))), {1.0}, run);
-        run.rate = *rate;
-      });
-      if (o_.specialists.empty() || !std::filesystem::exists(file)) continue;
-      std::filesystem::create_directories(o_.specialists);
-      std::filesystem::copy_file(file, concat(o_.specialists, "/", data.task->name, ".safetensors"),
-                                 std::filesystem::copy_options::overwrite_existing);
+      queue.add([this, &data](std::size_t worker) { specialist(worker, data); }, rates, true);
     }
+  }
+  void low_rank(std::size_t worker, const FinetuneData& data, double rate) {
+    const std::string name = run_name(data.task->name, "low-rank", rate, 1);
+    const std::string file = ledger_.path(name + ".safetensors");
+    const Make make = [&](const Context& c) {
+      TrainJob job = job_of(data, 1.0, rate, 1);
+      job.kind = ParameterKind::kLowRank;
+      const std::optional<Module> module = c.train(job);
+      if (!module) return;
+      prefillshare::examples::Specialist made{data.task->name, loaded_.fingerprint,
+                                              unwrap(c.worker.backend().low_rank(*module))};
+      prefillshare::examples::check(write_specialist(file, made));
+    };
+    one(worker, data, "specialists", name, "low-rank", make,
+        o_.specialists.empty() || std::filesystem::exists(file));
+  }
+  /// The best one of a task, stored small.
+  void specialist(std::size_t worker, const FinetuneData& data) {
+    const auto rate = ledger_.best_rate(data.task->name, "low-rank");
+    if (!rate) return;
+    const std::string file = ledger_.path(run_name(data.task->name, "low-rank", *rate, 1) + ".safetensors");
+    const std::string method = concat("low-rank-", kSpecialistFormat);
+    const auto make = [&](const Context& c) {
+      const auto kept =
+          unwrap(prefillshare::examples::read_specialist(file, *loaded_.model, loaded_.fingerprint));
+      const DenseModelPtr merged = unwrap(prefillshare::examples::merge(*loaded_.model, kept.deltas));
+      const Matrices matrices =
+          quantize_plainly(*merged, unwrap(parse_format(kSpecialistFormat)), c.worker.pool());
+      c.judge(unwrap(c.worker.backend().load(dequantize_module(*merged, matrices))));
+      c.run.rate = *rate;
+    };
+    one(worker, data, "specialists", run_name(data.task->name, method, *rate, 1), method, make);
+    if (o_.specialists.empty() || !std::filesystem::exists(file)) return;
+    std::filesystem::create_directories(o_.specialists);
+    std::filesystem::copy_file(file, concat(o_.specialists, "/", data.task->name, ".safetensors"),
+                               std::filesystem::copy_options::overwrite_existing);
   }
 
-  void quantized() {
+  void quantized(FinetuneQueue& queue, std::map<std::string, Jobs>& first_seed) {
+    std::map<std::string, std::size_t> first;  // jobs of the first seed, by task and format
     for (std::int64_t seed = 1; seed <= std::min(o_.seeds, o_.quantized_seeds); ++seed) {
       for (const std::string& format : o_.formats) {
-        for (const FinetuneData& data : data_) quantized(data, format, seed);
+        for (const FinetuneData& data : data_) {
+          Jobs after = first_seed[concat(data.task->name, kSharedRuns)];
+          if (seed > 1) {
+            const Jobs& tuned = first_seed[concat(data.task->name, seed)];
+            after.insert(after.end(), tuned.begin(), tuned.end());
+            after.push_back(first.at(concat(data.task->name, format)));
+          }
+          const auto job = [this, &data, format, seed](std::size_t worker) {
+            quantized(worker, data, format, seed);
+          };
+          const std::size_t added = queue.add(job, after, true);
+          if (seed == 1) first[concat(data.task->name, format)] = added;
+        }
       }
     }
   }
-  void quantized(const FinetuneData& data, const std::string& format, std::int64_t seed) {
+  void quantized(std::size_t worker, const FinetuneData& data, const std::string& format, std::int64_t seed) {
     const std::string task = data.task->name;
-    const auto rate = best_rate(task, kSharedRuns);
+    const auto rate = ledger_.best_rate(task, kSharedRuns);
     if (!rate) return;
     const std::string plain = concat(kSharedRuns, "-", format);
-    const std::string key = concat(key_of(task), ", ", run_name(task, plain, *rate, seed));
-    const std::string folder = runs_.path(concat("layers-", std::hash<std::string>()(key)));
+    const std::string key = concat(keys_.at(task), ", ", run_name(task, plain, *rate, seed));
+    const std::string folder = ledger_.path(concat("layers-", std::hash<std::string>()(key)));
     DenseModelPtr dense;
     Matrices matrices;
-    const auto prepare = [&] {
+    const auto prepare = [&](const Context& c) {
       if (dense != nullptr) return;
-      dense = tuned(data, *rate, seed);
-      matrices = quantize_module(dense, key, unwrap(ModuleFormat::parse(format)),
-                                 data.texts(o_.calibration_items), folder, executor_);
+      dense = tuned(c, *rate, seed);
+      matrices = quantize_module(dense, key, unwrap(ModuleFormat::parse(format)), o_.quantizer,
+                                 data.texts(o_.calibration_items), folder, c.worker.backend().quantizer(),
+                                 c.worker.pool());
     };
     // One rate, the tuned module's, names them all; the rate of the adaptation stands in the method.
-    one(run_name(task, plain, *rate, seed), plain, [&](FinetuneRun& run) {
-      prepare();
-      judge(data, unwrap(backend_->load(dequantize_module(*dense, matrices))), {1.0}, run);
-      run.rate = *rate;
-      run.seed = seed;
+    one(worker, data, "quantized", run_name(task, plain, *rate, seed), plain, [&](const Context& c) {
+      prepare(c);
+      c.judge(unwrap(c.worker.backend().load(dequantize_module(*dense, matrices))));
+      c.run.rate = *rate;
+      c.run.seed = seed;
     });
     for (const double adapt : o_.adapt_rates) {
-      if (seed > 1 && best_rate(task, plain + "-adapted") != adapt) continue;
+      if (seed > 1 && ledger_.best_rate(task, plain + "-adapted") != adapt) continue;
       const std::string method = plain + "-adapted";
-      one(run_name(task, method, adapt, seed), method, [&](FinetuneRun& run) {
-        prepare();
+      one(worker, data, "quantized", run_name(task, method, adapt, seed), method, [&](const Context& c) {
+        prepare(c);
         TrainJob job = job_of(data, 1.0, adapt, seed);
         job.start = dense;
         job.kind = ParameterKind::kCodebooks;
         job.matrices = &matrices;
         job.options.steps = o_.adapt_steps;
-        (void)train(data, job, run);
+        (void)c.train(job);
       });
     }
     std::error_code ignored;
-    if (!stopped_) std::filesystem::remove_all(folder, ignored);
+    if (!ledger_.stopped()) std::filesystem::remove_all(folder, ignored);
   }
 
   // ---- Runs.
 
-  [[nodiscard]] std::int64_t count_runs() const {
+  [[nodiscard]] static std::int64_t count_runs(const FinetuneOptions& o) {
     const auto size = [](const auto& list) { return static_cast<std::int64_t>(list.size()); };
     std::int64_t each = 0;
-    if (o_.has_stage("claim")) each += 1 + 2 * (size(o_.rates) + o_.seeds - 1);
-    if (o_.has_stage("specialists")) each += size(o_.low_rank_rates) + 1;
-    if (o_.has_stage("curve")) each += size(o_.sharing) * std::min(o_.seeds, o_.curve_seeds);
-    if (o_.has_stage("quantized")) {
-      each += size(o_.formats) * (1 + size(o_.adapt_rates));
-      each += (std::min(o_.seeds, o_.quantized_seeds) - 1) * size(o_.formats) * 2;
+    if (o.has_stage("claim")) each += 1 + 2 * (size(o.rates) + o.seeds - 1);
+    if (o.has_stage("specialists")) each += size(o.low_rank_rates) + 1;
+    if (o.has_stage("curve")) each += size(o.sharing) * std::min(o.seeds, o.curve_seeds);
+    if (o.has_stage("quantized")) {
+      each += size(o.formats) * (1 + size(o.adapt_rates));
+      each += (std::min(o.seeds, o.quantized_seeds) - 1) * size(o.formats) * 2;
     }
-    return each * size(o_.tasks);
+    return each * size(o.tasks);
   }
 
-  /// Does what is not done yet and is in time. `whole`: whether what the run leaves beside its numbers is
-  /// there.
-  void one(const std::string& name, const std::string& method, const std::function<void(FinetuneRun&)>& make,
-           bool whole = true) {
-    if (find(name) != nullptr) return;
-    const std::string task = name.substr(0, name.find('-'));
-    const std::string key = key_of(task);
-    if (std::optional<FinetuneRun> kept = runs_.find(name, key); kept && whole) {
-      found_.emplace(name, *std::move(kept));
-      ++done_;
-      return;
-    }
-    const double spent = seconds_since(start_);
-    double& longest = longest_[method];
-    if (stopped_ || (o_.time_limit > 0.0 && spent + longest > o_.time_limit)) {
-      stopped_ = true;
-      return;
-    }
-    const auto begin = Clock::now();
-    FinetuneRun run;
-    run.task = task;
-    run.method = method;
-    label_ = concat("[", done_ + 1, "/", total_, "] ", name);
-    make(run);
-    run.seconds = seconds_since(begin);
-    longest = std::max(longest, run.seconds);
-    runs_.keep(name, key, run);
-    ++done_;
-    ++made_;
-    const double left =
-        seconds_since(start_) / static_cast<double>(made_) * static_cast<double>(total_ - done_);
-    std::string points;
-    for (const auto& [sharing, accuracy] : run.accuracy) {
-      char text[32];
-      std::snprintf(text, sizeof(text), " %.1f%% at %.2f", accuracy, sharing);
-      points += text;
-    }
-    std::printf("%s: right%s; %.1f s, %lld:%02lld left\n", label_.c_str(), points.c_str(), run.seconds,
-                std::llround(left) / 60, std::llround(left) % 60);
-    std::fflush(stdout);
-    found_.emplace(name, std::move(run));
+  /// As FinetuneLedger::one().
+  void one(std::size_t worker, const FinetuneData& data, const char* stage, const std::string& name,
+           const std::string& method, const Make& make, bool whole = true) {
+    ledger_.one(
+        stage, name, method, keys_.at(data.task->name),
+        [&](FinetuneRun& run, const std::string& label) {
+          make({data, workers_[worker], run, label});
+        },
+        whole);
   }
 
   [[nodiscard]] TrainJob job_of(const FinetuneData& data, double sharing, double rate,
@@ -287,142 +349,88 @@ class FinetuneSuite {
     return job;
   }
 
-  /// Trains and judges, at the ratio of the training and, if that is 0, at all others too. Nothing where the
-  /// loss did not stay finite: no answer counts then.
-  std::optional<Module> train(const FinetuneData& data, TrainJob& job, FinetuneRun& run) {
-    run.rate = job.options.rate;
-    run.seed = static_cast<std::int64_t>(job.options.seed);
-    run.trained_at = job.options.sharing;
-    prefillshare::examples::ProgressLine line(label_);
-    job.progress = [&](const prefillshare::TrainProgress& now) {
-      char text[96];
-      std::snprintf(text, sizeof(text), "loss %.4f, %.0f tokens/s, %.0f s left", now.loss,
-                    now.tokens_per_second, now.seconds_left);
-      line.update(now.step, now.steps, text);
-      run.tokens_per_second = now.tokens_per_second;
-    };
-    std::vector<double> sharing = {run.trained_at};
-    if (run.trained_at == 0.0) {
-      sharing.insert(sharing.end(), o_.sharing.begin(), o_.sharing.end());
-      sharing.push_back(1.0);
-    }
-    Result<Module> module = backend_->train(job);
-    if (!module.ok() && module.status().code() == StatusCode::kInvalidArgument &&
-        module.status().message().find("parameters are those after") != std::string::npos) {
-      std::fprintf(stderr, "%s: %s\n", label_.c_str(), module.status().message().c_str());
-      run.loss = 1e9;
-      for (const double at : sharing) run.accuracy[at] = 0.0;
-      return std::nullopt;
-    }
-    Module trained = unwrap(std::move(module));
-    judge(data, trained, sharing, run);
-    return trained;
-  }
-
   /// Full fine-tuning (sharing 0), or a module for the base's cache.
-  void trained(const FinetuneData& data, const std::string& method, double sharing, double rate,
-               std::int64_t seed) {
-    one(run_name(data.task->name, method, rate, seed), method, [&](FinetuneRun& run) {
+  void trained(std::size_t worker, const FinetuneData& data, const char* stage, const std::string& method,
+               double sharing, double rate, std::int64_t seed) {
+    one(worker, data, stage, run_name(data.task->name, method, rate, seed), method, [&](const Context& c) {
       TrainJob job = job_of(data, sharing, rate, seed);
-      const std::optional<Module> module = train(data, job, run);
+      const std::optional<Module> module = c.train(job);
       if (!module || method != kSharedRuns || !o_.has_stage("quantized") || seed > o_.quantized_seeds) return;
-      Tuned& kept = tuned_[concat(data.task->name, seed)];
-      if (kept.dense == nullptr || FinetuneResults::better(run, kept.run))
-        kept = {run, unwrap(backend_->dense(*module))};
+      Tuned& kept = tuned_of(data, seed);
+      const std::lock_guard lock(kept.mutex);
+      if (kept.dense != nullptr && !FinetuneResults::better(c.run, kept.run)) return;
+      kept.run = c.run;
+      kept.dense = unwrap(c.worker.backend().dense(*module));
     });
   }
 
+  [[nodiscard]] Tuned& tuned_of(const FinetuneData& data, std::int64_t seed) {
+    const std::lock_guard lock(tuned_mutex_);
+    return tuned_[concat(data.task->name, seed)];
+  }
   /// The module of PrefillShare with that rate and seed: kept, or trained again.
-  [[nodiscard]] DenseModelPtr tuned(const FinetuneData& data, double rate, std::int64_t seed) {
-    Tuned& kept = tuned_[concat(data.task->name, seed)];
+  [[nodiscard]] DenseModelPtr tuned(const Context& c, double rate, std::int64_t seed) {
+    Tuned& kept = tuned_of(c.data, seed);
+    const std::lock_guard lock(kept.mutex);
     if (kept.dense == nullptr || kept.run.rate != rate) {
-      TrainJob job = job_of(data, 1.0, rate, seed);
+      TrainJob job = job_of(c.data, 1.0, rate, seed);
+      job.alone = workers_.size() == 1;
       kept.run.rate = rate;
-      kept.dense = unwrap(backend_->dense(unwrap(backend_->train(job))));
+      kept.dense = unwrap(c.worker.backend().dense(unwrap(c.worker.backend().train(job))));
     }
     return kept.dense;
   }
 
-  /// Answers of the module: on the development items at the ratio of its training, on the test items at all.
-  void judge(const FinetuneData& data, const Module& module, const std::vector<double>& sharing,
-             FinetuneRun& run) {
-    const double own = sharing.front();
-    run.trained_at = own;
-    run.development = points(data, module, data.development, own);
-    run.loss = unwrap(backend_->loss(module, data.development.examples, own));
-    for (const double at : sharing) run.accuracy[at] = points(data, module, data.test, at);
-  }
-  [[nodiscard]] double points(const FinetuneData& data, const Module& module, const FinetuneItems& items,
-                              double sharing) {
-    const std::vector<Tokens> answers =
-        unwrap(backend_->generate(module, items.prompts, sharing, o_.answer_tokens, data.stop));
-    std::vector<std::string> texts;
-    texts.reserve(answers.size());
-    for (const Tokens& answer : answers) texts.push_back(unwrap(tokenizer_.decode(answer, false)));
-    const std::int64_t right = prefillshare::examples::count_right(*data.task, items.items, texts);
-    return 100.0 * static_cast<double>(right) / static_cast<double>(items.items.size());
-  }
-
   /// All that a run's numbers depend on beside its own name.
-  [[nodiscard]] std::string key_of(const std::string& task) {
-    std::string& key = keys_[task];
-    if (!key.empty()) return key;
-    for (const FinetuneData& data : data_) {
-      if (task != data.task->name) continue;
-      key = concat("base ", loaded_.fingerprint, ", on ", backend_->device(), ", items ", data.hash(),
-                   ", answers ", o_.answer_tokens, ", stop ", data.stop.size(), ", steps ", o_.steps,
-                   ", batch ", o_.batch, ", pass ", o_.pass_tokens, ", warm-up ", o_.warmup, ", clip ",
-                   o_.clip, ", low rank ", o_.low_rank, " ", o_.rank, " ", o_.alpha, ", calibration ",
-                   o_.calibration_items, ", adapt ", o_.adapt_steps, ", sharing");
-      for (const double sharing : o_.sharing) key += concat(" ", sharing);
-      key += ", version 1";
-    }
-    return key;
+  [[nodiscard]] std::string key_of(const FinetuneData& data) const {
+    std::string key = concat("base ", loaded_.fingerprint, ", on ", workers_.front().backend().device(),
+                             ", items ", data.hash(), ", answers ", o_.answer_tokens, ", stop ",
+                             data.stop.size(), ", steps ", o_.steps, ", batch ", o_.batch, ", pass ",
+                             o_.pass_tokens, ", warm-up ", o_.warmup, ", clip ", o_.clip, ", low rank ",
+                             o_.low_rank, " ", o_.rank, " ", o_.alpha, ", calibration ", o_.calibration_items,
+                             ", rounds ", o_.quantizer.rounds, ", adapt ", o_.adapt_steps, ", sharing");
+    for (const double sharing : o_.sharing) key += concat(" ", sharing);
+    return key + ", version 2";
   }
 
-  [[nodiscard]] FinetuneResults results() const { return {o_, found_}; }
-  [[nodiscard]] const FinetuneRun* find(const std::string& name) const { return results().find(name); }
-  [[nodiscard]] std::optional<double> best_rate(const std::string& task, const std::string& method) const {
-    return results().best_rate(task, method);
+  void print_times() const {
+    const nlohmann::json times = ledger_.times();
+    for (const nlohmann::json& stage : times.at("stages")) {
+      std::printf("%s: %.0f s, %d runs made, %d kept from before\n",
+                  stage.at("stage").get<std::string>().c_str(), stage.at("seconds").get<double>(),
+                  stage.at("runs").get<int>(), stage.at("runs_kept").get<int>());
+    }
+    std::printf("all: %.0f s, %zu runs side by side\n", times.at("wall_seconds").get<double>(),
+                workers_.size());
   }
 
   void write(const std::vector<FinetuneRow>& table) {
     if (!o_.json_path.empty()) {
       nlohmann::json out = frame_json(frame_, rows_json(table));
-      out["device"] = backend_->device();
+      out["device"] = workers_.front().backend().device();
       out["base"] = loaded_.fingerprint;
-      out["complete"] = !stopped_;
-      out.update(results().summary());
+      out["complete"] = !ledger_.stopped();
+      out["jobs"] = workers_.size();
+      out["threads"] = threads_of(o_);
+      out.update(ledger_.results().summary());
+      out.update(ledger_.times());
       prefillshare::examples::check(write_text(out.dump(2) + '\n', o_.json_path));
     }
     if (o_.plot.empty()) return;
     prefillshare::examples::check(write_text(finetune_svg(bars_of(table), curves_of(table)), o_.plot));
   }
 
-  struct Tuned {
-    FinetuneRun run;
-    DenseModelPtr dense;
-  };
-
   FinetuneOptions o_;
   const prefillshare::examples::LoadedModel& loaded_;
   const prefillshare::examples::Tokenizer& tokenizer_;
-  Executor& executor_;
   Suite frame_;
-  FinetuneRuns runs_;
+  FinetuneLedger ledger_;
   std::vector<FinetuneData> data_;
   std::int64_t max_tokens_ = 0;
-  std::optional<Backend> backend_;
-  std::map<std::string, FinetuneRun> found_;  // by name
-  std::map<std::string, std::string> keys_;   // by task
-  std::map<std::string, double> longest_;     // seconds of a run, by method
-  std::map<std::string, Tuned> tuned_;        // by task and seed
-  std::string label_;
-  Clock::time_point start_ = Clock::now();
-  std::int64_t total_ = 0;
-  std::int64_t done_ = 0;
-  std::int64_t made_ = 0;  // by this process
-  bool stopped_ = false;
+  std::vector<Worker> workers_;
+  std::map<std::string, std::string> keys_;  // by task
+  std::mutex tuned_mutex_;
+  std::map<std::string, Tuned> tuned_;  // by task and seed
 };
 
 }  // namespace codegemm::bench

@@ -38,7 +38,7 @@ using prefillshare::test::tiny_config;
 namespace {
 
 std::string fresh_folder(const std::string& name) {
-  const std::string out = (std::filesystem::temp_directory_path() / ("codegemm-" + name)).string();
+  std::string out = (std::filesystem::temp_directory_path() / ("codegemm-" + name)).string();
   std::filesystem::remove_all(out);
   std::filesystem::create_directories(out);
   return out;
@@ -196,7 +196,8 @@ TEST_CASE("what counts as the tool call", "[finetune]") {
 }
 
 TEST_CASE("what counts as the shell command", "[finetune]") {
-  const auto check = [](const char* target, std::vector<const char*> right, std::vector<const char*> wrong) {
+  const auto check = [](const char* target, const std::vector<const char*>& right,
+                        const std::vector<const char*>& wrong) {
     INFO(target);
     for (const char* answer : right) {
       INFO(answer);
@@ -440,11 +441,11 @@ TEST_CASE("a module that learned its examples on the base's cache answers with t
     for_each_linear(*dense, [&](const std::string&, const DenseLinear& layer) { layers.push_back(layer); });
     std::size_t at = 0;
     for_each_linear(*merged, [&](const std::string&, const DenseLinear& layer) {
-      const DenseLinear& other = layers[at++];
-      for (std::int64_t i = 0; i < layer.rows() * layer.cols(); ++i) {
-        worst =
-            std::max(worst, std::abs(static_cast<double>(layer.weights().data[i] - other.weights().data[i])));
-      }
+      const float* const one = layer.weights().data;
+      const float* const other = layers[at++].weights().data;
+      REQUIRE((one != nullptr && other != nullptr));
+      for (std::int64_t i = 0; one != nullptr && other != nullptr && i < layer.rows() * layer.cols(); ++i)
+        worst = std::max(worst, std::abs(static_cast<double>(one[i] - other[i])));
     });
     CHECK(worst <= 1e-5);
   }
@@ -467,7 +468,6 @@ struct Toy {
   FinetuneOptions options;
   Tokenizer tokenizer = byte_tokenizer();
   LoadedModel loaded;
-  codegemm::ThreadPool pool{2};
 
   Toy() {
     ModelConfig c = tiny_config();
@@ -493,6 +493,7 @@ struct Toy {
     options.seeds = 2;
     options.rates = {1e-3, 1e-2};
     options.sharing = {0.5};
+    options.curve_seeds = 2;
     options.steps = 1;
     options.batch = 1;
     options.pass_tokens = 512;
@@ -502,9 +503,11 @@ struct Toy {
     options.calibration_items = 1;
     options.adapt_steps = 1;
     options.adapt_rates = {1e-3};
+    options.threads = 2;
   }
   [[nodiscard]] std::vector<FinetuneRow> run(bool& complete) {
-    FinetuneSuite<FinetuneCpuBackend> suite(options, loaded, tokenizer, pool, {"finetune", "toy", {}, {}});
+    const auto pools = make_pools(options);
+    FinetuneSuite<FinetuneCpuBackend> suite(options, loaded, tokenizer, pools, {"finetune", "toy", {}, {}});
     complete = suite.run();
     return suite.rows();
   }
@@ -525,7 +528,7 @@ TEST_CASE("the suite runs all of its methods, stops at its time limit and goes o
   toy.options.stages = {"claim"};
   const auto claim = toy.run(complete);
   CHECK(complete);
-  CHECK(claim.size() == 2 * 5);  // naive sharing also at 0.5
+  CHECK(claim.size() == std::size_t{2} * 5);  // naive sharing also at 0.5
   toy.options.stages = {"claim", "specialists", "curve", "quantized"};
   const auto rows = toy.run(complete);
   CHECK(complete);
@@ -557,22 +560,19 @@ TEST_CASE("the suite runs all of its methods, stops at its time limit and goes o
   CHECK(json["suite"] == "finetune");
   CHECK(json["complete"] == true);
   CHECK(json["rows"].size() == rows.size());
+  CHECK(json["jobs"] == 1);
+  REQUIRE(json["stages"].size() == 4);
+  for (const nlohmann::json& stage : json["stages"]) {
+    const bool claimed = stage["stage"] == "claim";  // in the run before
+    CHECK(stage["runs_kept"] == (claimed ? 2 * 7 : 0));
+    CHECK(stage["runs"] == (claimed ? 0 : stage["stage"] == "quantized" ? 2 * 4 : 2 * 2));
+    CHECK((stage["seconds"].get<double>() > 0.0) != claimed);
+    CHECK(stage["seconds"].get<double>() <= json["wall_seconds"].get<double>());
+  }
   CHECK(json["rows"][2]["accuracy_mean"].is_number());
   CHECK(text_of_file(toy.options.plot).find("naive") != std::string::npos);
   const std::string specialist = toy.options.specialists + "/shell.safetensors";
   CHECK(need(read_specialist(specialist, *toy.loaded.model, "00112233")).deltas.size() == 7);
-
-  FinetuneOptions report;
-  report.work = toy.options.work;
-  report.json_path = toy.options.json_path + "2";
-  report_runs(report, {toy.options.json_path, toy.options.json_path});
-  const nlohmann::json again = nlohmann::json::parse(text_of_file(report.json_path));
-  CHECK(again["machine"] == json["machine"]);
-  CHECK(again["complete"] == true);
-  CHECK(again["rows"].size() == 2 * 8);  // the default options do not name the toy's format
-  for (const nlohmann::json& row : again["rows"]) CHECK(row["n"] == 3);
-  std::ofstream(report.json_path) << "{}";
-  CHECK_THROWS_AS(report_runs(report, {report.json_path}), UserError);
 
   // All is there: nothing is run again. A broken file, or one of another run, is.
   const std::string path = toy.options.work + "/shell-base.json";
@@ -588,6 +588,37 @@ TEST_CASE("the suite runs all of its methods, stops at its time limit and goes o
   std::ofstream(path) << kept;
   CHECK(toy.run(complete)[0].mean() != 12.5);
   CHECK(complete);
+}
+
+TEST_CASE("runs side by side are those of one after the other", "[finetune]") {
+  std::vector<std::vector<FinetuneRow>> tables;
+  std::vector<std::map<std::string, nlohmann::json>> runs;  // by their files' names
+  for (const std::int64_t jobs : {1, 3}) {
+    Toy toy;
+    toy.options.jobs = jobs;
+    toy.options.threads = static_cast<int>(jobs);
+    toy.options.tasks = {"shell"};
+    toy.options.quantized_seeds = 2;
+    bool complete = false;
+    tables.push_back(toy.run(complete));
+    CHECK(complete);
+    CHECK(toy.json()["jobs"] == jobs);
+    for (const auto& file : std::filesystem::directory_iterator(toy.options.work)) {
+      if (file.path().extension() != ".json") continue;
+      nlohmann::json run = nlohmann::json::parse(text_of_file(file.path().string()));
+      for (const char* time : {"seconds", "tokens_per_second"}) run["run"].erase(time);
+      (runs.size() < tables.size() ? runs.emplace_back() : runs.back())[file.path().filename()] = run;
+    }
+  }
+  CHECK(runs[0].size() == 7 + 2 + 2 + 8);
+  CHECK(runs[0] == runs[1]);
+  REQUIRE(tables[0].size() == tables[1].size());
+  for (std::size_t i = 0; i < tables[0].size(); ++i) {
+    CHECK(tables[0][i].method == tables[1][i].method);
+    CHECK(tables[0][i].rate == tables[1][i].rate);
+    CHECK(tables[0][i].accuracy == tables[1][i].accuracy);
+    if (tables[0][i].method.find("m1v4b4g64") != std::string::npos) CHECK(tables[0][i].accuracy.size() == 2);
+  }
 }
 
 TEST_CASE("a rate at which the loss does not stay finite counts as nothing learned", "[finetune]") {

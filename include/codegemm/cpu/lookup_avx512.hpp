@@ -161,7 +161,7 @@ struct PlaneVbmi {
       part[0] = _mm512_castsi256_si512(_mm256_load_si256(reinterpret_cast<const __m256i*>(plane)));
     } else {
       CODEGEMM_UNROLL
-      for (int i = 0; i < kRegisters; ++i) part[i] = _mm512_loadu_si512(plane + 64 * i);
+      for (int i = 0; i < kRegisters; ++i) part[i] = _mm512_loadu_si512(plane + std::int64_t{64} * i);
     }
   }
   CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m512i look_up(const CodesVbmi<kCodeBits>& c) const {
@@ -248,7 +248,7 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(cons
     const __m512i even = sums[i].even_rows();
     const __m512i odd = sums[i].odd_rows();
     const Half* const scales = f.scales + (block + i) * kBlockRows;
-    prefetch_scales_avx2(scales + kBlocks * kBlockRows);
+    prefetch_scales_avx2(scales + std::int64_t{kBlocks} * kBlockRows);
     add_lanes_avx512(_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd), f.step, scales,
                      a.y + (block + i) * kBlockRows);
   }
@@ -310,7 +310,7 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_nibbles_vbmi(con
     const __m512i even = join(first[i].even_rows(), last[i].even_rows());
     const __m512i odd = join(first[i].odd_rows(), last[i].odd_rows());
     const Half* const scales = f.scales + (block + i) * kBlockRows;
-    prefetch_scales_avx2(scales + kBlocks * kBlockRows);
+    prefetch_scales_avx2(scales + std::int64_t{kBlocks} * kBlockRows);
     add_lanes_avx512(_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd), f.step, scales,
                      a.y + (block + i) * kBlockRows);
   }

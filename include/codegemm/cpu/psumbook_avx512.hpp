@@ -23,7 +23,7 @@ namespace codegemm::detail {
 template <int kVecLen, int kVectors>
 CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void build_tables_avx512(const PsumbookArgs& a,
                                                                        std::int64_t j) {
-  __m512 x[std::size_t{kVectors * kVecLen}];
+  __m512 x[std::size_t{kVectors} * kVecLen];
   CODEGEMM_UNROLL
   for (int d = 0; d < kVectors * kVecLen; ++d) x[d] = _mm512_set1_ps(a.x[j * kVecLen + d]);
   const std::int64_t stride = a.codebook_count * a.centroids;  // from one vector's tables to the next one's

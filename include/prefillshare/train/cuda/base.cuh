@@ -39,6 +39,9 @@ class DeviceFrozenBase {
 
   [[nodiscard]] const ModelConfig& config() const noexcept { return weights_->config(); }  ///< of the base
 
+  /// As DeviceTrainer's.
+  void use_graphs(bool on) noexcept { forward_.use_graphs(on); }
+
   /// The KV of all sequences, one after the other in rows, until the next call. kInvalidArgument for a
   /// sequence longer than a pass or a token outside of the vocabulary; kOutOfMemory, kCudaError.
   [[nodiscard]] Result<DevicePrefixView<S>> run(std::span<const std::span<const std::int32_t>> sequences) {

@@ -110,6 +110,9 @@ class CacheForward {
   [[nodiscard]] TrainStream& train_stream() noexcept { return ts_; }
   [[nodiscard]] std::int64_t max_rows() const noexcept { return max_rows_; }
 
+  /// As DeviceTrainer's.
+  void use_graphs(bool on) noexcept { graphs_.enable(on); }
+
   /// Rows of padding of a pass, at most.
   [[nodiscard]] std::int64_t padding() const noexcept { return padding_step(max_rows_, kStep); }
   /// A cache of at least so many rows and padding() spare ones behind them; what it held is lost if it grows.

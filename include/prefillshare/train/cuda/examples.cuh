@@ -41,6 +41,12 @@ class DeviceExamples {
     return DeviceExamples(*std::move(frozen), *std::move(pass), c, pass_tokens);
   }
 
+  /// As DeviceTrainer's.
+  void use_graphs(bool on) noexcept {
+    base_.use_graphs(on);
+    pass_.use_graphs(on);
+  }
+
   /// Adds the gradients of scale * (the sum of losses) of examples[chosen] to the model's. Gives the losses
   /// of their target tokens, device memory until the next call, in the order of the examples in `visited`.
   /// Puts the work into the stream. Errors of DeviceFrozenBase::run() and DeviceTrainPass::run();

@@ -139,6 +139,9 @@ class DeviceTrainPass {
     return DeviceBlockInputs<S>{a.normed, a.attended, a.normed2, a.act, stream(1)};
   }
 
+  /// As DeviceTrainer's.
+  void use_graphs(bool on) noexcept { graphs_.enable(on); }
+
   [[nodiscard]] std::int64_t max_rows() const noexcept { return max_rows_; }  ///< of a batch
   /// Positions of a sequence, its prefix included.
   [[nodiscard]] std::int64_t max_context() const noexcept { return max_context_; }

@@ -40,10 +40,14 @@ class PassGraphs {
   PassGraphs(PassGraphs&&) = default;
   PassGraphs& operator=(PassGraphs&&) = default;
 
+  /// Off: passes are launched one by one.
+  void enable(bool on) noexcept { enabled_ = on; }
+
   /// body() puts a pass into the stream of `ts`: as it is when its key is new, then captured, then replayed.
   template <class Body>
   void run(TrainStream& ts, const Key& key, Body&& body) {
     if (!ts.ok()) return;
+    if (!enabled_) return body();
     const auto found = graphs_.find(key);
     if (found == graphs_.end()) {
       if (graphs_.size() >= kMost) {
@@ -76,6 +80,7 @@ class PassGraphs {
     void operator()(cudaGraphExec_t exec) const { cudaGraphExecDestroy(exec); }
   };
   std::map<Key, std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, Destroy>> graphs_;
+  bool enabled_ = true;
 };
 
 }  // namespace prefillshare::cuda::detail

@@ -71,6 +71,11 @@ class DeviceTrainer {
     }
   }
 
+  /// Off: passes are launched kernel by kernel and none is captured; the same bits. For trainers in several
+  /// threads of a process: what one of them makes or frees (a cuBLAS handle waits for the whole device) may
+  /// invalidate what another one captures at that moment. The card is kept busy by the others then.
+  void use_graphs(bool on) noexcept { passes_.use_graphs(on); }
+
   /// Steps done, those of an earlier run included.
   [[nodiscard]] std::int64_t steps_done() const noexcept { return optimizer_.steps(); }
   [[nodiscard]] bool done() const noexcept { return steps_done() >= options_.steps; }  ///< all steps are done
