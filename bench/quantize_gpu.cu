@@ -302,10 +302,24 @@ class QuantizeSuite {
     const std::string name = format_name(format);
     const std::string folder =
         concat(options_.cache, "/", loaded_.fingerprint, "-", name, "-", hash_tokens(sequences_));
+    // The layers' own errors, before the rounds and after: means over those that are made now.
+    double kmeans_error = 0.0;
+    double layer_error = 0.0;
+    int made = 0;
+    TextQuantizerOptions quantizer = quantizer_;
+    quantizer.backend.quantize = [&](MatrixView<const float> w, MatrixView<const float> gram, Format f,
+                                     const CalibratedOptions& options, Executor& executor,
+                                     CalibratedReport* report) {
+      auto out = quantizer_.backend.quantize(w, gram, f, options, executor, report);
+      kmeans_error += report->kmeans_error;
+      layer_error += report->error;
+      ++made;
+      return out;
+    };
     const auto start = Clock::now();
     double told = 0.0;
     const QuantizedLayers layers =
-        quantize_on_sequences(loaded_, format, sequences_, quantizer_, folder, pool_, [&](const auto& now) {
+        quantize_on_sequences(loaded_, format, sequences_, quantizer, folder, pool_, [&](const auto& now) {
           if (now.layer.ends_with("down_proj") && now.share >= told + 0.1) {
             told = now.share;
             std::printf("  %s: %.0f%% in %.1f s, error %.4f\n", now.layer.c_str(), 100.0 * told,
@@ -322,8 +336,10 @@ class QuantizeSuite {
       weights += count;
     }
     const PerplexitySums calibrated = gpu_.score(GpuQuantizer::with_layers(*loaded_.model, layers), windows_);
-    std::printf("%-11s %.2f bits: quantized in %.1f s, perplexity %.3f +- %.3f\n", name.c_str(),
-                bits / weights, seconds, calibrated.perplexity(), calibrated.error());
+    std::printf(
+        "%-11s %.2f bits: quantized in %.1f s, layers' error %.4f (k-means %.4f), perplexity %.3f +- %.3f\n",
+        name.c_str(), bits / weights, seconds, made > 0 ? layer_error / made : 0.0,
+        made > 0 ? kmeans_error / made : 0.0, calibrated.perplexity(), calibrated.error());
     std::fflush(stdout);
     QuantizedLayers best = layers;
     double least = HUGE_VAL;  // the held-out text does not choose
@@ -333,6 +349,8 @@ class QuantizeSuite {
                     {"bits_per_weight", bits / weights},
                     {"method", options_.method},
                     {"quantize_seconds", seconds},
+                    {"kmeans_layer_error", made > 0 ? json(kmeans_error / made) : json()},
+                    {"layer_error", made > 0 ? json(layer_error / made) : json()},
                     {"calibrated_perplexity", calibrated.perplexity()},
                     {"calibrated_perplexity_error", calibrated.error()}};
         QuantizedLayers tuned = layers;
