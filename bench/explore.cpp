@@ -20,6 +20,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -34,6 +35,7 @@
 #include <common/model_tokenizer.hpp>
 #include <common/perplexity.hpp>
 #include <common/progress.hpp>
+#include <common/quantize_options.hpp>
 #include <common/text_quantizer.hpp>
 #include <common/text_tokens.hpp>
 
@@ -52,34 +54,36 @@ using nlohmann::json;
 using Windows = std::vector<std::vector<std::int32_t>>;
 using DenseModel = LlamaModel<DenseLinear>;
 
-struct Options {
-  std::string model, text, calibration, cache, json_path, csv, plot, gpu;
+struct Options : QuantizeOptions {
+  std::string model, text, calibration, cache, json_path, csv, plot, gpu, gpu_plot;
   std::vector<std::string> distilled;
   std::vector<std::string> formats = {"m1v8g128", "m1v4b4g64", "m2v4b4g64", "m2v8g128", "m1v4g64",
                                       "m1v4g32",  "m3v4b4g64", "m2v4g64",   "m1v2g64",  "m2v2b4g64"};
   std::vector<std::string> peers = {"Q2_K", "Q3_K_M", "Q4_K_M"};
   std::vector<std::string> blocks = {"IQ2_XS", "Q2_K", "Q3_K", "Q4_K"};
-  std::string method = "calibrated";
-  std::int64_t sequences = 12;
-  std::int64_t length = 512;
-  int rounds = 3;
-  int beam = 1;
   std::int64_t windows = 32;
   std::int64_t window_length = 512;
   double memory = 0.0;   // MiB; 0: no limit
   double latency = 0.0;  // microseconds; 0: no limit
-  int threads = 0;
+  std::string on = "cpu";
   bool quick = false;
   bool peers_too = true;
-  bool correct = true;
   bool only_distilled = false;
+  bool gpu_arguments = false;
+
+  Options() {
+    sequences = 12;
+    quantizer.layers.rounds = 3;
+    quantizer.layers.beam = 1;
+    quantizer.layers.tolerance = 0.02;
+  }
 };
 
 // What `quick` is: to see that it runs.
 void make_quick(Options& options) {
   options.formats = {"m2v4b4g64", "m1v8b4g64"};
   options.method = "kmeans";
-  options.correct = false;  // it needs more tokens than this
+  options.quantizer.correct = false;  // it needs more tokens than this
   options.sequences = 4;
   options.length = options.window_length = 128;
   options.windows = 8;
@@ -118,6 +122,7 @@ DenseLinear linear_of(std::vector<float> values, const DenseLinear& like) {
 struct BlockReplacer {
   const Ggml& library;
   const Ggml::Type& type;
+  Executor& executor;
   std::function<void()> done;
   std::map<std::string, DenseLinear> made = {};
 
@@ -127,7 +132,7 @@ struct BlockReplacer {
   Result<DenseLinear> make(const std::string& name, const DenseLinear& dense, MatrixView<const float> gram) {
     std::vector<float> importance;
     for (std::int64_t k = 0; k < gram.cols; ++k) importance.push_back(gram.row(k)[k]);
-    std::vector<float> values = library.requantize(type, dense.weights(), importance);
+    std::vector<float> values = library.requantize(type, dense.weights(), importance, executor);
     if (values.empty()) {
       return error(StatusCode::kUnsupported, name, ": ", dense.rows(), " x ", dense.cols(),
                    " are no blocks of ", type.block);
@@ -136,6 +141,31 @@ struct BlockReplacer {
     return made[name] = linear_of(std::move(values), dense);
   }
 };
+
+/// What codegemm-gpu is to be asked for --gpu: the shapes of a block's linear layers, and the formats.
+std::string gpu_arguments(const Options& options) {
+  const ModelConfig c = unwrap(model_config(unwrap(open_model(options.model))->hyperparameters()));
+  std::set<std::string> shapes;
+  for (const auto& [rows, cols] :
+       {std::pair(c.q_size(), c.hidden_size), std::pair(c.kv_size(), c.hidden_size),
+        std::pair(c.hidden_size, c.q_size()), std::pair(c.intermediate_size, c.hidden_size),
+        std::pair(c.hidden_size, c.intermediate_size)})
+    shapes.insert(concat(rows, 'x', cols));
+  std::set<std::string> formats;
+  if (!options.only_distilled || options.distilled.empty()) {
+    for (const std::string& format : options.formats)
+      formats.insert(format_name(unwrap(parse_format(format))));
+  }
+  for (const std::string& path : options.distilled) {
+    const json file = json::parse(std::ifstream(path), nullptr, false);
+    if (!file.is_object()) throw UserError(path + ": no results of quantize-gpu");
+    for (const json& row : file.at("rows")) formats.insert(row.at("name").get<std::string>());
+  }
+  std::string out = "--tokens 1 --no-cublas";
+  for (const std::string& shape : shapes) out += " --shape " + shape;
+  for (const std::string& format : formats) out += " --format " + format;
+  return out;
+}
 
 class Explorer {
  public:
@@ -152,12 +182,10 @@ class Explorer {
     suite_.machine = machine_json(pool_);
     suite_.memory = measure_memory(pool_);
     const Tokenizer tokenizer = unwrap(load_tokenizer(options.model));
-    windows_ = cut(options.text, options.windows, options.window_length, tokenizer);
-    sequences_ = cut(options.calibration, options.sequences, options.length, tokenizer);
-    quantizer_.layers.rounds = options.method == "calibrated" ? options.rounds : 0;
-    quantizer_.layers.beam = options.beam;
-    quantizer_.layers.tolerance = 0.02;
-    quantizer_.correct = options.correct;
+    windows_ = sequences_of_file(options.text, options.windows, options.window_length, tokenizer);
+    sequences_ = sequences_of_file(options.calibration, options.sequences, options.length, tokenizer);
+    quantizer_ = options.quantizer;
+    if (options.method == "kmeans") quantizer_.layers.rounds = 0;
     const LlamaLayer<DenseLinear>& block = loaded_.model->layers.front();
     const auto shape = [&](const char* name, const DenseLinear& layer) {
       layers_.push_back({name, {layer.rows(), layer.cols()}});
@@ -199,17 +227,11 @@ class Explorer {
  private:
   using Clock = std::chrono::steady_clock;
 
-  static Windows cut(const std::string& path, std::int64_t count, std::int64_t length,
-                     const Tokenizer& tokenizer) {
-    const std::vector<std::int32_t> ids = tokens_of_file(path, tokenizer);
-    Windows out = spread_sequences(ids, count, length, tokenizer);
-    if (out.empty()) throw UserError(concat(path, ": has ", ids.size(), " tokens, needs ", length));
-    return out;
-  }
   [[nodiscard]] std::string method_text() const {
-    const char* const corrected = options_.correct ? ", corrected weights" : "";
+    const char* const corrected = quantizer_.correct ? ", corrected weights" : "";
     if (options_.method == "kmeans") return concat("k-means weighted by the inputs", corrected);
-    return concat("calibrated, at most ", options_.rounds, " rounds, beam ", options_.beam, corrected);
+    return concat("calibrated, at most ", quantizer_.layers.rounds, " rounds, beam ", quantizer_.layers.beam,
+                  corrected);
   }
 
   /// The perplexity in `path`.perplexity.json if it is of these windows; else of the model that make() gives,
@@ -410,7 +432,7 @@ class Explorer {
         ProgressLine progress("quantizing in blocks of " + name);
         std::int64_t done = 0;
         const std::int64_t all = loaded_.model->config.layers * static_cast<std::int64_t>(layers_.size());
-        BlockReplacer replacer{ggml_.library(), type, [&] { progress.update(++done, all, "layers"); }};
+        BlockReplacer replacer{ggml_.library(), type, pool_, [&] { progress.update(++done, all, "layers"); }};
         CalibrationRunOptions run_options;
         run_options.correct = false;
         CalibrationRun run =
@@ -440,39 +462,70 @@ class Explorer {
 
   /// The front, the advice, the files.
   void finish() {
-    json front = json::array();
-    std::printf("no other is both faster and better on this CPU:");
-    for (const std::size_t i : pareto_front(all_, &Candidate::cpu_us)) {
-      front.push_back(all_[i].name);
-      std::printf(" %s", all_[i].name.c_str());
-    }
-    std::printf("\n");
+    const json cpu_front = front_json("this CPU", &Candidate::cpu_us);
+    json gpu_front;
+    if (gpu_.is_object()) gpu_front = front_json("the GPU", &Candidate::gpu_us);
     std::vector<Candidate> ours;
     for (const Candidate& one : all_) {
       if (one.family.starts_with("codegemm")) ours.push_back(one);
     }
-    Budget budget;
-    if (options_.memory > 0.0) budget.bytes = options_.memory * 1024.0 * 1024.0;
-    if (options_.latency > 0.0) budget.us = options_.latency;
-    const std::string words = advice(ours, budget, &Candidate::cpu_us);
-    std::printf("%s\n", words.c_str());
+    double Candidate::*const time = options_.on == "gpu" ? &Candidate::gpu_us : &Candidate::cpu_us;
+    std::vector<Budget> budgets(1);
+    if (options_.memory > 0.0) budgets.front().bytes = options_.memory * 1024.0 * 1024.0;
+    if (options_.latency > 0.0) budgets.front().us = options_.latency;
+    // Without limits of the user's: what each size that is worth having gives.
+    json by_size = json::array();
+    for (const std::size_t i : size_front(ours)) {
+      by_size.push_back(ours[i].name);
+      if (options_.memory > 0.0 || options_.latency > 0.0) continue;
+      budgets.emplace_back().bytes = static_cast<double>(ours[i].bytes);
+    }
+    json words = json::array();
+    for (const Budget& budget : budgets) {
+      words.push_back(advice(ours, budget, time));
+      std::printf("%s\n", words.back().get<std::string>().c_str());
+    }
     if (!options_.json_path.empty()) {
       json out = frame_json(suite_, rows_);
       out["model"] = file_name(options_.model);
       out["held_out_text"] = text_json(options_.text, windows_);
       out["calibration_text"] = text_json(options_.calibration, sequences_);
       out["linear_weights"] = weights_;
-      out["cpu_front"] = std::move(front);
-      out["advice"] = words;
+      out["cpu_front"] = cpu_front;
+      if (gpu_.is_object()) {
+        out["gpu_front"] = std::move(gpu_front);
+        for (const char* const key : {"machine", "commit", "date"})
+          out["gpu"][key] = gpu_.value(key, std::string("unknown"));
+      }
+      out["size_front"] = std::move(by_size);
+      out["advice_for"] = options_.on;
+      out["advice"] = std::move(words);
       check(write_text(out.dump(2) + '\n', options_.json_path));
     }
     if (!options_.csv.empty()) check(write_text(to_csv(all_), options_.csv));
+    const std::string title = concat(file_name(options_.model), ", ", file_name(options_.text));
+    const std::string x = "us for one token through the linear layers, ";
     if (!options_.plot.empty()) {
-      const std::string title = concat(file_name(options_.model), ", ", file_name(options_.text));
-      const std::string x =
-          concat("us for one token through the linear layers, ", pool_.workers(), " thread(s)");
-      check(write_text(explore_svg(all_, &Candidate::cpu_us, title, x), options_.plot));
+      check(write_text(explore_svg(all_, &Candidate::cpu_us, title, concat(x, pool_.workers(), " thread(s)")),
+                       options_.plot));
     }
+    if (!options_.gpu_plot.empty() && gpu_.is_object()) {
+      const auto card = gpu_.value("machine", std::string("GPU"));
+      check(write_text(explore_svg(all_, &Candidate::gpu_us, title, x + card.substr(0, card.find(','))),
+                       options_.gpu_plot));
+    }
+  }
+
+  /// The names of the front, printed too.
+  [[nodiscard]] json front_json(const char* where, double Candidate::*time) const {
+    json front = json::array();
+    std::printf("no other is both faster and better on %s:", where);
+    for (const std::size_t i : pareto_front(all_, time)) {
+      front.push_back(all_[i].name);
+      std::printf(" %s", all_[i].name.c_str());
+    }
+    std::printf("\n");
+    return front;
   }
 
   const Options& options_;
@@ -508,24 +561,7 @@ int main(int argc, char** argv) {
   app.add_option("--calibration", options.calibration, "text to calibrate on, another one")->required();
   app.add_option("--cache", options.cache, "folder that keeps what is made and measured")->required();
   app.add_option("--format", options.formats, "formats of the linear layers")->capture_default_str();
-  app.add_option("--method", options.method,
-                 "calibrated, or kmeans: only what calibration begins with, quicker")
-      ->check(CLI::IsMember({"calibrated", "kmeans"}))
-      ->capture_default_str();
-  app.add_flag("!--no-correction", options.correct,
-               "weights are quantized as they are, not corrected for the layers before");
-  app.add_option("--sequences", options.sequences, "stretches of the calibration text")
-      ->check(CLI::Range(1, 1 << 20))
-      ->capture_default_str();
-  app.add_option("--length", options.length, "tokens in each")
-      ->check(CLI::Range(2, 1 << 17))
-      ->capture_default_str();
-  app.add_option("--rounds", options.rounds, "most rounds for a layer")
-      ->check(CLI::Range(0, 1000))
-      ->capture_default_str();
-  app.add_option("--beam", options.beam, "paths of the code search")
-      ->check(CLI::Range(1, 16))
-      ->capture_default_str();
+  add_quantize_options(app, options);
   app.add_option("--windows", options.windows, "stretches of the text measured on")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
@@ -537,22 +573,31 @@ int main(int argc, char** argv) {
   app.add_flag("!--no-peers", options.peers_too, "neither of them");
   app.add_option("--memory", options.memory, "MiB that the linear layers may take")
       ->check(CLI::NonNegativeNumber);
-  app.add_option("--latency", options.latency, "microseconds that a token may take in them on this CPU")
+  app.add_option("--latency", options.latency, "microseconds that a token may take in them")
       ->check(CLI::NonNegativeNumber);
+  app.add_option("--on", options.on, "where --latency is meant: cpu, or gpu with the times of --gpu")
+      ->check(CLI::IsMember({"cpu", "gpu"}))
+      ->capture_default_str();
   app.add_option("--gpu", options.gpu,
                  "results of codegemm-gpu on this model's shapes (--shape NxK --tokens 1): adds its times");
   app.add_option("--distilled", options.distilled,
                  "results of quantize-gpu on the same text and windows: adds its formats");
   app.add_flag("--only-distilled", options.only_distilled, "of our formats these alone");
-  app.add_option("--threads", options.threads, "0: one for each processor")->check(CLI::Range(0, 1024));
   app.add_option("--json", options.json_path, "write the results there");
   app.add_option("--csv", options.csv, "write the table there");
   app.add_option("--plot", options.plot, "draw perplexity over time into this SVG file");
+  app.add_option("--gpu-plot", options.gpu_plot, "the same with the times of --gpu");
+  app.add_flag("--gpu-arguments", options.gpu_arguments,
+               "only prints what codegemm-gpu is to be asked for --gpu: shapes and formats");
   app.add_flag("--quick", options.quick, "two formats, little text: to see that it runs");
   CLI11_PARSE(app, argc, argv);
   if (options.quick) codegemm::bench::make_quick(options);
   try {
-    codegemm::bench::Explorer(options).run();
+    if (options.gpu_arguments) {
+      std::puts(codegemm::bench::gpu_arguments(options).c_str());
+    } else {
+      codegemm::bench::Explorer(options).run();
+    }
     return 0;
   } catch (const std::exception& e) {
     std::fflush(stdout);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // bench/quantize_gpu.cu - suite quantize-gpu: a real model quantized and distilled on a GPU: how long it
-// takes and what its perplexity is, step by step, for some formats.
+// takes and what its perplexity is, step by step, for some formats. Also how long a block of a larger model
+// takes, and the layers' errors beside those of AQLM's own code.
 
 // Eigen is for the host alone here; as CUDA code it would do without vector instructions.
 #define EIGEN_NO_CUDA
@@ -16,8 +17,10 @@
 #include <cstdlib>
 #include <exception>
 #include <filesystem>
-#include <map>
+#include <fstream>
+#include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,9 +33,11 @@
 #include <common/gpu_quantizer.cuh>
 #include <common/model_loader.hpp>
 #include <common/model_tokenizer.hpp>
+#include <common/quantize_options.hpp>
 #include <common/text_tokens.hpp>
 
 #include "support/gpu_timing.cuh"
+#include "support/peer_process.hpp"
 #include "support/report.hpp"
 
 namespace codegemm::bench {
@@ -43,12 +48,10 @@ using namespace prefillshare::examples;
 using nlohmann::json;
 using Clock = std::chrono::steady_clock;
 
-struct Options {
-  std::string model, text, calibration, cache, json_path, out;
+struct Options : QuantizeOptions {
+  std::string model, text, calibration, cache, json_path, out, aqlm;
   std::vector<std::string> formats = {"m1v4g64"};
-  std::vector<std::string> layers;  // "NxK"
-  std::int64_t sequences = 64;
-  std::int64_t length = 512;
+  bool block_8b = false;
   std::int64_t windows = 16;
   std::int64_t window_length = 512;
   std::int64_t distill_sequences = 1 << 20;
@@ -56,14 +59,88 @@ struct Options {
   std::vector<std::int64_t> steps = {400};
   std::vector<double> rates = {4e-3};
   TrainOptions distill;
-  TextQuantizerOptions quantizer;
-  std::string method = "calibrated";
-  int threads = 0;
 };
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
+
+/// A block of Llama-3-8B's shape and an embedding of some tokens, weights at random.
+LoadedModel random_block_8b() {
+  auto model = std::make_shared<LlamaModel<DenseLinear>>();
+  ModelConfig& c = model->config;
+  c.vocab_size = 4096;
+  c.hidden_size = 4096;
+  c.intermediate_size = 14336;
+  c.layers = 1;
+  c.heads = 32;
+  c.kv_heads = 8;
+  c.head_dim = 128;
+  c.context_length = 8192;
+  c.tied_embeddings = true;
+  c.rope.head_dim = 128;
+  c.rope.theta = 500000.0;
+  codegemm::detail::SplitMix random(1);
+  const auto draw = [&](std::int64_t count, double scale) {
+    std::vector<float> values(static_cast<std::size_t>(count));
+    for (float& x : values)
+      x = static_cast<float>(scale * (random.uniform() + random.uniform() + random.uniform() - 1.5) * 2.0);
+    return values;
+  };
+  const auto linear = [&](std::int64_t rows, std::int64_t cols) {
+    return DenseLinear(std::make_shared<const std::vector<float>>(
+                           draw(rows * cols, 1.0 / std::sqrt(static_cast<double>(cols)))),
+                       rows, cols);
+  };
+  model->embedding = std::make_shared<const std::vector<float>>(draw(c.vocab_size * c.hidden_size, 1.0));
+  LlamaLayer<DenseLinear>& layer = model->layers.emplace_back();
+  const std::vector<float> ones(static_cast<std::size_t>(c.hidden_size), 1.0F);
+  layer.input_norm = layer.post_attention_norm = model->final_norm = ones;
+  layer.q = linear(c.q_size(), c.hidden_size);
+  layer.k = linear(c.kv_size(), c.hidden_size);
+  layer.v = linear(c.kv_size(), c.hidden_size);
+  layer.o = linear(c.hidden_size, c.q_size());
+  layer.gate = linear(c.intermediate_size, c.hidden_size);
+  layer.up = linear(c.intermediate_size, c.hidden_size);
+  layer.down = linear(c.hidden_size, c.intermediate_size);
+  model->head = DenseLinear(model->embedding, c.vocab_size, c.hidden_size);
+  LoadedModel loaded;
+  loaded.model = std::move(model);
+  loaded.fingerprint = "random-block-8b";
+  return loaded;
+}
+
+/// tr((W - W^) H (W - W^)^T) / tr(W H W^T) in double.
+double relative_error(MatrixView<const float> weights, MatrixView<const float> gram,
+                      const codegemm::QuantizedMatrix& quantized) {
+  const std::int64_t k = weights.cols;
+  std::vector<float> values(static_cast<std::size_t>(weights.rows * k));
+  codegemm::reference_dequantize(quantized.view(), MatrixView<float>(values.data(), weights.rows, k));
+  using Dense = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+  using Single = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+  const Dense w = Eigen::Map<const Single>(weights.data, weights.rows, k).cast<double>();
+  const Dense h = Eigen::Map<const Single>(gram.data, k, k).cast<double>();
+  const Dense off = w - Eigen::Map<const Single>(values.data(), weights.rows, k).cast<double>();
+  return (off * h).cwiseProduct(off).sum() / (w * h).cwiseProduct(w).sum();
+}
+
+/// Replaces nothing: shows one layer for each of a block's inputs, with its weights and H, to `look`.
+struct LayerLooker {
+  std::function<void(const std::string& name, const DenseLinear& dense, MatrixView<const float> gram)> look;
+  std::string prefix;
+
+  Result<std::optional<DenseLinear>> find(const std::string& name, const DenseLinear& dense) const {
+    for (const char* part : {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}) {
+      if (name == prefix + part) return std::optional<DenseLinear>();
+    }
+    return std::optional<DenseLinear>(dense);
+  }
+  Result<DenseLinear> make(const std::string& name, const DenseLinear& dense,
+                           MatrixView<const float> gram) const {
+    look(name, dense, gram);
+    return dense;
+  }
+};
 
 class QuantizeSuite {
  public:
@@ -73,16 +150,10 @@ class QuantizeSuite {
         source_(unwrap(open_model(options.model))),
         loaded_(unwrap(load_model(*source_))) {
     const Tokenizer tokenizer = unwrap(load_tokenizer(options.model));
-    const auto cut = [&](const std::string& path, std::int64_t count, std::int64_t length) {
-      const std::vector<std::int32_t> ids = tokens_of_file(path, tokenizer);
-      auto out = spread_sequences(ids, count, length, tokenizer);
-      if (out.empty()) throw UserError(concat(path, ": has ", ids.size(), " tokens, needs ", length));
-      return out;
-    };
-    windows_ = cut(options.text, options.windows, options.window_length);
-    sequences_ = cut(options.calibration, options.sequences, options.length);
+    windows_ = sequences_of_file(options.text, options.windows, options.window_length, tokenizer);
+    sequences_ = sequences_of_file(options.calibration, options.sequences, options.length, tokenizer);
     // All of the text is learned from, but for a few stretches that only judge.
-    taught_ = cut(options.calibration, options.distill_sequences, options.length);
+    taught_ = sequences_of_file(options.calibration, options.distill_sequences, options.length, tokenizer);
     const std::int64_t judged = std::min(options.judged, std::ssize(taught_) - 1);
     for (std::int64_t i = judged; i > 0; --i) {
       const std::int64_t at = (2 * i - 1) * std::ssize(taught_) / (2 * judged);
@@ -110,7 +181,8 @@ class QuantizeSuite {
                 file_name(options_.calibration).c_str(), sequences_.size(), sequences_.front().size(),
                 taught_.size(), judged_.size());
     std::fflush(stdout);
-    for (const std::string& layer : options_.layers) add_layer(layer);
+    if (!options_.aqlm.empty()) compare_with_aqlm(dense);
+    if (options_.block_8b) add_block_8b(dense);
     for (const std::string& name : options_.formats) {
       add_format(unwrap(parse_format(name)));
       write(dense);  // what is measured is kept
@@ -118,50 +190,136 @@ class QuantizeSuite {
   }
 
  private:
-  /// How long a layer of a larger model takes, in the first of the formats: random weights, and inputs of
-  /// which neighbours are alike.
-  void add_layer(const std::string& shape) {
-    const std::size_t cross = shape.find('x');
-    const std::int64_t rows = std::stoll(shape);
-    const std::int64_t cols = cross == std::string::npos ? 0 : std::stoll(shape.substr(cross + 1));
-    if (rows < 1 || cols < 1) throw UserError(concat("--layer ", shape, ": no shape, such as 4096x4096"));
-    std::vector<float> weights(static_cast<std::size_t>(rows * cols));
-    codegemm::detail::SplitMix random(1);
-    for (float& x : weights)
-      x = static_cast<float>(random.uniform() + random.uniform() + random.uniform() - 1.5);
-    std::vector<float> powers(static_cast<std::size_t>(cols));
-    for (std::int64_t i = 0; i < cols; ++i)
-      powers[static_cast<std::size_t>(i)] = std::pow(0.7F, static_cast<float>(i));
-    std::vector<float> gram(static_cast<std::size_t>(cols * cols));
-    for (std::int64_t i = 0; i < cols; ++i) {
-      for (std::int64_t j = 0; j < cols; ++j)
-        gram[static_cast<std::size_t>(i * cols + j)] = powers[static_cast<std::size_t>(std::abs(i - j))];
+  /// The layers of a middle block by AQLM's own code and by ours, on the same H: m2v8g-1, its 2x8.
+  void compare_with_aqlm(const PerplexitySums& perplexity) {
+    const Format format = unwrap(parse_format("m2v8g-1"));
+    const std::int64_t block = loaded_.model->config.layers / 2;
+    const std::string path = concat(options_.cache, "/aqlm");
+    const auto look = [&](const std::string& name, const DenseLinear& dense, MatrixView<const float> gram) {
+      const MatrixView<const float> w = dense.weights();
+      json row = {{"name", name}, {"format", format_name(format)}};
+      std::printf("%s, %lld x %lld, %s:", name.c_str(), static_cast<long long>(w.rows),
+                  static_cast<long long>(w.cols), format_name(format).c_str());
+      // AQLM's does not damp H: neither may ours much.
+      for (const auto& [beam, damping] : {std::pair(1, 0.1), std::pair(1, 0.01), std::pair(4, 0.01)}) {
+        CalibratedOptions layers;
+        layers.beam = beam;
+        layers.damping = damping;
+        const auto start = Clock::now();
+        const QuantizedMatrix made =
+            unwrap(quantizer_.backend.quantize(w, gram, format, layers, pool_, nullptr));
+        const double seconds = seconds_since(start);
+        const double error = relative_error(w, gram, made);
+        std::printf(" ours with beam %d, damping %g %.5f in %.1f s,", beam, damping, error, seconds);
+        row["ours"].push_back({{"beam", beam}, {"damping", damping}, {"error", error}, {"seconds", seconds}});
+      }
+      write_floats(path + ".weights", w);
+      write_floats(path + ".gram", gram);
+      const std::vector<double> peer =
+          run_peer("", "aqlm_quantize_peer.py",
+                   concat('\'', options_.aqlm, "' '", path, ".weights' '", path, ".gram' ", w.rows, ' ',
+                          w.cols, ' ', format.v, ' ', format.m, ' ', format.b),
+                   2);
+      if (peer.empty()) {
+        std::printf(" AQLM's code is left out: it is not there, or failed\n");
+      } else {
+        std::printf(" AQLM's %.5f in %.1f s\n", peer[0], peer[1]);
+        row["aqlm_error"] = peer[0];
+        row["aqlm_seconds"] = peer[1];
+      }
+      std::fflush(stdout);
+      aqlm_rows_.push_back(std::move(row));
+      write(perplexity);
+    };
+    LayerLooker looker{look, concat("model.layers.", block, ".")};
+    CalibrationRunOptions run_options;
+    run_options.correct = false;
+    gpu_.calibrate(loaded_, sequences_, run_options, looker, block + 1, pool_);
+  }
+
+  static void write_floats(const std::string& path, MatrixView<const float> matrix) {
+    std::ofstream file(path, std::ios::binary);
+    for (std::int64_t n = 0; n < matrix.rows; ++n) {
+      file.write(reinterpret_cast<const char*>(matrix.row(n)),
+                 static_cast<std::streamsize>(static_cast<std::size_t>(matrix.cols) * sizeof(float)));
     }
+    if (!file) throw UserError(path + ": cannot be written");
+  }
+
+  /// How long a block of Llama-3-8B takes in the first of the formats, with the calibration; times its 32.
+  void add_block_8b(const PerplexitySums& perplexity) {
     const Format format = unwrap(parse_format(options_.formats.front()));
-    CalibratedReport report;
+    const LoadedModel block = random_block_8b();
+    codegemm::detail::SplitMix random(2);
+    std::vector<std::vector<std::int32_t>> sequences = sequences_;
+    for (auto& tokens : sequences) {
+      for (std::int32_t& token : tokens) {
+        token =
+            static_cast<std::int32_t>(random.uniform() * static_cast<double>(block.model->config.vocab_size));
+      }
+    }
+    double inside = 0.0;  // of the layers' quantizers
+    json layers = json::array();
+    TextQuantizerOptions quantizer = quantizer_;
+    quantizer.backend.quantize = [&](MatrixView<const float> w, MatrixView<const float> gram, Format f,
+                                     const CalibratedOptions& options, Executor& executor,
+                                     CalibratedReport* report) {
+      const auto start = Clock::now();
+      auto made = quantizer_.backend.quantize(w, gram, f, options, executor, report);
+      const double seconds = seconds_since(start);
+      inside += seconds;
+      std::printf("  %lld x %lld: %.1f s, %d rounds, error %.4f\n", static_cast<long long>(w.rows),
+                  static_cast<long long>(w.cols), seconds, report->rounds, report->error);
+      std::fflush(stdout);
+      layers.push_back({{"shape", concat(w.rows, 'x', w.cols)},
+                        {"seconds", seconds},
+                        {"rounds", report->rounds},
+                        {"error", report->error}});
+      return made;
+    };
+    const std::string folder = concat(options_.cache, "/block-8b-", format_name(format));
+    std::filesystem::remove_all(folder);
     const auto start = Clock::now();
-    static_cast<void>(unwrap(quantizer_.backend.quantize(MatrixView<const float>(weights.data(), rows, cols),
-                                                         MatrixView<const float>(gram.data(), cols, cols),
-                                                         format, quantizer_.layers, pool_, &report)));
+    static_cast<void>(
+        quantize_on_sequences(block, format, sequences, quantizer, folder, pool_, [](const auto&) {}));
     const double seconds = seconds_since(start);
-    std::printf("%s, %s: quantized in %.2f s, %d rounds, error %.4f\n", shape.c_str(),
-                format_name(format).c_str(), seconds, report.rounds, report.error);
+    std::filesystem::remove_all(folder);
+    constexpr double kBlocks = 32.0;
+    std::printf(
+        "a block of Llama-3-8B's shape in %s: %.1f s, of which the quantizer %.1f; 32 take %.0f min\n",
+        format_name(format).c_str(), seconds, inside, kBlocks * seconds / 60.0);
     std::fflush(stdout);
-    layer_rows_.push_back({{"shape", shape},
-                           {"format", format_name(format)},
-                           {"seconds", seconds},
-                           {"rounds", report.rounds},
-                           {"error", report.error}});
+    block_8b_ = {{"format", format_name(format)},
+                 {"tokens", std::ssize(sequences) * std::ssize(sequences.front())},
+                 {"seconds", seconds},
+                 {"quantizer_seconds", inside},
+                 {"seconds_of_32_blocks", kBlocks * seconds},
+                 {"layers", std::move(layers)}};
+    write(perplexity);
   }
 
   void add_format(Format format) {
     const std::string name = format_name(format);
     const std::string folder =
         concat(options_.cache, "/", loaded_.fingerprint, "-", name, "-", hash_tokens(sequences_));
+    // The layers' own errors, before the rounds and after: means over those that are made now.
+    double kmeans_error = 0.0;
+    double layer_error = 0.0;
+    int made = 0;
+    TextQuantizerOptions quantizer = quantizer_;
+    quantizer.backend.quantize = [&](MatrixView<const float> w, MatrixView<const float> gram, Format f,
+                                     const CalibratedOptions& options, Executor& executor,
+                                     CalibratedReport* report) {
+      auto out = quantizer_.backend.quantize(w, gram, f, options, executor, report);
+      kmeans_error += report->kmeans_error;
+      layer_error += report->error;
+      ++made;
+      return out;
+    };
     const auto start = Clock::now();
     double told = 0.0;
     const QuantizedLayers layers =
-        quantize_on_sequences(loaded_, format, sequences_, quantizer_, folder, pool_, [&](const auto& now) {
+        quantize_on_sequences(loaded_, format, sequences_, quantizer, folder, pool_, [&](const auto& now) {
           if (now.layer.ends_with("down_proj") && now.share >= told + 0.1) {
             told = now.share;
             std::printf("  %s: %.0f%% in %.1f s, error %.4f\n", now.layer.c_str(), 100.0 * told,
@@ -178,8 +336,10 @@ class QuantizeSuite {
       weights += count;
     }
     const PerplexitySums calibrated = gpu_.score(GpuQuantizer::with_layers(*loaded_.model, layers), windows_);
-    std::printf("%-11s %.2f bits: quantized in %.1f s, perplexity %.3f +- %.3f\n", name.c_str(),
-                bits / weights, seconds, calibrated.perplexity(), calibrated.error());
+    std::printf(
+        "%-11s %.2f bits: quantized in %.1f s, layers' error %.4f (k-means %.4f), perplexity %.3f +- %.3f\n",
+        name.c_str(), bits / weights, seconds, made > 0 ? layer_error / made : 0.0,
+        made > 0 ? kmeans_error / made : 0.0, calibrated.perplexity(), calibrated.error());
     std::fflush(stdout);
     QuantizedLayers best = layers;
     double least = HUGE_VAL;  // the held-out text does not choose
@@ -189,6 +349,8 @@ class QuantizeSuite {
                     {"bits_per_weight", bits / weights},
                     {"method", options_.method},
                     {"quantize_seconds", seconds},
+                    {"kmeans_layer_error", made > 0 ? json(kmeans_error / made) : json()},
+                    {"layer_error", made > 0 ? json(layer_error / made) : json()},
                     {"calibrated_perplexity", calibrated.perplexity()},
                     {"calibrated_perplexity_error", calibrated.error()}};
         QuantizedLayers tuned = layers;
@@ -252,15 +414,16 @@ class QuantizeSuite {
     out["windows"] = concat(hash_tokens(windows_));
     out["host_peak_mib"] = static_cast<double>(usage.ru_maxrss) / 1024.0;
     out["threads"] = pool_.workers();
-    out["layers"] = layer_rows_;
+    if (!aqlm_rows_.empty()) out["beside_aqlm"] = aqlm_rows_;
+    if (!block_8b_.empty()) out["block_8b"] = block_8b_;
     check(write_text(out.dump(2) + '\n', options_.json_path));
   }
 
   const Options& options_;
+  GpuQuantizer gpu_;  // first: without a GPU nothing is read
   ThreadPool pool_;
   std::unique_ptr<TensorSource> source_;
   LoadedModel loaded_;
-  GpuQuantizer gpu_;
   TextQuantizerOptions quantizer_;
   Suite suite_;
   std::vector<std::vector<std::int32_t>> windows_;    // held out
@@ -268,7 +431,8 @@ class QuantizeSuite {
   std::vector<std::vector<std::int32_t>> taught_;     // to distill on
   std::vector<std::vector<std::int32_t>> judged_;     // of the same text
   json rows_ = json::array();
-  json layer_rows_ = json::array();
+  json aqlm_rows_ = json::array();
+  json block_8b_ = json::object();
 };
 
 }  // namespace
@@ -295,26 +459,12 @@ int main(int argc, char** argv) {
   app.add_option("--calibration", options.calibration, "text to calibrate and distill on")->required();
   app.add_option("--cache", options.cache, "folder that keeps layers that are quantized")->required();
   app.add_option("--format", options.formats, "formats of the linear layers")->capture_default_str();
-  app.add_option("--layer", options.layers,
-                 "also times layers of these shapes (NxK) in the first format, on random weights");
-  app.add_option("--method", options.method, "calibrated, or kmeans: only what calibration begins with")
-      ->check(CLI::IsMember({"calibrated", "kmeans"}))
-      ->capture_default_str();
-  app.add_option("--sequences", options.sequences, "stretches of the text to calibrate on")
-      ->check(CLI::Range(1, 1 << 20))
-      ->capture_default_str();
-  app.add_option("--length", options.length, "tokens in each, as in those to distill on")
-      ->check(CLI::Range(2, 1 << 17))
-      ->capture_default_str();
-  app.add_option("--rounds", options.quantizer.layers.rounds, "most rounds for a layer")
-      ->check(CLI::Range(0, 1000))
-      ->capture_default_str();
-  app.add_option("--tolerance", options.quantizer.layers.tolerance, "gain of a round below which they end")
-      ->check(CLI::Range(0.0, 1.0))
-      ->capture_default_str();
-  app.add_option("--beam", options.quantizer.layers.beam, "paths of the code search")
-      ->check(CLI::Range(1, 16))
-      ->capture_default_str();
+  app.add_flag("--block-8b", options.block_8b,
+               "also times a block of Llama-3-8B's shape in the first format, on random weights");
+  app.add_option(
+      "--aqlm", options.aqlm,
+      "a clone of github.com/Vahe1994/AQLM: also quantizes layers with its code, for their errors");
+  add_quantize_options(app, options);
   app.add_option("--distill-steps", options.steps, "0: none; of several each by itself")
       ->check(CLI::Range(0, 1 << 20))
       ->capture_default_str();
@@ -335,7 +485,6 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(4, 1 << 17))
       ->capture_default_str();
   app.add_option("--out", options.out, "write the models there, a folder for each format");
-  app.add_option("--threads", options.threads, "0: one for each processor")->check(CLI::Range(0, 1024));
   app.add_option("--json", options.json_path, "write the results there");
   CLI11_PARSE(app, argc, argv);
   try {

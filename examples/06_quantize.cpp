@@ -5,7 +5,8 @@
 //   quantize MODEL OUT_DIR --format m2v8g128 --calibration FILE
 //
 // MODEL is a GGUF file or a Hugging Face folder; OUT_DIR becomes a folder in CodeGEMM's format or, with one
-// scale a row (g-1), in AQLM's. A run that was stopped goes on where it was when started again.
+// scale a row (g-1), in AQLM's. A run that was stopped goes on where it was when started again. The dense
+// model is read a block at a time. 06_quantize_gpu.cu is the same with --device gpu.
 // test: {model} {work}/model --format m1v8b4g-1 --calibration {source}/examples/data/river_report.txt --sequences 2 --length 64 --rounds 1 --beam 1 --codebook-steps 2 --finetune-steps 2 --quiet
 
 #include <chrono>
@@ -25,6 +26,7 @@
 #include <common/model_tokenizer.hpp>
 #include <common/model_writer.hpp>
 #include <common/progress.hpp>
+#include <common/quantize_options.hpp>
 #include <common/text_quantizer.hpp>
 #include <common/text_tokens.hpp>
 #include <common/unwrap.hpp>
@@ -34,15 +36,19 @@ namespace {
 using namespace prefillshare;
 using namespace prefillshare::examples;
 
-struct Options {
-  std::string model, out, format = "m2v8g128", calibration, kind = "auto", method = "calibrated";
-  std::int64_t sequences = 64;
-  std::int64_t length = 512;
-  int threads = 0;
+struct Options : QuantizeOptions {
+  std::string model, out, format = "m2v8g128", calibration, kind = "auto", device = "cpu";
   bool keep_state = false;
   bool quiet = false;
-  TextQuantizerOptions quantizer;
 };
+
+#ifdef QUANTIZE_ON_GPU
+QuantizeBackend gpu_backend();
+#else
+QuantizeBackend gpu_backend() {
+  throw UserError("--device gpu: take quantize_gpu, which is built with CUDA");
+}
+#endif
 
 codegemm::CheckpointKind kind_of(const Options& options, codegemm::Format format) {
   if (options.kind == "aqlm") return codegemm::CheckpointKind::kAqlm;
@@ -56,27 +62,27 @@ QuantizedLayers quantize_plain(const Options& options, const LoadedModel& loaded
   QuantizedLayers out;
   ProgressLine progress("quantizing");
   const std::int64_t total = loaded.model->config.layers * 7;
-  for_each_linear(*loaded.model, [&](const std::string& name, const DenseLinear& layer) {
-    if (name == "lm_head") return;
-    out.matrices.push_back(unwrap(
-        codegemm::quantize_kmeans(layer.weights(), format, options.quantizer.layers.kmeans, executor)));
-    out.names.push_back(name);
-    progress.update(static_cast<std::int64_t>(out.names.size()), total, "layers");
+  for_each_linear(*loaded.model, [&](const std::string& name, const DenseLinear&) {
+    if (name != "lm_head") out.names.push_back(name);
   });
+  for (std::int64_t i = 0; i < loaded.model->config.layers; ++i) {
+    const LlamaLayer<DenseLinear> block = unwrap(loaded.read_block(i));
+    for (const DenseLinear* const layer :
+         {&block.q, &block.k, &block.v, &block.o, &block.gate, &block.up, &block.down}) {
+      out.matrices.push_back(unwrap(
+          codegemm::quantize_kmeans(layer->weights(), format, options.quantizer.layers.kmeans, executor)));
+      progress.update(static_cast<std::int64_t>(out.matrices.size()), total, "layers");
+    }
+  }
   return out;
 }
 
 QuantizedLayers quantize_on_text(const Options& options, const LoadedModel& loaded, codegemm::Format format,
                                  const std::string& state, Executor& executor) {
   const Tokenizer tokenizer = unwrap(load_tokenizer(options.model));
-  const std::vector<std::int32_t> ids = tokens_of_file(options.calibration, tokenizer);
-  auto sequences = spread_sequences(ids, options.sequences, options.length, tokenizer);
-  if (sequences.empty()) {
-    throw UserError(codegemm::concat(options.calibration, ": has ", ids.size(),
-                                     " tokens, fewer than one sequence of ", options.length));
-  }
-  std::printf("calibration: %zu sequences of %lld tokens out of %zu of %s\n", sequences.size(),
-              static_cast<long long>(options.length), ids.size(), options.calibration.c_str());
+  const auto sequences = sequences_of_file(options.calibration, options.sequences, options.length, tokenizer);
+  std::printf("calibration: %zu sequences of %lld tokens of %s\n", sequences.size(),
+              static_cast<long long>(options.length), options.calibration.c_str());
   ProgressLine progress("quantizing");
   return quantize_on_sequences(
       loaded, format, sequences, options.quantizer, state, executor, [&](const QuantizeProgress& now) {
@@ -89,14 +95,17 @@ QuantizedLayers quantize_on_text(const Options& options, const LoadedModel& load
       });
 }
 
-int run(const Options& options) {
+int run(Options options) {
   using Clock = std::chrono::steady_clock;
   const Clock::time_point start = Clock::now();
   const codegemm::Format format = unwrap(codegemm::parse_format(options.format));
+  if (options.device == "gpu" && options.method == "kmeans")
+    throw UserError("--method kmeans: runs on the CPU");
+  if (options.device == "gpu") options.quantizer.backend = gpu_backend();
   codegemm::ThreadPool pool(options.threads);
   const std::unique_ptr<TensorSource> source = unwrap(open_model(options.model));
   ProgressLine loading("loading " + options.model);
-  const LoadedModel loaded = unwrap(load_model(
+  const LoadedModel loaded = unwrap(load_model_by_blocks(
       *source, [&](std::int64_t done, std::int64_t total) { loading.update(done, total, "tensors"); }));
   const std::string state = options.out + "/state";
   const QuantizedLayers layers = options.method == "kmeans"
@@ -128,32 +137,11 @@ int main(int argc, char** argv) {
   app.add_option("model", options.model, "GGUF file or Hugging Face folder")->required();
   app.add_option("out", options.out, "folder for the quantized model")->required();
   app.add_option("--format", options.format, "mMvVgG or mMvVbBgG, such as m1v4g128")->capture_default_str();
-  app.add_option("--method", options.method, "calibrated, or kmeans: no calibration text")
-      ->check(CLI::IsMember({"calibrated", "kmeans"}))
-      ->capture_default_str();
   app.add_option("--calibration", options.calibration, "text to calibrate on");
   app.add_option("--kind", options.kind, "file format; auto: aqlm for g-1, else codegemm")
       ->check(CLI::IsMember({"auto", "codegemm", "aqlm"}))
       ->capture_default_str();
-  app.add_option("--sequences", options.sequences, "stretches of the text, evenly spread")
-      ->check(CLI::Range(1, 1 << 20))
-      ->capture_default_str();
-  app.add_option("--length", options.length, "tokens in each")
-      ->check(CLI::Range(2, 1 << 17))
-      ->capture_default_str();
-  app.add_option("--rounds", options.quantizer.layers.rounds, "most rounds for a layer")
-      ->check(CLI::Range(0, 1000))
-      ->capture_default_str();
-  app.add_option("--tolerance", options.quantizer.layers.tolerance, "gain of a round below which they end")
-      ->check(CLI::Range(0.0, 1.0))
-      ->capture_default_str();
-  app.add_option("--beam", options.quantizer.layers.beam, "paths of the code search")
-      ->check(CLI::Range(1, 16))
-      ->capture_default_str();
-  app.add_option("--codebook-steps", options.quantizer.layers.codebook_steps,
-                 "conjugate gradient steps of a fit")
-      ->check(CLI::Range(0, 1000))
-      ->capture_default_str();
+  add_quantize_options(app, options);
   app.add_option("--finetune-steps", options.quantizer.tune.steps,
                  "Adam steps on each block's codebooks, scales and norms, once its layers are quantized")
       ->check(CLI::Range(0, 100000))
@@ -164,11 +152,9 @@ int main(int argc, char** argv) {
   app.add_option("--finetune-tokens", options.quantizer.tune.tokens, "tokens of each such step")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
-  app.add_option("--seed", options.quantizer.layers.kmeans.seed, "of the k-means beginning")
+  app.add_option("--device", options.device, "cpu or gpu")
+      ->check(CLI::IsMember({"cpu", "gpu"}))
       ->capture_default_str();
-  app.add_option("--threads", options.threads, "0: one for each processor")->check(CLI::Range(0, 1024));
-  app.add_flag("!--no-correction", options.quantizer.correct,
-               "quantize the weights as they are, not corrected for the layers before");
   app.add_flag("--keep-state", options.keep_state, "leave the folder OUT/state of finished layers");
   app.add_flag("--quiet", options.quiet, "no progress of the layers");
   try {

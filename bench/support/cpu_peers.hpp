@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -224,17 +225,29 @@ class Ggml {
 
   /// The values of a type's blocks for `weights`, whose inputs matter as importance[cols] says. Blocks go on
   /// over the rows' ends, which no file can have: what the blocks are worth for rows of any length. Nothing
-  /// where the weights are not whole blocks.
+  /// where the weights are not whole blocks. Each block is quantized for itself, so workers share them.
   [[nodiscard]] std::vector<float> requantize(const Type& type, MatrixView<const float> weights,
-                                              const std::vector<float>& importance) const {
+                                              const std::vector<float>& importance,
+                                              Executor& executor) const {
     const std::int64_t count = weights.rows * weights.cols;
     if (quantize_ == nullptr || count % type.block != 0 || weights.stride != weights.cols) return {};
     std::vector<float> tiled;
     for (std::int64_t n = 0; n < weights.rows; ++n)
       tiled.insert(tiled.end(), importance.begin(), importance.end());
     std::vector<std::uint8_t> blocks(static_cast<std::size_t>(count / type.block * type.bytes));
-    if (quantize_(type.id, weights.data, blocks.data(), 0, 1, count, tiled.data()) != blocks.size())
-      return {};
+    quantize_(type.id, weights.data, blocks.data(), 0, 1, type.block,
+              tiled.data());  // makes the type's tables
+    constexpr std::int64_t kBlocks = 64;
+    std::atomic<bool> failed = false;
+    parallel_for(executor, (count / type.block + kBlocks - 1) / kBlocks, [&](std::int64_t part, int) {
+      const std::int64_t first = part * kBlocks * type.block;
+      const std::int64_t length = std::min(kBlocks * type.block, count - first);
+      std::uint8_t* const to = blocks.data() + first / type.block * type.bytes;
+      const auto bytes = static_cast<std::size_t>(length / type.block * type.bytes);
+      if (quantize_(type.id, weights.data + first, to, 0, 1, length, tiled.data() + first) != bytes)
+        failed = true;
+    });
+    if (failed) return {};
     std::vector<float> out(static_cast<std::size_t>(count));
     traits_(type.id)->to_float(blocks.data(), out.data(), count);
     return out;

@@ -57,6 +57,24 @@ struct Candidate {
   return front;
 }
 
+/// The places in `all`, smallest first, of those that are better than all that are no larger; of equals the
+/// first. What was not judged is left out.
+[[nodiscard]] inline std::vector<std::size_t> size_front(std::span<const Candidate> all) {
+  std::vector<std::size_t> order;
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    if (std::isfinite(all[i].perplexity)) order.push_back(i);
+  }
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+    if (all[a].bytes != all[b].bytes) return all[a].bytes < all[b].bytes;
+    return all[a].perplexity < all[b].perplexity;
+  });
+  std::vector<std::size_t> front;
+  for (const std::size_t i : order) {
+    if (front.empty() || all[i].perplexity < all[front.back()].perplexity) front.push_back(i);
+  }
+  return front;
+}
+
 /// What may be spent. Infinite: no limit.
 struct Budget {
   double bytes = HUGE_VAL;

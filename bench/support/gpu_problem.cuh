@@ -105,7 +105,10 @@ class ColdMatrix {
       Random random{static_cast<std::uint64_t>(shape.rows * 1000003 + shape.cols + format.v) + out.size()};
       auto made = QuantizedMatrix::create(format, shape.rows, shape.cols);
       check(made.status());
-      for (std::uint32_t& word : made->codes()) word = static_cast<std::uint32_t>(random.next());
+      // Any code that the format has, in each byte or half of a word.
+      const auto most = static_cast<std::uint32_t>(format.centroids() - 1);
+      const std::uint32_t mask = most * (format.stored_code_bits() == 8 ? 0x01010101U : 0x00010001U);
+      for (std::uint32_t& word : made->codes()) word = static_cast<std::uint32_t>(random.next()) & mask;
       for (Half& value : made->codebooks()) value = Half::from_float(random.normal());
       for (Half& value : made->scales()) value = Half::from_float(0.01F + 0.02F * random.uniform());
       out.push_back(std::move(made).value());

@@ -57,11 +57,18 @@ class GpuQuantizer {
                            const CalibrationRunOptions& options, LayerQuantizer& quantizer,
                            Executor& executor) {
       if (quantizer.finishes()) throw UserError("blocks are tuned on the host only");
-      auto run = unwrap(cuda::DeviceCalibrationRun::create(loaded.model, sequences, options, kPassTokens,
-                                                           device_, stream_.get()));
-      while (run.blocks_done() < loaded.model->config.layers) check(run.next_block(quantizer, executor));
+      calibrate(loaded, sequences, options, quantizer, loaded.model->config.layers, executor);
     };
     return out;
+  }
+
+  /// Runs the model's first `blocks` blocks on the sequences, their layers replaced.
+  template <LayerReplacer Replacer>
+  void calibrate(const LoadedModel& loaded, const Sequences& sequences, const CalibrationRunOptions& options,
+                 Replacer& replacer, std::int64_t blocks, Executor& executor) {
+    auto run = unwrap(cuda::DeviceCalibrationRun::create(loaded.model, sequences, options, kPassTokens,
+                                                         device_, stream_.get(), loaded.read_block));
+    while (run.blocks_done() < blocks) check(run.next_block(replacer, executor));
   }
 
   /// What distill() did, in nats a token on the sequences that it was judged by.

@@ -272,12 +272,15 @@ class LayerQuantizer {
            static_cast<double>(tune_.tokens) * 0.012;
   }
 
-  [[nodiscard]] static DenseLinear dequantized(const codegemm::QuantizedMatrix& matrix,
-                                               const DenseLinear& dense) {
+  [[nodiscard]] DenseLinear dequantized(const codegemm::QuantizedMatrix& matrix,
+                                        const DenseLinear& dense) const {
     auto values =
         std::make_shared<std::vector<float>>(static_cast<std::size_t>(matrix.rows() * matrix.cols()));
-    codegemm::reference_dequantize(matrix.view(),
-                                   MatrixView<float>(values->data(), matrix.rows(), matrix.cols()));
+    codegemm::parallel_for(executor_, matrix.rows(), [&](std::int64_t n, int) {
+      float* const row = values->data() + n * matrix.cols();
+      for (std::int64_t k = 0; k < matrix.cols(); ++k)
+        row[k] = static_cast<float>(codegemm::reference_weight(matrix.view(), n, k));
+    });
     return {std::move(values), matrix.rows(), matrix.cols(),
             std::vector<float>(dense.bias().begin(), dense.bias().end())};
   }

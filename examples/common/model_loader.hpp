@@ -28,6 +28,8 @@ using LoadProgress = std::function<void(std::int64_t done, std::int64_t total)>;
 struct LoadedModel {
   std::shared_ptr<const LlamaModel<DenseLinear>> model;
   std::string fingerprint;  // 16 hex digits over all weights: the version in a cache key, and in file names
+  /// A BlockReader, of load_model_by_blocks(), whose model has no weights in its linear layers; else empty.
+  std::function<Result<LlamaLayer<DenseLinear>>(std::int64_t index)> read_block;
 };
 
 namespace detail {
@@ -135,35 +137,56 @@ class TensorLoader {
   return c;
 }
 
-/// Reads all weights into fp32. Peak memory is the model's size in fp32; errors name the file and the tensor.
-[[nodiscard]] inline Result<LoadedModel> load_model(TensorSource& source, const LoadProgress& progress = {}) {
+namespace detail {
+
+/// Tensors of the file that load_layer() reads.
+[[nodiscard]] inline std::int64_t tensors_of_layer(const ModelConfig& c) {
+  return 9 + (c.attention_bias ? 3 : 0) + (c.qk_norm ? 2 : 0);
+}
+[[nodiscard]] inline LlamaLayer<DenseLinear> load_layer(TensorLoader& load, const ModelConfig& c,
+                                                        std::int64_t index) {
+  LlamaLayer<DenseLinear> layer;
+  const std::string prefix = codegemm::concat("model.layers.", index, ".");
+  layer.input_norm = load.read(prefix + "input_layernorm.weight", 1, c.hidden_size);
+  layer.q = load.linear(prefix + "self_attn.q_proj", c.q_size(), c.hidden_size, c.attention_bias);
+  layer.k = load.linear(prefix + "self_attn.k_proj", c.kv_size(), c.hidden_size, c.attention_bias);
+  layer.v = load.linear(prefix + "self_attn.v_proj", c.kv_size(), c.hidden_size, c.attention_bias);
+  if (c.qk_norm) {
+    layer.q_norm = load.read(prefix + "self_attn.q_norm.weight", 1, c.head_dim);
+    layer.k_norm = load.read(prefix + "self_attn.k_norm.weight", 1, c.head_dim);
+  }
+  layer.o = load.linear(prefix + "self_attn.o_proj", c.hidden_size, c.q_size(), false);
+  layer.post_attention_norm = load.read(prefix + "post_attention_layernorm.weight", 1, c.hidden_size);
+  layer.gate = load.linear(prefix + "mlp.gate_proj", c.intermediate_size, c.hidden_size, false);
+  layer.up = load.linear(prefix + "mlp.up_proj", c.intermediate_size, c.hidden_size, false);
+  layer.down = load.linear(prefix + "mlp.down_proj", c.hidden_size, c.intermediate_size, false);
+  return layer;
+}
+
+/// The layer's shapes, biases and norms alone.
+inline void drop_weights(LlamaLayer<DenseLinear>& layer) {
+  for (DenseLinear* const linear :
+       {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
+    *linear = DenseLinear::without_weights(linear->rows(), linear->cols(),
+                                           std::vector<float>(linear->bias().begin(), linear->bias().end()));
+  }
+}
+
+/// All of the file in load_model()'s order; change(layer) is called for each block as soon as it is read.
+template <class Change>
+[[nodiscard]] Result<LoadedModel> load_all(TensorSource& source, const LoadProgress& progress,
+                                           Change&& change) {
   Result<ModelConfig> config = model_config(source.hyperparameters());
   if (!config.ok()) return config.status().with_prefix(source.path());
   const ModelConfig& c = *config;
 
   auto model = std::make_shared<LlamaModel<DenseLinear>>();
   model->config = c;
-  const std::int64_t per_layer = 9 + (c.attention_bias ? 3 : 0) + (c.qk_norm ? 2 : 0);
-  detail::TensorLoader load(source, c.layers * per_layer + 2 + (c.tied_embeddings ? 0 : 1), progress);
+  TensorLoader load(source, c.layers * tensors_of_layer(c) + 2 + (c.tied_embeddings ? 0 : 1), progress);
   model->embedding = std::make_shared<const std::vector<float>>(
       load.read("model.embed_tokens.weight", c.vocab_size, c.hidden_size));
-  for (std::int64_t i = 0; i < c.layers && load.status().ok(); ++i) {
-    LlamaLayer<DenseLinear>& layer = model->layers.emplace_back();
-    const std::string prefix = codegemm::concat("model.layers.", i, ".");
-    layer.input_norm = load.read(prefix + "input_layernorm.weight", 1, c.hidden_size);
-    layer.q = load.linear(prefix + "self_attn.q_proj", c.q_size(), c.hidden_size, c.attention_bias);
-    layer.k = load.linear(prefix + "self_attn.k_proj", c.kv_size(), c.hidden_size, c.attention_bias);
-    layer.v = load.linear(prefix + "self_attn.v_proj", c.kv_size(), c.hidden_size, c.attention_bias);
-    if (c.qk_norm) {
-      layer.q_norm = load.read(prefix + "self_attn.q_norm.weight", 1, c.head_dim);
-      layer.k_norm = load.read(prefix + "self_attn.k_norm.weight", 1, c.head_dim);
-    }
-    layer.o = load.linear(prefix + "self_attn.o_proj", c.hidden_size, c.q_size(), false);
-    layer.post_attention_norm = load.read(prefix + "post_attention_layernorm.weight", 1, c.hidden_size);
-    layer.gate = load.linear(prefix + "mlp.gate_proj", c.intermediate_size, c.hidden_size, false);
-    layer.up = load.linear(prefix + "mlp.up_proj", c.intermediate_size, c.hidden_size, false);
-    layer.down = load.linear(prefix + "mlp.down_proj", c.hidden_size, c.intermediate_size, false);
-  }
+  for (std::int64_t i = 0; i < c.layers && load.status().ok(); ++i)
+    change(model->layers.emplace_back(load_layer(load, c, i)));
   model->final_norm = load.read("model.norm.weight", 1, c.hidden_size);
   if (c.tied_embeddings) {
     if (load.status().ok()) model->head = DenseLinear(model->embedding, c.vocab_size, c.hidden_size);
@@ -175,6 +198,36 @@ class TensorLoader {
   LoadedModel loaded;
   loaded.model = std::move(model);
   loaded.fingerprint = load.fingerprint();
+  return loaded;
+}
+
+}  // namespace detail
+
+/// Reads all weights into fp32. Peak memory is the model's size in fp32; errors name the file and the tensor.
+[[nodiscard]] inline Result<LoadedModel> load_model(TensorSource& source, const LoadProgress& progress = {}) {
+  return detail::load_all(source, progress, [](LlamaLayer<DenseLinear>&) {});
+}
+
+/// Reads all weights once, for the fingerprint, and keeps the embedding and the norms; the blocks' linear
+/// layers are read again by read_block, one block at a time, from `source`, which must outlive it. A head of
+/// its own is not kept. Peak memory is that of the embedding and a block, or the head, in fp32. Errors as
+/// load_model().
+[[nodiscard]] inline Result<LoadedModel> load_model_by_blocks(TensorSource& source,
+                                                              const LoadProgress& progress = {}) {
+  Result<LoadedModel> loaded = detail::load_all(source, progress, detail::drop_weights);
+  if (!loaded.ok()) return loaded;
+  if (!loaded->model->config.tied_embeddings) {
+    auto model = std::make_shared<LlamaModel<DenseLinear>>(*loaded->model);
+    model->head = DenseLinear::without_weights(model->head.rows(), model->head.cols());
+    loaded->model = std::move(model);
+  }
+  loaded->read_block = [&source,
+                        c = loaded->model->config](std::int64_t index) -> Result<LlamaLayer<DenseLinear>> {
+    detail::TensorLoader load(source, detail::tensors_of_layer(c), {});
+    LlamaLayer<DenseLinear> layer = detail::load_layer(load, c, index);
+    if (!load.status().ok()) return load.status();
+    return layer;
+  };
   return loaded;
 }
 

@@ -112,8 +112,8 @@ struct QuantizedLayers {
     if (options.backend.calibrate) {
       options.backend.calibrate(loaded, sequences, run_options, quantizer, executor);
     } else {
-      CalibrationRun calibration =
-          unwrap(CalibrationRun::create(loaded.model, sequences, executor.workers(), run_options));
+      CalibrationRun calibration = unwrap(CalibrationRun::create(loaded.model, sequences, executor.workers(),
+                                                                 run_options, loaded.read_block));
       while (calibration.blocks_done() < loaded.model->config.layers)
         check(calibration.next_block(quantizer, executor));
     }

@@ -43,4 +43,18 @@ namespace prefillshare::examples {
   return out;
 }
 
+/// spread_sequences() of a text file, at least one. Throws UserError.
+[[nodiscard]] inline std::vector<std::vector<std::int32_t>> sequences_of_file(const std::string& path,
+                                                                              std::int64_t count,
+                                                                              std::int64_t length,
+                                                                              const Tokenizer& tokenizer) {
+  const std::vector<std::int32_t> ids = tokens_of_file(path, tokenizer);
+  std::vector<std::vector<std::int32_t>> out = spread_sequences(ids, count, length, tokenizer);
+  if (out.empty()) {
+    throw UserError(
+        codegemm::concat(path, ": has ", ids.size(), " tokens, fewer than one sequence of ", length));
+  }
+  return out;
+}
+
 }  // namespace prefillshare::examples

@@ -49,6 +49,16 @@ TEST_CASE("the front holds what nothing else beats, fastest first", "[explore]")
   CHECK(pareto_front(all, &Candidate::gpu_us).empty());
 }
 
+TEST_CASE("sizes worth having, smallest first", "[explore]") {
+  const std::vector<Candidate> all = {
+      candidate("large and best", kNan, 10, 300), candidate("small", 5, 30, 100),
+      candidate("larger, worse", 5, 31, 200),     candidate("as small, worse", 1, 40, 100),
+      candidate("not judged", 5, kNan, 50),       candidate("medium", kNan, 20, 250),
+      candidate("as good, larger", 5, 20, 260)};
+  CHECK(size_front(all) == std::vector<std::size_t>{1, 5, 0});
+  CHECK(size_front({}).empty());
+}
+
 TEST_CASE("the front is what the definition says, on random candidates", "[explore]") {
   for (std::uint64_t seed = 1; seed <= 20; ++seed) {
     CAPTURE(seed);

@@ -65,6 +65,8 @@ class DeviceArray {
         !s.ok()) {
       return s;
     }
+    // cudaMemcpy from pageable memory may return before the device has the last of it.
+    if (Status s = cuda_status(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize"); !s.ok()) return s;
     return out;
   }
   /// Every byte 0, complete on return. Errors as create().

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <new>
 #include <optional>
@@ -109,17 +110,22 @@ struct CalibrationRunOptions {
   double correction_damping = 0.1;  ///< as in corrected_weights()
 };
 
+/// Reads block `index` of a dense model with its weights, for runs that hold one block at a time.
+using BlockReader = std::function<Result<LlamaLayer<DenseLinear>>(std::int64_t index)>;
+
 /// The residual stream of all calibration sequences between two blocks of a model. Blocks are replaced one
 /// after the other; within a block q, k and v come first, then o, then gate and up, then down, each seeing
 /// the inputs that the ones before, as replaced, give it; a BlockFinisher sees the whole block last.
 /// Bit-identical for any number of workers, and whether replacements were found or made.
 class CalibrationRun {
  public:
-  /// Sequences of up to context_length tokens, none empty. kInvalidArgument for tokens outside of the
-  /// vocabulary or a sequence's length; kOutOfMemory.
+  /// Sequences of up to context_length tokens, none empty. With `read` each block comes from there when its
+  /// turn is, and goes again: the layers of `model` then need only shapes (DenseLinear::without_weights()).
+  /// kInvalidArgument for tokens outside of the vocabulary or a sequence's length; kOutOfMemory.
   [[nodiscard]] static Result<CalibrationRun> create(std::shared_ptr<const LlamaModel<DenseLinear>> model,
                                                      const std::vector<std::vector<std::int32_t>>& sequences,
-                                                     int workers, const CalibrationRunOptions& options = {}) {
+                                                     int workers, const CalibrationRunOptions& options = {},
+                                                     BlockReader read = {}) {
     const ModelConfig& c = model->config;
     std::int64_t longest = 0;
     std::int64_t total = 0;
@@ -174,6 +180,7 @@ class CalibrationRun {
       run.dense_shell_ = run.shell_;
     }
     run.model_ = std::move(model);
+    run.read_ = std::move(read);
     return run;
   }
 
@@ -182,9 +189,9 @@ class CalibrationRun {
   /// The residual stream behind them, [tokens][hidden_size], sequence after sequence.
   [[nodiscard]] std::span<const float> hidden() const noexcept { return hidden_; }
 
-  /// Replaces the linear layers of the next block and runs all sequences through it. Errors are the
-  /// replacer's own, with the layer's name; kInvalidArgument after the last block; kShapeMismatch for a
-  /// replacement of another shape; kOutOfMemory, after which the run cannot go on.
+  /// Replaces the linear layers of the next block and runs all sequences through it. Errors are those of
+  /// reading the block and the replacer's own, with the layer's name; kInvalidArgument after the last block;
+  /// kShapeMismatch for a replacement of another shape; kOutOfMemory, after which the run cannot go on.
   template <LayerReplacer Replacer>
   [[nodiscard]] Status next_block(Replacer& replacer, Executor& executor) {
     if (done_ >= model_->config.layers)
@@ -209,7 +216,15 @@ class CalibrationRun {
 
   template <class Replacer>
   Status run_block(Replacer& replacer, Executor& executor) {
-    load_block(model_->layers[static_cast<std::size_t>(done_)]);
+    if (read_) {
+      load_block({});  // the block before goes first
+      dense_shell_.layers.clear();
+      const Result<LlamaLayer<DenseLinear>> block = read_(done_);
+      if (!block.ok()) return block.status();
+      load_block(*block);
+    } else {
+      load_block(model_->layers[static_cast<std::size_t>(done_)]);
+    }
     bool finishes = false;
     if constexpr (BlockFinisher<Replacer>) finishes = replacer.finishes();
     const Streams both = options_.correct || finishes ? Streams::kBoth : Streams::kReplaced;
@@ -410,6 +425,7 @@ class CalibrationRun {
   }
 
   std::shared_ptr<const LlamaModel<DenseLinear>> model_;
+  BlockReader read_;                          // may be empty
   LlamaModel<detail::ObservedLinear> shell_;  // the block at hand as its only layer
   std::unique_ptr<ForwardWorkspace> workspace_;
   std::unique_ptr<HostKvStorage> storage_;

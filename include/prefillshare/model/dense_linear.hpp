@@ -37,6 +37,16 @@ class DenseLinear {
     CODEGEMM_ASSERT(bias_.empty() || static_cast<std::int64_t>(bias_.size()) == rows);
   }
 
+  /// One that only tells its shape and bias, where weights are read when they are needed; forward() refuses.
+  [[nodiscard]] static DenseLinear without_weights(std::int64_t rows, std::int64_t cols,
+                                                   std::vector<float> bias = {}) {
+    DenseLinear out;
+    out.bias_ = std::move(bias);
+    out.rows_ = rows;
+    out.cols_ = cols;
+    return out;
+  }
+
   [[nodiscard]] std::int64_t rows() const noexcept { return rows_; }  ///< N
   [[nodiscard]] std::int64_t cols() const noexcept { return cols_; }  ///< K
   /// Of the weights and the bias.
@@ -44,7 +54,7 @@ class DenseLinear {
     return (rows_ * cols_ + static_cast<std::int64_t>(bias_.size())) *
            static_cast<std::int64_t>(sizeof(float));
   }
-  /// [rows][cols].
+  /// [rows][cols]; null without weights.
   [[nodiscard]] MatrixView<const float> weights() const noexcept {
     return MatrixView<const float>(weights_ ? weights_->data() : nullptr, rows_, cols_);
   }
@@ -64,6 +74,9 @@ class DenseLinear {
                  Executor& executor) const {
     if (Status status = detail::check_linear(rows_, cols_, x, y); !status.ok()) return status;
     if (x.rows == 0) return {};
+    if (weights_ == nullptr && rows_ * cols_ > 0)
+      return codegemm::error(StatusCode::kNullPointer, "DenseLinear: ", rows_, " x ", cols_,
+                             " without weights");
     if (x.rows > kFewTokens) {
       if (Status status = codegemm::dense_gemm(weights(), x, y, workspace, executor); !status.ok()) {
         return status;

@@ -20,6 +20,7 @@
 #include <common/layer_quantizer.hpp>
 #include <common/model_loader.hpp>
 #include <common/model_writer.hpp>
+#include <common/text_quantizer.hpp>
 #include <common/text_tokens.hpp>
 #include <support/catch.hpp>
 #include <support/tiny_model.hpp>
@@ -251,6 +252,56 @@ TEST_CASE("a quantized model is written in either format and read as the dequant
       CHECK(row[d] == codegemm::Half::from_float(want).to_float());
     }
   }
+}
+
+TEST_CASE("a model read by blocks is quantized to the same files", "[quantize]") {
+  const auto model = random_model(tiny_config(), 86);
+  const TemporaryFolder dense;
+  write_folder(dense.path(), *model);
+  const auto source = open_model(dense.path()).value();
+  const LoadedModel whole = load_model(*source).value();
+  const LoadedModel parts = load_model_by_blocks(*source).value();
+  CHECK(parts.fingerprint == whole.fingerprint);
+  CHECK(parts.model->embedding->size() == whole.model->embedding->size());
+  CHECK(!whole.read_block);
+  std::size_t hollow = 0;
+  for_each_linear(*parts.model, [&](const std::string& name, const DenseLinear& layer) {
+    if (name == "lm_head") return;  // tied
+    CHECK(layer.rows() > 0);
+    if (layer.weights().data == nullptr) ++hollow;
+  });
+  CHECK(hollow == 14);
+  codegemm::ThreadPool pool(2);
+  const DenseLinear& q = parts.model->layers[0].q;
+  const std::vector<float> x(static_cast<std::size_t>(q.cols()));
+  std::vector<float> y(static_cast<std::size_t>(q.rows()));
+  CHECK(q.forward({x.data(), 1, q.cols()}, {y.data(), 1, q.rows()}, {}, pool).code() ==
+        StatusCode::kNullPointer);
+  TextQuantizerOptions options;
+  options.layers = quick_options();
+  for (const int tune_steps : {0, 2}) {
+    CAPTURE(tune_steps);
+    options.tune.steps = tune_steps;
+    options.tune.tokens = 40;
+    std::map<std::string, std::string> files[2];
+    for (const LoadedModel* loaded : {&whole, &parts}) {
+      const TemporaryFolder folder;
+      const QuantizedLayers layers = quantize_on_sequences(*loaded, kFormat, sequences(), options,
+                                                           folder.path(), pool, [](const auto&) {});
+      CHECK(layers.matrices.size() == 14);
+      files[loaded == &parts ? 1 : 0] = files_of(folder);
+    }
+    CHECK((files[0] == files[1]));
+  }
+  // What reading a block says is what the run says.
+  LoadedModel broken = parts;
+  broken.read_block = [](std::int64_t index) -> Result<LlamaLayer<DenseLinear>> {
+    return error(StatusCode::kIoError, "block ", index, " is gone");
+  };
+  const TemporaryFolder folder;
+  CHECK_THROWS_WITH(
+      quantize_on_sequences(broken, kFormat, sequences(), options, folder.path(), pool, [](const auto&) {}),
+      "block 0 is gone");
 }
 
 TEST_CASE("a config.json made for a model gives its numbers back", "[quantize]") {

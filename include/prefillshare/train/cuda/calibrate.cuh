@@ -27,11 +27,12 @@ namespace prefillshare::cuda {
 class DeviceCalibrationRun {
  public:
   /// Sequences of up to context_length tokens, none empty, computed pass_tokens at once. `stream` must
-  /// outlive it. Errors as CalibrationRun::create(); kUnsupported as check_trainable(); kCudaError.
+  /// outlive it. `read` and errors as CalibrationRun::create(); kUnsupported as check_trainable();
+  /// kCudaError.
   [[nodiscard]] static Result<DeviceCalibrationRun> create(
       std::shared_ptr<const LlamaModel<DenseLinear>> model,
       const std::vector<std::vector<std::int32_t>>& sequences, const CalibrationRunOptions& options,
-      std::int64_t pass_tokens, const Device& device, cudaStream_t stream) {
+      std::int64_t pass_tokens, const Device& device, cudaStream_t stream, BlockReader read = {}) {
     if (model == nullptr) return codegemm::error(StatusCode::kNullPointer, "DeviceCalibrationRun: no model");
     if (Status s = check_trainable(*model); !s.ok()) return s;
     const ModelConfig& c = model->config;
@@ -52,6 +53,7 @@ class DeviceCalibrationRun {
     try {
       DeviceCalibrationRun out(std::move(model), *std::move(pass), options);
       if (Status s = out.take(sequences, longest); !s.ok()) return s;
+      out.read_ = std::move(read);
       return out;
     } catch (const std::bad_alloc&) {
       return codegemm::error(StatusCode::kOutOfMemory, "DeviceCalibrationRun: no memory for the tokens");
@@ -130,7 +132,14 @@ class DeviceCalibrationRun {
 
   template <class Replacer>
   Status run_block(Replacer& replacer, Executor& executor) {
-    Layer layer = model_->layers[static_cast<std::size_t>(done_)];
+    Layer layer;
+    if (read_) {
+      Result<Layer> block = read_(done_);
+      if (!block.ok()) return block.status();
+      layer = *std::move(block);
+    } else {
+      layer = model_->layers[static_cast<std::size_t>(done_)];
+    }
     if (Status s = upload(layer, dense_); !s.ok()) return s;
     if (Status s = upload(layer, replaced_); !s.ok()) return s;
     const std::string prefix = codegemm::concat("model.layers.", done_, ".");
@@ -303,6 +312,7 @@ class DeviceCalibrationRun {
   }
 
   std::shared_ptr<const LlamaModel<DenseLinear>> model_;
+  BlockReader read_;  // may be empty
   DeviceTrainPass<float> pass_;
   CalibrationRunOptions options_;
   std::vector<DeviceLossBatch<float>> batches_;

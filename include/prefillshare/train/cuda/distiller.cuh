@@ -8,7 +8,6 @@
 #pragma once
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -20,6 +19,7 @@
 #include <vector>
 
 #include <prefillshare/train/cuda/adamw.cuh>
+#include <prefillshare/train/cuda/device_step.cuh>
 #include <prefillshare/train/cuda/pass.cuh>
 #include <prefillshare/train/trainer.hpp>
 
@@ -64,9 +64,11 @@ class DeviceDistiller {
     if (!weights.ok()) return weights.status();
     Result<DeviceAdamW> optimizer = DeviceAdamW::create(weights->size(), options.adam);
     if (!optimizer.ok()) return optimizer.status();
+    Result<detail::DeviceStepper> stepper = detail::DeviceStepper::create();
+    if (!stepper.ok()) return stepper.status();
     try {
       DeviceDistiller out(student, std::move(teacher), *std::move(pass), *std::move(weights),
-                          *std::move(optimizer), options);
+                          *std::move(optimizer), *std::move(stepper), options);
       out.sequences_ = std::move(sequences);
       out.order_ =
           prefillshare::detail::ExampleOrder(static_cast<std::int64_t>(out.sequences_.size()), options);
@@ -93,45 +95,25 @@ class DeviceDistiller {
       return codegemm::error(StatusCode::kInvalidArgument, "DeviceDistiller: all ", number,
                              " steps are done");
     }
-    if (own_steps_ == 0) start_ = Clock::now();
     try {
       const std::vector<std::size_t> chosen = order_.of_step(number);
       std::int64_t targets = 0;
       for (const std::size_t i : chosen) targets += targets_of(sequences_[i]);
-      detail::TrainStream& ts = pass_.train_stream();
-      weights_.zero_gradients(ts);
-      if (Status s = for_passes(sequences_, chosen,
-                                [&](float* losses) {
-                                  return pass_.run(weights_, batch_, 1.0F / static_cast<float>(targets),
-                                                   losses);
-                                });
-          !s.ok()) {
-        return s;
-      }
-      weights_.collect(ts);
-      TrainProgress progress;
-      progress.rate = options_.rate * rate_share(options_.schedule, number, options_.steps, options_.warmup);
-      optimizer_.update(weights_, progress.rate, options_.clip, losses_.data(), targets, ts, shares_.data());
-      detail::StepState state;
-      ts.copy(&state, optimizer_.state(), sizeof(state), cudaMemcpyDeviceToHost);
-      ts.synchronize();
-      if (Status s = ts.take(); !s.ok()) return s;
-      if (state.finite == 0) {
-        optimizer_.take_back();
-        return codegemm::error(StatusCode::kInvalidArgument, "the loss (", state.loss,
+      const auto passes = [&](float scale) -> Result<const float*> {
+        const Status ran = for_passes(
+            sequences_, chosen, [&](float* losses) { return pass_.run(weights_, batch_, scale, losses); });
+        if (!ran.ok()) return ran;
+        return static_cast<const float*>(losses_.data());
+      };
+      const auto taken = stepper_.take(weights_, optimizer_, options_, targets, targets, pass_.train_stream(),
+                                       passes, shares_.data());
+      if (!taken.ok()) return taken.status();
+      if (!taken->finite) {
+        return codegemm::error(StatusCode::kInvalidArgument, "the loss (", taken->loss,
                                ") or the gradient is not finite in step ", number + 1,
                                "; the parameters are those after ", number, " steps");
       }
-      tokens_ += targets;
-      ++own_steps_;
-      progress.step = number + 1;
-      progress.steps = options_.steps;
-      progress.loss = state.loss / static_cast<double>(targets);
-      const double seconds = std::chrono::duration<double>(Clock::now() - start_).count();
-      progress.tokens_per_second = seconds > 0.0 ? static_cast<double>(tokens_) / seconds : 0.0;
-      progress.seconds_left =
-          seconds / static_cast<double>(own_steps_) * static_cast<double>(options_.steps - progress.step);
-      return progress;
+      return taken->progress;
     } catch (const std::bad_alloc&) {
       return codegemm::error(StatusCode::kOutOfMemory, "DeviceDistiller: no memory for a step of ",
                              options_.batch, " sequences");
@@ -184,17 +166,17 @@ class DeviceDistiller {
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
   using Sequences = std::vector<std::vector<std::int32_t>>;
 
   DeviceDistiller(TrainableModel<float>& student, std::shared_ptr<const DeviceFrozenWeights<S>> teacher,
                   DeviceTrainPass<S> pass, DeviceTrainable<S> weights, DeviceAdamW optimizer,
-                  const TrainOptions& options)
+                  detail::DeviceStepper stepper, const TrainOptions& options)
       : student_(&student),
         teacher_(std::move(teacher)),
         pass_(std::move(pass)),
         weights_(std::move(weights)),
         optimizer_(std::move(optimizer)),
+        stepper_(std::move(stepper)),
         options_(options) {}
 
   [[nodiscard]] static Status check(const Sequences& sequences, const ModelConfig& c) {
@@ -297,6 +279,7 @@ class DeviceDistiller {
   DeviceTrainPass<S> pass_;
   DeviceTrainable<S> weights_;
   DeviceAdamW optimizer_;
+  detail::DeviceStepper stepper_;
   TrainOptions options_;
   Sequences sequences_;
   std::vector<std::int64_t> first_;  // [sequences]: its first row in hidden_
@@ -306,9 +289,6 @@ class DeviceDistiller {
   DeviceArray<S> teacher_rows_;  // [rows of a pass][hidden]
   DeviceArray<float> losses_;    // [rows of a step]
   DeviceArray<float> shares_;    // [parameters / 4]
-  std::int64_t own_steps_ = 0;
-  std::int64_t tokens_ = 0;
-  Clock::time_point start_ = Clock::now();
 };
 
 }  // namespace prefillshare::cuda

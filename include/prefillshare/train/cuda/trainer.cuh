@@ -5,7 +5,6 @@
 // See: PrefillShare (arXiv 2602.12029) sections 3.2 and A; prefillshare/train/trainer.hpp
 #pragma once
 
-#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -19,6 +18,7 @@
 #include <vector>
 
 #include <prefillshare/train/cuda/adamw.cuh>
+#include <prefillshare/train/cuda/device_step.cuh>
 #include <prefillshare/train/cuda/examples.cuh>
 #include <prefillshare/train/trainer.hpp>
 
@@ -57,14 +57,16 @@ class DeviceTrainer {
     if (!weights.ok()) return weights.status();
     Result<DeviceAdamW> optimizer = DeviceAdamW::create(weights->size(), options.adam);
     if (!optimizer.ok()) return optimizer.status();
+    Result<detail::DeviceStepper> stepper = detail::DeviceStepper::create();
+    if (!stepper.ok()) return stepper.status();
     try {
-      DeviceTrainer out(model, *std::move(passes), *std::move(weights), *std::move(optimizer), options);
+      DeviceTrainer out(model, *std::move(passes), *std::move(weights), *std::move(optimizer),
+                        *std::move(stepper), options);
       out.run_ = prefillshare::detail::run_of(run, examples, options) +
                  (std::is_same_v<S, float> ? ", on a GPU in fp32" : ", on a GPU in bf16");
       out.examples_ = std::move(examples);
       out.order_ =
           prefillshare::detail::ExampleOrder(static_cast<std::int64_t>(out.examples_.size()), options);
-      if (Status s = out.allocate(); !s.ok()) return s;
       return out;
     } catch (const std::bad_alloc&) {
       return codegemm::error(StatusCode::kOutOfMemory, "Trainer: no memory for the order of the examples");
@@ -87,37 +89,21 @@ class DeviceTrainer {
     const std::int64_t number = steps_done();
     if (done())
       return codegemm::error(StatusCode::kInvalidArgument, "Trainer: all ", number, " steps are done");
-    if (own_steps_ == 0) start_ = Clock::now();
     try {
       const std::vector<std::size_t> chosen = order_.of_step(number);
       std::int64_t targets = 0;
-      for (const std::size_t i : chosen) targets += static_cast<std::int64_t>(examples_[i].target.size());
-      detail::TrainStream& ts = passes_.train_stream();
-      weights_.zero_gradients(ts);
-      const Result<const float*> losses = passes_.backward(weights_, examples_, chosen, options_.sharing,
-                                                           1.0F / static_cast<float>(targets), visited_);
-      if (!losses.ok()) return losses.status();
-      weights_.collect(ts);
-      TrainProgress progress;
-      progress.rate = options_.rate * rate_share(options_.schedule, number, options_.steps, options_.warmup);
-      optimizer_.update(weights_, progress.rate, options_.clip, *losses, targets, ts);
-      ts.copy(state_.get(), optimizer_.state(), sizeof(detail::StepState), cudaMemcpyDeviceToHost);
-      ts.synchronize();
-      if (Status s = ts.take(); !s.ok()) return s;
-      if (state_->finite == 0) {
-        optimizer_.take_back();
-        return what_is_not_finite(number, targets);
+      std::int64_t tokens = 0;
+      for (const std::size_t i : chosen) {
+        targets += static_cast<std::int64_t>(examples_[i].target.size());
+        tokens += examples_[i].tokens();
       }
-      for (const std::size_t i : chosen) tokens_ += examples_[i].tokens();
-      ++own_steps_;
-      progress.step = number + 1;
-      progress.steps = options_.steps;
-      progress.loss = state_->loss / static_cast<double>(targets);
-      const double seconds = std::chrono::duration<double>(Clock::now() - start_).count();
-      progress.tokens_per_second = seconds > 0.0 ? static_cast<double>(tokens_) / seconds : 0.0;
-      progress.seconds_left =
-          seconds / static_cast<double>(own_steps_) * static_cast<double>(options_.steps - progress.step);
-      return progress;
+      const auto taken = stepper_.take(
+          weights_, optimizer_, options_, targets, tokens, passes_.train_stream(), [&](float scale) {
+            return passes_.backward(weights_, examples_, chosen, options_.sharing, scale, visited_);
+          });
+      if (!taken.ok()) return taken.status();
+      if (!taken->finite) return what_is_not_finite(number, targets);
+      return taken->progress;
     } catch (const std::bad_alloc&) {
       return codegemm::error(StatusCode::kOutOfMemory, "Trainer: no memory for a step of ", options_.batch,
                              " examples");
@@ -187,26 +173,15 @@ class DeviceTrainer {
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
-  struct FreeHost {
-    void operator()(void* p) const { cudaFreeHost(p); }
-  };
-
   DeviceTrainer(TrainableModel<float>& model, DeviceExamples<S> passes, DeviceTrainable<S> weights,
-                DeviceAdamW optimizer, const TrainOptions& options)
+                DeviceAdamW optimizer, detail::DeviceStepper stepper, const TrainOptions& options)
       : model_(&model),
         passes_(std::move(passes)),
         weights_(std::move(weights)),
         optimizer_(std::move(optimizer)),
+        stepper_(std::move(stepper)),
         options_(options) {}
 
-  [[nodiscard]] Status allocate() {
-    void* state = nullptr;
-    const cudaError_t code = cudaMallocHost(&state, sizeof(detail::StepState));
-    if (code != cudaSuccess) static_cast<void>(cudaGetLastError());
-    state_.reset(static_cast<detail::StepState*>(state));
-    return codegemm::cuda::cuda_status(code, "cudaMallocHost");
-  }
   /// Why a step was not taken, as Trainer::step() says it.
   [[nodiscard]] Status what_is_not_finite(std::int64_t number, std::int64_t targets) {
     const Result<std::vector<float>> losses = passes_.download_losses(targets);
@@ -262,15 +237,12 @@ class DeviceTrainer {
   DeviceExamples<S> passes_;
   DeviceTrainable<S> weights_;
   DeviceAdamW optimizer_;
+  detail::DeviceStepper stepper_;
   TrainOptions options_;
   std::string run_;
   std::vector<TrainingExample> examples_;
   prefillshare::detail::ExampleOrder order_;
-  std::vector<std::size_t> visited_;                    // examples of the step in the order of their losses
-  std::unique_ptr<detail::StepState, FreeHost> state_;  // page-locked
-  std::int64_t own_steps_ = 0;                          // of this run
-  std::int64_t tokens_ = 0;
-  Clock::time_point start_ = Clock::now();
+  std::vector<std::size_t> visited_;  // examples of the step in the order of their losses
 };
 
 }  // namespace prefillshare::cuda

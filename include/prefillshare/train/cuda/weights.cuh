@@ -180,6 +180,12 @@ struct DeviceWeightsView {
                      [&](const std::string&, const DenseLinear& layer, std::int64_t offset, std::int64_t) {
                        upload(offset, layer.weights().data, layer.rows() * layer.cols());
                      });
+  // cudaMemcpy from pageable memory may return before the device has the last of it, and what reads it runs
+  // in another stream.
+  if (status.ok()) {
+    static_cast<void>(
+        status = codegemm::cuda::cuda_status(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize"));
+  }
   return status;
 }
 [[nodiscard]] inline std::vector<float> merged_vectors(const LlamaModel<DenseLinear>& model) {
