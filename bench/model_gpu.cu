@@ -268,7 +268,7 @@ class Suite {
     check(format.status());
     auto cublas = Cublas::create();
     check(cublas.status());
-    const CodedModel coded = coded_model(c, *format, *cublas);
+    CodedModel coded = coded_model(c, *format, *cublas);
     std::printf("%s: %s, %.2f GB of linear layers, of which the fp16 head %.2f\n", name.c_str(),
                 options_.format.c_str(), static_cast<double>(linear_bytes(coded)) * 1e-9,
                 static_cast<double>(coded.head.parameter_bytes()) * 1e-9);
@@ -286,11 +286,13 @@ class Suite {
     for (const int batch : {1, 8, 32}) {
       if (options_.once && batch > 1) break;
       decode(name, options_.format, coded, batch);
-      if (!dense) continue;
-      decode(name, "fp16", *beside, batch);
-      for_each_dense(*beside, [](Dense& layer) { layer.set_thin_tokens(0); });
-      decode(name, "fp16, cuBLAS", *beside, batch);
-      for_each_dense(*beside, [](Dense& layer) { layer.set_thin_tokens(kThinTokens); });
+      if (dense) decode(name, "fp16", *beside, batch);
+      if (batch > kThinTokens) continue;
+      // The same with the library's own kernel for dense weights and few tokens.
+      set_thin(coded, beside.get(), kThinTokens);
+      decode(name, options_.format + ", own kernel", coded, batch);
+      if (dense) decode(name, "fp16, own kernel", *beside, batch);
+      set_thin(coded, beside.get(), 0);
     }
     if (options_.once) return;
     for (const int batch : {8, 32}) {
@@ -334,12 +336,13 @@ class Suite {
                      {"share_of_read", share}});
     write();
   }
-  template <class Call>
-  static void for_each_dense(DenseModel& model, const Call& call) {
-    for (DeviceLlamaLayer<Dense>& layer : model.layers) {
-      for (Dense* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) call(*linear);
+  static void set_thin(CodedModel& coded, DenseModel* dense, int most) {
+    coded.head.set_thin_tokens(most);
+    if (dense == nullptr) return;
+    for (DeviceLlamaLayer<Dense>& layer : dense->layers) {
+      for (Dense* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) linear->set_thin_tokens(most);
     }
-    call(model.head);
+    dense->head.set_thin_tokens(most);
   }
   template <class Model>
   void shared(const std::string& name, const std::string& weights, const Model& model, int batch) {

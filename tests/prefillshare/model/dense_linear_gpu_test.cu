@@ -43,7 +43,8 @@ double at(const std::vector<T>& values, std::int64_t i) {
 template <class T>
 void check_layer(std::int64_t rows, std::int64_t cols, int thin_tokens, const cuda::Device& device) {
   Rng rng(static_cast<std::uint64_t>(rows + cols));
-  const std::vector<T> weights = random_values<T>(rng, rows * cols, 1.0F / std::sqrt(static_cast<float>(cols)));
+  const std::vector<T> weights =
+      random_values<T>(rng, rows * cols, 1.0F / std::sqrt(static_cast<float>(cols)));
   std::vector<float> bias;
   for (const T value : random_values<T>(rng, rows, 1.0F)) bias.push_back(static_cast<float>(value));
   auto on_device = cuda::DeviceArray<T>::copy_of(weights);
@@ -56,7 +57,7 @@ void check_layer(std::int64_t rows, std::int64_t cols, int thin_tokens, const cu
   made->set_thin_tokens(thin_tokens);
   REQUIRE(made->thin_tokens() == thin_tokens);
   constexpr double kUlp = std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8;
-  for (const std::int64_t tokens : {1, 7, 8, 9, 16, 17, 24, 31, 32, 33}) {
+  for (const std::int64_t tokens : {1, 2, 7, 8, 9, 33}) {
     CAPTURE(rows, cols, tokens, thin_tokens);
     const std::int64_t x_stride = cols + 8;
     const std::int64_t y_stride = rows + 8;
@@ -154,10 +155,11 @@ void check_layer(std::int64_t rows, std::int64_t cols, int thin_tokens, const cu
 
 TEST_CASE("a dense layer's products of few and many tokens equal double loops") {
   const auto device = gpu_or_skip();
-  for (const int thin : {0, 8, cuda::kThinTokens}) {
+  for (const int thin : {0, 4, cuda::kThinTokens}) {
     check_layer<__half>(48, 64, thin, device);
     check_layer<__half>(16, 448, thin, device);
     check_layer<__half>(80, 1088, thin, device);
+    check_layer<__half>(16448, 128, thin, device);
     check_layer<__half>(24, 72, thin, device);  // cuBLAS's in any case
     check_layer<__nv_bfloat16>(48, 576, thin, device);
   }

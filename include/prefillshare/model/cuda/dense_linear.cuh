@@ -26,9 +26,6 @@ namespace prefillshare::cuda {
 
 using codegemm::cuda::Cublas;
 
-/// Up to so many tokens a dense layer is multiplied by thin_product_kernel.
-inline constexpr int kThinTokens = 32;
-
 /// A linear layer on dense weights; sums are fp32. Up to thin_tokens() tokens are multiplied by a kernel that
 /// streams the weights (N a multiple of 16, K of 64), more of them by cuBLAS. The weights may be shared: a tied head is the embedding
 /// table. Merged matrices simply follow one another. T: __half or __nv_bfloat16.
@@ -139,6 +136,7 @@ class DeviceDenseLinear {
   }
 
  private:
+  static constexpr std::int64_t kTwoTilesFrom = 16384;
   static constexpr cudaDataType_t kType = std::is_same_v<T, __half> ? CUDA_R_16F : CUDA_R_16BF;
 
   template <class Args>
@@ -169,9 +167,11 @@ class DeviceDenseLinear {
     args.cols = static_cast<int>(cols_);
     args.tokens = static_cast<int>(x.rows);
     using Kernel = void (*)(ThinProductArgs);
-    constexpr Kernel kKernels[] = {thin_product_kernel<T, 1, 1>, thin_product_kernel<T, 1, 2>,
-                                   thin_product_kernel<T, 1, 3>, thin_product_kernel<T, 1, 4>};
-    return detail::start(kKernels[(x.rows - 1) / 8], args, dim3(static_cast<unsigned>(rows_ / thin_rows<1>)),
+    // Two tiles a block where the blocks are many: x is read half as often.
+    const bool two = rows_ % thin_rows<2> == 0 && rows_ >= kTwoTilesFrom;
+    const Kernel kernel = two ? thin_product_kernel<T, 2> : thin_product_kernel<T, 1>;
+    return detail::start(kernel, args,
+                         dim3(static_cast<unsigned>(rows_ / (two ? thin_rows<2> : thin_rows<1>))),
                          kThinThreads, call.device, call.stream);
   }
 

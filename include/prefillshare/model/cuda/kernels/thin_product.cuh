@@ -38,6 +38,7 @@ struct ThinProductArgs {
 inline constexpr int kThinWarps = 8;
 inline constexpr int kThinThreads = kThinWarps * 32;
 inline constexpr int kThinCols = 64;  // that a warp takes at a time
+inline constexpr int kThinTokens = 8;
 /// Rows of W that a block takes, all columns of them.
 template <int Tiles>
 inline constexpr int thin_rows = 16 * Tiles;
@@ -75,22 +76,22 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[4], unsigned a0, unsi
 }  // namespace detail
 
 /// A block takes 16 * Tiles rows of W, its warps every eighth piece of 64 columns of them; the warps' sums are
-/// added in their order. Up to 8 * TokenTiles tokens.
+/// added in their order. Up to kThinTokens tokens.
 ///
 /// A product of 16 rows and 16 columns does not care which columns they are, as long as x has the same: so a
 /// thread takes eight columns that lie beside each other, 16 bytes, as its share of two such products. The
-/// first pieces of W are asked for before the kernel in front has ended.
-template <class T, int Tiles, int TokenTiles>
-__global__ void __launch_bounds__(kThinThreads, Tiles == 1 ? 3 : 2)
+/// first pieces of W are asked for before the kernel in front has ended; those of x, each of which a block
+/// reads once, are on their way together with the weights that they belong to.
+template <class T, int Tiles>
+__global__ void __launch_bounds__(kThinThreads, 2)
     thin_product_kernel(const __grid_constant__ ThinProductArgs a) {
-  constexpr int kDepth = Tiles * TokenTiles == 1 ? 3 : 2;  // pieces that are on their way
+  constexpr int kDepth = Tiles == 1 ? 4 : 2;  // pieces that are on their way
   constexpr int kRows = thin_rows<Tiles>;
-  constexpr int kTokens = 8 * TokenTiles;
-  __shared__ float parts[kThinWarps][kTokens][kRows + 4];
+  __shared__ float parts[kThinWarps][kThinTokens][kRows + 4];
 
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int group = lane / 4;    // a row of each eight, and a token of each eight
+  const int group = lane / 4;    // a row of each eight, and a token
   const int quarter = lane % 4;  // whose eight columns of each 32
   const int pieces = a.cols / kThinCols;
   // With a gate each tile has eight of its rows and the eight that they gate.
@@ -121,48 +122,50 @@ __global__ void __launch_bounds__(kThinThreads, Tiles == 1 ? 3 : 2)
       }
     }
   };
+  uint4 tokens[kDepth][2];  // the same columns of x
+  const T* const x = static_cast<const T*>(a.x) + group * a.x_stride + quarter * 8;
+  const bool there = group < a.tokens;
+  const auto fetch_tokens = [&](uint4(&to)[2], int piece) {
+    if (piece >= pieces || !there) return;
+    to[0] = *reinterpret_cast<const uint4*>(x + piece * kThinCols);
+    to[1] = *reinterpret_cast<const uint4*>(x + piece * kThinCols + 32);
+  };
 #pragma unroll
-  for (int d = 0; d < kDepth; ++d) fetch(held[d], warp + d * kThinWarps);
+  for (int d = 0; d < kDepth; ++d) {
+    tokens[d][0] = tokens[d][1] = make_uint4(0, 0, 0, 0);
+    fetch(held[d], warp + d * kThinWarps);
+  }
   codegemm::cuda::detail::allow_next_kernel();
   codegemm::cuda::detail::wait_for_previous_kernel();
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) fetch_tokens(tokens[d], warp + d * kThinWarps);
 
-  float sums[Tiles][TokenTiles][4] = {};
-  const T* const x = static_cast<const T*>(a.x) + group * a.x_stride + quarter * 8;
+  float sums[Tiles][4] = {};
   for (int begin = warp; begin < pieces; begin += kDepth * kThinWarps) {
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
       const int piece = begin + d * kThinWarps;
       if (piece >= pieces) break;
+      const uint4 low = tokens[d][0];
+      const uint4 high = tokens[d][1];
 #pragma unroll
-      for (int tokens = 0; tokens < TokenTiles; ++tokens) {
-        uint4 low = make_uint4(0, 0, 0, 0);
-        uint4 high = low;
-        if (tokens * 8 + group < a.tokens) {
-          const T* const from = x + tokens * 8 * a.x_stride + piece * kThinCols;
-          low = *reinterpret_cast<const uint4*>(from);
-          high = *reinterpret_cast<const uint4*>(from + 32);
-        }
-#pragma unroll
-        for (int tile = 0; tile < Tiles; ++tile) {
-          auto& sum = sums[tile][tokens];
-          const auto& w = held[d][tile];
-          detail::multiply_tile<T>(sum, w[0][0].x, w[1][0].x, w[0][0].y, w[1][0].y, low.x, low.y);
-          detail::multiply_tile<T>(sum, w[0][0].z, w[1][0].z, w[0][0].w, w[1][0].w, low.z, low.w);
-          detail::multiply_tile<T>(sum, w[0][1].x, w[1][1].x, w[0][1].y, w[1][1].y, high.x, high.y);
-          detail::multiply_tile<T>(sum, w[0][1].z, w[1][1].z, w[0][1].w, w[1][1].w, high.z, high.w);
-        }
+      for (int tile = 0; tile < Tiles; ++tile) {
+        auto& sum = sums[tile];
+        const auto& w = held[d][tile];
+        detail::multiply_tile<T>(sum, w[0][0].x, w[1][0].x, w[0][0].y, w[1][0].y, low.x, low.y);
+        detail::multiply_tile<T>(sum, w[0][0].z, w[1][0].z, w[0][0].w, w[1][0].w, low.z, low.w);
+        detail::multiply_tile<T>(sum, w[0][1].x, w[1][1].x, w[0][1].y, w[1][1].y, high.x, high.y);
+        detail::multiply_tile<T>(sum, w[0][1].z, w[1][1].z, w[0][1].w, w[1][1].w, high.z, high.w);
       }
       fetch(held[d], piece + kDepth * kThinWarps);
+      fetch_tokens(tokens[d], piece + kDepth * kThinWarps);
     }
   }
 #pragma unroll
   for (int tile = 0; tile < Tiles; ++tile) {
 #pragma unroll
-    for (int tokens = 0; tokens < TokenTiles; ++tokens) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        parts[warp][tokens * 8 + quarter * 2 + i % 2][tile * 16 + i / 2 * 8 + group] = sums[tile][tokens][i];
-      }
+    for (int i = 0; i < 4; ++i) {
+      parts[warp][quarter * 2 + i % 2][tile * 16 + i / 2 * 8 + group] = sums[tile][i];
     }
   }
   __syncthreads();
