@@ -2,8 +2,8 @@
 //
 // bench/model_gpu.cu - suite model-gpu: whole decoders at the shapes of Llama-3.1 8B and 70B on the GPU, with
 // random weights: decode steps as CUDA graphs behind a context, and prefill. Layers of codes beside the same
-// weights dense, multiplied as DeviceDenseLinear does and by cuBLAS alone; and steps of sequences whose
-// contexts begin alike, with that beginning read for each and once for all.
+// weights dense, multiplied by cuBLAS; and steps of sequences whose contexts begin alike, with that beginning
+// read for each and once for all.
 //
 // First the logits of one prompt by both are compared. A step is timed over many replays behind a full
 // context: a model's weights are many times what the caches hold. bytes are those that a step has to read:
@@ -268,7 +268,7 @@ class Suite {
     check(format.status());
     auto cublas = Cublas::create();
     check(cublas.status());
-    CodedModel coded = coded_model(c, *format, *cublas);
+    const CodedModel coded = coded_model(c, *format, *cublas);
     std::printf("%s: %s, %.2f GB of linear layers, of which the fp16 head %.2f\n", name.c_str(),
                 options_.format.c_str(), static_cast<double>(linear_bytes(coded)) * 1e-9,
                 static_cast<double>(coded.head.parameter_bytes()) * 1e-9);
@@ -287,12 +287,6 @@ class Suite {
       if (options_.once && batch > 1) break;
       decode(name, options_.format, coded, batch);
       if (dense) decode(name, "fp16", *beside, batch);
-      if (batch > kThinTokens) continue;
-      // The same with the library's own kernel for dense weights and few tokens.
-      set_thin(coded, beside.get(), kThinTokens);
-      decode(name, options_.format + ", own kernel", coded, batch);
-      if (dense) decode(name, "fp16, own kernel", *beside, batch);
-      set_thin(coded, beside.get(), 0);
     }
     if (options_.once) return;
     for (const int batch : {8, 32}) {
@@ -335,14 +329,6 @@ class Suite {
                      {"gigabytes", m.bytes * 1e-9},
                      {"share_of_read", share}});
     write();
-  }
-  static void set_thin(CodedModel& coded, DenseModel* dense, int most) {
-    coded.head.set_thin_tokens(most);
-    if (dense == nullptr) return;
-    for (DeviceLlamaLayer<Dense>& layer : dense->layers) {
-      for (Dense* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) linear->set_thin_tokens(most);
-    }
-    dense->head.set_thin_tokens(most);
   }
   template <class Model>
   void shared(const std::string& name, const std::string& weights, const Model& model, int batch) {

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/model/cuda/dense_linear.cuh - a linear layer on fp16 or bf16 weights, multiplied by cuBLAS, and
-// for a few tokens by a kernel of its own: the base model's, and what CodeGEMM is measured against.
+// prefillshare/model/cuda/dense_linear.cuh - a linear layer on fp16 or bf16 weights, multiplied by cuBLAS:
+// the base model's, and what CodeGEMM is measured against.
 // Layer: model/cuda (host, needs nvcc and cuBLAS).
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -18,7 +17,6 @@
 #include <cuda_runtime.h>
 
 #include <codegemm/cuda/cublas.cuh>
-#include <prefillshare/model/cuda/kernels/thin_product.cuh>
 #include <prefillshare/model/cuda/kernels/tokens.cuh>
 #include <prefillshare/model/cuda/linear.cuh>
 
@@ -26,8 +24,7 @@ namespace prefillshare::cuda {
 
 using codegemm::cuda::Cublas;
 
-/// A linear layer on dense weights; sums are fp32. Up to thin_tokens() tokens are multiplied by a kernel that
-/// streams the weights (N a multiple of 16, K of 64), more of them by cuBLAS. The weights may be shared: a tied head is the embedding
+/// A linear layer on dense weights; sums are fp32. The weights may be shared: a tied head is the embedding
 /// table. Merged matrices simply follow one another. T: __half or __nv_bfloat16.
 template <class T>
 class DeviceDenseLinear {
@@ -83,11 +80,6 @@ class DeviceDenseLinear {
   /// [rows][cols], device memory.
   [[nodiscard]] const std::shared_ptr<const DeviceArray<T>>& weights() const noexcept { return weights_; }
 
-  /// Tokens up to which cuBLAS is not asked; at most kThinTokens, 0: always.
-  [[nodiscard]] int thin_tokens() const noexcept { return thin_tokens_; }
-  /// Before the first call.
-  void set_thin_tokens(int most) noexcept { thin_tokens_ = std::clamp(most, 0, kThinTokens); }
-
   /// As DeviceLinearLayer says: gated() keeps both halves.
   [[nodiscard]] LinearMemory memory(std::int64_t tokens, const Device& /*device*/) const {
     return {0, static_cast<std::size_t>(tokens * rows_) * sizeof(T)};
@@ -95,7 +87,6 @@ class DeviceDenseLinear {
 
   /// As DeviceLinearLayer says.
   [[nodiscard]] Status forward(MatrixView<const T> x, MatrixView<T> y, const LinearCall& call) const {
-    if (is_thin(x, y.rows, y.cols, call)) return thin(x, y.data, y.stride, ThinOutput::kStore, call);
     if (Status s = multiply(x, y.data, y.rows, y.cols, y.stride, kType, 0.0F, call); !s.ok()) return s;
     if (bias_.size() == 0 || x.rows == 0) return {};
     const AddBiasArgs args{y.data, bias_.data(), y.rows, y.stride, static_cast<int>(rows_)};
@@ -103,12 +94,10 @@ class DeviceDenseLinear {
   }
   /// The same.
   [[nodiscard]] Status project(MatrixView<const T> x, MatrixView<float> y, const LinearCall& call) const {
-    if (is_thin(x, y.rows, y.cols, call)) return thin(x, y.data, y.stride, ThinOutput::kStoreF32, call);
     return multiply(x, y.data, y.rows, y.cols, y.stride, CUDA_R_32F, 0.0F, call);
   }
   /// The same.
   [[nodiscard]] Status add(MatrixView<const T> x, MatrixView<float> sum, const LinearCall& call) const {
-    if (is_thin(x, sum.rows, sum.cols, call)) return thin(x, sum.data, sum.stride, ThinOutput::kAddF32, call);
     return multiply(x, sum.data, sum.rows, sum.cols, sum.stride, CUDA_R_32F, 1.0F, call);
   }
   /// The same.
@@ -117,7 +106,6 @@ class DeviceDenseLinear {
       return codegemm::error(StatusCode::kShapeMismatch, "gated linear layer of ", rows_, " x ", cols_,
                              ": y is ", y.rows, " x ", y.cols);
     }
-    if (is_thin(x, y.rows, rows_, call)) return thin(x, y.data, y.stride, ThinOutput::kGated, call);
     const std::size_t needed = static_cast<std::size_t>(x.rows * rows_) * sizeof(T);
     if (call.scratch.size() < needed) {
       return codegemm::error(StatusCode::kWorkspaceTooSmall, "gated linear layer: scratch of ",
@@ -136,7 +124,6 @@ class DeviceDenseLinear {
   }
 
  private:
-  static constexpr std::int64_t kTwoTilesFrom = 16384;
   static constexpr cudaDataType_t kType = std::is_same_v<T, __half> ? CUDA_R_16F : CUDA_R_16BF;
 
   template <class Args>
@@ -144,35 +131,6 @@ class DeviceDenseLinear {
                                             const LinearCall& call) {
     const dim3 grid(static_cast<unsigned>((threads + kColumnThreads - 1) / kColumnThreads));
     return detail::start(kernel, args, grid, kColumnThreads, call.device, call.stream);
-  }
-
-  // What multiply() would refuse is left to it.
-  [[nodiscard]] bool is_thin(const MatrixView<const T>& x, std::int64_t y_rows, std::int64_t y_cols,
-                             const LinearCall& call) const {
-    return x.rows >= 1 && x.rows <= thin_tokens_ && rows_ % thin_rows<1> == 0 && cols_ % kThinCols == 0 &&
-           call.device.arch >= 80 && x.cols == cols_ && x.rows == y_rows && y_cols == rows_ &&
-           x.stride % 8 == 0 && reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
-  }
-  [[nodiscard]] Status thin(MatrixView<const T> x, void* y, std::int64_t y_stride, ThinOutput output,
-                            const LinearCall& call) const {
-    ThinProductArgs args;
-    args.weights = weights_->data();
-    args.x = x.data;
-    args.bias = bias_.data();
-    args.y = y;
-    args.x_stride = x.stride;
-    args.y_stride = y_stride;
-    args.output = output;
-    args.rows = static_cast<int>(rows_);
-    args.cols = static_cast<int>(cols_);
-    args.tokens = static_cast<int>(x.rows);
-    using Kernel = void (*)(ThinProductArgs);
-    // Two tiles a block where the blocks are many: x is read half as often.
-    const bool two = rows_ % thin_rows<2> == 0 && rows_ >= kTwoTilesFrom;
-    const Kernel kernel = two ? thin_product_kernel<T, 2> : thin_product_kernel<T, 1>;
-    return detail::start(kernel, args,
-                         dim3(static_cast<unsigned>(rows_ / (two ? thin_rows<2> : thin_rows<1>))),
-                         kThinThreads, call.device, call.stream);
   }
 
   // cuBLAS counts columns first: y^T[N][T] = W[N][K] x^T, each row-major matrix being a column-major
@@ -201,7 +159,6 @@ class DeviceDenseLinear {
   DeviceArray<T> bias_;                            // [rows] or empty
   std::int64_t rows_ = 0;
   std::int64_t cols_ = 0;
-  int thin_tokens_ = 0;
 };
 
 }  // namespace prefillshare::cuda
