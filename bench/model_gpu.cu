@@ -2,7 +2,8 @@
 //
 // bench/model_gpu.cu - suite model-gpu: whole decoders at the shapes of Llama-3.1 8B and 70B on the GPU, with
 // random weights: decode steps as CUDA graphs behind a context, and prefill. Layers of codes beside the same
-// weights dense, multiplied by cuBLAS.
+// weights dense, multiplied by cuBLAS; and steps of sequences whose contexts begin alike, with that beginning
+// read for each and once for all.
 //
 // First the logits of one prompt by both are compared. A step is timed over many replays behind a full
 // context: a model's weights are many times what the caches hold. bytes are those that a step has to read:
@@ -180,6 +181,54 @@ Measured measure_decode(const Model& model, int batch, const Options& options, c
   return out;
 }
 
+// A step's time, us, of sequences that have their first `shared` tokens in common, in the same pages; `once`:
+// attention reads those once for all (PrefixGroups), or for each.
+template <class Model>
+double measure_shared(const Model& model, int batch, std::int64_t shared, std::int64_t own, bool once,
+                      const Options& options, const Device& device, cudaStream_t stream) {
+  const ModelConfig& c = model.config;
+  const std::int64_t pages = shared / 16;
+  const std::int64_t own_pages = own / 16 + 1;  // with one for the new token
+  DeviceKvStorage<__half> storage = Cache::make_storage(c, pages + batch * own_pages, stream);
+  fill(storage.layer(0),
+       static_cast<std::size_t>(storage.blocks() * storage.bytes_per_block()) / sizeof(__half), 1.0F, 0.0F,
+       next_seed());
+  auto workspace = workspace_of(model, batch, batch, device);
+  check(cudaDeviceSynchronize(), "the cache");
+  PageTable table;
+  table.indptr.push_back(0);
+  for (int i = 0; i < batch; ++i) {
+    for (std::int64_t page = 0; page < pages + own_pages; ++page) {
+      table.indices.push_back(static_cast<std::int32_t>(page < pages ? page : page + i * own_pages));
+    }
+    table.indptr.push_back(static_cast<std::int32_t>(table.indices.size()));
+    table.last_page_len.push_back(1);
+  }
+  using Graph = DecodeGraph<typename Model::Linear, typename Model::Head>;
+  auto graph =
+      Graph::capture(model, storage, workspace, batch, std::ssize(table.indices), once, device, stream);
+  check(graph.status());
+  const std::vector<std::int32_t> first = prompt_of(batch, c.vocab_size);
+  const std::vector<std::int32_t> groups{0, batch};
+  const std::vector<std::int32_t> common{static_cast<std::int32_t>(pages)};
+  DecodeStep step;
+  step.table = &table;
+  step.tokens = first;
+  if (once) {
+    step.group_indptr = groups;
+    step.shared_pages = common;
+  }
+  std::vector<double> times;
+  for (int round = 0; round <= 5; ++round) {
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < options.steps / 10; ++i) check((*graph)->launch(step));
+    check((*graph)->wait().status());
+    const std::chrono::duration<double, std::micro> took = std::chrono::steady_clock::now() - start;
+    if (round > 0) times.push_back(took.count() / (options.steps / 10));
+  }
+  return codegemm::bench::median(times);
+}
+
 template <class Model>
 double measure_prefill(const Model& model, std::int64_t tokens, const Device& device, cudaStream_t stream) {
   Cache cache(model.config, 1, tokens, stream);
@@ -240,20 +289,24 @@ class Suite {
       if (dense) decode(name, "fp16", *beside, batch);
     }
     if (options_.once) return;
+    for (const int batch : {8, 32}) {
+      shared(name, options_.format, coded, batch);
+      if (dense) shared(name, "fp16", *beside, batch);
+    }
     for (const std::int64_t tokens : {512, 2048}) {
       prefill(name, options_.format, coded, tokens);
       if (dense) prefill(name, "fp16", *beside, tokens);
     }
   }
 
+ private:
+  // After each row: a run that is cut short keeps what it has.
   void write() const {
     if (options_.json.empty()) return;
     const codegemm::bench::Suite frame{"model-gpu", codegemm::bench::describe_card(device_), memory_, {}};
     check(
         codegemm::bench::write_text(codegemm::bench::frame_json(frame, rows_).dump(2) + '\n', options_.json));
   }
-
- private:
   template <class Model>
   void decode(const std::string& name, const std::string& weights, const Model& model, int batch) {
     const Measured m = measure_decode(model, batch, options_, device_, stream_);
@@ -275,6 +328,31 @@ class Suite {
                      {"tokens_per_s", batch * 1e6 / m.loop_us},
                      {"gigabytes", m.bytes * 1e-9},
                      {"share_of_read", share}});
+    write();
+  }
+  template <class Model>
+  void shared(const std::string& name, const std::string& weights, const Model& model, int batch) {
+    constexpr std::int64_t kShared = 4096;
+    constexpr std::int64_t kOwn = 256;
+    const double each = measure_shared(model, batch, kShared, kOwn, false, options_, device_, stream_);
+    const double once = measure_shared(model, batch, kShared, kOwn, true, options_, device_, stream_);
+    std::printf(
+        "%-4s %-10s decode, batch %2d, %lld of %lld tokens in common: %8.1f us a step, read once %8.1f us "
+        "(%.2f "
+        "times as fast)\n",
+        name.c_str(), weights.c_str(), batch, static_cast<long long>(kShared),
+        static_cast<long long>(kShared + kOwn), each, once, each / once);
+    std::fflush(stdout);
+    rows_.push_back({{"name", "decode_shared"},
+                     {"model", name},
+                     {"weights", weights},
+                     {"batch", batch},
+                     {"context", kShared + kOwn},
+                     {"shared", kShared},
+                     {"step_us", each},
+                     {"once_step_us", once},
+                     {"times_as_fast", each / once}});
+    write();
   }
   template <class Model>
   void prefill(const std::string& name, const std::string& weights, const Model& model, std::int64_t tokens) {
@@ -291,6 +369,7 @@ class Suite {
                      {"us", us},
                      {"tokens_per_s", static_cast<double>(tokens) * 1e6 / us},
                      {"tflop_per_s", flop / us * 1e-6}});
+    write();
   }
   static std::int64_t layer_weights(const ModelConfig& c) {
     return c.layers * c.hidden_size * (2 * c.q_size() + 2 * c.kv_size() + 3 * c.intermediate_size);
@@ -325,7 +404,6 @@ int program(int argc, char** argv) {
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
   Suite suite(options, *device, stream);
   for (const std::string& name : options.models) suite.run(name);
-  suite.write();
   return 0;
 }
 

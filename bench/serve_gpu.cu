@@ -65,7 +65,7 @@ using nlohmann::json;
 constexpr int kAgents = 4;
 constexpr std::int64_t kMostRunning = 16;  // prefill jobs that share a step
 constexpr std::int64_t kChunk = 4096;      // tokens of a step at most
-constexpr std::int64_t kMostBatch = 24;    // sequences of a decode step
+constexpr std::int64_t kMostBatch = 32;    // sequences of a decode step
 
 struct Options {
   std::string json_path, plot, plan, times;
@@ -706,7 +706,7 @@ class Suite {
       for (const double rate : {2.0, 8.0}) add(sharing, rate, 2);
       add(sharing, 8.0).sessions = 48;
       add(sharing, 2.0).pattern = "reflexion";
-      add(sharing, 8.0).largest_first = false;
+      add(sharing, 8.0).prefill_first = false;
       add(sharing, 8.0).parts.decode = 24;
     }
     add(CardSharing::kSeparate, 8.0).admission = false;
@@ -824,6 +824,7 @@ class Suite {
     return row["system"].get<std::string>() + ", " + row["config"].get<std::string>() +
            (row["decode_multiprocessors"].get<int>() > 0 ? "" : ", one stream") +
            (row["largest_first"].get<bool>() ? "" : ", all modules at once") +
+           (row["prefill_first"].get<bool>() ? "" : ", chunk and step in turn") +
            (row["admission"].get<bool>() ? "" : ", no admission");
   }
 
@@ -844,7 +845,7 @@ class Suite {
         if (!is_point(other) || other["system"] == "shared") continue;
         const auto same = [&](const char* field) { return other[field] == shared[field]; };
         if (!same("name") || !same("sessions_per_s") || !same("sessions") || !same("seed") ||
-            !same("largest_first") ||
+            !same("largest_first") || !same("prefill_first") ||
             (other["decode_multiprocessors"].get<int>() > 0) !=
                 (shared["decode_multiprocessors"].get<int>() > 0)) {
           continue;

@@ -54,6 +54,7 @@ struct CardOptions {
   std::int64_t vocab_size = 0;    // of the tokens that come from outside
   bool beside = false;            // decode steps run beside a prefill
   bool largest_first = false;     // a decode step is that of one module: the one with the most answers
+  bool prefill_first = false;     // no decode step while a chunk can be computed; not with `beside`
   bool admission = true;          // sessions begin when their contexts have room at their longest
   std::int64_t most_sessions = std::numeric_limits<std::int64_t>::max();  // at once
   double most_seconds = std::numeric_limits<double>::infinity();          // then the run is given up
@@ -210,13 +211,16 @@ class CardEngine {
     check(prefills_[prefills_.size() == 1 ? 0 : agent_of(id)]->submit(std::move(job)));
   }
 
-  /// A chunk of prefill and a token for every answer under way. Whether there was anything to do.
+  /// A chunk of prefill and a token for every answer under way, or one of both. Whether there was anything to
+  /// do. Prefills first, answers gather for a step that is worth more; since what begins is bounded
+  /// (admission), so is what an answer waits for.
   bool step() {
     ++out_.steps;
     done_.clear();
     const std::int64_t computed = prefill_chunk(done_);
     const bool worked = !done_.empty();
     begin_answers(done_);
+    if (options_.prefill_first && computed > 0) return true;
     return decode_round() > 0 || worked || computed > 0;
   }
   /// The same with chunks under way while tokens are made. Their caches are kept, and no answer begins on

@@ -42,6 +42,7 @@ struct ServePoint {
   std::uint64_t seed = 1;
   bool admission = true;
   bool largest_first = true;  // decode steps of one module, that with the most answers
+  bool prefill_first = true;  // no decode step while a chunk can be computed
   std::int64_t chunk_tokens = 4096;
 
   [[nodiscard]] prefillshare::AgentPattern agents() const {
@@ -61,6 +62,7 @@ struct ServePoint {
     out.chunk_tokens = chunk_tokens;
     out.beside = parts.decode > 0;
     out.largest_first = largest_first;
+    out.prefill_first = prefill_first;
     out.admission = admission;
     return out;
   }
@@ -78,6 +80,7 @@ struct ServePoint {
                      {"config", point.weights},
                      {"admission", point.admission},
                      {"largest_first", point.largest_first},
+                     {"prefill_first", point.prefill_first},
                      {"sessions_per_s", point.rate},
                      {"sessions", point.sessions},
                      {"seed", point.seed},
@@ -113,6 +116,7 @@ struct ServePoint {
   out.seed = row.value("seed", out.seed);
   out.admission = row.value("admission", out.admission);
   out.largest_first = row.value("largest_first", out.largest_first);
+  out.prefill_first = row.value("prefill_first", out.prefill_first);
   out.chunk_tokens = row.value("chunk_tokens", out.chunk_tokens);
   return out;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/peer/logits_gpu_tool.cu - writes the GPU's logits for given token ids, and the weights that made
-// them, for logits_gpu_peer.py to compare.
+// tests/peer/logits_gpu_tool.cu - writes the GPU's logits for given token ids, of a model that goes from its
+// files to the device in parts, and the weights as the host reads them, for logits_gpu_peer.py to compare.
 // Usage: logits_gpu_tool MODEL IDS.json STEP OUT.bin WEIGHTS.bin
 //   IDS.json: [[id, ...], ...]. OUT.bin: fp32 rows [vocab], prompt by prompt: behind every STEP-th token but
 //   for the last eight, behind the last of those before these eight, and behind each of these, which are
@@ -26,8 +26,8 @@
 
 #include <common/model_loader.hpp>
 #include <common/tensor_source.hpp>
+#include <prefillshare/model/cuda/load.cuh>
 #include <prefillshare/model/cuda/modules.cuh>
-#include <prefillshare/model/cuda/upload.cuh>
 
 namespace {
 
@@ -105,10 +105,9 @@ void run(const char* model_path, const char* ids_path, std::int64_t step, const 
   const LlamaModel<DenseLinear>& host = *loaded.model;
   const ModelConfig& c = host.config;
   write_weights(host, weights_path);
-  const DenseUploader<__half> uploader(take(Cublas::create()));
-  const auto model = take(upload(host, uploader, uploader));
   cudaStream_t stream = nullptr;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  const auto model = take(load_dense<__half>(c, *source, take(Cublas::create()), stream));
 
   std::ifstream in(ids_path);
   const auto prompts = nlohmann::json::parse(in).get<std::vector<std::vector<std::int32_t>>>();

@@ -372,7 +372,7 @@ TEST_CASE("sequences that begin with the same blocks are put beside each other")
 
 TEST_CASE("the module with the most answers is next, and none waits for ever") {
   using Counts = std::vector<std::int64_t>;
-  LargestBatchFirst order(0.5);
+  LargestBatchFirst order(0.5, 0.0);
   CHECK(order.next(Counts{}) == 0);
   CHECK(order.next(Counts{0, 0, 0}) == 3);
   CHECK(order.next(Counts{2, 5, 5}) == 1);
@@ -384,7 +384,17 @@ TEST_CASE("the module with the most answers is next, and none waits for ever") {
   LargestBatchFirst never(0.0);
   for (int i = 0; i < 100; ++i) CHECK(never.next(Counts{1, 2}) == 1);
   // What has nothing to do does not wait.
-  LargestBatchFirst idle(1.0);
+  LargestBatchFirst idle(1.0, 0.0);
   for (int i = 0; i < 50; ++i) CHECK(idle.next(Counts{0, 1}) == 1);
   CHECK(idle.next(Counts{1, 3}) == 1);
+  // Who has begun goes on until another has more than two more, or has waited for long.
+  LargestBatchFirst held(0.1, 2.0);
+  CHECK(held.next(Counts{3, 4, 0}) == 1);
+  CHECK(held.next(Counts{5, 4, 0}) == 1);
+  CHECK(held.next(Counts{6, 4, 0}) == 0);
+  int kept = 0;
+  while (held.next(Counts{4, 4, 0}) == 0) ++kept;
+  CHECK((kept >= 18 && kept <= 21));
+  // Its turn is over when it has nothing left.
+  CHECK(held.next(Counts{1, 0, 0}) == 0);
 }

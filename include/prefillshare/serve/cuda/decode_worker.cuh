@@ -33,10 +33,9 @@ namespace prefillshare::cuda {
   return out;
 }
 
-/// From so many common tokens on, attention over a common beginning is faster than over each sequence's own
-/// copy of it, for any number of sequences: measured with 32 and 64 heads on 8 K/V heads of 128 on an H200
-/// (suite kv-gpu, rows "shared": 512 tokens 0.89 to 1.10 times as fast, 1,024 tokens 1.06 to 1.44).
-inline constexpr std::int64_t kShareFromTokens = 1024;
+/// From so many common tokens on the sequences of a batch are told to attention as a group, which then reads
+/// what they share once where that is faster.
+inline constexpr std::int64_t kShareFromTokens = kMinSharedTokens;
 
 /// A decode module on a GPU, whatever its linear layers are; see DecodeLane. T: of activations and cache.
 template <class T>
@@ -226,14 +225,14 @@ class DeviceDecodeWorker : public BasicDecodeWorker<DeviceDecodeLane<T>> {
 
   /// A decode module more, with a graph for batches of each size in `sizes`, ascending, the last the most
   /// (the rest of a step's go in further batches), over contexts of up to `max_context` tokens. Where
-  /// sequences of a batch share at least `share_from` tokens (kShareFromTokens; a common system prompt,
-  /// answers forked from one context), attention reads those once, by a second graph for each size; 0: never.
+  /// sequences of a batch share at least `share_from` tokens (a common system prompt, answers forked from one
+  /// context), attention reads those once, by a second graph for each size; 0: never, and no such graphs.
   /// kIncompatible where it does not fit this worker's pages; kInvalidArgument for sizes that do not ascend
   /// from 1; errors of DecodeGraph::capture().
   template <class Linear, class Head>
   [[nodiscard]] Result<ModuleId> add_module(DeviceDecodeModule<Linear, Head> module,
                                             std::span<const std::int64_t> sizes, std::int64_t max_context,
-                                            std::int64_t share_from = 0) {
+                                            std::int64_t share_from = kShareFromTokens) {
     if (share_from < 0) {
       return codegemm::error(StatusCode::kInvalidArgument, "decode module: prefixes shared from ", share_from,
                              " tokens on");

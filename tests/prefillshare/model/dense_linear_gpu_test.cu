@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// tests/prefillshare/model/dense_linear_gpu_test.cu - a dense layer's four products against plain double
+// loops.
+
+// What nvcc's front end remarks on in Eigen and in the CPU's kernels.
+#pragma nv_diag_suppress 20012, 1675, 550
+
+#include <prefillshare/model/cuda/dense_linear.cuh>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include <support/random.hpp>
+
+#include "../../codegemm/cuda/gpu.cuh"
+
+namespace prefillshare::test {
+namespace {
+
+using codegemm::MatrixView;
+using codegemm::test::DeviceBuffer;
+using codegemm::test::gpu_or_skip;
+using codegemm::test::require_ok;
+using codegemm::test::Rng;
+
+template <class T>
+std::vector<T> random_values(Rng& rng, std::int64_t count, float size) {
+  std::vector<T> out(static_cast<std::size_t>(count));
+  for (T& value : out) value = static_cast<T>(size * rng.normal());
+  return out;
+}
+template <class T>
+double at(const std::vector<T>& values, std::int64_t i) {
+  return static_cast<double>(static_cast<float>(values[static_cast<std::size_t>(i)]));
+}
+
+// Rows of x and y lie apart from each other, and what lies between is not to be touched.
+template <class T>
+void check_layer(std::int64_t rows, std::int64_t cols, const cuda::Device& device) {
+  Rng rng(static_cast<std::uint64_t>(rows + cols));
+  const std::vector<T> weights =
+      random_values<T>(rng, rows * cols, 1.0F / std::sqrt(static_cast<float>(cols)));
+  std::vector<float> bias;
+  for (const T value : random_values<T>(rng, rows, 1.0F)) bias.push_back(static_cast<float>(value));
+  auto on_device = cuda::DeviceArray<T>::copy_of(weights);
+  require_ok(on_device.status());
+  auto cublas = cuda::Cublas::create();
+  require_ok(cublas.status());
+  auto made = cuda::DeviceDenseLinear<T>::create(
+      *cublas, std::make_shared<const cuda::DeviceArray<T>>(std::move(on_device).value()), rows, cols, bias);
+  require_ok(made.status());
+  constexpr double kUlp = std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8;
+  for (const std::int64_t tokens : {1, 2, 9, 33}) {
+    CAPTURE(rows, cols, tokens);
+    const std::int64_t x_stride = cols + 8;
+    const std::int64_t y_stride = rows + 8;
+    const std::vector<T> x = random_values<T>(rng, tokens * x_stride, 1.0F);
+    std::vector<double> want(static_cast<std::size_t>(tokens * rows));
+    std::vector<double> size(want.size());  // what errors are relative to
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      for (std::int64_t n = 0; n < rows; ++n) {
+        double sum = 0.0;
+        double all = 0.0;
+        for (std::int64_t k = 0; k < cols; ++k) {
+          const double part = at(x, t * x_stride + k) * at(weights, n * cols + k);
+          sum += part;
+          all += std::abs(part);
+        }
+        want[static_cast<std::size_t>(t * rows + n)] = sum;
+        size[static_cast<std::size_t>(t * rows + n)] = all;
+      }
+    }
+    DeviceBuffer<T> x_device(x);
+    const auto scratch = cuda::DeviceArray<std::byte>::create(made->memory(tokens, device).scratch);
+    require_ok(scratch.status());
+    cuda::LinearCall call;
+    call.device = device;
+    call.scratch = {scratch->data(), scratch->bytes()};
+    const MatrixView<const T> x_view(x_device.data(), tokens, cols, x_stride);
+    // Sums in fp32, an addition more for each column in the worst order; then one rounding.
+    const double exact = static_cast<double>(cols) * 0x1p-24;
+    const auto compare = [&](const auto& got, std::int64_t width, const auto& expected, double first) {
+      int wrong = 0;
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        for (std::int64_t n = 0; n < y_stride; ++n) {
+          const double value = at(got, t * y_stride + n);
+          if (n >= width) {
+            wrong += value == first ? 0 : 1;
+            continue;
+          }
+          const auto [answer, bound] = expected(t, n);
+          wrong += std::abs(value - answer) <= bound ? 0 : 1;
+        }
+      }
+      CHECK(wrong == 0);
+    };
+    const auto sum = [&](std::int64_t t, std::int64_t n) {
+      const auto i = static_cast<std::size_t>(t * rows + n);
+      return std::pair(want[i], exact * size[i]);
+    };
+    const auto cells = static_cast<std::size_t>(tokens * y_stride);
+    DeviceBuffer<T> y(std::vector<T>(cells, static_cast<T>(7.0F)));
+    require_ok(made->forward(x_view, MatrixView<T>(y.data(), tokens, rows, y_stride), call));
+    REQUIRE_CUDA(cudaDeviceSynchronize());
+    compare(
+        y.download(), rows,
+        [&](std::int64_t t, std::int64_t n) {
+          const auto [value, bound] = sum(t, n);
+          const double biased = value + static_cast<double>(bias[static_cast<std::size_t>(n)]);
+          // cuBLAS rounds before the bias is added.
+          return std::pair(biased, bound + kUlp * (std::abs(biased) + std::abs(value)));
+        },
+        7.0);
+    DeviceBuffer<float> full(std::vector<float>(cells, 3.0F));
+    const MatrixView<float> full_view(full.data(), tokens, rows, y_stride);
+    require_ok(made->project(x_view, full_view, call));
+    REQUIRE_CUDA(cudaDeviceSynchronize());
+    compare(full.download(), rows, sum, 3.0);
+    require_ok(made->add(x_view, full_view, call));
+    REQUIRE_CUDA(cudaDeviceSynchronize());
+    compare(
+        full.download(), rows,
+        [&](std::int64_t t, std::int64_t n) {
+          const auto [value, bound] = sum(t, n);
+          return std::pair(2.0 * value, 2.0 * bound + 0x1p-22 * std::abs(value));
+        },
+        3.0);
+    if (rows % 16 != 0) continue;
+    DeviceBuffer<T> gated(std::vector<T>(cells, static_cast<T>(7.0F)));
+    require_ok(made->gated(x_view, MatrixView<T>(gated.data(), tokens, rows / 2, y_stride), call));
+    REQUIRE_CUDA(cudaDeviceSynchronize());
+    compare(
+        gated.download(), rows / 2,
+        [&](std::int64_t t, std::int64_t n) {
+          const auto [gate, gate_bound] = sum(t, n);
+          const auto [up, up_bound] = sum(t, n + rows / 2);
+          const double open = gate / (1.0 + std::exp(-gate));
+          // The slope of silu is below 1.1; with cuBLAS both are rounded first.
+          const double off = 1.1 * (gate_bound + kUlp * std::abs(gate)) * std::abs(up) +
+                             (up_bound + kUlp * std::abs(up)) * (std::abs(open) + gate_bound);
+          return std::pair(open * up, off + (kUlp + 0x1p-20) * std::abs(open * up) + 1e-6);
+        },
+        7.0);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("a dense layer's products of few and many tokens equal double loops") {
+  const auto device = gpu_or_skip();
+  check_layer<__half>(48, 64, device);
+  check_layer<__half>(80, 1088, device);
+  check_layer<__half>(24, 72, device);
+  check_layer<__nv_bfloat16>(48, 576, device);
+}
+
+}  // namespace prefillshare::test
