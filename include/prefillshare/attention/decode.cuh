@@ -62,9 +62,11 @@ using TailShape = AttendShape<ScalarOf<T>::kType, HeadDim, 1, 4, 1, kIsFp8<C> ? 
 template <class T, class C, int HeadDim>
 using FewRowsShape = AttendShape<ScalarOf<T>::kType, HeadDim, 2, 2, 1, kIsFp8<C> ? 5 : 3, kIsFp8<C>>;
 template <class T, class C, int HeadDim>
-using SomeRowsShape = AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 1, kIsFp8<C> ? 5 : 3, kIsFp8<C>>;
+using SomeRowsShape =
+    AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 1, kIsFp8<C> ? 5 : 3, kIsFp8<C>, !kIsFp8<C>>;
 template <class T, class C, int HeadDim>
-using ManyRowsShape = AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 2, kIsFp8<C> ? 3 : 2, kIsFp8<C>>;
+using ManyRowsShape =
+    AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 2, kIsFp8<C> ? 3 : 2, kIsFp8<C>, !kIsFp8<C>>;
 
 // Where things lie in the workspace, in bytes from its start.
 struct DecodeLayout {
@@ -89,15 +91,16 @@ template <class T, class Y, class C>
   return p.prefixes.groups > 0 && p.tuning.shared != SharedPath::kNever;
 }
 
-// Two blocks a multiprocessor where the shared memory allows.
+// Two blocks a multiprocessor where the shared memory allows, or as many as are wanted.
 template <class T, class C>
-[[nodiscard]] int decode_blocks(int head_dim, const Device& device) {
+[[nodiscard]] int decode_blocks(int head_dim, const Device& device, int wanted) {
   int bytes = 0;
   static_cast<void>(codegemm::first_match(
       HeadSizes{}, [&](auto c) { return c.kHeadDim == head_dim; },
       [&](auto c) { bytes = TailShape<T, C, c.kHeadDim>::kSharedBytes; }));
   bytes += 1024;  // the system's
-  return device.multiprocessors * std::clamp((device.shared_bytes + 1024) / bytes, 1, 2);
+  return device.multiprocessors *
+         std::clamp((device.shared_bytes + 1024) / bytes, 1, wanted > 0 ? wanted : 2);
 }
 
 // As many K/V heads side by side as leave no more than one block in 32 without work.
@@ -116,7 +119,7 @@ template <class T, class Y, class C>
   DecodeLayout out;
   const int group = p.heads / p.kv.kv_heads;
   const std::int64_t sequences = p.table.sequences;
-  const int blocks = decode_blocks<T, C>(p.kv.head_dim, device);
+  const int blocks = decode_blocks<T, C>(p.kv.head_dim, device, p.tuning.blocks);
   out.lanes = p.tuning.lanes > 0 ? p.tuning.lanes : decode_lanes(p.kv.kv_heads, blocks);
   out.superblocks = std::max(blocks / out.lanes, 2);  // one of each kind
   out.tail_part_rows = std::min(group, kTailRows);
@@ -176,6 +179,7 @@ template <class T, class Y, class C>
   args.superblocks = at.superblocks;
   args.min_tiles = p.tuning.min_tiles;
   args.many_rows_cost = p.tuning.many_rows_cost;
+  args.tail_item_cost = p.tuning.tail_item_cost;
   const bool always = causal || p.tuning.shared == SharedPath::kAlways;
   args.min_shared_sequences = always ? 1 : p.tuning.min_shared_sequences;
   args.min_shared_tokens = always ? 1 : p.tuning.min_shared_tokens;
@@ -245,7 +249,10 @@ template <DecodeSort Sort, class T, class Y, class C>
         using Some = SomeRowsShape<T, C, c.kHeadDim>;
         using Many = ManyRowsShape<T, C, c.kHeadDim>;
         shape.threads = Tail::kThreads;
-        shape.shared_bytes = Tail::kSharedBytes;
+        shape.shared_bytes =
+            Sort == DecodeSort::kAlone
+                ? Tail::kSharedBytes
+                : std::max({Tail::kSharedBytes, Few::kSharedBytes, Some::kSharedBytes, Many::kSharedBytes});
         const auto attend = decode_kernel<Tail, Few, Some, Many, Sort>;
         static_cast<void>(status = codegemm::cuda::launch(attend, shape, args, stream));
         if (!status.ok() || (Sort == DecodeSort::kAlone && merge.shared_only)) return;
@@ -289,10 +296,15 @@ template <class T, class Y, class C>
   }
   const DecodeTuning& t = p.tuning;
   if (t.min_tiles < 1 || t.min_tiles > 1024 || t.min_shared_sequences < 1 || t.min_shared_tokens < 1 ||
-      t.many_rows_cost < 100 || t.many_rows_cost > 1000) {
+      t.many_rows_cost < 100 || t.many_rows_cost > 1000 || t.tail_item_cost < 0 || t.tail_item_cost > 1000) {
     return error(StatusCode::kInvalidArgument, kCall, ": tuning with ", t.min_tiles,
                  " tiles a block, sharing from ", t.min_shared_sequences, " sequences and ",
-                 t.min_shared_tokens, " tokens on, tiles at ", t.many_rows_cost, " percent");
+                 t.min_shared_tokens, " tokens on, tiles at ", t.many_rows_cost, " percent, tails at ",
+                 t.tail_item_cost);
+  }
+  if (t.blocks < 0 || t.blocks > 2) {
+    return error(StatusCode::kInvalidArgument, kCall, ": tuning with ", t.blocks,
+                 " blocks a multiprocessor, expected 1, 2 or 0");
   }
   if (t.lanes < 0 || (t.lanes > 0 && p.kv.kv_heads % t.lanes != 0)) {
     return error(StatusCode::kInvalidArgument, kCall, ": tuning with ", t.lanes, " lanes for ", p.kv.kv_heads,
@@ -332,8 +344,12 @@ template <class T, class Y, class C>
   if (p.table.sequences == 0) return {};
   const detail::DecodeLayout at = detail::decode_layout(p, device);
   if (Status s = detail::check_workspace("cuda decode", workspace, size, at.bytes); !s.ok()) return s;
-  const auto launch = detail::shares(p) ? detail::launch_decode<DecodeSort::kShared, T, Y, C>
-                                        : detail::launch_decode<DecodeSort::kAlone, T, Y, C>;
+  const std::int64_t rows =
+      std::int64_t{p.table.sequences} * (p.heads / p.kv.kv_heads);  // of a group at most
+  const auto launch = !detail::shares(p) ? detail::launch_decode<DecodeSort::kAlone, T, Y, C>
+                      : rows <= rows_of(WorkKind::kSomeRows)
+                          ? detail::launch_decode<DecodeSort::kSharedFew, T, Y, C>
+                          : detail::launch_decode<DecodeSort::kShared, T, Y, C>;
   return launch(p, at, device, workspace, stream);
 }
 

@@ -43,12 +43,12 @@ template <class T, class Y, class C>
 
 }  // namespace detail
 
-/// The query rows are so few that run() would leave three of four multiprocessors without work: over contexts
-/// of some thousand tokens run_split() is faster then (suite kv-gpu). Looks at no lengths. For a problem that
+/// The query rows are so few that run() would leave half of the multiprocessors without work: over contexts of
+/// some thousand tokens run_split() is faster then (suite kv-gpu). Looks at no lengths. For a problem that
 /// validate() takes.
 template <class T, class Y, class C>
 [[nodiscard]] bool splits_keys(const PrefillProblem<T, Y, C>& p, const Device& device) {
-  return p.q.rows > 0 && detail::row_tiles(p) * p.kv.kv_heads * 4 <= device.multiprocessors;
+  return p.q.rows > 0 && detail::row_tiles(p) * p.kv.kv_heads * 2 <= device.multiprocessors;
 }
 
 /// Bytes of workspace of prepare_split() and run_split(), aligned to 256. Depends on the numbers of sequences

@@ -9,12 +9,13 @@
 
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <prefillshare/attention/cuda/block/attend_products.cuh>
+#include <prefillshare/attention/cuda/block/attend_wgmma.cuh>
 #include <prefillshare/attention/cuda/block/page_loader.cuh>
 
 namespace prefillshare::cuda {
 
 /// What a warp knows of its rows after some keys, in mma's fragments: of row tile i, this lane has the rows
-/// lane / 4 and lane / 4 + 8. `sum` is of this lane's keys alone until finish().
+/// lane / 4 and lane / 4 + 8 (from detail::tile_row() on). `sum` is of this lane's keys alone until finish().
 template <class Shape>
 struct AttendState {
   float out[Shape::kRowTiles][Shape::kHeadDim / 8][4];  ///< sum of weight * V
@@ -58,8 +59,8 @@ struct AttendState {
       }
     }
   }
-  /// Two neighbouring columns, the first being column_of(n), of row lane / 4 + 8 h of tile r; n from 0 to
-  /// kHeadDim / 8 - 1 are all that this lane has.
+  /// Two neighbouring columns, the first being lane_column() + column_step(n), of row lane / 4 + 8 h of tile r;
+  /// n from 0 to kHeadDim / 8 - 1 are all that this lane has.
   [[nodiscard]] __device__ __forceinline__ float2 pair(int r, int n, int h) const {
     if constexpr (Shape::kFp8) {
       return make_float2(out[r][n / 2 * 2][2 * h + n % 2], out[r][n / 2 * 2 + 1][2 * h + n % 2]);
@@ -67,10 +68,14 @@ struct AttendState {
       return make_float2(out[r][n][2 * h], out[r][n][2 * h + 1]);
     }
   }
-  /// See pair(). Of fp8 values, tiles 2 i and 2 i + 1 have the even and the odd ones of 16 columns.
-  [[nodiscard]] static __device__ __forceinline__ int column_of(int n) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    return Shape::kFp8 ? n / 2 * 16 + lane % 4 * 4 + n % 2 * 2 : n * 8 + lane % 4 * 2;
+  /// See pair(). Of fp8 values, tiles 2 i and 2 i + 1 have the even and the odd ones of 16 columns. Added to a
+  /// pointer one after the other, so that steps become parts of instructions and no address needs a register.
+  [[nodiscard]] static __device__ __forceinline__ int lane_column() {
+    return static_cast<int>(threadIdx.x) % 4 * (Shape::kFp8 ? 4 : 2);
+  }
+  /// The same.
+  [[nodiscard]] static __device__ __forceinline__ constexpr int column_step(int n) {
+    return Shape::kFp8 ? n / 2 * 16 + n % 2 * 2 : n * 8;
   }
 };
 
@@ -211,51 +216,80 @@ __device__ __forceinline__ void attend(AttendState<Shape>& state, unsigned share
   const int tiles = (keys.end - keys.begin + kTileKeys - 1) / kTileKeys;
   detail::Queries<Shape> queries;
   state.clear();
-  detail::PageLoader<Shape> loader;
-  static_assert(!(Shape::kQueriesInShared && Await::kMayWait),
-                "prefillshare: attend() waits only where queries go to registers");
-  if constexpr (Shape::kQueriesInShared) queries.load(rows, shared);
-  loader.look_up(kv, pages, keys.begin, keys.end);
+  constexpr bool kQueriesFirst = Shape::kQueriesInShared && !Await::kMayWait;
+  if constexpr (kQueriesFirst) queries.load(rows, shared);
   int missing = -1;
   if constexpr (Await::kMayWait) missing = await.waits ? await.newest : -1;
+  // As many tiles as there is room for, their pages looked up at the same time.
+  detail::PageLoader<Shape> loader;
+  detail::PageLoader<Shape> first[Shape::kStages];
 #pragma unroll
-  for (int s = 0; s < Shape::kStages - 1; ++s) {
-    loader.template copy<Await::kMayWait>(kv, kv_head, shared + static_cast<unsigned>(s) * kStageBytes,
-                                          missing);
+  for (int s = 0; s < Shape::kStages; ++s) first[s].look_up(kv, pages, keys.begin + s * kTileKeys, keys.end);
+#pragma unroll
+  for (int s = 0; s < Shape::kStages; ++s) {
+    if (s < tiles) {
+      first[s].template copy<Await::kMayWait>(kv, kv_head, shared + static_cast<unsigned>(s) * kStageBytes,
+                                              missing);
+    }
     detail::end_copy_group();
-    loader.look_up(kv, pages, keys.begin + (s + 1) * kTileKeys, keys.end);
   }
+  loader.look_up(kv, pages, keys.begin + Shape::kStages * kTileKeys, keys.end);
+  bool newest_is_here = false;
   if constexpr (Await::kMayWait) {
     if (await.waits) {
       const int tile = (await.newest - keys.begin) / kTileKeys;
-      const bool is_here = await.newest >= keys.begin && await.newest < keys.end && tile < Shape::kStages - 1;
+      newest_is_here = await.newest >= keys.begin && await.newest < keys.end && tile < Shape::kStages;
       const int slot = detail::page_of(kv, await.newest);
-      const int page = is_here ? __ldg(pages + slot) : 0;
+      const int page = newest_is_here ? __ldg(pages + slot) : 0;
       codegemm::cuda::detail::wait_for_previous_kernel();
       codegemm::cuda::detail::allow_next_kernel();
-      if (is_here) {
+      if (newest_is_here) {
         const std::int64_t from = page * kv.page_stride +
                                   (await.newest - slot * kv.page_size) * kv.token_stride +
                                   kv_head * kv.head_stride;
         detail::PageLoader<Shape>::copy_row(kv, from, (await.newest - keys.begin) % kTileKeys,
                                             shared + static_cast<unsigned>(tile) * kStageBytes);
         detail::end_copy_group();
-        detail::wait_for_copies<0>();
       }
     }
   }
-  if constexpr (!Shape::kQueriesInShared) queries.load(rows, shared);
-  unsigned stage = 0;
-  unsigned next_stage = Shape::kStages - 1;
-  for (int t = 0; t < tiles; ++t) {
-    detail::wait_for_copies<Shape::kStages - 2>();
-    meet();
-    loader.copy(kv, kv_head, shared + next_stage * kStageBytes);
+  if constexpr (!kQueriesFirst) queries.load(rows, shared);  // on their way together with that key
+  if constexpr (Shape::kQueriesInShared && !kQueriesFirst) {
     detail::end_copy_group();
-    loader.look_up(kv, pages, keys.begin + (t + Shape::kStages) * kTileKeys, keys.end);
-    detail::attend_tile(state, queries, shared + stage * kStageBytes, keys.begin + t * kTileKeys, keys.whole,
-                        limit, scale_log2);
-    next_stage = stage;
+    detail::wait_for_copies<0>();
+  } else {
+    if (newest_is_here) detail::wait_for_copies<0>();
+  }
+  unsigned stage = 0;
+  unsigned last_stage = 0;
+  for (int t = 0; t < tiles; ++t) {
+    if (t == 0) {
+      detail::wait_for_copies<Shape::kStages - 1>();
+    } else {
+      detail::wait_for_copies<Shape::kStages - 2>();
+    }
+#if CODEGEMM_HAS_WGMMA
+    if constexpr (Shape::kWgmma) detail::publish_to_products();
+#endif
+    meet();
+    if (t > 0) {  // all have multiplied the tile before, whose place is free
+      if (t + Shape::kStages <= tiles) {
+        loader.copy(kv, kv_head, shared + last_stage * kStageBytes);
+        loader.look_up(kv, pages, keys.begin + (t + Shape::kStages) * kTileKeys, keys.end);
+      }
+      detail::end_copy_group();
+    }
+    const unsigned tile_at = shared + stage * kStageBytes;
+    const int first_key = keys.begin + t * kTileKeys;
+#if CODEGEMM_HAS_WGMMA
+    if constexpr (Shape::kWgmma) {
+      detail::attend_tile_wgmma<Shape>(state, queries, tile_at, first_key, keys.whole, limit, scale_log2);
+    }
+#endif
+    if constexpr (!Shape::kWgmma) {
+      detail::attend_tile(state, queries, tile_at, first_key, keys.whole, limit, scale_log2);
+    }
+    last_stage = stage;
     stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
   }
   detail::wait_for_copies<0>();
