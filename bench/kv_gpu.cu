@@ -8,7 +8,7 @@
 // is once a step, not once a layer: it has a row of its own.
 //
 // usage: kv-gpu [--json FILE] [--quick] [--torch FILE]
-//               [--only decode|decode-hnd|decode-fp8|shared|prefill|copies] [--lanes N] [--blocks N] [--min-tiles N]
+//               [--only decode|decode-hnd|decode-fp8|shared|prefill|copies] [--lanes N] [--min-tiles N]
 //               [--no-overlap] [--many-rows-cost PERCENT] [--tail-item-cost PERCENT] [--ordered-pages]
 //   --ordered-pages  a sequence's pages lie one after the other, to see what it costs that they do not
 //   --torch FILE  the times that bench/attention_peer.py wrote on this machine, as peers
@@ -502,7 +502,6 @@ int program(int argc, char** argv) {
                 {"--json", Option::value(json)},
                 {"--only", Option::value(only)},
                 {"--lanes", Option::value(program.tuning.lanes)},
-                {"--blocks", Option::value(program.tuning.blocks)},
                 {"--min-tiles", Option::value(program.tuning.min_tiles)},
                 {"--many-rows-cost", Option::value(program.tuning.many_rows_cost)},
                 {"--tail-item-cost", Option::value(program.tuning.tail_item_cost)},

@@ -91,16 +91,15 @@ template <class T, class Y, class C>
   return p.prefixes.groups > 0 && p.tuning.shared != SharedPath::kNever;
 }
 
-// Two blocks a multiprocessor where the shared memory allows, or as many as are wanted.
+// Two blocks a multiprocessor where the shared memory allows.
 template <class T, class C>
-[[nodiscard]] int decode_blocks(int head_dim, const Device& device, int wanted) {
+[[nodiscard]] int decode_blocks(int head_dim, const Device& device) {
   int bytes = 0;
   static_cast<void>(codegemm::first_match(
       HeadSizes{}, [&](auto c) { return c.kHeadDim == head_dim; },
       [&](auto c) { bytes = TailShape<T, C, c.kHeadDim>::kSharedBytes; }));
   bytes += 1024;  // the system's
-  return device.multiprocessors *
-         std::clamp((device.shared_bytes + 1024) / bytes, 1, wanted > 0 ? wanted : 2);
+  return device.multiprocessors * std::clamp((device.shared_bytes + 1024) / bytes, 1, 2);
 }
 
 // As many K/V heads side by side as leave no more than one block in 32 without work.
@@ -119,7 +118,7 @@ template <class T, class Y, class C>
   DecodeLayout out;
   const int group = p.heads / p.kv.kv_heads;
   const std::int64_t sequences = p.table.sequences;
-  const int blocks = decode_blocks<T, C>(p.kv.head_dim, device, p.tuning.blocks);
+  const int blocks = decode_blocks<T, C>(p.kv.head_dim, device);
   out.lanes = p.tuning.lanes > 0 ? p.tuning.lanes : decode_lanes(p.kv.kv_heads, blocks);
   out.superblocks = std::max(blocks / out.lanes, 2);  // one of each kind
   out.tail_part_rows = std::min(group, kTailRows);
@@ -302,10 +301,6 @@ template <class T, class Y, class C>
                  t.min_shared_tokens, " tokens on, tiles at ", t.many_rows_cost, " percent, tails at ",
                  t.tail_item_cost);
   }
-  if (t.blocks < 0 || t.blocks > 2) {
-    return error(StatusCode::kInvalidArgument, kCall, ": tuning with ", t.blocks,
-                 " blocks a multiprocessor, expected 1, 2 or 0");
-  }
   if (t.lanes < 0 || (t.lanes > 0 && p.kv.kv_heads % t.lanes != 0)) {
     return error(StatusCode::kInvalidArgument, kCall, ": tuning with ", t.lanes, " lanes for ", p.kv.kv_heads,
                  " K/V heads");
@@ -344,12 +339,8 @@ template <class T, class Y, class C>
   if (p.table.sequences == 0) return {};
   const detail::DecodeLayout at = detail::decode_layout(p, device);
   if (Status s = detail::check_workspace("cuda decode", workspace, size, at.bytes); !s.ok()) return s;
-  const std::int64_t rows =
-      std::int64_t{p.table.sequences} * (p.heads / p.kv.kv_heads);  // of a group at most
-  const auto launch = !detail::shares(p) ? detail::launch_decode<DecodeSort::kAlone, T, Y, C>
-                      : rows <= rows_of(WorkKind::kSomeRows)
-                          ? detail::launch_decode<DecodeSort::kSharedFew, T, Y, C>
-                          : detail::launch_decode<DecodeSort::kShared, T, Y, C>;
+  const auto launch = detail::shares(p) ? detail::launch_decode<DecodeSort::kShared, T, Y, C>
+                                        : detail::launch_decode<DecodeSort::kAlone, T, Y, C>;
   return launch(p, at, device, workspace, stream);
 }
 

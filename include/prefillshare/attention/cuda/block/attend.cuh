@@ -101,6 +101,20 @@ struct AwaitNewest {
 
 namespace detail {
 
+// Brings keys, as many as the block has threads, into the second-level cache.
+template <class Shape>
+__device__ __forceinline__ void prefetch_rows(const KvSource& kv, const std::int32_t* pages, int kv_head,
+                                              int first, int end) {
+  constexpr unsigned kBytes = Shape::kRowChunks * 16;
+  const int key = first + static_cast<int>(threadIdx.x);
+  if (key >= end) return;
+  const int slot = page_of(kv, key);
+  const std::int64_t at = __ldg(pages + slot) * kv.page_stride +
+                          (key - slot * kv.page_size) * kv.token_stride + kv_head * kv.head_stride;
+  codegemm::cuda::detail::prefetch_l2(kv.k + at, kBytes);
+  codegemm::cuda::detail::prefetch_l2(kv.v + at, kBytes);
+}
+
 // The warp's keys of the tile in `stage`, which start at first_key.
 template <class Shape, class Limit>
 __device__ __forceinline__ void attend_tile(AttendState<Shape>& state, const Queries<Shape>& queries,
@@ -216,69 +230,55 @@ __device__ __forceinline__ void attend(AttendState<Shape>& state, unsigned share
   const int tiles = (keys.end - keys.begin + kTileKeys - 1) / kTileKeys;
   detail::Queries<Shape> queries;
   state.clear();
-  constexpr bool kQueriesFirst = Shape::kQueriesInShared && !Await::kMayWait;
-  if constexpr (kQueriesFirst) queries.load(rows, shared);
+  detail::PageLoader<Shape> loader;
+  static_assert(!(Shape::kQueriesInShared && Await::kMayWait),
+                "prefillshare: attend() waits only where queries go to registers");
+  if constexpr (Shape::kQueriesInShared) queries.load(rows, shared);
+  loader.look_up(kv, pages, keys.begin, keys.end);
   int missing = -1;
   if constexpr (Await::kMayWait) missing = await.waits ? await.newest : -1;
-  // As many tiles as there is room for, their pages looked up at the same time.
-  detail::PageLoader<Shape> loader;
-  detail::PageLoader<Shape> first[Shape::kStages];
 #pragma unroll
-  for (int s = 0; s < Shape::kStages; ++s) first[s].look_up(kv, pages, keys.begin + s * kTileKeys, keys.end);
-#pragma unroll
-  for (int s = 0; s < Shape::kStages; ++s) {
+  for (int s = 0; s < Shape::kStages - 1; ++s) {
     if (s < tiles) {
-      first[s].template copy<Await::kMayWait>(kv, kv_head, shared + static_cast<unsigned>(s) * kStageBytes,
-                                              missing);
+      loader.template copy<Await::kMayWait>(kv, kv_head, shared + static_cast<unsigned>(s) * kStageBytes,
+                                            missing);
     }
     detail::end_copy_group();
+    loader.look_up(kv, pages, keys.begin + (s + 1) * kTileKeys, keys.end);
   }
-  loader.look_up(kv, pages, keys.begin + Shape::kStages * kTileKeys, keys.end);
-  bool newest_is_here = false;
   if constexpr (Await::kMayWait) {
     if (await.waits) {
       const int tile = (await.newest - keys.begin) / kTileKeys;
-      newest_is_here = await.newest >= keys.begin && await.newest < keys.end && tile < Shape::kStages;
+      const bool is_here = await.newest >= keys.begin && await.newest < keys.end && tile < Shape::kStages - 1;
       const int slot = detail::page_of(kv, await.newest);
-      const int page = newest_is_here ? __ldg(pages + slot) : 0;
+      const int page = is_here ? __ldg(pages + slot) : 0;
       codegemm::cuda::detail::wait_for_previous_kernel();
       codegemm::cuda::detail::allow_next_kernel();
-      if (newest_is_here) {
+      if (is_here) {
         const std::int64_t from = page * kv.page_stride +
                                   (await.newest - slot * kv.page_size) * kv.token_stride +
                                   kv_head * kv.head_stride;
         detail::PageLoader<Shape>::copy_row(kv, from, (await.newest - keys.begin) % kTileKeys,
                                             shared + static_cast<unsigned>(tile) * kStageBytes);
         detail::end_copy_group();
+        detail::wait_for_copies<0>();
       }
     }
   }
-  if constexpr (!kQueriesFirst) queries.load(rows, shared);  // on their way together with that key
-  if constexpr (Shape::kQueriesInShared && !kQueriesFirst) {
-    detail::end_copy_group();
-    detail::wait_for_copies<0>();
-  } else {
-    if (newest_is_here) detail::wait_for_copies<0>();
-  }
+  if constexpr (!Shape::kQueriesInShared) queries.load(rows, shared);
   unsigned stage = 0;
-  unsigned last_stage = 0;
+  unsigned next_stage = Shape::kStages - 1;
   for (int t = 0; t < tiles; ++t) {
-    if (t == 0) {
-      detail::wait_for_copies<Shape::kStages - 1>();
-    } else {
-      detail::wait_for_copies<Shape::kStages - 2>();
-    }
+    detail::wait_for_copies<Shape::kStages - 2>();
 #if CODEGEMM_HAS_WGMMA
     if constexpr (Shape::kWgmma) detail::publish_to_products();
 #endif
     meet();
-    if (t > 0) {  // all have multiplied the tile before, whose place is free
-      if (t + Shape::kStages <= tiles) {
-        loader.copy(kv, kv_head, shared + last_stage * kStageBytes);
-        loader.look_up(kv, pages, keys.begin + (t + Shape::kStages) * kTileKeys, keys.end);
-      }
-      detail::end_copy_group();
+    if (t + Shape::kStages <= tiles) {
+      loader.copy(kv, kv_head, shared + next_stage * kStageBytes);
+      loader.look_up(kv, pages, keys.begin + (t + Shape::kStages) * kTileKeys, keys.end);
     }
+    detail::end_copy_group();
     const unsigned tile_at = shared + stage * kStageBytes;
     const int first_key = keys.begin + t * kTileKeys;
 #if CODEGEMM_HAS_WGMMA
@@ -289,7 +289,7 @@ __device__ __forceinline__ void attend(AttendState<Shape>& state, unsigned share
     if constexpr (!Shape::kWgmma) {
       detail::attend_tile(state, queries, tile_at, first_key, keys.whole, limit, scale_log2);
     }
-    last_stage = stage;
+    next_stage = stage;
     stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
   }
   detail::wait_for_copies<0>();

@@ -41,7 +41,12 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
   AttendState<Shape> state;
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory));
   const std::int32_t* const pages = a.indices + family.page_begin;
-  if constexpr (kCausal) {  // never beside a kernel that writes its keys
+  if constexpr (Kind == WorkKind::kManyRows) {  // its queries go to shared memory
+    if (waits) {
+      prefetch_rows<Shape>(a.kv, pages, item.kv_head, keys.begin, keys.end);
+      codegemm::cuda::detail::wait_for_previous_kernel();
+      codegemm::cuda::detail::allow_next_kernel();
+    }
     attend(state, shared, a.kv, pages, item.kv_head, rows, keys, limit, a.scale_log2);
   } else {
     attend(state, shared, a.kv, pages, item.kv_head, rows, keys, limit, a.scale_log2,
@@ -67,11 +72,8 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
 /// Each block takes its numbers of the work, which may end one item and begin another. Items of sequences
 /// that share nothing go to the output, those of several blocks through the one that ends last, if those are
 /// few; what else there is of a row is put together by decode_merge_kernel.
-///
-/// kSharedFew: so few registers that blocks of the merge and of the next call's kernel find room beside its own.
 template <class Tail, class Few, class Some, class Many, DecodeSort Sort>
-__global__ void __launch_bounds__(Tail::kThreads, Sort == DecodeSort::kSharedFew ? 3 : 2)
-    decode_kernel(const __grid_constant__ DecodeArgs a) {
+__global__ void __launch_bounds__(Tail::kThreads, 2) decode_kernel(const __grid_constant__ DecodeArgs a) {
   static_assert(
       Tail::kThreads == Few::kThreads && Tail::kThreads == Some::kThreads && Tail::kThreads == Many::kThreads,
       "prefillshare: decode_kernel's shapes share one launch");
@@ -106,9 +108,9 @@ __global__ void __launch_bounds__(Tail::kThreads, Sort == DecodeSort::kSharedFew
     } else if constexpr (Sort != DecodeSort::kAlone) {
       if (kind == WorkKind::kFewRows) {
         detail::decode_item<Few, WorkKind::kFewRows, Sort>(a, family, item, waits, decode_memory);
-      } else if (Sort == DecodeSort::kSharedFew || kind == WorkKind::kSomeRows) {
+      } else if (kind == WorkKind::kSomeRows) {
         detail::decode_item<Some, WorkKind::kSomeRows, Sort>(a, family, item, waits, decode_memory);
-      } else if constexpr (Sort != DecodeSort::kSharedFew) {
+      } else {
         detail::decode_item<Many, WorkKind::kManyRows, Sort>(a, family, item, waits, decode_memory);
       }
     }

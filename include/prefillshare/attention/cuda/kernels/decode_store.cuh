@@ -100,65 +100,50 @@ __device__ __forceinline__ void merge_if_last(const DecodeArgs& a, const KeyFami
     __threadfence();
   }
   if (__syncthreads_or(is_last) == 0) return;
-  // So much is asked for before the first is there: while the next kernel reads keys, each answer takes long.
   constexpr int kQuads = Shape::kHeadDim / 4;
-  constexpr int kAtOnce = 12;
-  constexpr int kPlaces = 2;  // of a thread: four columns of a row
+  constexpr int kAtOnce = 8;
   const DecodePartials& partials = a.partials[0];
   const int first = (block + family.item_begin + item) * a.lanes + lane;
-  const int count = min(Shape::kRows, rows.rows - rows.first_row) * kQuads;
-  for (int begin = static_cast<int>(threadIdx.x); begin < count; begin += kPlaces * Shape::kThreads) {
-    float top[kPlaces];
-    float sum[kPlaces] = {};
-    float4 out[kPlaces] = {};
-#pragma unroll
-    for (int p = 0; p < kPlaces; ++p) top[p] = -INFINITY;
+  const int count = min(Shape::kRows, rows.rows - rows.first_row);
+  for (int i = static_cast<int>(threadIdx.x); i < count * kQuads; i += Shape::kThreads) {
+    const int row = i / kQuads;
+    const int column = i % kQuads * 4;
+    float top = -INFINITY;
+    float sum = 0.0F;
+    float4 out = {};
     for (int part = 0; part < parts; part += kAtOnce) {
-      float2 tops[kPlaces][kAtOnce];
-      float4 values[kPlaces][kAtOnce];
+      float2 tops[kAtOnce];
+      float4 values[kAtOnce];
 #pragma unroll
-      for (int p = 0; p < kPlaces; ++p) {
-        const int i = begin + p * Shape::kThreads;
-#pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
-          const bool there = i < count && part + u < parts;
-          const std::int64_t at =
-              static_cast<std::int64_t>(first + (part + u) * a.lanes) * partials.rows + i / kQuads;
-          tops[p][u] = there ? __ldcg(partials.top + at) : make_float2(-INFINITY, 0.0F);
-          values[p][u] = there ? __ldcg(reinterpret_cast<const float4*>(partials.out + at * Shape::kHeadDim +
-                                                                        i % kQuads * 4))
-                               : make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-        }
+      for (int u = 0; u < kAtOnce; ++u) {
+        const std::int64_t at =
+            static_cast<std::int64_t>(first + min(part + u, parts - 1) * a.lanes) * partials.rows + row;
+        tops[u] = __ldcg(partials.top + at);
+        values[u] = __ldcg(reinterpret_cast<const float4*>(partials.out + at * Shape::kHeadDim + column));
       }
+      float next = top;
 #pragma unroll
-      for (int p = 0; p < kPlaces; ++p) {
-        float next = top[p];
+      for (int u = 0; u < kAtOnce; ++u) next = fmaxf(next, tops[u].x);
+      const float base = next == -INFINITY ? 0.0F : next;
+      const float kept = exp2_fast(top - base);
+      sum *= kept;
+      out.x *= kept;
+      out.y *= kept;
+      out.z *= kept;
+      out.w *= kept;
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) next = fmaxf(next, tops[p][u].x);
-        const float base = next == -INFINITY ? 0.0F : next;
-        const float kept = exp2_fast(top[p] - base);
-        sum[p] *= kept;
-        out[p].x *= kept;
-        out[p].y *= kept;
-        out[p].z *= kept;
-        out[p].w *= kept;
-#pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
-          const float factor = exp2_fast(tops[p][u].x - base);
-          sum[p] += factor * tops[p][u].y;
-          out[p].x += factor * values[p][u].x;
-          out[p].y += factor * values[p][u].y;
-          out[p].z += factor * values[p][u].z;
-          out[p].w += factor * values[p][u].w;
-        }
-        top[p] = next;
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (part + u >= parts) continue;
+        const float factor = exp2_fast(tops[u].x - base);
+        sum += factor * tops[u].y;
+        out.x += factor * values[u].x;
+        out.y += factor * values[u].y;
+        out.z += factor * values[u].z;
+        out.w += factor * values[u].w;
       }
+      top = next;
     }
-#pragma unroll
-    for (int p = 0; p < kPlaces; ++p) {
-      const int i = begin + p * Shape::kThreads;
-      if (i < count) store_row<Shape>(a, rows, i / kQuads, i % kQuads * 4, out[p], 1.0F / sum[p]);
-    }
+    store_row<Shape>(a, rows, row, column, out, 1.0F / sum);
   }
 }
 

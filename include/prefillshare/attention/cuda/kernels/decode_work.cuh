@@ -46,9 +46,9 @@ static_assert(sizeof(BlockStart) == 64, "BlockStart is read as four vectors of 1
 /// Kinds of work: a sequence's own keys, and shared ones for few, some or many query rows.
 enum class WorkKind { kTail, kFewRows, kSomeRows, kManyRows };
 
-/// What the work is: sequences alone; with shared pages beside their own, for kSomeRows at most or for any number
-/// of query rows; or several tokens of each sequence, which share its pages, each seeing those up to itself.
-enum class DecodeSort { kAlone, kSharedFew, kShared, kCausal };
+/// What the work is: sequences alone; with shared pages beside their own; or several tokens of each sequence,
+/// which share its pages, each seeing those up to itself.
+enum class DecodeSort { kAlone, kShared, kCausal };
 
 [[nodiscard]] CODEGEMM_HOST_DEVICE constexpr WorkKind shared_kind(int rows) {
   return rows <= 32 ? WorkKind::kFewRows : rows <= 64 ? WorkKind::kSomeRows : WorkKind::kManyRows;
