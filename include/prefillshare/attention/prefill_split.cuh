@@ -43,8 +43,8 @@ template <class T, class Y, class C>
 
 }  // namespace detail
 
-/// The query rows are so few that run() would leave half of the multiprocessors without work: over contexts of
-/// some thousand tokens run_split() is faster then (suite kv-gpu). Looks at no lengths. For a problem that
+/// The query rows are so few that run() would leave half of the multiprocessors without work: over contexts
+/// of some thousand tokens run_split() is faster then (suite kv-gpu). Looks at no lengths. For a problem that
 /// validate() takes.
 template <class T, class Y, class C>
 [[nodiscard]] bool splits_keys(const PrefillProblem<T, Y, C>& p, const Device& device) {

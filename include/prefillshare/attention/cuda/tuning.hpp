@@ -30,8 +30,8 @@ struct DecodeTuning {
   int min_tiles = 2;  ///< tiles of 64 keys that a block gets at least, 1 to 1024: fewer parts to merge
   /// Time of a shared tile with more than 64 query rows, in percent of other tiles', 100 to 1000.
   int many_rows_cost = 130;
-  /// Time that each sequence's own keys take of a head beside their tiles', the same way, 0 to 1000; where there
-  /// are shared ones beside them.
+  /// Time that each sequence's own keys take of a head beside their tiles', the same way, 0 to 1000; where
+  /// there are shared ones beside them.
   int tail_item_cost = 100;
   int lanes = 0;  ///< K/V heads read side by side, a divisor of all of them; 0: chosen
 };

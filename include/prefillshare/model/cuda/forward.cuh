@@ -34,8 +34,8 @@ struct DeviceBatch {
   const std::int32_t* query_indptr = nullptr;  ///< [sequences + 1] rows of each; null: one token a sequence
   PageTableView table;                         ///< the sequences' pages, with the new tokens
   SharedPrefixes prefixes;                     ///< what decoding sequences share; where query_indptr is null
-  /// Where query_indptr is not null: contexts are so long that a pass of few tokens splits their keys over the card
-  /// (prefill_split.cuh, whose splits_keys() says which are few).
+  /// Where query_indptr is not null: contexts are so long that a pass of few tokens splits their keys over
+  /// the card (prefill_split.cuh, whose splits_keys() says which are few).
   bool split_keys = false;
 };
 

@@ -59,8 +59,8 @@ struct AttendState {
       }
     }
   }
-  /// Two neighbouring columns, the first being lane_column() + column_step(n), of row lane / 4 + 8 h of tile r;
-  /// n from 0 to kHeadDim / 8 - 1 are all that this lane has.
+  /// Two neighbouring columns, the first being lane_column() + column_step(n), of row lane / 4 + 8 h of tile
+  /// r; n from 0 to kHeadDim / 8 - 1 are all that this lane has.
   [[nodiscard]] __device__ __forceinline__ float2 pair(int r, int n, int h) const {
     if constexpr (Shape::kFp8) {
       return make_float2(out[r][n / 2 * 2][2 * h + n % 2], out[r][n / 2 * 2 + 1][2 * h + n % 2]);
@@ -68,8 +68,9 @@ struct AttendState {
       return make_float2(out[r][n][2 * h], out[r][n][2 * h + 1]);
     }
   }
-  /// See pair(). Of fp8 values, tiles 2 i and 2 i + 1 have the even and the odd ones of 16 columns. Added to a
-  /// pointer one after the other, so that steps become parts of instructions and no address needs a register.
+  /// See pair(). Of fp8 values, tiles 2 i and 2 i + 1 have the even and the odd ones of 16 columns. Added to
+  /// a pointer one after the other, so that steps become parts of instructions and no address needs a
+  /// register.
   [[nodiscard]] static __device__ __forceinline__ int lane_column() {
     return static_cast<int>(threadIdx.x) % 4 * (Shape::kFp8 ? 4 : 2);
   }

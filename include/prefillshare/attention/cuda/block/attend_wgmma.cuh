@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/attention/cuda/block/attend_wgmma.cuh - one tile of keys for 64 or 128 query rows of a block, on a
+// prefillshare/attention/cuda/block/attend_wgmma.cuh - one tile of keys for 64 or 128 query rows, on a
 // warpgroup of Hopper.
 // Layer: attention/cuda/block (device).
 #pragma once
@@ -86,8 +86,8 @@ __device__ __forceinline__ void round_weights(const float (&score)[32], unsigned
   }
 }
 
-// What attend_tile() does, for a Shape with kWgmma. The tile's copies were published. While one 64 rows' weights
-// are made the tensor cores work for the other.
+// What attend_tile() does, for a Shape with kWgmma. The tile's copies were published. While one 64 rows'
+// weights are made the tensor cores work for the other.
 template <class Shape, class State, class Limit>
 __device__ __forceinline__ void attend_tile_wgmma(State& state, const Queries<Shape>& queries, unsigned stage,
                                                   int first_key, int whole, const Limit& limit,

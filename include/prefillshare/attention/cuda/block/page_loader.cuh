@@ -18,9 +18,10 @@ inline constexpr int kTileKeys = 64;
 /// How a block of threads shares out a tile: kWarpsM warps along the query rows, kWarpsN along the keys, and
 /// kRowTiles times 16 query rows a warp. Shared memory holds kStages tiles of K and V, each row padded by 16
 /// bytes, so that the eight rows of a matrix that ldmatrix reads lie in different banks. Fp8: K and V are
-/// e4m3 and become Type, exactly, between shared memory and the products. Wgmma: where the compiler has Hopper's
-/// products, the four warps multiply 64 rows each time, and 64 columns of all rows of a tile lie together instead,
-/// 128 bytes a row, in the 128-byte swizzle: of row r, 16 bytes number c are at place c ^ (r % 8).
+/// e4m3 and become Type, exactly, between shared memory and the products. Wgmma: where the compiler has
+/// Hopper's products, the four warps multiply 64 rows each time, and 64 columns of all rows of a tile lie
+/// together instead, 128 bytes a row, in the 128-byte swizzle: of row r, 16 bytes number c are at place
+/// c ^ (r % 8).
 template <ScalarType Type, int HeadDim, int WarpsM, int WarpsN, int RowTiles, int Stages, bool Fp8 = false,
           bool Wgmma = false>
 struct AttendShape {

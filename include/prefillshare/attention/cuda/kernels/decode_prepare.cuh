@@ -70,8 +70,8 @@ __device__ __forceinline__ int sum_before(int value, int& total, int (&warp_sums
   return pages > 0 ? (pages - 1) * a.page_size + a.last_page_len[sequence] : 0;
 }
 
-// Numbers the families' work and returns how much it is; `cost` gets that of a tile on average, in percent, with
-// item_cost for each item.
+// Numbers the families' work and returns how much it is; `cost` gets that of a tile on average, in percent,
+// with item_cost for each item.
 __device__ inline int number_work(KeyFamily* families, int count, const DecodePrepareArgs& a, int item_cost,
                                   int& cost, int (&warp_sums)[kPrepareThreads / 32]) {
   const int head_groups = a.kv_heads / a.lanes;
