@@ -72,9 +72,10 @@ template <class T, class Y, class C>
   return detail::launch_prepare(problem, at, device, workspace, stream, true);
 }
 
-/// What run() computes, by mma.sync on any number of multiprocessors, after prepare_split() with the same
-/// table, query_indptr and sizes. The weights are rounded to fp16 with fp16 queries, to bf16 only where a
-/// sequence has more than 64 query rows a K/V head. Same bits on every run on the same card. Errors as
+/// What run() computes, on any number of multiprocessors, after prepare_split() with the same table,
+/// query_indptr and sizes: by wgmma on Hopper where a sequence has more than 32 query rows a K/V head and the
+/// cache is not fp8, else by mma.sync. The weights are rounded to fp16 with fp16 queries, to bf16 only where
+/// a sequence has more than 64 query rows a K/V head. Same bits on every run on the same card. Errors as
 /// prepare_split(); kCudaError: perhaps part was launched.
 template <class T, class Y, class C>
 [[nodiscard]] Status run_split(const PrefillProblem<T, Y, C>& p, const Device& device, void* workspace,
