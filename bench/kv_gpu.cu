@@ -9,7 +9,7 @@
 //
 // usage: kv-gpu [--json FILE] [--quick] [--torch FILE]
 //               [--only decode|decode-hnd|decode-fp8|shared|prefill|copies] [--lanes N] [--min-tiles N]
-//               [--no-overlap] [--many-rows-cost PERCENT] [--ordered-pages]
+//               [--no-overlap] [--many-rows-cost PERCENT] [--tail-item-cost PERCENT] [--ordered-pages]
 //   --ordered-pages  a sequence's pages lie one after the other, to see what it costs that they do not
 //   --torch FILE  the times that bench/attention_peer.py wrote on this machine, as peers
 #include <algorithm>
@@ -382,6 +382,14 @@ struct Program {
           const double mma = time_us(stream, 4, quick ? 3 : 11, [&](int) { check(run(p, device, stream)); });
           row.peers.push_back({"mma.sync", mma, mma / row.median_us});
         }
+        if (!splits && point.tokens * 16 <= point.context) {  // beside the split that was not chosen
+          p.tuning = {};
+          Buffer<std::byte> parts(size);
+          check(prepare_split(p, device, parts.data, size, stream));
+          const double split = time_us(stream, 4, quick ? 3 : 11,
+                                       [&](int) { check(run_split(p, device, parts.data, size, stream)); });
+          row.peers.push_back({"split", split, split / row.median_us});
+        }
         add(row);
       }
     }
@@ -496,6 +504,7 @@ int program(int argc, char** argv) {
                 {"--lanes", Option::value(program.tuning.lanes)},
                 {"--min-tiles", Option::value(program.tuning.min_tiles)},
                 {"--many-rows-cost", Option::value(program.tuning.many_rows_cost)},
+                {"--tail-item-cost", Option::value(program.tuning.tail_item_cost)},
                 {"--torch", Option::value([&](const char* path) {
                    std::ifstream file(path);
                    program.torch = nlohmann::json::parse(file);

@@ -62,9 +62,11 @@ using TailShape = AttendShape<ScalarOf<T>::kType, HeadDim, 1, 4, 1, kIsFp8<C> ? 
 template <class T, class C, int HeadDim>
 using FewRowsShape = AttendShape<ScalarOf<T>::kType, HeadDim, 2, 2, 1, kIsFp8<C> ? 5 : 3, kIsFp8<C>>;
 template <class T, class C, int HeadDim>
-using SomeRowsShape = AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 1, kIsFp8<C> ? 5 : 3, kIsFp8<C>>;
+using SomeRowsShape =
+    AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 1, kIsFp8<C> ? 5 : 3, kIsFp8<C>, !kIsFp8<C>>;
 template <class T, class C, int HeadDim>
-using ManyRowsShape = AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 2, kIsFp8<C> ? 3 : 2, kIsFp8<C>>;
+using ManyRowsShape =
+    AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 2, kIsFp8<C> ? 3 : 2, kIsFp8<C>, !kIsFp8<C>>;
 
 // Where things lie in the workspace, in bytes from its start.
 struct DecodeLayout {
@@ -176,6 +178,7 @@ template <class T, class Y, class C>
   args.superblocks = at.superblocks;
   args.min_tiles = p.tuning.min_tiles;
   args.many_rows_cost = p.tuning.many_rows_cost;
+  args.tail_item_cost = p.tuning.tail_item_cost;
   const bool always = causal || p.tuning.shared == SharedPath::kAlways;
   args.min_shared_sequences = always ? 1 : p.tuning.min_shared_sequences;
   args.min_shared_tokens = always ? 1 : p.tuning.min_shared_tokens;
@@ -245,7 +248,10 @@ template <DecodeSort Sort, class T, class Y, class C>
         using Some = SomeRowsShape<T, C, c.kHeadDim>;
         using Many = ManyRowsShape<T, C, c.kHeadDim>;
         shape.threads = Tail::kThreads;
-        shape.shared_bytes = Tail::kSharedBytes;
+        shape.shared_bytes =
+            Sort == DecodeSort::kAlone
+                ? Tail::kSharedBytes
+                : std::max({Tail::kSharedBytes, Few::kSharedBytes, Some::kSharedBytes, Many::kSharedBytes});
         const auto attend = decode_kernel<Tail, Few, Some, Many, Sort>;
         static_cast<void>(status = codegemm::cuda::launch(attend, shape, args, stream));
         if (!status.ok() || (Sort == DecodeSort::kAlone && merge.shared_only)) return;
@@ -289,10 +295,11 @@ template <class T, class Y, class C>
   }
   const DecodeTuning& t = p.tuning;
   if (t.min_tiles < 1 || t.min_tiles > 1024 || t.min_shared_sequences < 1 || t.min_shared_tokens < 1 ||
-      t.many_rows_cost < 100 || t.many_rows_cost > 1000) {
+      t.many_rows_cost < 100 || t.many_rows_cost > 1000 || t.tail_item_cost < 0 || t.tail_item_cost > 1000) {
     return error(StatusCode::kInvalidArgument, kCall, ": tuning with ", t.min_tiles,
                  " tiles a block, sharing from ", t.min_shared_sequences, " sequences and ",
-                 t.min_shared_tokens, " tokens on, tiles at ", t.many_rows_cost, " percent");
+                 t.min_shared_tokens, " tokens on, tiles at ", t.many_rows_cost, " percent, tails at ",
+                 t.tail_item_cost);
   }
   if (t.lanes < 0 || (t.lanes > 0 && p.kv.kv_heads % t.lanes != 0)) {
     return error(StatusCode::kInvalidArgument, kCall, ": tuning with ", t.lanes, " lanes for ", p.kv.kv_heads,

@@ -43,12 +43,12 @@ template <class T, class Y, class C>
 
 }  // namespace detail
 
-/// The query rows are so few that run() would leave three of four multiprocessors without work: over contexts
+/// The query rows are so few that run() would leave half of the multiprocessors without work: over contexts
 /// of some thousand tokens run_split() is faster then (suite kv-gpu). Looks at no lengths. For a problem that
 /// validate() takes.
 template <class T, class Y, class C>
 [[nodiscard]] bool splits_keys(const PrefillProblem<T, Y, C>& p, const Device& device) {
-  return p.q.rows > 0 && detail::row_tiles(p) * p.kv.kv_heads * 4 <= device.multiprocessors;
+  return p.q.rows > 0 && detail::row_tiles(p) * p.kv.kv_heads * 2 <= device.multiprocessors;
 }
 
 /// Bytes of workspace of prepare_split() and run_split(), aligned to 256. Depends on the numbers of sequences
@@ -72,9 +72,10 @@ template <class T, class Y, class C>
   return detail::launch_prepare(problem, at, device, workspace, stream, true);
 }
 
-/// What run() computes, by mma.sync on any number of multiprocessors, after prepare_split() with the same
-/// table, query_indptr and sizes. The weights are rounded to fp16 with fp16 queries, to bf16 only where a
-/// sequence has more than 64 query rows a K/V head. Same bits on every run on the same card. Errors as
+/// What run() computes, on any number of multiprocessors, after prepare_split() with the same table,
+/// query_indptr and sizes: by wgmma on Hopper where a sequence has more than 32 query rows a K/V head and the
+/// cache is not fp8, else by mma.sync. The weights are rounded to fp16 with fp16 queries, to bf16 only where
+/// a sequence has more than 64 query rows a K/V head. Same bits on every run on the same card. Errors as
 /// prepare_split(); kCudaError: perhaps part was launched.
 template <class T, class Y, class C>
 [[nodiscard]] Status run_split(const PrefillProblem<T, Y, C>& p, const Device& device, void* workspace,

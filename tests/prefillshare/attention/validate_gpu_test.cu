@@ -245,6 +245,9 @@ TEST_CASE("cuda decode: every wrong operand has its own status") {
   p.tuning.many_rows_cost = 99;
   expect(p, StatusCode::kInvalidArgument, "99 percent");
   p = good_decode();
+  p.tuning.tail_item_cost = -1;
+  expect(p, StatusCode::kInvalidArgument, "tails at -1");
+  p = good_decode();
   p.tuning.min_shared_sequences = 0;
   expect(p, StatusCode::kInvalidArgument, "from 0 sequences");
   p = good_decode();

@@ -17,6 +17,7 @@
 #include <prefillshare/attention/append.cuh>
 #include <prefillshare/attention/decode.cuh>
 #include <prefillshare/attention/prefill.cuh>
+#include <prefillshare/attention/prefill_split.cuh>
 #include <prefillshare/kv/device_storage.cuh>
 #include <prefillshare/model/after_layer.hpp>
 #include <prefillshare/model/cuda/kernels/rms_norm.cuh>
@@ -33,6 +34,9 @@ struct DeviceBatch {
   const std::int32_t* query_indptr = nullptr;  ///< [sequences + 1] rows of each; null: one token a sequence
   PageTableView table;                         ///< the sequences' pages, with the new tokens
   SharedPrefixes prefixes;                     ///< what decoding sequences share; where query_indptr is null
+  /// Where query_indptr is not null: contexts are so long that a pass of few tokens splits their keys over
+  /// the card (prefill_split.cuh, whose splits_keys() says which are few).
+  bool split_keys = false;
 };
 
 /// The activations of a pass and the memory of its kernels, on the device: allocated once, used by one pass
@@ -67,6 +71,7 @@ class DeviceWorkspace {
     std::size_t attention = workspace_bytes(decode, device);
     decode.prefixes.groups = static_cast<int>(max_sequences);
     attention = std::max(attention, workspace_bytes(decode, device));
+    attention = std::max(attention, most_split_workspace(decode, max_tokens, device));
 
     DeviceWorkspace out;
     out.max_tokens_ = max_tokens;
@@ -105,12 +110,30 @@ class DeviceWorkspace {
   DeviceArray<T> attended;           ///< [tokens][heads * head_dim]
   DeviceArray<T> gated;              ///< [tokens][intermediate]
   DeviceArray<float> logits;         ///< [sequences][vocab], of the last pass that asked for them
-  DeviceArray<std::byte> attention;  ///< of decode
+  DeviceArray<std::byte> attention;  ///< of decode, and of prefill with keys split
   DeviceArray<std::byte> zeroed;     ///< of linear layers
   DeviceArray<std::byte> scratch;    ///< the same
 
  private:
   DeviceWorkspace() = default;
+
+  // Of any pass that splits keys: the more tokens and sequences, the more; few of them are split.
+  [[nodiscard]] static std::size_t most_split_workspace(const DecodeProblem<T>& like, std::int64_t max_tokens,
+                                                        const Device& device) {
+    PrefillProblem<T> p;
+    p.kv = like.kv;
+    p.heads = like.heads;
+    p.table.sequences = 1;
+    std::int64_t tokens = 0;
+    for (std::int64_t step = max_tokens; step > 0; step /= 2) {
+      for (p.q.rows = tokens + step; p.q.rows <= max_tokens && splits_keys(p, device); p.q.rows += step) {
+        tokens = p.q.rows;
+      }
+    }
+    p.q.rows = tokens;
+    p.table.sequences = static_cast<int>(std::min<std::int64_t>(tokens, like.table.sequences));
+    return split_workspace_bytes(p, device);
+  }
 
   std::int64_t max_tokens_ = 0;
   std::int64_t max_sequences_ = 0;
@@ -144,8 +167,12 @@ class DeviceForward {
     return start(embed_kernel<T>, args, batch_.count, kEmbedThreads);
   }
 
-  /// Which blocks of the decode kernel read which keys: once for all layers.
+  /// Which blocks read which keys, where these are dealt out: once for all layers.
   [[nodiscard]] Status prepare() {
+    if (splitting()) {
+      return prepare_split(prefill_problem(0), call_.device, ws_.attention.data(), ws_.attention.size(),
+                           call_.stream);
+    }
     if (!decoding()) return {};
     return cuda::prepare(decode_problem(0), call_.device, ws_.attention.data(), ws_.attention.size(),
                          call_.stream);
@@ -195,14 +222,11 @@ class DeviceForward {
         return s;
       }
     } else {
-      PrefillProblem<T> p;
-      p.kv = pages(index);
-      p.table = batch_.table;
-      p.query_indptr = batch_.query_indptr;
-      p.q = q();
-      p.out = MatrixView<T>(ws_.attended.data(), batch_.count, c_.q_size());
-      p.heads = static_cast<int>(c_.heads);
-      if (Status s = cuda::run(p, call_.device, call_.stream); !s.ok()) return s;
+      const PrefillProblem<T> p = prefill_problem(index);
+      const Status s =
+          splitting() ? run_split(p, call_.device, ws_.attention.data(), ws_.attention.size(), call_.stream)
+                      : cuda::run(p, call_.device, call_.stream);
+      if (!s.ok()) return s;
     }
     return layer(index).o.add(MatrixView<const T>(ws_.attended.data(), batch_.count, c_.q_size()), hidden(),
                               call_);
@@ -238,6 +262,19 @@ class DeviceForward {
     const KvShape& shape = storage_.shape();
     return kv_pages(storage_.layer(index), KvLayout::kNhd, static_cast<std::int32_t>(storage_.blocks()),
                     shape.block_tokens, shape.kv_heads, shape.head_dim);
+  }
+  [[nodiscard]] bool splitting() const {
+    return batch_.split_keys && !decoding() && splits_keys(prefill_problem(0), call_.device);
+  }
+  [[nodiscard]] PrefillProblem<T> prefill_problem(int index) const {
+    PrefillProblem<T> p;
+    p.kv = pages(index);
+    p.table = batch_.table;
+    p.query_indptr = batch_.query_indptr;
+    p.q = q();
+    p.out = MatrixView<T>(ws_.attended.data(), batch_.count, c_.q_size());
+    p.heads = static_cast<int>(c_.heads);
+    return p;
   }
   [[nodiscard]] DecodeProblem<T> decode_problem(int index) const {
     DecodeProblem<T> p;

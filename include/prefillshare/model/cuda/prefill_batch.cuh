@@ -5,6 +5,7 @@
 // Layer: model/cuda (host, needs nvcc).
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -23,6 +24,9 @@ namespace prefillshare::cuda {
 /// Token ids and page tables of a pass on the device, written by the host for each.
 class PrefillBatch {
  public:
+  /// Behind so many tokens at least a pass of few splits their keys (suite kv-gpu).
+  static constexpr std::int64_t kMinSplitContext = 4096;
+
   /// For up to so many tokens of so many sequences in so many pages. kInvalidArgument, kOutOfMemory,
   /// kCudaError.
   [[nodiscard]] static Result<PrefillBatch> create(std::int64_t max_tokens, std::int64_t max_sequences,
@@ -78,6 +82,8 @@ class PrefillBatch {
       pending_.push_back(std::ssize(chunks[i]));
     }
     if (Status s = export_page_table(caches, table_, pending_); !s.ok()) return s;
+    std::int64_t longest = 0;
+    for (std::size_t i = 0; i < chunks.size(); ++i) longest = std::max(longest, caches[i]->length());
     if (std::ssize(table_.indices) > max_pages_) {
       return codegemm::error(StatusCode::kInvalidArgument, "PrefillBatch for ", max_pages_,
                              " pages: ", table_.indices.size());
@@ -99,6 +105,7 @@ class PrefillBatch {
     out.query_indptr = input_.device<std::int32_t>(query_indptr_at_);
     out.table = {input_.device<std::int32_t>(indptr_at_), input_.device<std::int32_t>(indices_at_),
                  input_.device<std::int32_t>(last_page_len_at_), static_cast<int>(chunks.size())};
+    out.split_keys = longest >= kMinSplitContext;
     return out;
   }
 

@@ -9,12 +9,13 @@
 
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <prefillshare/attention/cuda/block/attend_products.cuh>
+#include <prefillshare/attention/cuda/block/attend_wgmma.cuh>
 #include <prefillshare/attention/cuda/block/page_loader.cuh>
 
 namespace prefillshare::cuda {
 
 /// What a warp knows of its rows after some keys, in mma's fragments: of row tile i, this lane has the rows
-/// lane / 4 and lane / 4 + 8. `sum` is of this lane's keys alone until finish().
+/// lane / 4 and lane / 4 + 8 (from detail::tile_row() on). `sum` is of this lane's keys alone until finish().
 template <class Shape>
 struct AttendState {
   float out[Shape::kRowTiles][Shape::kHeadDim / 8][4];  ///< sum of weight * V
@@ -58,8 +59,8 @@ struct AttendState {
       }
     }
   }
-  /// Two neighbouring columns, the first being column_of(n), of row lane / 4 + 8 h of tile r; n from 0 to
-  /// kHeadDim / 8 - 1 are all that this lane has.
+  /// Two neighbouring columns, the first being lane_column() + column_step(n), of row lane / 4 + 8 h of tile
+  /// r; n from 0 to kHeadDim / 8 - 1 are all that this lane has.
   [[nodiscard]] __device__ __forceinline__ float2 pair(int r, int n, int h) const {
     if constexpr (Shape::kFp8) {
       return make_float2(out[r][n / 2 * 2][2 * h + n % 2], out[r][n / 2 * 2 + 1][2 * h + n % 2]);
@@ -67,10 +68,15 @@ struct AttendState {
       return make_float2(out[r][n][2 * h], out[r][n][2 * h + 1]);
     }
   }
-  /// See pair(). Of fp8 values, tiles 2 i and 2 i + 1 have the even and the odd ones of 16 columns.
-  [[nodiscard]] static __device__ __forceinline__ int column_of(int n) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    return Shape::kFp8 ? n / 2 * 16 + lane % 4 * 4 + n % 2 * 2 : n * 8 + lane % 4 * 2;
+  /// See pair(). Of fp8 values, tiles 2 i and 2 i + 1 have the even and the odd ones of 16 columns. Added to
+  /// a pointer one after the other, so that steps become parts of instructions and no address needs a
+  /// register.
+  [[nodiscard]] static __device__ __forceinline__ int lane_column() {
+    return static_cast<int>(threadIdx.x) % 4 * (Shape::kFp8 ? 4 : 2);
+  }
+  /// The same.
+  [[nodiscard]] static __device__ __forceinline__ constexpr int column_step(int n) {
+    return Shape::kFp8 ? n / 2 * 16 + n % 2 * 2 : n * 8;
   }
 };
 
@@ -95,6 +101,20 @@ struct AwaitNewest {
 };
 
 namespace detail {
+
+// Brings keys, as many as the block has threads, into the second-level cache.
+template <class Shape>
+__device__ __forceinline__ void prefetch_rows(const KvSource& kv, const std::int32_t* pages, int kv_head,
+                                              int first, int end) {
+  constexpr unsigned kBytes = Shape::kRowChunks * 16;
+  const int key = first + static_cast<int>(threadIdx.x);
+  if (key >= end) return;
+  const int slot = page_of(kv, key);
+  const std::int64_t at = __ldg(pages + slot) * kv.page_stride +
+                          (key - slot * kv.page_size) * kv.token_stride + kv_head * kv.head_stride;
+  codegemm::cuda::detail::prefetch_l2(kv.k + at, kBytes);
+  codegemm::cuda::detail::prefetch_l2(kv.v + at, kBytes);
+}
 
 // The warp's keys of the tile in `stage`, which start at first_key.
 template <class Shape, class Limit>
@@ -220,8 +240,10 @@ __device__ __forceinline__ void attend(AttendState<Shape>& state, unsigned share
   if constexpr (Await::kMayWait) missing = await.waits ? await.newest : -1;
 #pragma unroll
   for (int s = 0; s < Shape::kStages - 1; ++s) {
-    loader.template copy<Await::kMayWait>(kv, kv_head, shared + static_cast<unsigned>(s) * kStageBytes,
-                                          missing);
+    if (s < tiles) {
+      loader.template copy<Await::kMayWait>(kv, kv_head, shared + static_cast<unsigned>(s) * kStageBytes,
+                                            missing);
+    }
     detail::end_copy_group();
     loader.look_up(kv, pages, keys.begin + (s + 1) * kTileKeys, keys.end);
   }
@@ -249,12 +271,25 @@ __device__ __forceinline__ void attend(AttendState<Shape>& state, unsigned share
   unsigned next_stage = Shape::kStages - 1;
   for (int t = 0; t < tiles; ++t) {
     detail::wait_for_copies<Shape::kStages - 2>();
+#if CODEGEMM_HAS_WGMMA
+    if constexpr (Shape::kWgmma) detail::publish_to_products();
+#endif
     meet();
-    loader.copy(kv, kv_head, shared + next_stage * kStageBytes);
+    if (t + Shape::kStages <= tiles) {
+      loader.copy(kv, kv_head, shared + next_stage * kStageBytes);
+      loader.look_up(kv, pages, keys.begin + (t + Shape::kStages) * kTileKeys, keys.end);
+    }
     detail::end_copy_group();
-    loader.look_up(kv, pages, keys.begin + (t + Shape::kStages) * kTileKeys, keys.end);
-    detail::attend_tile(state, queries, shared + stage * kStageBytes, keys.begin + t * kTileKeys, keys.whole,
-                        limit, scale_log2);
+    const unsigned tile_at = shared + stage * kStageBytes;
+    const int first_key = keys.begin + t * kTileKeys;
+#if CODEGEMM_HAS_WGMMA
+    if constexpr (Shape::kWgmma) {
+      detail::attend_tile_wgmma<Shape>(state, queries, tile_at, first_key, keys.whole, limit, scale_log2);
+    }
+#endif
+    if constexpr (!Shape::kWgmma) {
+      detail::attend_tile(state, queries, tile_at, first_key, keys.whole, limit, scale_log2);
+    }
     next_stage = stage;
     stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
   }

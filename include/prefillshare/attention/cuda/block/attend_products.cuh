@@ -30,6 +30,12 @@ template <class Shape>
   return static_cast<int>(threadIdx.x) / 32 / Shape::kWarpsN * Shape::kWarpRows;
 }
 
+// The first row of this warp's row tile r, in the block.
+template <class Shape>
+[[nodiscard]] __device__ __forceinline__ int tile_row(int r) {
+  return Shape::kWgmma ? r * 64 + static_cast<int>(threadIdx.x) / 32 * 16 : warp_row<Shape>() + r * 16;
+}
+
 [[nodiscard]] __device__ __forceinline__ const std::uint16_t* query_row(const QueryRows& rows, int row,
                                                                         int head_dim) {
   const int token = row / rows.group;
@@ -57,6 +63,14 @@ struct Queries {
         const int row = rows.first_row + i / kChunks;
         const bool there = row < rows.rows;
         const std::uint16_t* const from = query_row(rows, there ? row : 0, Shape::kHeadDim) + i % kChunks * 8;
+        if constexpr (Shape::kWgmma) {
+          const int mine = i / kChunks;
+          const int chunk = i % kChunks;
+          copy_or_zero(base + static_cast<unsigned>(chunk / 8 * Shape::kRows * 128 + mine * 128 +
+                                                    ((chunk ^ mine) & 7) * 16),
+                       from, there);
+          continue;
+        }
         const unsigned to = base + static_cast<unsigned>(i / kChunks * Shape::kQueryRowBytes);
         if constexpr (Shape::kFp8) {
           const int column = i % kChunks * 8;
@@ -70,8 +84,10 @@ struct Queries {
           copy_or_zero(to + static_cast<unsigned>(i % kChunks * 16), from, there);
         }
       }
-      shared = base + static_cast<unsigned>((warp_row<Shape>() + lane % 16) * Shape::kQueryRowBytes +
-                                            lane / 16 * 16);
+      shared = Shape::kWgmma
+                   ? base
+                   : base + static_cast<unsigned>((warp_row<Shape>() + lane % 16) * Shape::kQueryRowBytes +
+                                                  lane / 16 * 16);
     } else {
       const int row = rows.first_row + warp_row<Shape>() + lane / 4;
 #pragma unroll

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include <codegemm/base/macros.hpp>
+#include <codegemm/cuda/block/wgmma.cuh>
 #include <prefillshare/attention/cuda/block/tensor_core.cuh>
 
 namespace prefillshare::cuda {
@@ -17,8 +18,12 @@ inline constexpr int kTileKeys = 64;
 /// How a block of threads shares out a tile: kWarpsM warps along the query rows, kWarpsN along the keys, and
 /// kRowTiles times 16 query rows a warp. Shared memory holds kStages tiles of K and V, each row padded by 16
 /// bytes, so that the eight rows of a matrix that ldmatrix reads lie in different banks. Fp8: K and V are
-/// e4m3 and become Type, exactly, between shared memory and the products.
-template <ScalarType Type, int HeadDim, int WarpsM, int WarpsN, int RowTiles, int Stages, bool Fp8 = false>
+/// e4m3 and become Type, exactly, between shared memory and the products. Wgmma: where the compiler has
+/// Hopper's products, the four warps multiply 64 rows each time, and 64 columns of all rows of a tile lie
+/// together instead, 128 bytes a row, in the 128-byte swizzle: of row r, 16 bytes number c are at place
+/// c ^ (r % 8).
+template <ScalarType Type, int HeadDim, int WarpsM, int WarpsN, int RowTiles, int Stages, bool Fp8 = false,
+          bool Wgmma = false>
 struct AttendShape {
   static_assert(HeadDim % 16 == 0, "prefillshare: AttendShape HeadDim must be a multiple of 16");
   static constexpr ScalarType kType = Type;               ///< of the queries and of the products
@@ -37,14 +42,37 @@ struct AttendShape {
   static constexpr bool kQueriesInShared = RowTiles > 1;  ///< else in registers
   /// Decoding waits for memory, so that there is time to multiply by what bf16 leaves of a weight, too.
   static constexpr bool kExactWeights = Type == ScalarType::kBFloat16 && RowTiles == 1;
+  static constexpr bool kWgmma = Wgmma && CODEGEMM_HAS_WGMMA != 0;  ///< never for the host's compiler
+  static_assert(!Wgmma || (!Fp8 && WarpsM == 4 && WarpsN == 1 && RowTiles <= 2),
+                "prefillshare: AttendShape with Wgmma is of one warpgroup and keys of 16 bits");
   static constexpr int kRowChunks = HeadDim * (Fp8 ? 1 : 2) / 16;  ///< of 16 bytes, of a row of K or V
   /// Of a row of K or V in shared memory: padded, so that rows lie in different banks.
   static constexpr int kRowBytes = kRowChunks * 16 + 16;
-  static constexpr int kQueryRowBytes = HeadDim * 2 + 16;      ///< the same of Q
-  static constexpr int kTileBytes = kTileKeys * kRowBytes;     ///< of K or of V
+  static constexpr int kQueryRowBytes = HeadDim * 2 + 16;                    ///< the same of Q
+  static constexpr int kColumnTiles = (HeadDim + 63) / 64;                   ///< of 64 columns, with kWgmma
+  static constexpr unsigned kColumnTileBytes = kTileKeys * 128;              ///< of one of K or of V
+  static constexpr int kPaddedTileBytes = kTileKeys * kRowBytes;             ///< without kWgmma
+  static constexpr int kSwizzledTileBytes = kColumnTiles * kTileKeys * 128;  ///< with it
+  static constexpr int kTileBytes = kWgmma ? kSwizzledTileBytes : kPaddedTileBytes;  ///< of K or of V
   static constexpr int kQueriesAt = kStages * 2 * kTileBytes;  ///< bytes, from the beginning of shared memory
+  /// Of a block, the same for the host's compiler as on the device.
+  static constexpr int shared_bytes(bool wgmma) {
+    const int tiles = kStages * 2 * (wgmma ? kSwizzledTileBytes : kPaddedTileBytes);
+    if (!kQueriesInShared) return tiles;
+    return tiles + kRows * (wgmma ? kColumnTiles * 128 : kQueryRowBytes);
+  }
   /// Of a block.
-  static constexpr int kSharedBytes = kQueriesAt + (kQueriesInShared ? kRows * kQueryRowBytes : 0);
+  static constexpr int kSharedBytes = !Wgmma || shared_bytes(false) > shared_bytes(true) ? shared_bytes(false)
+                                                                                         : shared_bytes(true);
+  /// Where 16 bytes of a row of a tile lie, in bytes from its beginning.
+  [[nodiscard]] static __device__ __forceinline__ constexpr unsigned place(int row, int chunk) {
+    if constexpr (kWgmma) {
+      return static_cast<unsigned>(chunk / 8) * kColumnTileBytes +
+             static_cast<unsigned>(row * 128 + ((chunk ^ row) & 7) * 16);
+    } else {
+      return static_cast<unsigned>(row * kRowBytes + chunk * 16);
+    }
+  }
   static_assert(kSlice % 8 == 0 && kSlice <= 32, "prefillshare: AttendShape needs 2, 4 or 8 warps");
 };
 
@@ -117,8 +145,7 @@ struct PageLoader {
       if (kLeavesOut && from == kNothing) continue;
       const bool there = from >= 0;
       const std::int64_t at = (there ? from : 0) + column * 8;
-      const unsigned to =
-          stage + static_cast<unsigned>((warp * Shape::kSlice + row) * Shape::kRowBytes + column * 16);
+      const unsigned to = stage + Shape::place(warp * Shape::kSlice + row, column);
       copy_or_zero(to, kv.k + at, there);
       copy_or_zero(to + static_cast<unsigned>(Shape::kTileBytes), kv.v + at, there);
     }
@@ -129,7 +156,7 @@ struct PageLoader {
     constexpr int kChunks = Shape::kRowChunks;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     if (static_cast<int>(threadIdx.x) / 32 != row / Shape::kSlice || lane >= kChunks) return;
-    const unsigned to = stage + static_cast<unsigned>(row * Shape::kRowBytes + lane * 16);
+    const unsigned to = stage + Shape::place(row, lane);
     copy_16(to, kv.k + from + lane * 8);
     copy_16(to + static_cast<unsigned>(Shape::kTileBytes), kv.v + from + lane * 8);
   }

@@ -46,6 +46,35 @@ __device__ __forceinline__ void wgmma_scores(float (&d)[64], std::uint64_t a, st
 #undef PREFILLSHARE_WGMMA
 }
 
+// The same for 64 rows of b.
+template <ScalarType Type>
+__device__ __forceinline__ void wgmma_scores(float (&d)[32], std::uint64_t a, std::uint64_t b, bool add) {
+#define PREFILLSHARE_WGMMA(type)                                                                             \
+  asm volatile(                                                                                              \
+      "{.reg .pred add;\n\t"                                                                                 \
+      "setp.ne.b32 add, %34, 0;\n\t"                                                                         \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type                                                     \
+      " {"                                                                                                   \
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                               \
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "                                   \
+      "%32, %33, add, 1, 1, 0, 0;}"                                                                          \
+      : PREFILLSHARE_SUMS_32(d, 0)                                                                           \
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+  if constexpr (Type == ScalarType::kHalf)
+    PREFILLSHARE_WGMMA("f16.f16");
+  else
+    PREFILLSHARE_WGMMA("bf16.bf16");
+#undef PREFILLSHARE_WGMMA
+}
+// The same with a in registers, as in wgmma_values().
+template <ScalarType Type>
+__device__ __forceinline__ void wgmma_scores(float (&d)[32], const unsigned (&a)[4], std::uint64_t b,
+                                             bool add) {
+  constexpr auto kType =
+      Type == ScalarType::kHalf ? codegemm::cuda::PairType::kHalf : codegemm::cuda::PairType::kBFloat16;
+  codegemm::cuda::detail::wgmma_pairs<kType>(d, a, b, add);
+}
+
 // d[At ..] += a b for Columns columns: a is 64 x 16 in the registers of 128 threads, as the fragments of four
 // mma.sync one below the other; b is 16 rows x Columns in shared memory.
 template <ScalarType Type, int Columns, int At, int Size>

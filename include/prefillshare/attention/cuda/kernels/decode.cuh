@@ -14,20 +14,6 @@ namespace prefillshare::cuda {
 
 namespace detail {
 
-// Brings the first keys of an item into the second-level cache.
-template <class Shape>
-__device__ __forceinline__ void prefetch_keys(const DecodeArgs& a, const KeyFamily& family,
-                                              const DecodeItem& item) {
-  constexpr unsigned kBytes = Shape::kRowChunks * 16;
-  const int key = family.key_begin + item.tile * kTileKeys + static_cast<int>(threadIdx.x);
-  if (static_cast<int>(threadIdx.x) >= item.count * kTileKeys || key >= family.key_end) return;
-  const int slot = page_of(a.kv, key);
-  const std::int64_t at = a.indices[family.page_begin + slot] * a.kv.page_stride +
-                          (key - slot * a.kv.page_size) * a.kv.token_stride + item.kv_head * a.kv.head_stride;
-  codegemm::cuda::detail::prefetch_l2(a.kv.k + at, kBytes);
-  codegemm::cuda::detail::prefetch_l2(a.kv.v + at, kBytes);
-}
-
 // Tiles of keys of one item, in the shape that its kind asks for.
 template <class Shape, WorkKind Kind, DecodeSort Sort>
 __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily& family,
@@ -49,16 +35,15 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
   constexpr bool kCausal = Sort == DecodeSort::kCausal;
   if constexpr (kCausal) keys.whole = min(keys.end, of_first + rows.first_row / a.group);
   const auto limit = [&](int r, int h) {
-    const int row =
-        rows.first_row + warp_row<Shape>() + r * 16 + h * 8 + static_cast<int>(threadIdx.x) % 32 / 4;
+    const int row = rows.first_row + tile_row<Shape>(r) + h * 8 + static_cast<int>(threadIdx.x) % 32 / 4;
     return kCausal ? min(keys.end, of_first + row / a.group) : keys.end;
   };
   AttendState<Shape> state;
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory));
   const std::int32_t* const pages = a.indices + family.page_begin;
-  if constexpr (Sort != DecodeSort::kAlone) {  // a kernel of four shapes has no registers to spare
+  if constexpr (Kind == WorkKind::kManyRows) {  // its queries go to shared memory
     if (waits) {
-      prefetch_keys<Shape>(a, family, item);
+      prefetch_rows<Shape>(a.kv, pages, item.kv_head, keys.begin, keys.end);
       codegemm::cuda::detail::wait_for_previous_kernel();
       codegemm::cuda::detail::allow_next_kernel();
     }
@@ -89,14 +74,13 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
 /// few; what else there is of a row is put together by decode_merge_kernel.
 template <class Tail, class Few, class Some, class Many, DecodeSort Sort>
 __global__ void __launch_bounds__(Tail::kThreads, 2) decode_kernel(const __grid_constant__ DecodeArgs a) {
-  static_assert(Tail::kThreads == Few::kThreads && Tail::kThreads == Some::kThreads &&
-                    Tail::kThreads == Many::kThreads && Tail::kSharedBytes >= Few::kSharedBytes &&
-                    Tail::kSharedBytes >= Some::kSharedBytes && Tail::kSharedBytes >= Many::kSharedBytes,
-                "prefillshare: decode_kernel's shapes share one launch");
+  static_assert(
+      Tail::kThreads == Few::kThreads && Tail::kThreads == Some::kThreads && Tail::kThreads == Many::kThreads,
+      "prefillshare: decode_kernel's shapes share one launch");
   static_assert(Tail::kRows == kTailRows && Few::kRows == rows_of(WorkKind::kFewRows) &&
                     Some::kRows == rows_of(WorkKind::kSomeRows) && Many::kRows == kManyRows,
                 "prefillshare: decode_kernel's shapes have the rows that prepare() counts on");
-  extern __shared__ __align__(128) char shared_memory[];
+  extern __shared__ __align__(1024) char decode_memory[];  // of the 128-byte swizzle
   const int superblock = static_cast<int>(blockIdx.x) / a.lanes;
   const int lane = static_cast<int>(blockIdx.x) - superblock * a.lanes;
   bool waits = a.overlap;
@@ -120,14 +104,14 @@ __global__ void __launch_bounds__(Tail::kThreads, 2) decode_kernel(const __grid_
     item.find(family, start, at, a.lanes, lane);
     const WorkKind kind = is_shared ? shared_kind(family.rows) : WorkKind::kTail;
     if (Sort != DecodeSort::kCausal && kind == WorkKind::kTail) {
-      detail::decode_item<Tail, WorkKind::kTail, Sort>(a, family, item, waits, shared_memory);
+      detail::decode_item<Tail, WorkKind::kTail, Sort>(a, family, item, waits, decode_memory);
     } else if constexpr (Sort != DecodeSort::kAlone) {
       if (kind == WorkKind::kFewRows) {
-        detail::decode_item<Few, WorkKind::kFewRows, Sort>(a, family, item, waits, shared_memory);
+        detail::decode_item<Few, WorkKind::kFewRows, Sort>(a, family, item, waits, decode_memory);
       } else if (kind == WorkKind::kSomeRows) {
-        detail::decode_item<Some, WorkKind::kSomeRows, Sort>(a, family, item, waits, shared_memory);
+        detail::decode_item<Some, WorkKind::kSomeRows, Sort>(a, family, item, waits, decode_memory);
       } else {
-        detail::decode_item<Many, WorkKind::kManyRows, Sort>(a, family, item, waits, shared_memory);
+        detail::decode_item<Many, WorkKind::kManyRows, Sort>(a, family, item, waits, decode_memory);
       }
     }
     waits = false;

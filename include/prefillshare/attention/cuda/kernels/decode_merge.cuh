@@ -56,7 +56,7 @@ struct RowParts {
 
 /// RowWarps warps for each query row; the parts are added in the same order every time.
 template <int HeadDim, int RowWarps>
-__global__ void __launch_bounds__(kMergeThreads, 8)
+__global__ void __launch_bounds__(kMergeThreads, RowWarps > 1 ? 6 : 8)
     decode_merge_kernel(const __grid_constant__ DecodeMergeArgs a) {
   constexpr int kRows = kMergeThreads / 32 / RowWarps;
   constexpr int kColumns = HeadDim / 32;  // of a lane
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kMergeThreads, 8)
   const int count = shared.count + tails.count;
   // So many parts are asked for before the first is there. More would need registers that the blocks of
   // decode_kernel leave to this one, so that it waits beside them.
-  constexpr int kAtOnce = RowWarps > 1 ? 3 : 4;
+  constexpr int kAtOnce = RowWarps > 1 ? 6 : 4;
   float top = -INFINITY;
   float sum = 0.0F;
   float out[kColumns] = {};

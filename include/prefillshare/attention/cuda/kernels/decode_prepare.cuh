@@ -32,6 +32,7 @@ struct DecodePrepareArgs {
   int superblocks = 0;
   int min_tiles = 0;
   int many_rows_cost = 0;  // of a tile of many rows, in percent of one of few
+  int tail_item_cost = 0;  // of each item of a tail beside its tiles, the same
   int min_shared_sequences = 0;
   int min_shared_tokens = 0;
   // Group g is sequence g of the table, and what else is called a sequence is one of its last tokens.
@@ -69,9 +70,10 @@ __device__ __forceinline__ int sum_before(int value, int& total, int (&warp_sums
   return pages > 0 ? (pages - 1) * a.page_size + a.last_page_len[sequence] : 0;
 }
 
-// Numbers the families' work and returns how much it is; `cost` gets that of a tile on average, in percent.
-__device__ inline int number_work(KeyFamily* families, int count, const DecodePrepareArgs& a, int& cost,
-                                  int (&warp_sums)[kPrepareThreads / 32]) {
+// Numbers the families' work and returns how much it is; `cost` gets that of a tile on average, in percent,
+// with item_cost for each item.
+__device__ inline int number_work(KeyFamily* families, int count, const DecodePrepareArgs& a, int item_cost,
+                                  int& cost, int (&warp_sums)[kPrepareThreads / 32]) {
   const int head_groups = a.kv_heads / a.lanes;
   int all = 0;
   int items = 0;
@@ -95,7 +97,8 @@ __device__ inline int number_work(KeyFamily* families, int count, const DecodePr
     items += total_items;
     many += total_many;
   }
-  cost = 100 + (all == 0 ? 0 : static_cast<int>(std::int64_t{a.many_rows_cost - 100} * many / all));
+  const std::int64_t more = std::int64_t{a.many_rows_cost - 100} * many + std::int64_t{item_cost} * items;
+  cost = 100 + (all == 0 ? 0 : static_cast<int>(more / all));
   return all;
 }
 
@@ -129,14 +132,14 @@ template <int>
 __global__ void __launch_bounds__(kPrepareThreads)
     decode_prepare_kernel(const __grid_constant__ DecodePrepareArgs a) {
   __shared__ int warp_sums[kPrepareThreads / 32];
-  __shared__ int best;
+  __shared__ unsigned long long best;  // the longer time, in percent of a tile's, and superblocks
   __shared__ int has_empty;
   codegemm::cuda::detail::wait_for_previous_kernel();
   codegemm::cuda::detail::allow_next_kernel();
   const int thread = static_cast<int>(threadIdx.x);
   for (int i = thread; i < a.sequences; i += kPrepareThreads) a.tails[i].shared = -1;
   if (thread == 0) {
-    best = INT_MAX;
+    best = ULLONG_MAX;
     has_empty = 0;
   }
   const int items = a.causal ? 0 : a.sequences * a.kv_heads * ((a.group + kTailRows - 1) / kTailRows);
@@ -183,9 +186,10 @@ __global__ void __launch_bounds__(kPrepareThreads)
     if (family.tiles == 0 && family.shared < 0) has_empty = 1;
   }
   __syncthreads();
+  int tail_cost = 100;
   int cost = 100;
-  const int tail_all = detail::number_work(a.tails, a.sequences, a, cost, warp_sums);
-  const int shared_all = detail::number_work(a.shared, a.groups, a, cost, warp_sums);
+  const int tail_all = detail::number_work(a.tails, a.sequences, a, a.tail_item_cost, tail_cost, warp_sums);
+  const int shared_all = detail::number_work(a.shared, a.groups, a, 0, cost, warp_sums);
   for (int i = thread; i < a.superblocks; i += kPrepareThreads) {
     BlockStart start;
     start.family.has_empty = has_empty;
@@ -196,12 +200,17 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const int least = shared_all == 0 ? 0 : 1;
   const int most = shared_all == 0 ? 0 : max(1, a.superblocks - (tail_all == 0 ? 0 : 1));
   for (int n = least + thread; n <= most; n += kPrepareThreads) {
-    const int for_shared = n == 0 ? 0 : detail::quota_of(shared_all, n, a.min_tiles) * cost / 100;
-    const int for_tails = detail::quota_of(tail_all, a.superblocks - n, a.min_tiles);
-    atomicMin(&best, max(for_shared, for_tails) * 1024 + n);
+    const auto time_of = [&](int all, int superblocks, int tile_cost) {
+      return all == 0 ? 0ULL
+                      : static_cast<unsigned long long>(detail::quota_of(all, superblocks, a.min_tiles)) *
+                            static_cast<unsigned>(tile_cost);
+    };
+    const unsigned long long longer =
+        max(time_of(shared_all, n, cost), time_of(tail_all, a.superblocks - n, tail_cost));
+    atomicMin(&best, longer * 1024 + static_cast<unsigned>(n));
   }
   __syncthreads();
-  const int superblocks_shared = best % 1024;
+  const int superblocks_shared = static_cast<int>(best % 1024);
   detail::deal_out(a, a.shared, a.groups, shared_all, 0, superblocks_shared, 1, has_empty);
   detail::deal_out(a, a.tails, a.sequences, tail_all, superblocks_shared, a.superblocks - superblocks_shared,
                    0, has_empty);

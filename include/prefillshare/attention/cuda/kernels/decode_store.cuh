@@ -47,8 +47,8 @@ __device__ __forceinline__ void store_keys_split(const AttendState<Shape>& state
     if (lane % 4 == 0) tops[warp * 16 + row] = make_float2(state.top[0][h] * a.scale_log2, state.sum[0][h]);
 #pragma unroll
     for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
-      *reinterpret_cast<float2*>(sums + (warp * 16 + row) * kPitch + state.column_of(n)) =
-          state.pair(0, n, h);
+      *reinterpret_cast<float2*>(sums + (warp * 16 + row) * kPitch + state.lane_column() +
+                                 state.column_step(n)) = state.pair(0, n, h);
     }
   }
   __syncthreads();
@@ -157,14 +157,14 @@ __device__ __forceinline__ void store_rows_split(const AttendState<Shape>& state
   for (int r = 0; r < Shape::kRowTiles; ++r) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = warp_row<Shape>() + r * 16 + lane / 4 + 8 * h;
+      const int row = tile_row<Shape>(r) + lane / 4 + 8 * h;
       if (rows.first_row + row >= rows.rows) continue;
       const std::int64_t at = static_cast<std::int64_t>(part) * partials.rows + row;
       if (lane % 4 == 0) partials.top[at] = make_float2(state.top[r][h] * a.scale_log2, state.sum[r][h]);
 #pragma unroll
       for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
-        *reinterpret_cast<float2*>(partials.out + at * Shape::kHeadDim + state.column_of(n)) =
-            state.pair(r, n, h);
+        *reinterpret_cast<float2*>(partials.out + at * Shape::kHeadDim + state.lane_column() +
+                                   state.column_step(n)) = state.pair(r, n, h);
       }
     }
   }

@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 256 / Shape::kThreads)
 #pragma unroll
       for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
         const float2 sums = state.pair(r, n, h);
-        detail::store_pair(a.out, at + state.column_of(n), a.out_type, sums.x * inverse, sums.y * inverse);
+        detail::store_pair(a.out, at + state.lane_column() + state.column_step(n), a.out_type,
+                           sums.x * inverse, sums.y * inverse);
       }
     }
   }
