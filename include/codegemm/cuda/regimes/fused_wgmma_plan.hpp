@@ -79,7 +79,8 @@ struct FusedWgmmaLimits {
       if (tuning.splits != 0 && splits != tuning.splits) continue;
       if (splits > slabs && splits > 1) continue;
       FusedWgmmaPlan p;
-      p.schedule = schedule_pieces(products, slabs, limits.cluster_pairs, splits);
+      p.schedule =
+          schedule_pieces(products, slabs, limits.cluster_pairs, splits, x_stages < 4 ? 1 : tile / 8);
       const PieceSchedule& s = p.schedule;
       if (s.clusters < 1) continue;
       const std::int64_t rest = products - std::int64_t{s.whole} * s.clusters;  // products in pieces
@@ -88,7 +89,9 @@ struct FusedWgmmaLimits {
       const std::size_t piece_bytes = static_cast<std::size_t>(tile) * 2 * 128 * sizeof(float);
       p.partial_bytes = cut ? static_cast<std::size_t>(s.cutters) * piece_bytes : 0;
       if (p.partial_bytes > kMaxPartialBytes) continue;
-      if (cut && static_cast<std::size_t>(s.cutters) * 4 > kCounterBytes / sizeof(unsigned)) continue;
+      const std::size_t counters =
+          static_cast<std::size_t>(s.cutters) * (s.even_pieces > 1 ? 4 * kMostEvenPieces : 4);
+      if (cut && counters > kCounterBytes / sizeof(unsigned)) continue;
       p.token_tile = tile;
       p.token_blocks = static_cast<int>(token_blocks);
       p.row_tiles = row_tiles;
@@ -96,15 +99,20 @@ struct FusedWgmmaLimits {
       p.code_stages = kCodeStages;
       p.shared_bytes = fixed + static_cast<std::size_t>(x_stages) * stage;
       p.cost = s.whole * (static_cast<double>(slabs) * slab_cycles + product_cycles);
-      if (rest > 0) {
+      const double block_bytes = static_cast<double>(piece_bytes) / 2.0;
+      if (s.even_pieces > 1) {  // each hands over all but its share, and gets as much
+        const double share = 1.0 / s.even_pieces;
+        p.cost += static_cast<double>(divide_up(slabs, s.even_pieces)) * slab_cycles + kProductCycles +
+                  kTokenCycles * tile * share + kHandOverCycles +
+                  2.0 * (1.0 - share) * block_bytes / kPartialBytesACycle;
+      } else if (rest > 0) {
         const auto longest = static_cast<double>(divide_up(s.shared_slabs, s.cutters));
         p.cost += longest * slab_cycles + product_cycles;
         // A cluster hands over one piece and adds the others of a product.
         const auto pieces = static_cast<double>(divide_up(s.cutters, rest));
-        if (cut) {
-          p.cost += kProductCycles + kHandOverCycles +
-                    pieces * (static_cast<double>(piece_bytes) / 2.0 / kPartialBytesACycle + kPieceCycles);
-        }
+        if (cut)
+          p.cost +=
+              kProductCycles + kHandOverCycles + pieces * (block_bytes / kPartialBytesACycle + kPieceCycles);
       }
       if (best.token_tile == 0 || p.cost < best.cost) best = p;
     }
