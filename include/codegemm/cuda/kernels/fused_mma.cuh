@@ -206,8 +206,9 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   int stage = 0;
   int half = 0;
   unsigned x[4 * kChunkSteps][4];  // fragments of x: the lane's four k of tokens r and r + 8
-  // ptxas would keep them in the order of the loads, and move four words in front of every product.
-  const unsigned zero = static_cast<unsigned>(a.tokens) >> 31;
+  // Of 16 tokens ptxas would keep them in the order of the loads, and move four words in front of every
+  // product; of 8, half of them are zeros that it need not keep.
+  const unsigned zero = Tokens == 16 ? static_cast<unsigned>(a.tokens) >> 31 : 0U;
   for (int window = slab0; window < slab1;) {
     const int slab = window + warp;
     const int warps = min(kWarps, slab1 - window);  // that have a slab
