@@ -49,7 +49,7 @@ struct WgmmaFragments {
   // upper two.
   int row_of_lane = 0;
   unsigned stream_of_lane = 0;  // from the codes of a step to those that the lane reads
-  unsigned select = 0;          // of address_of_row()
+  unsigned select = 0;          // the byte permute that makes the address of byte 0
 
   __device__ __forceinline__ void begin(const char* table_memory, int code_bits, int scale_steps, int lane) {
     table = table_memory;
@@ -192,7 +192,7 @@ struct WgmmaFragments {
     const int p = vector * kCodebooks + c;
     if constexpr (Config::kCodeBytes == 1) {
       const unsigned at = __byte_perm(row, lane_bytes, 0x7604U | (static_cast<unsigned>(p) << 4));
-      return Table::lookup_pair(table, at, Table::plane(c * Table::kHalves + (V == 16 ? half : 0), bits));
+      return Table::lookup_pair(table, at, Table::plane(c, bits));
     } else {
       const unsigned code = row >> (16 * p) & 0xFFFFU;
       const std::uint16_t* const centroid = codebooks + ((static_cast<unsigned>(c) << bits) + code) * V;
