@@ -58,9 +58,9 @@ TEST_CASE("cuda crossovers: every line is sensible") {
 
 // Every slab of every product is made once, and whoever ends a product finds all the pieces before its own
 // with the clusters of lower number just before it.
-void check_schedule(std::int64_t products, int slabs, int most, int splits) {
-  CAPTURE(products, slabs, most, splits);
-  const cuda::PieceSchedule s = cuda::schedule_pieces(products, slabs, most, splits);
+void check_schedule(std::int64_t products, int slabs, int most, int splits, int most_even) {
+  CAPTURE(products, slabs, most, splits, most_even);
+  const cuda::PieceSchedule s = cuda::schedule_pieces(products, slabs, most, splits, most_even);
   REQUIRE(s.clusters >= 1);
   REQUIRE(s.clusters <= most);
   std::vector<int> made(static_cast<std::size_t>(products * slabs), 0);
@@ -77,9 +77,16 @@ void check_schedule(std::int64_t products, int slabs, int most, int splits) {
       REQUIRE(p.slabs >= 1);
       REQUIRE(p.slab >= 0);
       REQUIRE(p.slab + p.slabs <= slabs);
-      REQUIRE((p.slab + p.slabs == slabs) == p.ends);
       all += p.slabs;
       for (int k = p.slab; k < p.slab + p.slabs; ++k) ++made[static_cast<std::size_t>(p.product * slabs + k)];
+      if (s.even_pieces > 1 && p.slabs < slabs) {  // the last that its cluster makes
+        REQUIRE(i == pieces.size() - 1);
+        CHECK(p.ends);
+        CHECK(p.product == s.whole * s.clusters + c / s.even_pieces);
+        CHECK(p.slab == c % s.even_pieces * slabs / s.even_pieces);
+        continue;
+      }
+      REQUIRE((p.slab + p.slabs == slabs) == p.ends);
       if (!p.ends) {
         REQUIRE(i == 0);
         heads[static_cast<std::size_t>(c)] = p;
@@ -111,13 +118,21 @@ TEST_CASE("cuda pieces: every slab is made once, and all pieces of a product are
   for (const int most : {1, 2, 7, 66}) {
     for (const int slabs : {1, 2, 3, 16, 33}) {
       for (const std::int64_t products : {1, 2, 5, 32, 65, 66, 67, 80, 200}) {
-        for (const int splits : {1, 2, 3, 8}) check_schedule(products, slabs, most, splits);
+        for (const int splits : {1, 2, 3, 8}) {
+          for (const int most_even : {1, 4, 8}) check_schedule(products, slabs, most, splits, most_even);
+        }
       }
     }
   }
-  CHECK(cuda::schedule_pieces(0, 4, 66, 2).clusters == 0);
-  CHECK(cuda::schedule_pieces(4, 0, 66, 2).clusters == 0);
-  CHECK(cuda::schedule_pieces(4, std::int64_t{1} << 24, 66, 2).clusters == 0);
+  CHECK(cuda::schedule_pieces(0, 4, 66, 2, 8).clusters == 0);
+  CHECK(cuda::schedule_pieces(4, 0, 66, 2, 8).clusters == 0);
+  CHECK(cuda::schedule_pieces(4, std::int64_t{1} << 24, 66, 2, 8).clusters == 0);
+  // Even pieces only where each product gets as many: 14 beside a whole wave of 66, four clusters each.
+  CHECK(cuda::schedule_pieces(80, 32, 66, 4, 8).even_pieces == 4);
+  CHECK(cuda::schedule_pieces(80, 32, 66, 8, 8).even_pieces == 0);
+  CHECK(cuda::schedule_pieces(80, 3, 66, 4, 8).even_pieces == 0);
+  CHECK(cuda::schedule_pieces(80, 32, 66, 4, 2).even_pieces == 0);
+  CHECK(cuda::schedule_pieces(80, 32, 66, 3, 8).even_pieces == 0);
 }
 
 }  // namespace

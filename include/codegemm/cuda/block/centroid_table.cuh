@@ -50,13 +50,14 @@ struct CentroidTable {
   static __device__ __forceinline__ void fill(char* table, const std::uint16_t* codebooks, int bits,
                                               PairType type, int thread, int threads) {
     constexpr int kWords = kEntryBytes / 4;
-    constexpr int kPieces = kPlaneBytes / 16;  // a thread writes 16 bytes: 16 / kEntryBytes copies
-    const int pieces = (kPlanes << bits) * kPieces;
+    constexpr int kPieces = kPlaneBytes / 16;  // 16 bytes each: 16 / kEntryBytes copies
+    // A thread loads a centroid once and writes every other piece of its plane; eight lanes in a row write
+    // different pieces, which are different banks.
+    const int shares = (kPlanes << bits) * 2;
 #pragma unroll 4
-    for (int i = thread; i < pieces; i += threads) {
-      const int piece = i % kPieces;
-      const int code = i / kPieces / kPlanes;
-      const int p = i / kPieces % kPlanes;
+    for (int i = thread; i < shares; i += threads) {
+      const int code = i / 2 / kPlanes;
+      const int p = i / 2 % kPlanes;
       const std::uint16_t* const from =
           codebooks + ((p / kHalves << bits) + code) * V + p % kHalves * (V / kHalves);
       unsigned words[4];
@@ -69,8 +70,12 @@ struct CentroidTable {
           words[w] = *reinterpret_cast<const unsigned*>(&rounded);
         }
       }
-      *reinterpret_cast<uint4*>(table + plane(p, bits) + code * 256 + piece * 16) =
-          make_uint4(words[0], words[1], words[2], words[3]);
+      char* const to = table + plane(p, bits) + code * 256;
+#pragma unroll
+      for (int j = 0; j < kPieces; j += 2) {
+        *reinterpret_cast<uint4*>(to + (i + j) % kPieces * 16) =
+            make_uint4(words[0], words[1], words[2], words[3]);
+      }
     }
   }
 

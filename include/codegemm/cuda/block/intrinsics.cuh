@@ -57,6 +57,13 @@ __device__ __forceinline__ void load_matrices(unsigned shared, unsigned (&out)[4
                : "memory");
 }
 
+// The same of what does not change between two barriers of the block: other accesses may be moved across it.
+__device__ __forceinline__ void load_matrices_of_constants(unsigned shared, unsigned (&out)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared));
+}
+
 // Programmatic dependent launch. On hardware without it a kernel starts when the one before has ended.
 __device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -216,6 +223,10 @@ __device__ __forceinline__ void arrive_and_expect(unsigned barrier, unsigned byt
 // This thread's asynchronous copies arrive when they are done, as one of the barrier's arrivals.
 __device__ __forceinline__ void arrive_after_copies(unsigned barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// The description of a tensor, in global or parameter memory, is brought to where copies look for it.
+__device__ __forceinline__ void prefetch_map(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 // A box of a two-dimensional tensor, from (column, row) on, into the same place of every block in `blocks`.
 __device__ __forceinline__ void copy_box(unsigned shared, const void* map, int column, int row,

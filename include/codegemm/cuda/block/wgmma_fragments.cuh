@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 
 #include <codegemm/cuda/block/centroid_table.cuh>
+#include <codegemm/cuda/block/intrinsics.cuh>
 #include <codegemm/cuda/block/tile_layout.hpp>
 
 namespace codegemm::cuda::detail {
@@ -28,8 +29,11 @@ struct WgmmaFragments {
   static_assert(kLaneSpan == 4 || kLaneSpan == 8 || kLaneSpan == 16 || kLaneSpan == 32,
                 "codegemm: a lane of a Config must own 4, 8, 16 or 32 columns");
 
+  // Eight values of a centroid are a row of ldmatrix, which brings a fragment in one instruction a codebook.
+  static constexpr bool kRows = V >= 8 && Config::kCodeBytes == 1;
+
   struct Pairs {
-    unsigned values[4][kCodebooks];  // [half * 2 + row][codebook]
+    unsigned values[kCodebooks][4];  // [codebook][half * 2 + row]
     unsigned scales[2][2];           // [half][row], each twice
   };
 
@@ -41,6 +45,31 @@ struct WgmmaFragments {
   int q = 0;
   unsigned lane_bytes = 0;
   unsigned scale_pairs[2] = {};  // of rows r and r + 8, each twice
+  // With ldmatrix lane 8 i + j names row j of the i-th 8 x 8 matrix: rows 8 on are the odd ones, k 8 on the
+  // upper two.
+  int row_of_lane = 0;
+  unsigned stream_of_lane = 0;  // from the codes of a step to those that the lane reads
+  unsigned select = 0;          // the byte permute that makes the address of byte 0
+
+  __device__ __forceinline__ void begin(const char* table_memory, int code_bits, int scale_steps, int lane) {
+    table = table_memory;
+    bits = code_bits;
+    steps = scale_steps;
+    r = lane / 4;
+    q = lane % 4;
+    if constexpr (kRows) {
+      const int half = lane / 16;
+      // A code of the other half is in another packed lane, another byte, or another plane of the table.
+      row_of_lane = lane % 16;
+      if (kLaneSpan == 8) row_of_lane = row_slot(half, row_of_lane);
+      stream_of_lane = kLaneSpan == 8 ? static_cast<unsigned>(half * 16 * kRowBytes) : 0U;
+      select = 0x7604U + (kLaneSpan > 8 && V == 8 ? static_cast<unsigned>(half * kCodebooks) << 4 : 0U);
+      lane_bytes = static_cast<unsigned>(lane % Table::kCopies * Table::kEntryBytes +
+                                         (V == 16 ? half * Table::kPlaneBytes : 0));
+    } else {
+      lane_bytes = static_cast<unsigned>(lane) * 4U % static_cast<unsigned>(Table::kPlaneBytes);
+    }
+  }
 
   // Step `step` of a slab, known when compiling. `codes` and `scales` are the row tile's.
   __device__ __forceinline__ void lookup(const char* codes, const char* scales, int step, Pairs& out) {
@@ -52,18 +81,34 @@ struct WgmmaFragments {
                         : kLaneSpan == 8 ? 2 * step + half
                                          : 4 * step + 2 * half + q / 2;
       if (kLaneSpan < 16 || half == 0) {
-        load_rows(codes, owner, rows);
+        if constexpr (!kRows) load_rows(codes, owner, rows);
         const int group = 1 << Config::kScaleSteps % 5;
         const bool goes_on =
             kFixedScale && kLaneSpan >= 8 && (16 * step + 8 * half) % (kLaneSpan * group) != 0;
         if (!kRowScale && !goes_on) load_scales(scales, owner);
       }
-      const int vector = k % kLaneSpan / V;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        out.scales[half][e] = scale_pairs[e];
+      for (int e = 0; e < 2; ++e) out.scales[half][e] = scale_pairs[e];
+      if constexpr (!kRows) {
+        const int vector = k % kLaneSpan / V;
 #pragma unroll
-        for (int c = 0; c < kCodebooks; ++c) out.values[half * 2 + e][c] = pair(rows[e], vector, c, half);
+        for (int e = 0; e < 2; ++e) {
+#pragma unroll
+          for (int c = 0; c < kCodebooks; ++c) out.values[c][half * 2 + e] = pair(rows[e], vector, c, half);
+        }
+      }
+    }
+    if constexpr (kRows) {
+      const unsigned row =
+          load_row(codes + stream_of_lane, kLaneSpan == 8 ? 2 * step : 16 * step / kLaneSpan);
+      const int vector = kLaneSpan == 8 ? 0 : 16 * step % kLaneSpan / V;
+      const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(table));
+#pragma unroll
+      for (int c = 0; c < kCodebooks; ++c) {
+        const unsigned byte = static_cast<unsigned>(vector * kCodebooks + c) << 4;
+        load_matrices_of_constants(shared + __byte_perm(row, lane_bytes, select + byte) +
+                                       static_cast<unsigned>(Table::plane(c * Table::kHalves, bits)),
+                                   out.values[c]);
       }
     }
   }
@@ -73,15 +118,15 @@ struct WgmmaFragments {
     for (int i = 0; i < 4; ++i) {
       const unsigned scale = pairs.scales[i / 2][i % 2];
       if constexpr (Type == PairType::kHalf) {
-        unsigned sum = pairs.values[i][0];
+        unsigned sum = pairs.values[0][i];
 #pragma unroll
-        for (int c = 1; c < kCodebooks; ++c) sum = add_pairs(sum, pairs.values[i][c]);
+        for (int c = 1; c < kCodebooks; ++c) sum = add_pairs(sum, pairs.values[c][i]);
         a[i] = kRowScale ? sum : scale_pair(sum, *reinterpret_cast<const __half2*>(&scale));
       } else {
-        float2 sum = unpack_pair(pairs.values[i][0]);
+        float2 sum = unpack_pair(pairs.values[0][i]);
 #pragma unroll
         for (int c = 1; c < kCodebooks; ++c) {
-          const float2 more = unpack_pair(pairs.values[i][c]);
+          const float2 more = unpack_pair(pairs.values[c][i]);
           sum.x += more.x, sum.y += more.y;
         }
         a[i] = scale_pair_bf16(sum, kRowScale ? 1.0F : unpack_pair(scale).x);
@@ -114,6 +159,22 @@ struct WgmmaFragments {
     rows[1] = swapped ? words[0] : words[1];
   }
 
+  // Those of the row that this lane names, of packed lane `owner` and, where a lane has eight columns, for
+  // k 8 on of the one after it.
+  [[nodiscard]] __device__ __forceinline__ unsigned load_row(const char* codes, int owner) const {
+    const char* const stream = codes + owner * (16 * kRowBytes);
+    const int slot = row_slot(owner, row_of_lane);
+    const char* const at = stream + stream_offset(kRowBytes, slot, 0);
+    if constexpr (kRowBytes == 4) return *reinterpret_cast<const unsigned*>(at);
+    if constexpr (kRowBytes == 1) return *reinterpret_cast<const unsigned char*>(at);
+    unsigned row = *reinterpret_cast<const unsigned short*>(at);
+    if constexpr (kRowBytes == 3) {
+      const unsigned last = *reinterpret_cast<const unsigned char*>(stream + stream_offset(3, slot, 2));
+      row |= last << 16;
+    }
+    return row;
+  }
+
   // Without a branch, which would keep the compiler from running products at the same time: a tile without
   // scales has other data at this place, which is not used.
   __device__ __forceinline__ void load_scales(const char* scales, int owner) {
@@ -131,7 +192,7 @@ struct WgmmaFragments {
     const int p = vector * kCodebooks + c;
     if constexpr (Config::kCodeBytes == 1) {
       const unsigned at = __byte_perm(row, lane_bytes, 0x7604U | (static_cast<unsigned>(p) << 4));
-      return Table::lookup_pair(table, at, Table::plane(c * Table::kHalves + (V == 16 ? half : 0), bits));
+      return Table::lookup_pair(table, at, Table::plane(c, bits));
     } else {
       const unsigned code = row >> (16 * p) & 0xFFFFU;
       const std::uint16_t* const centroid = codebooks + ((static_cast<unsigned>(c) << bits) + code) * V;

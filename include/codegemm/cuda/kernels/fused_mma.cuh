@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   constexpr bool kOnWeights = !kRowScale && !kOnSums;
   constexpr bool kConvert = Type == PairType::kBFloat16 && Config::kCodeBytes == 2;
   constexpr bool kTableBf16 = Type == PairType::kBFloat16 && !kOnWeights;
-  constexpr bool kCombine = kOnWeights || kConvert;  // one product for all codebooks
+  // One product for all codebooks: in fp16 the sum of two centroids is rounded once.
+  constexpr bool kCombine = kOnWeights || kConvert || Type == PairType::kHalf;
   constexpr int kChunksPerScale = kOnSums ? 1 << (Config::kScaleSteps - 2) : 1;
   using SumScales = detail::SumScales<kOnSums ? Config::kScaleSteps : 2>;
   constexpr int kUnit = V < 4 ? 4 : V;          // k of a lane looked up at once
@@ -205,6 +206,9 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   int stage = 0;
   int half = 0;
   unsigned x[4 * kChunkSteps][4];  // fragments of x: the lane's four k of tokens r and r + 8
+  // Of 16 tokens ptxas would keep them in the order of the loads, and move four words in front of every
+  // product; of 8, half of them are zeros that it need not keep.
+  const unsigned zero = Tokens == 16 ? static_cast<unsigned>(a.tokens) >> 31 : 0U;
   for (int window = slab0; window < slab1;) {
     const int slab = window + warp;
     const int warps = min(kWarps, slab1 - window);  // that have a slab
@@ -223,7 +227,10 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
                                     r + 8 * i < a.tokens ? min(a.cols - k, 4 * kOf) : 0, a.x_aligned, words);
           }
 #pragma unroll
-          for (int s = 0; s < kOf; ++s) x[step + s][i] = words[s * 2], x[step + s][2 + i] = words[s * 2 + 1];
+          for (int s = 0; s < kOf; ++s) {
+            x[step + s][i] = words[s * 2] | zero;
+            x[step + s][2 + i] = words[s * 2 + 1] | zero;
+          }
         }
       }
     }
@@ -300,7 +307,7 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
                     detail::mma_pairs<Type>(
                         kOnSums ? part[e] : sums[e], x[j * kChunkSteps + u * kSteps + s], weights[s * 2],
                         weights[s * 2 + 1],
-                        kOnSums && j % kChunksPerScale == 0 && u == 0 && s == 0 && c == 0);
+                        kOnSums && j % kChunksPerScale == 0 && u == 0 && s == 0 && (kCombine || c == 0));
                   }
                 }
               }

@@ -94,14 +94,8 @@ __global__ void __launch_bounds__(256, 1) fused_mma_tile_kernel(const __grid_con
 
   detail::WgmmaFragments<Config, Type> fragments[kWarpTiles];
 #pragma unroll
-  for (auto& f : fragments) {
-    f.table = table;
-    f.bits = a.code_bits;
-    f.steps = Config::kScaleSteps > 0 ? Config::kScaleSteps : a.scale_steps;
-    f.r = lane / 4;
-    f.q = lane % 4;
-    f.lane_bytes = static_cast<unsigned>(lane) * 4U % static_cast<unsigned>(Table::kPlaneBytes);
-  }
+  for (auto& f : fragments)
+    f.begin(table, a.code_bits, Config::kScaleSteps > 0 ? Config::kScaleSteps : a.scale_steps, lane);
   const unsigned x_at = static_cast<unsigned>(__cvta_generic_to_shared(x_memory));
   const unsigned codes_at = static_cast<unsigned>(__cvta_generic_to_shared(code_memory));
   const int stages = a.slabs * kStagesOfSlab;

@@ -18,6 +18,7 @@
 #include <codegemm/cuda/block/wgmma_fragments.cuh>
 #include <codegemm/cuda/kernels/fused_wgmma_args.cuh>
 #include <codegemm/cuda/kernels/output.cuh>
+#include <codegemm/cuda/kernels/piece_sums.cuh>
 #include <codegemm/cuda/kernels/warpgroup_output.cuh>
 
 namespace codegemm::cuda {
@@ -33,8 +34,6 @@ template <int Registers>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
-// The two warpgroups that multiply meet.
-__device__ __forceinline__ void wait_for_multipliers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
 }  // namespace detail
 #endif
@@ -79,8 +78,8 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
   const auto empty_codes = [&](int stage) {
     return barriers + static_cast<unsigned>(3 * Shape::kMaxStages + stage) * 8U;
   };
-  const auto from_other = [&](int tile) {
-    return barriers + static_cast<unsigned>(4 * Shape::kMaxStages + tile) * 8U;
+  const auto from_other = [&](int tile, unsigned buffer) {
+    return barriers + (static_cast<unsigned>(4 * Shape::kMaxStages + tile * 2) + buffer) * 8U;
   };
   constexpr int kCodeThreads = 96;
 
@@ -89,6 +88,7 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
   const int group = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / 128, 0);
   const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) % 128 / 32, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (threadIdx.x == 32) detail::prefetch_map(&a.x);
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.x_stages; ++i) {
       detail::init_barrier(full_x(i), 1);
@@ -98,14 +98,14 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
       detail::init_barrier(full_codes(i), kCodeThreads);
       detail::init_barrier(empty_codes(i), 256);  // the threads that multiply
     }
-    for (int i = 0; i < kRowTiles; ++i) detail::init_barrier(from_other(i), 1);
+    for (int i = 0; i < 2 * kRowTiles; ++i) detail::init_barrier(from_other(i / 2, i % 2), 1);
     detail::publish_barriers();
   }
 
   // Pieces are kept in shared memory: there are no registers for them.
   const int cluster = static_cast<int>(blockIdx.x) / 2;
   auto& pieces = *reinterpret_cast<PieceSchedule::Pieces*>(code_memory + (barriers - codes_at) +
-                                                           (4 * Shape::kMaxStages + kRowTiles) * 8);
+                                                           (4 * Shape::kMaxStages + 2 * kRowTiles) * 8);
   const PieceSchedule::Pieces pieces_here(a.schedule, cluster);
   if (threadIdx.x == 0) pieces = pieces_here;
   struct Piece {
@@ -136,12 +136,6 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
   const auto codebooks_of = [&](int part) {
     return a.codebooks + ((part * Config::kCodebooks) << a.code_bits) * Config::kVecLen;
   };
-  int table_part = open_piece(pieces_here.piece(a.schedule, 0)).part;
-  if constexpr (Config::kCodeBytes == 1) {
-    Table::fill(table, codebooks_of(table_part), a.code_bits, PairType::kHalf, static_cast<int>(threadIdx.x),
-                Shape::kThreads);
-  }
-  __syncthreads();
   detail::cluster_barrier();
 
   if (group == 0) {
@@ -207,20 +201,15 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
     }
   } else {
     detail::take_registers<232>();
-    detail::wait_for_previous_kernel();  // it may read what is written here
     detail::WgmmaFragments<Config, Type> fragments;
-    fragments.table = table;
-    fragments.codebooks = codebooks_of(table_part);
-    fragments.bits = a.code_bits;
-    fragments.steps = Config::kScaleSteps > 0 ? Config::kScaleSteps : a.scale_steps;
-    fragments.r = lane / 4;
-    fragments.q = lane % 4;
-    fragments.lane_bytes = static_cast<unsigned>(lane) * 4U % static_cast<unsigned>(Table::kPlaneBytes);
+    fragments.begin(table, a.code_bits, Config::kScaleSteps > 0 ? Config::kScaleSteps : a.scale_steps, lane);
+    int table_part = -1;  // the first one is looked up while x and codes come
     const int tile_of_block = (group - 1) * 4 + warp;
     float* const scratch = reinterpret_cast<float*>(code_memory + a.code_stages * code_stage_bytes) +
                            tile_of_block * Shape::kScratchFloats;
     const detail::WarpgroupOutput output{
         static_cast<unsigned>(__cvta_generic_to_shared(scratch - warp * Shape::kScratchFloats)), group - 1};
+    const detail::PieceSums<TokenTile> sums_of_pieces{a, cluster, rank, group - 1, x_memory};
     unsigned exchanges = 0;  // from the other block, of 16 tokens each
     const bool leader = threadIdx.x % 128 == 0;
     const unsigned other_empty = detail::address_in(empty_x(0), static_cast<unsigned>(rank ^ 1));
@@ -240,13 +229,14 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
         table_part = p.part;
         fragments.codebooks = codebooks_of(table_part);
         if constexpr (Config::kCodeBytes == 1) {
-          detail::wait_for_multipliers();
+          if (n > 0) detail::wait_for_multipliers();
           Table::fill(table, codebooks_of(table_part), a.code_bits, PairType::kHalf,
                       static_cast<int>(threadIdx.x) - 128, 256);
           detail::wait_for_multipliers();
         }
       }
-      // The sums of the piece before are not the ones of this one, which ptxas does not see.
+      if (n == 0) detail::wait_for_previous_kernel();  // it may read what is written here
+        // The sums of the piece before are not the ones of this one, which ptxas does not see.
 #pragma unroll
       for (int e = 0; e < TokenTile / 2; ++e) asm volatile("" : "=f"(d[e]));
       int held[2] = {-1, -1};  // stages whose products may still run, the latest first
@@ -331,56 +321,26 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
       if (kGroup == 4) release_x(held[1]);
       release_x(held[0]);
 
-      // Pieces: the sums of a thread go to the same thread of another cluster, and are added there from the
-      // piece just before on down.
-      const auto slot_of = [&](int of_cluster) { return (of_cluster * 2 + rank) * 2 + group - 1; };
-      const auto partials_of = [&](int slot) {
-        return a.partials + static_cast<std::int64_t>(slot) * (TokenTile / 8 * 128) + threadIdx.x % 128;
-      };
-      if (!p.ends) {
-        const int slot = slot_of(cluster);
-        float4* const to = partials_of(slot);
-#pragma unroll
-        for (int e = 0; e < TokenTile / 8; ++e)
-          __stcg(to + e * 128, make_float4(d[e * 4], d[e * 4 + 1], d[e * 4 + 2], d[e * 4 + 3]));
-        detail::wait_for_warpgroup(group - 1);
-        if (leader) detail::hand_over(a.handed_over + slot);
+      int first_token = p.token;
+      int end_token = a.tokens;
+      if (a.schedule.even_pieces > 1 && p.slabs < a.schedule.slabs) {
+        const int share = TokenTile / a.schedule.even_pieces;
+        first_token += sums_of_pieces.share(d) * share;
+        end_token = min(end_token, first_token + share);
+      } else if (!p.ends) {
+        sums_of_pieces.hand_over(d);
         continue;
-      }
-      if (p.slab > 0) {
-        const int first = a.schedule.first_slab(cluster) - p.slab;  // of the product
-        int before = cluster;
-        detail::wait_for_multipliers();
-        do {
-          --before;
-          const int slot = slot_of(before);
-          if (leader) detail::wait_for_hand_over(a.handed_over + slot);
-          detail::wait_for_warpgroup(group - 1);
-          if (leader) a.handed_over[slot] = 0;  // for the next call
-          // By way of the stages of x, which are done with: registers would hold few of them at a time, and
-          // each of the few blocks that do this sees the whole latency.
-          const float4* const from = partials_of(slot);
-          const unsigned thread = threadIdx.x - 128U;
-#pragma unroll
-          for (int e = 0; e < TokenTile / 8; ++e)
-            detail::copy_16_bytes(x_at + static_cast<unsigned>(e) * 4096U + thread * 16U, from + e * 128);
-          detail::commit_copies();
-          detail::wait_for_copies<0>();
-#pragma unroll
-          for (int e = 0; e < TokenTile / 8; ++e) {
-            const float4 more = *reinterpret_cast<const float4*>(x_memory + e * 4096 + thread * 16U);
-            d[e * 4] += more.x, d[e * 4 + 1] += more.y, d[e * 4 + 2] += more.z, d[e * 4 + 3] += more.w;
-          }
-        } while (a.schedule.first_slab(before) > first);
+      } else if (p.slab > 0) {
+        sums_of_pieces.add(d, p.slab);
       }
 
       if constexpr (!Gated) {
         const int first_row = (p.row_tile + (group - 1) * 4) * 16;
         if (detail::WarpgroupOutput::fits(a.out, first_row, p.end_tile * 16)) {
           if (a.out.type == ScalarType::kHalf)
-            output.template store<PairType::kHalf>(a.out, first_row, p.token, a.tokens, d);
+            output.template store<PairType::kHalf>(a.out, first_row, first_token, end_token, d);
           else
-            output.template store<PairType::kBFloat16>(a.out, first_row, p.token, a.tokens, d);
+            output.template store<PairType::kBFloat16>(a.out, first_row, first_token, end_token, d);
           continue;
         }
       }
@@ -391,11 +351,13 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
       const float* const from = scratch + lane / 2 * Shape::kScratchStride + lane % 2 * 8;
       detail::EightRows rows;
       rows.load(a.out, row);
-      // SwiGLU: of 32 tokens each block finishes 16, and pushes its sums of the other 16 to its partner. It
-      // does so after it has finished its own, so that what is pushed next finds the buffer read.
+      // SwiGLU: of 32 tokens each block pushes its sums of 16 to its partner and then finishes the others.
+      // There are two buffers for what comes: once the partner's next 16 are there, it has read those before
+      // the last.
 #pragma unroll 1
-      for (int n = 0; n < TokenTile / 16; ++n) {
-        if (p.token + (Gated ? n / 2 * 2 : n) * 16 >= a.tokens) break;
+      for (int i = 0; i < TokenTile / 16; ++i) {
+        if (first_token + (Gated ? i / 2 * 2 : i) * 16 >= end_token) break;
+        const int n = Gated ? i / 2 * 2 + (i % 2 == 0 ? rank ^ 1 : rank) : i;
 #pragma unroll
         for (int of = 0; of < TokenTile / 16; ++of) {
           if (of != n) continue;  // one piece of code for all: registers are chosen by branches
@@ -408,13 +370,15 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
         __syncwarp();
         float sums[8];
         detail::load_eight(from, sums);
-        const int token = p.token + n * 16 + lane / 2;
+        const int token = first_token + n * 16 + lane / 2;
         int to_row = row;
         rows.finish(sums);
         if constexpr (Gated) {
-          const unsigned arrived = from_other(tile_of_block);
-          const float* const buffer = from + kRowTiles * Shape::kScratchFloats;
-          if (n % 2 != rank) {
+          const unsigned of_two = exchanges & 1U;
+          const unsigned arrived = from_other(tile_of_block, of_two);
+          const float* const buffer =
+              from + (1 + static_cast<int>(of_two)) * (kRowTiles * Shape::kScratchFloats);
+          if (i % 2 == 0) {
             const auto other = static_cast<unsigned>(rank ^ 1);
             detail::push8(detail::address_in(static_cast<unsigned>(__cvta_generic_to_shared(buffer)), other),
                           sums, detail::address_in(arrived, other));
@@ -422,7 +386,7 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
             continue;
           }
           if (lane == 0) detail::arrive_and_expect(arrived, 16 * 16 * 4);
-          detail::wait_for_cluster_phase(arrived, exchanges & 1U);
+          detail::wait_for_cluster_phase(arrived, exchanges >> 1 & 1U);
           ++exchanges;
           float others[8];
           detail::load_eight(buffer, others);
@@ -432,7 +396,7 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
             sums[e] = rank == 0 ? detail::swiglu(sums[e], others[e]) : detail::swiglu(others[e], sums[e]);
         }
         __syncwarp();
-        if (token >= a.tokens || !has_rows) continue;
+        if (token >= end_token || !has_rows) continue;
         rows.store(a.out, token, to_row, sums);
       }
     }

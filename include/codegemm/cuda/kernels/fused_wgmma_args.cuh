@@ -22,7 +22,8 @@ struct FusedWgmmaArgs {
   const std::uint16_t* codebooks = nullptr;  // fp16 [parts][m][2^b][v]
   // Sums of pieces that another cluster ends, [cutters][2 blocks][2 warpgroups][TokenTile / 8][128 threads]
   float4* partials = nullptr;
-  unsigned* handed_over = nullptr;  // [cutters][2 blocks][2 warpgroups]: 1 while they are there
+  // [cutters][2 blocks][2 warpgroups]: 1 while they are there; of even pieces one for each that they go to
+  unsigned* handed_over = nullptr;
   int tokens = 0;
   int row_tiles = 0;
   int tile_bytes = 0;
@@ -50,14 +51,15 @@ struct FusedWgmmaShape {
   static constexpr int kStageBytes = TokenTile * 128;  // 64 k of x
   static constexpr int kMaxStages = 8;
   static constexpr int kBarrierBytes =  // and the pieces
-      (4 * kMaxStages + kRowTiles) * 8 + static_cast<int>(sizeof(PieceSchedule::Pieces));
+      (4 * kMaxStages + 2 * kRowTiles) * 8 + static_cast<int>(sizeof(PieceSchedule::Pieces));
   static constexpr int kCodeBytes = 16 * 16 * kRowBytes;  // of a slab of a row tile
   // A warp's sums on their way out, [16 tokens][16 rows]: a stride at which a fragment's store hits every
   // bank once.
   static constexpr int kScratchStride = 20;
   static constexpr int kScratchFloats = 16 * kScratchStride;
   static constexpr int kScratchBytes = kRowTiles * kScratchFloats * 4;
-  static constexpr int kGatedScratchBytes = 2 * kScratchBytes;  // with SwiGLU: and those of the other block
+  static constexpr int kGatedScratchBytes =
+      3 * kScratchBytes;  // with SwiGLU: and twice those of the other block
   using Table = CentroidTable<Config::kVecLen, Config::kCodebooks>;
 
   [[nodiscard]] static __host__ __device__ constexpr int table_bytes(int bits) {

@@ -60,7 +60,7 @@ struct FusedWgmmaRegime {
     limits.halves = gated;
     limits.max_stages = Shape::kMaxStages;
     limits.lane_span = Shape::kLaneSpan;
-    limits.codebooks = Config::kCodebooks;
+    limits.lookup_cycles = (Config::kVecLen < 8 ? 40.0 : 15.0) * (Config::kCodebooks - 1);
     limits.step_cycles = Config::kCodeBytes == 1 ? 0.0 : 300.0;
     return plan_fused_wgmma(w.layout, w.cols, tokens, limits, tuning);
   }

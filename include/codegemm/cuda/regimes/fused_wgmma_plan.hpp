@@ -37,7 +37,7 @@ struct FusedWgmmaLimits {
   std::size_t other_bytes = 0;       ///< barriers, and sums on their way out
   int max_stages = 0;                ///< of activations and of codes
   int lane_span = 0;                 ///< weights of a row that a lane owns
-  int codebooks = 0;                 ///< of the format
+  double lookup_cycles = 0.0;        ///< of 128 rows x 16 k, beyond those of the format with the fewest
   double step_cycles = 0.0;          ///< of 128 rows x 16 k at least: centroids that come from memory
   bool halves = false;               ///< SwiGLU
 };
@@ -47,11 +47,11 @@ struct FusedWgmmaLimits {
                                                      std::int64_t tokens, const FusedWgmmaLimits& limits,
                                                      const GemmTuning& tuning) {
   constexpr std::size_t kMaxPartialBytes = (std::size_t{32} << 20) - kCounterBytes;
-  constexpr double kProductCycles = 1500.0;  // filling the stages
-  constexpr double kTokenCycles = 14.0;      // of the output
+  constexpr double kProductCycles = 1000.0;  // filling the stages
+  constexpr double kTokenCycles = 20.0;      // of the output
   constexpr double kHandOverCycles = 2000.0;
-  constexpr double kPieceCycles = 500.0;         // until its sums are on their way
-  constexpr double kPartialBytesACycle = 40.0;   // of a block
+  constexpr double kPartialBytesACycle = 22.0;   // of a block, while others move theirs
+  constexpr double kEvenBytesACycle = 17.0;      // while all do
   const int row_tiles = limits.halves ? 8 : 16;  // of a cluster, in each half
   const std::int64_t row_blocks = cut_rows(l.first_tile, l.parts, row_tiles, limits.halves).blocks();
   constexpr int kCodeStages = 2;
@@ -70,16 +70,17 @@ struct FusedWgmmaLimits {
     const std::int64_t token_blocks = divide_up(tokens, tile);
     const std::int64_t products = token_blocks * row_blocks;
     const double steps_of_slab = limits.lane_span;  // of 16 k
-    // As measured on an H200: products and a fixed part, of which each codebook's lookups are most.
-    const double step = std::max(std::max(0.94 * tile + 15.0, 0.5 * tile + 67.0) + 55.0 * limits.codebooks,
-                                 limits.step_cycles);
+    // As measured on an H200, in cycles of its clock.
+    const double step =
+        std::max(std::max(0.9 * tile + 45.0, 0.38 * tile + 128.0) + limits.lookup_cycles, limits.step_cycles);
     const double slab_cycles = steps_of_slab * step;
     const double product_cycles = kProductCycles + kTokenCycles * tile;  // beside its slabs
     for (int splits = 1; splits <= 8; ++splits) {
       if (tuning.splits != 0 && splits != tuning.splits) continue;
       if (splits > slabs && splits > 1) continue;
       FusedWgmmaPlan p;
-      p.schedule = schedule_pieces(products, slabs, limits.cluster_pairs, splits);
+      p.schedule =
+          schedule_pieces(products, slabs, limits.cluster_pairs, splits, x_stages < 4 ? 1 : tile / 8);
       const PieceSchedule& s = p.schedule;
       if (s.clusters < 1) continue;
       const std::int64_t rest = products - std::int64_t{s.whole} * s.clusters;  // products in pieces
@@ -88,7 +89,9 @@ struct FusedWgmmaLimits {
       const std::size_t piece_bytes = static_cast<std::size_t>(tile) * 2 * 128 * sizeof(float);
       p.partial_bytes = cut ? static_cast<std::size_t>(s.cutters) * piece_bytes : 0;
       if (p.partial_bytes > kMaxPartialBytes) continue;
-      if (cut && static_cast<std::size_t>(s.cutters) * 4 > kCounterBytes / sizeof(unsigned)) continue;
+      const std::size_t counters =
+          static_cast<std::size_t>(s.cutters) * (s.even_pieces > 1 ? 4 * kMostEvenPieces : 4);
+      if (cut && counters > kCounterBytes / sizeof(unsigned)) continue;
       p.token_tile = tile;
       p.token_blocks = static_cast<int>(token_blocks);
       p.row_tiles = row_tiles;
@@ -96,15 +99,18 @@ struct FusedWgmmaLimits {
       p.code_stages = kCodeStages;
       p.shared_bytes = fixed + static_cast<std::size_t>(x_stages) * stage;
       p.cost = s.whole * (static_cast<double>(slabs) * slab_cycles + product_cycles);
-      if (rest > 0) {
+      const double block_bytes = static_cast<double>(piece_bytes) / 2.0;
+      if (s.even_pieces > 1) {  // each hands over all but its share, and gets as much
+        const double share = 1.0 / s.even_pieces;
+        p.cost += static_cast<double>(divide_up(slabs, s.even_pieces)) * slab_cycles + kProductCycles +
+                  kTokenCycles * tile * share + kHandOverCycles +
+                  2.0 * (1.0 - share) * block_bytes / kEvenBytesACycle;
+      } else if (rest > 0) {
         const auto longest = static_cast<double>(divide_up(s.shared_slabs, s.cutters));
         p.cost += longest * slab_cycles + product_cycles;
         // A cluster hands over one piece and adds the others of a product.
         const auto pieces = static_cast<double>(divide_up(s.cutters, rest));
-        if (cut) {
-          p.cost += kProductCycles + kHandOverCycles +
-                    pieces * (static_cast<double>(piece_bytes) / 2.0 / kPartialBytesACycle + kPieceCycles);
-        }
+        if (cut) p.cost += kProductCycles + kHandOverCycles + pieces * block_bytes / kPartialBytesACycle;
       }
       if (best.token_tile == 0 || p.cost < best.cost) best = p;
     }
