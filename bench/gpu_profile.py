@@ -27,7 +27,7 @@ METRICS = {
     "issue_percent": ("smsp__issue_active.avg.pct_of_peak_sustained_active", 1),
     "occupancy_percent": ("sm__warps_active.avg.pct_of_peak_sustained_active", 1),
 }
-OURS = ("gather_kernel", "gather_half_kernel", "fused_mma_kernel", "fused_wgmma_kernel")
+OURS = ("gather_kernel", "fused_mma_kernel", "fused_wgmma_kernel")
 HELPERS = ("dequantize_kernel",)
 
 
