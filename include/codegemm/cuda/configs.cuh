@@ -12,6 +12,7 @@
 //   kScaleSteps         log2 of the lanes that share a scale; 5: one scale a row; -1: known at run time only
 //   kThreads            of a block
 //   kPassTokens         tokens in one pass over the weights; 32 KiB of shared memory for each set and token
+//   kHalf               (or none) true: the Psumbook is a HalfPsumbook, see there what it serves
 // Up to how many tokens a regime is used lies in crossovers.hpp.
 #pragma once
 
@@ -25,7 +26,8 @@ template <int V, int M, int ScaleSteps>
 struct GatherTuned {
   /// @{ See the head of this file.
   static constexpr int kVecLen = V, kCodebooks = M, kCodeBits = 8, kSets = 4, kScaleSteps = ScaleSteps;
-  static constexpr int kThreads = 1024, kPassTokens = 1;  /// @}
+  static constexpr int kThreads = 1024, kPassTokens = 1;
+  static constexpr bool kHalf = true;  /// @}
 };
 using GatherM1V4G128 = GatherTuned<4, 1, 3>;  ///< 8 lanes of 16 weights share a scale
 using GatherM2V8G128 = GatherTuned<8, 2, 3>;  ///< 8 lanes of 16 weights share a scale

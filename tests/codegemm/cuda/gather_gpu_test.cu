@@ -178,8 +178,10 @@ TEST_CASE("cuda gemm: captured in a graph and replayed with other inputs, in a c
       REQUIRE_CUDA(cudaGraphLaunch(replay, stream));
       REQUIRE_CUDA(cudaStreamSynchronize(stream));
       const auto between = middle.download();
-      CHECK(worst(reference_of(first.parts[0], values, 1, 1024), between, 1, 2048, 2048, 1024) <= 1.0);
-      CHECK(worst(reference_of(second.parts[0], between, 1, 2048), y.download(), 1, 777, 777, 2048) <= 1.0);
+      CHECK(worst(reference_of(first.parts[0], values, 1, 1024), between, 1, 2048, 2048, 1024,
+                  rounding_of<Half>()) <= 1.0);
+      CHECK(worst(reference_of(second.parts[0], between, 1, 2048), y.download(), 1, 777, 777, 2048,
+                  rounding_of<Half>()) <= 1.0);
     }
     REQUIRE_CUDA(cudaGraphExecDestroy(replay));
     REQUIRE_CUDA(cudaGraphDestroy(graph));
@@ -224,7 +226,8 @@ TEST_CASE("cuda gemm: two streams with two workspaces at once", "[gpu]") {
   }
   REQUIRE_CUDA(cudaDeviceSynchronize());
   for (std::size_t i = 0; i < 2; ++i) {
-    CHECK(worst(reference_of(w.parts[0], x[i], 1, 16384), y[i]->download(), 1, 1500, 1500, 16384) <= 1.0);
+    CHECK(worst(reference_of(w.parts[0], x[i], 1, 16384), y[i]->download(), 1, 1500, 1500, 16384,
+                rounding_of<Half>()) <= 1.0);
     REQUIRE_CUDA(cudaStreamDestroy(streams[i]));
   }
 }
@@ -250,9 +253,9 @@ TEST_CASE("cuda gemm: zeros, extremes, infinity and NaN", "[gpu]") {
   std::vector<BFloat16> x(512);
   for (const float value : product(x)) CHECK(value == 0.0F);
   for (auto& value : x) value = BFloat16::from_float(rng.normal() * 1e30F);
-  CHECK(worst(reference_of(w.parts[0], x, 1, 512), product(x), 1, 40, 40, 512) <= 1.0);
+  CHECK(worst(reference_of(w.parts[0], x, 1, 512), product(x), 1, 40, 40, 512, rounding_of<Half>()) <= 1.0);
   for (auto& value : x) value = BFloat16::from_float(rng.normal() * 1e-30F);
-  CHECK(relative_error(reference_of(w.parts[0], x, 1, 512), product(x), 1, 40, 40) <= 1e-6);
+  CHECK(relative_error(reference_of(w.parts[0], x, 1, 512), product(x), 1, 40, 40) <= rounding_of<Half>());
   x[77] = BFloat16::from_float(INFINITY);
   for (const float value : product(x)) CHECK(!std::isfinite(value));
   x[77] = BFloat16::from_float(NAN);

@@ -2,6 +2,7 @@
 //
 // tests/codegemm/cuda/psumbook_gpu_test.cu - the block collectives alone: every word of a Psumbook, two
 // tokens at once, and the sum over lanes.
+#include <codegemm/cuda/block/half_psumbook.cuh>
 #include <codegemm/cuda/block/psumbook.cuh>
 
 #include "gpu.cuh"
@@ -123,6 +124,88 @@ TEST_CASE("cuda psumbook: the sum over lanes, with and without scales", "[gpu]")
     CHECK(std::abs(static_cast<double>(got[static_cast<std::size_t>(lane)]) - plain) <= 1e-5);
     CHECK(std::abs(static_cast<double>(got[static_cast<std::size_t>(32 + lane)]) - scaled) <= 1e-5);
   }
+}
+
+// The table, times what undoes the activations' power of two: out[code][column][lane].
+template <class Book>
+__global__ void half_kernel(const std::uint16_t* codebooks, cuda::Activations x, int k0, float* out) {
+  extern __shared__ __align__(1024) char shared[];
+  char* const table = shared + (65536U - static_cast<unsigned>(__cvta_generic_to_shared(shared)));
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  if (warp == 0) Book::stage(shared, x, k0);
+  __syncthreads();
+  for (int i = warp; i < Book::kCodeBlocks; i += warps)
+    Book::build(table, shared, Book::load_centroids(codebooks, i), i);
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < 256 * 4 * 32; i += static_cast<int>(blockDim.x)) {
+    const int lane = i % 32;
+    const int p = i / 32 % 4;
+    const __half2 pair = *reinterpret_cast<const __half2*>(table + i / 128 * 256 + p % 2 * 128 + lane * 4);
+    out[i] = __half2float(p < 2 ? __low2half(pair) : __high2half(pair)) * Book::unscale(shared);
+  }
+}
+
+template <class X, int V, int Codebooks>
+void check_half(double size_of_x, bool aligned) {
+  using Book = cuda::HalfPsumbook<V, Codebooks>;
+  CAPTURE(V, Codebooks, size_of_x, aligned);
+  Rng rng(seed_or(3));
+  const int cols = 2 * Book::kActivations - V;  // the second granule lacks its last segment
+  const auto codebooks = random_vector<Half>(static_cast<std::size_t>(Codebooks * V) << 8, rng);
+  std::vector<X> x(static_cast<std::size_t>(cols) + 1);
+  for (X& value : x) value = X::from_float(static_cast<float>(static_cast<double>(rng.normal()) * size_of_x));
+  DeviceBuffer<Half> codebooks_device(codebooks);
+  DeviceBuffer<X> x_device(x);
+  DeviceBuffer<float> out(256 * 4 * 32);
+  const std::size_t first = aligned ? 0 : 1;
+  const auto* const bits = reinterpret_cast<const std::uint16_t*>(x_device.data()) + first;
+  REQUIRE_CUDA(
+      cudaFuncSetAttribute(half_kernel<Book>, cudaFuncAttributeMaxDynamicSharedMemorySize, 2 * 65536));
+  for (const int k0 : {0, Book::kActivations}) {
+    out.poison();
+    half_kernel<Book><<<1, 512, 2 * 65536>>>(reinterpret_cast<const std::uint16_t*>(codebooks_device.data()),
+                                             {bits, cols, std::is_same_v<X, BFloat16>}, k0, out.data());
+    REQUIRE_CUDA(cudaGetLastError());
+    REQUIRE_CUDA(cudaDeviceSynchronize());
+    REQUIRE(out.guards_intact());
+    const auto got = out.download();
+    double furthest = 0.0;
+    for (std::size_t i = 0; i < got.size(); ++i) {
+      const int lane = static_cast<int>(i) % 32;
+      const int p = static_cast<int>(i) / 32 % 4;
+      const int code = static_cast<int>(i) / 128;
+      double want = 0.0;
+      double size = 1e-30 * size_of_x;
+      for (int k = 0; k < V; ++k) {
+        const int at = k0 + (lane * 4 / Codebooks + p / Codebooks) * V + k;
+        const double a =
+            at < cols ? static_cast<double>(as_float(x[static_cast<std::size_t>(at) + first])) : 0.0;
+        const double c = static_cast<double>(
+            codebooks[static_cast<std::size_t>(((p % Codebooks << 8) + code) * V + k)].to_float());
+        want += a * c;
+        size += std::abs(a * c);
+      }
+      // One rounding to fp16, the sum, and what is lost below 2^-30 of the largest activation (some 5).
+      const double bound = 0x1p-11 * std::abs(want) + 0x1p-21 * size + 0x1p-25 * size_of_x;
+      const double off = std::abs(static_cast<double>(got[i]) - want) / bound;
+      furthest = off <= furthest ? furthest : (off > furthest ? off : HUGE_VAL);
+    }
+    CHECK(furthest <= 1.0);
+  }
+}
+
+TEST_CASE("cuda psumbook: fp16 words, whatever the size of the activations", "[gpu]") {
+  static_cast<void>(gpu_or_skip());
+  for (const bool aligned : {true, false}) {
+    check_half<Half, 4, 1>(1.0, aligned);
+    check_half<Half, 8, 2>(1.0, aligned);
+    check_half<Half, 4, 1>(1e4, aligned);
+    check_half<BFloat16, 8, 2>(1.0, aligned);
+  }
+  check_half<Half, 8, 2>(1e-3, true);
+  check_half<BFloat16, 4, 1>(1e30, true);
+  check_half<BFloat16, 8, 2>(1e-30, true);
 }
 
 }  // namespace

@@ -206,15 +206,15 @@ namespace detail {
 
 // One step of the transposing reduction over lanes 2^Step apart: each lane keeps the lower half of its slots
 // and gets the other lane's values for the same rows, which row_slot() put into that lane's upper half.
-template <int Step>
-__device__ __forceinline__ void reduce_step(float (&sums)[16]) {
+template <int Step, int N>
+__device__ __forceinline__ void reduce_step(float (&sums)[N]) {
   constexpr int kKeep = 8 >> Step;
 #pragma unroll
   for (int i = 0; i < kKeep; ++i) sums[i] += __shfl_xor_sync(0xFFFFFFFFU, sums[i + kKeep], 1 << Step);
 }
 
-template <int First, int Last>
-__device__ __forceinline__ void reduce_steps(float (&sums)[16]) {
+template <int First, int Last, int N>
+__device__ __forceinline__ void reduce_steps(float (&sums)[N]) {
   if constexpr (First < Last) {
     reduce_step<First>(sums);
     reduce_steps<First + 1, Last>(sums);

@@ -40,9 +40,15 @@ struct RowBlocks {
   /// The tiles of block i, in the first (0) or second (1) half.
   [[nodiscard]] CODEGEMM_HOST_DEVICE constexpr Block block(int i, int half = 0) const {
     int part = 0;
-    for (int p = 1; p < kMaxParts; ++p) part += i >= first_block[p] ? 1 : 0;
-    const int tile = first_tile[part] + (i - first_block[part]) * tiles_per_block;
-    const int left = first_tile[part + 1] - tile;
+    std::int32_t tile0 = first_tile[0];
+    std::int32_t block0 = first_block[0];
+    std::int32_t end = first_tile[1];
+    for (int p = 1; p < kMaxParts; ++p) {  // no index that is known at run time only: kernels begin with this
+      if (i < first_block[p]) break;
+      part = p, tile0 = first_tile[p], block0 = first_block[p], end = first_tile[p + 1];
+    }
+    const int tile = tile0 + (i - block0) * tiles_per_block;
+    const int left = end - tile;
     return {part + half * half_part, tile + half * half_tiles,
             left < tiles_per_block ? left : tiles_per_block};
   }

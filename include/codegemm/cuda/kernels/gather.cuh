@@ -6,11 +6,10 @@
 
 #include <cstdint>
 
-#include <cuda_fp16.h>
-
+#include <codegemm/cuda/block/half_layout.hpp>
 #include <codegemm/cuda/block/intrinsics.cuh>
-#include <codegemm/cuda/block/psumbook.cuh>
 #include <codegemm/cuda/block/row_parts.hpp>
+#include <codegemm/cuda/kernels/gather_tile.cuh>
 #include <codegemm/cuda/kernels/output.cuh>
 
 namespace codegemm::cuda {
@@ -28,8 +27,11 @@ struct GatherArgs {
   int granules = 0;
   RowBlocks rows;  // chunks; its halves are those of SwiGLU
   int granules_per_block = 0;
+  int sums_at = 0;             // in a block's shared memory: the sums of its rows
+  int tables = 1;              // Psumbooks of a block
   int warps_per_owner = 0;     // ceil(warps of a block / blocks of a cluster)
   unsigned ranks_inverse = 0;  // 65536 / blocks of a cluster, rounded up
+  unsigned most_inverse = 0;   // 65536 / tiles of a warp, rounded up
   int tile_bytes = 0;
   int scale_steps = 0;  // log2 of the lanes that share a scale; 5: no scales in the tiles
   int v = 0;
@@ -38,75 +40,6 @@ struct GatherArgs {
   ScalarType x_type = ScalarType::kHalf;
   Output out;
 };
-
-namespace detail {
-
-// A tile as a lane holds it. Steps < 0: the number of scales is known at run time only.
-template <int Sets, int Steps>
-struct TileRegisters {
-  static constexpr int kScales = Steps >= 0 && Steps < 5 ? 16 >> (Steps < 4 ? Steps : 4) : 0;
-  uint4 codes[Sets];
-  unsigned scale_bits[kScales == 0 ? 1 : (kScales + 1) / 2];
-
-  __device__ __forceinline__ void load(const unsigned char* tile, int lane) {
-#pragma unroll
-    for (int p = 0; p < Sets; ++p) codes[p] = load_once(tile + (p * 32 + lane) * 16);
-    const unsigned char* const scales = tile + Sets * 512 + lane * kScales * 2;
-    if constexpr (kScales == 1) {
-      scale_bits[0] = __ldg(reinterpret_cast<const unsigned short*>(scales));
-    } else {
-#pragma unroll
-      for (int i = 0; i < kScales / 2; ++i)
-        scale_bits[i] = __ldg(reinterpret_cast<const unsigned*>(scales) + i);
-    }
-  }
-};
-
-template <int Steps>
-__device__ __forceinline__ float reduce_with(float (&sums)[16], const unsigned* scale_bits) {
-  constexpr int kScales = Steps < 5 ? 16 >> (Steps < 4 ? Steps : 4) : 0;
-  __half scales[kScales == 0 ? 1 : kScales];
-#pragma unroll
-  for (int i = 0; i < kScales; ++i) {
-    scales[i] = __ushort_as_half(static_cast<unsigned short>(scale_bits[i / 2] >> (i % 2 * 16)));
-  }
-  return reduce_rows<Steps>(sums, scales);
-}
-
-// The same, where the steps are known at run time only and the scales still lie in memory.
-template <int Steps>
-__device__ __forceinline__ float reduce_from(float (&sums)[16], const unsigned char* scales, int lane) {
-  TileRegisters<0 + 1, Steps> tile;
-  constexpr int kScales = TileRegisters<1, Steps>::kScales;
-  if constexpr (kScales == 1) {
-    tile.scale_bits[0] = __ldg(reinterpret_cast<const unsigned short*>(scales) + lane);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kScales / 2; ++i) {
-      tile.scale_bits[i] = __ldg(reinterpret_cast<const unsigned*>(scales) + lane * (kScales / 2) + i);
-    }
-  }
-  return reduce_with<Steps>(sums, tile.scale_bits);
-}
-
-template <int Steps>
-__device__ __forceinline__ float reduce_tile(float (&sums)[16], const unsigned* scale_bits,
-                                             const unsigned char* scales, int lane, int steps) {
-  if constexpr (Steps >= 0) {
-    return reduce_with<Steps>(sums, scale_bits);
-  } else {
-    switch (steps) {
-      case 0: return reduce_from<0>(sums, scales, lane);
-      case 1: return reduce_from<1>(sums, scales, lane);
-      case 2: return reduce_from<2>(sums, scales, lane);
-      case 3: return reduce_from<3>(sums, scales, lane);
-      case 4: return reduce_from<4>(sums, scales, lane);
-      default: return reduce_from<5>(sums, scales, lane);
-    }
-  }
-}
-
-}  // namespace detail
 
 /// Block (split, chunk, group) sums granules_per_block granules, from number (group * splits + split) *
 /// granules_per_block on, over the row tiles of its chunk. Then the sums of a chunk are added, always in
@@ -123,18 +56,21 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
 #else
   constexpr bool kCluster = false;  // never launched there
 #endif
-  using Book = Psumbook<Config::kVecLen, Config::kCodebooks, Config::kSets, Tokens>;
+  using Book = typename detail::BookOf<Config, Tokens>::Type;
+  constexpr bool kHalf = kHalfPsumbook<Config>;
   constexpr int kWarps = Config::kThreads / 32;
   constexpr int kSets = Config::kSets;
   constexpr int kSteps = Config::kScaleSteps;
+  constexpr int kSums = detail::sums_of<Book, kSteps, kHalf>();
   using Tile = detail::TileRegisters<kSets, kSteps>;
-  // The Psumbook; the sums of the block's rows [Tokens][tiles_per_block][16]; for a cluster, what its blocks
-  // push here, [ranks][Tokens][warps owned][tiles of a warp][16], and the barrier. The tiles of warp w (of
-  // every block) are summed by the block of rank w % ranks.
+  // The Psumbook (of fp16: the activations here, and one or two Psumbooks behind everything else, from
+  // kHalfTableAt in the shared window on); the sums of the block's rows [Tokens][tiles_per_block][16]; for a
+  // cluster, what its blocks push here, [ranks][Tokens][warps owned][tiles of a warp][16], and the barrier.
+  // The tiles of warp w (of every block) are summed by the block of rank w % ranks.
   extern __shared__ __align__(1024) char table[];
 
   detail::allow_next_kernel();
-  const int code_bits = Config::kCodeBits != 0 ? Config::kCodeBits : a.code_bits;
+  [[maybe_unused]] const int code_bits = Config::kCodeBits != 0 ? Config::kCodeBits : a.code_bits;
   const int v = Config::kVecLen != 0 ? Config::kVecLen : a.v;
   const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / 32, 0);  // known to be uniform
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -148,7 +84,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   const RowBlocks::Block rows = a.rows.block(static_cast<int>(blockIdx.y), half);
   const int tile0 = rows.tile;
   const int tiles = rows.tiles;
-  float* const row_sums = reinterpret_cast<float*>(table + Book::bytes(code_bits));
+  float* const row_sums = reinterpret_cast<float*>(table + a.sums_at);
 
   // Weights do not depend on the kernel before: they are on their way while it still runs. In each round a
   // warp sums one tile; its next one comes into the same registers in the meantime, and one warp asks for the
@@ -165,12 +101,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
 
   // With a fixed format each warp keeps its share of the centroids and builds one position of the table.
   constexpr bool kFixed = Config::kVecLen != 0 && Config::kCodeBits != 0 && kWarps % kSets == 0;
-  constexpr int kShare = kFixed ? (1 << (Config::kCodeBits - 3)) * kSets / kWarps : 1;
+  constexpr int kShare = kHalf ? 32 / kWarps : kFixed ? (1 << (Config::kCodeBits - 3)) * kSets / kWarps : 1;
   static_assert(!kFixed || kShare >= 1,
                 "codegemm: Config kThreads must not be more than the Psumbook can use");
   const std::uint16_t* const codebooks = a.codebooks + rows.part * ((Config::kCodebooks * v) << code_bits);
   typename Book::Centroids centroids[kShare];
-  if constexpr (kFixed) {
+  if constexpr (kHalf) {
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) centroids[i] = Book::load_centroids(codebooks, warp + i * kWarps);
+  } else if constexpr (kFixed) {
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
       centroids[i] = Book::load_centroids(codebooks + (warp % kSets % Config::kCodebooks) * (v << code_bits),
@@ -187,6 +126,40 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   };
   if (warp > 0 && warp <= a.rounds_ahead) prefetch_round(first_tile, warp);
 
+  detail::wait_for_previous_kernel();
+  Activations x[Tokens];
+#pragma unroll
+  for (int t = 0; t < Tokens; ++t) {
+    x[t] = Activations{a.x + t * a.x_stride, a.cols, a.x_type == ScalarType::kBFloat16};
+  }
+  // HalfPsumbook. Of an address in the shared window the highest byte is the block's rank in its cluster.
+  const auto start = static_cast<unsigned>(__cvta_generic_to_shared(table));
+  const unsigned window = start & 0xFF000000U;
+  const auto table_address = [&](int granule) {
+    const int second = a.tables == 2 ? (granule - granule0) % 2 : 0;
+    return window + static_cast<unsigned>(kHalfTableAt + static_cast<std::size_t>(second) * kHalfTableBytes);
+  };
+  const auto build_half = [&](int granule) {
+    if constexpr (kHalf) {
+      char* const half_table = table + (table_address(granule) - start);
+      const char* const activations = table + (granule - granule0) * Book::kStagedBytes;
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) Book::build(half_table, activations, centroids[i], warp + i * kWarps);
+    }
+  };
+  auto segments = detail::no_segments<Book, Tokens, kHalf>();
+  auto ones = detail::ones_of<Book, kSteps, kHalf>();
+  if constexpr (kHalf) {
+    for (int i = warp; i < granule1 - granule0; i += kWarps) {
+      Book::stage(table + i * Book::kStagedBytes, x[0], (granule0 + i) * Book::kActivations);
+    }
+  } else if constexpr (kFixed) {
+#pragma unroll
+    for (int t = 0; t < Tokens; ++t) {
+      segments.of[t] = Book::load_segments(x[t], granule0 * Book::kSegments * v, warp % kSets, v);
+    }
+  }
+
 #if __CUDA_ARCH__ >= 900
   const int rank = kCluster ? static_cast<int>(detail::cluster_rank()) : 0;
   const int most = (a.rows.tiles_per_block + kWarps - 1) / kWarps;  // tiles of a warp
@@ -197,7 +170,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   unsigned push_at = 0;  // where the next sum of this warp goes, in the owner's memory
   unsigned push_barrier = 0;
   if constexpr (kCluster) {
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == Config::kThreads - 32) {  // not of a warp that waits for x
       int expected = 0;
       for (int w = rank; w < kWarps; w += ranks)
         expected += w < tiles ? (tiles - w + kWarps - 1) / kWarps : 0;
@@ -214,25 +187,23 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   }
 #endif
 
-  detail::wait_for_previous_kernel();
-  Activations x[Tokens];
-#pragma unroll
-  for (int t = 0; t < Tokens; ++t) {
-    x[t] = Activations{a.x + t * a.x_stride, a.cols, a.x_type == ScalarType::kBFloat16};
-  }
-  typename Book::Segments segments[Tokens];
-  if constexpr (kFixed) {
-#pragma unroll
-    for (int t = 0; t < Tokens; ++t) {
-      segments[t] = Book::load_segments(x[t], granule0 * Book::kSegments * v, warp % kSets, v);
-    }
+  if constexpr (kHalf) {
+    if (start - window > kWindowStart) __trap();  // the plan counts on it
+    __syncthreads();
+    build_half(granule0);
   }
 
   // Sums a tile in registers; `next`, if there is one, then comes into the same registers.
+  [[maybe_unused]] unsigned column = 0;  // see HalfPsumbook::gather()
+  float unscale = 1.0F;
   float* so_far = nullptr;  // the lane's row of the warp's next tile
   const auto sum_tile = [&](const unsigned char* tile_at, const unsigned char* next, bool first, bool last) {
-    float sums[Tokens][16];
-    Book::gather(table, tile.codes, lane, sums);
+    float sums[Tokens][kSums];
+    if constexpr (kHalf) {
+      Book::template gather<kSteps>(column, tile.codes, ones, sums[0]);
+    } else {
+      Book::gather(table, tile.codes, lane, sums);
+    }
     unsigned scale_bits[sizeof(tile.scale_bits) / sizeof(unsigned)];
 #pragma unroll
     for (unsigned i = 0; i < sizeof(tile.scale_bits) / sizeof(unsigned); ++i)
@@ -240,8 +211,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     if (next != nullptr) tile.load(next, lane);
 #pragma unroll
     for (int t = 0; t < Tokens; ++t) {
-      float total =
-          detail::reduce_tile<kSteps>(sums[t], scale_bits, tile_at + kSets * 512, lane, a.scale_steps);
+      float total;
+      if constexpr (kHalf) {
+        total = detail::reduce_with<kSteps>(sums[t], scale_bits) * unscale;
+      } else {
+        total = detail::reduce_tile<kSteps>(sums[t], scale_bits, tile_at + kSets * 512, lane, a.scale_steps);
+      }
       if (lane < 16) {
         float* const sum = so_far + t * a.rows.tiles_per_block * 16;
         if (!first) total += *sum;
@@ -261,16 +236,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   };
 
   for (int granule = granule0; granule < granule1; ++granule) {
-    if constexpr (kFixed) {
+    if constexpr (kHalf) {
+      column = table_address(granule) + static_cast<unsigned>(lane) * 4U;
+      unscale = Book::unscale(table + (granule - granule0) * Book::kStagedBytes);
+    } else if constexpr (kFixed) {
 #pragma unroll
       for (int t = 0; t < Tokens; ++t) {
 #pragma unroll
         for (int i = 0; i < kShare; ++i) {
           float d[2][4] = {};
-          Book::multiply(d, x[t], centroids[i], segments[t]);
+          Book::multiply(d, x[t], centroids[i], segments.of[t]);
           Book::store(table, Book::plane(t, warp % kSets), warp / kSets + i * (kWarps / kSets), d);
         }
-        segments[t] = Book::load_segments(x[t], (granule + 1) * Book::kSegments * v, warp % kSets, v);
+        segments.of[t] = Book::load_segments(x[t], (granule + 1) * Book::kSegments * v, warp % kSets, v);
       }
     } else {
       Book::build(table, codebooks, x, granule * Book::kSegments * v, v, code_bits);
@@ -300,7 +278,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
       sum_tile(at, next, first, last);
       at = next;
     }
-    if (!last) __syncthreads();
+    if constexpr (kHalf) {  // nobody gathers from the other table any more
+      if (!last && a.tables == 1) __syncthreads();
+      if (!last) build_half(granule + 1);
+    } else {
+      if (!last) __syncthreads();
+    }
   }
 
   // Calls fn(token, row, sum, sum of the row's partner) for the rows of this block's share; with SwiGLU these
@@ -312,8 +295,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
       const float* const pushed = row_sums + Tokens * a.rows.tiles_per_block * 16;
 #pragma unroll 1
       for (int i = static_cast<int>(threadIdx.x); i < slots * 16; i += Config::kThreads) {
-        const int w = rank + i / 16 / most * ranks;
-        const int index = w + i / 16 % most * kWarps;
+        const int turn =
+            static_cast<int>(static_cast<unsigned>(i / 16) * a.most_inverse >> 16);  // i / 16 / most
+        const int w = rank + turn * ranks;
+        const int index = w + (i / 16 - turn * most) * kWarps;
         if (w >= kWarps || index >= tiles) continue;
 #pragma unroll
         for (int t = 0; t < Tokens; ++t) {

@@ -18,9 +18,6 @@ namespace codegemm::cuda::detail {
 /// The regime over a config_list of gather configurations, see configs.cuh.
 template <class Configs>
 struct GatherRegime {
-  template <class Config, int Tokens>
-  using BookOf = Psumbook<Config::kVecLen, Config::kCodebooks, Config::kSets, Tokens>;
-
   // Calls fn(Config{}) for the configuration that serves a packed matrix on a device.
   template <class Fn>
   [[nodiscard]] static bool match(const DevicePackedView& w, const Device& device, Fn&& fn) {
@@ -28,7 +25,8 @@ struct GatherRegime {
         Configs{},
         [&](auto c) {
           using Config = decltype(c);
-          const auto shared = static_cast<std::size_t>(BookOf<Config, 1>::bytes(w.format.b)) + 64;
+          const auto shared = static_cast<std::size_t>(BookOf<Config, 1>::bytes(w.format.b)) +
+                              (kHalfPsumbook<Config> ? kHalfTableAt : 64);
           return w.layout.code_bytes == 1 && c.kCodebooks == w.format.m && c.kSets == w.layout.sets &&
                  (c.kVecLen == 0 || c.kVecLen == w.format.v) &&
                  (c.kCodeBits == 0 || c.kCodeBits == w.format.b) &&
@@ -46,7 +44,9 @@ struct GatherRegime {
     limits.multiprocessors = device.multiprocessors;
     limits.shared_bytes = static_cast<std::size_t>(device.shared_bytes);
     limits.clusters = device.clusters;
-    limits.table_bytes = static_cast<std::size_t>(BookOf<Config, Tokens>::bytes(w.format.b));
+    using Book = BookOf<Config, Tokens>;
+    limits.table_bytes = static_cast<std::size_t>(Book::bytes(w.format.b));
+    limits.staged_bytes = static_cast<std::size_t>(Book::kStagedBytes);
     limits.tokens = Tokens;
     limits.warps = Config::kThreads / 32;
     return plan_gather(w.layout, limits, tuning);
@@ -125,9 +125,14 @@ struct GatherRegime {
     const PackedLayout& layout = p.weights.layout;
     args.granules_per_block = plan.granules_per_block;
     args.rows = cut_rows(layout.first_tile, layout.parts, plan.tiles_per_block, gated(p));
+    args.tables = plan.tables;
+    args.sums_at = static_cast<int>(plan.sums_at);
     args.warps_per_owner = (Config::kThreads / 32 + plan.ranks - 1) / plan.ranks;
     args.ranks_inverse =
         (65536U + static_cast<unsigned>(plan.ranks) - 1U) / static_cast<unsigned>(plan.ranks);
+    const int warps = Config::kThreads / 32;
+    const unsigned most = static_cast<unsigned>((plan.tiles_per_block + warps - 1) / warps);
+    args.most_inverse = (65536U + most - 1U) / most;
     args.rounds_ahead = p.tuning.rounds_ahead;
     args.counters = static_cast<unsigned*>(workspace);
     args.partials = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + kCounterBytes);

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include <codegemm/cuda/block/half_layout.hpp>
 #include <codegemm/cuda/block/row_parts.hpp>
 #include <codegemm/cuda/packed_matrix.hpp>
 #include <codegemm/cuda/tuning.hpp>
@@ -25,6 +26,8 @@ struct GatherPlan {
   int groups = 0;                ///< along K, each of so many splits
   int granules_per_block = 0;    ///< granules of K
   int tiles_per_block = 0;       ///< row tiles
+  int tables = 1;                ///< Psumbooks of a block
+  std::size_t sums_at = 0;       ///< in a block's shared memory: the sums of its rows
   std::size_t shared_bytes = 0;  ///< of a block
   double cost = 0.0;             ///< estimated cycles
 
@@ -42,10 +45,13 @@ struct GatherLimits {
   std::size_t shared_bytes = 0;  ///< of a block at most
   std::array<int, 9> clusters =
       {};  ///< [size]: how many clusters of that size run at once, one block a multiprocessor
-  std::size_t table_bytes = 0;  ///< a block's Psumbook
-  int tokens = 1;               ///< of a pass
-  int warps = 1;                ///< of a block
-  bool halves = false;          ///< SwiGLU
+  std::size_t table_bytes = 0;  ///< a Psumbook
+  /// What a block keeps of each granule beside the table: HalfPsumbook, whose tables, one or two, lie behind
+  /// the rest at multiples of 65,536 of the shared window. 0: one table, before the rest.
+  std::size_t staged_bytes = 0;
+  int tokens = 1;       ///< of a pass
+  int warps = 1;        ///< of a block
+  bool halves = false;  ///< SwiGLU
 };
 
 /// The cheapest grid by a rough count of cycles, or none (splits 0): a block builds a Psumbook for each of
@@ -53,12 +59,13 @@ struct GatherLimits {
 [[nodiscard]] inline GatherPlan plan_gather(const PackedLayout& l, const GatherLimits& limits,
                                             const GemmTuning& tuning) {
   // From traces of an H100. A tile's set of columns: 16 lookups, 4 shuffles and 4 wavefronts of codes.
-  constexpr double kTileCycles = 27.0;
-  constexpr double kGranuleCycles = 700.0;   // barriers, and the latency of a warp's last tile
-  constexpr double kBuildCycles = 500.0;     // a set of columns
-  constexpr double kClusterCycles = 1000.0;  // pushing and waiting
-  constexpr double kGroupCycles = 3000.0;    // writing, fence, counter
-  constexpr double kReadCycles = 4.0;        // a tile's sums of one group, by the last block
+  const bool half = limits.staged_bytes > 0;
+  const double kTileCycles = half ? 22.0 : 27.0;
+  const double kGranuleCycles = half ? 400.0 : 700.0;  // barriers, and the latency of a warp's last tile
+  const double kBuildCycles = half ? 150.0 : 500.0;    // a set of columns
+  constexpr double kClusterCycles = 1000.0;            // pushing and waiting
+  constexpr double kGroupCycles = 3000.0;              // writing, fence, counter
+  constexpr double kReadCycles = 4.0;                  // a tile's sums of one group, by the last block
   const auto divide_up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const std::int64_t granules = std::max<std::int64_t>(l.granules, 1);
   const std::size_t tile_sums = static_cast<std::size_t>(kTileRows * limits.tokens) * sizeof(float);
@@ -75,8 +82,15 @@ struct GatherLimits {
     // the tiles of its share of the warps.
     const std::int64_t owned =
         cluster ? ranks * divide_up(limits.warps, ranks) : 0;  // warps, over all blocks of the cluster
-    const std::size_t fixed = limits.table_bytes + static_cast<std::size_t>(owned) * tile_sums + 8;
-    const auto room = static_cast<std::int64_t>((limits.shared_bytes - fixed) / tile_sums);
+    p.tables = half && granules_per_block > 1 && kHalfTableAt + 2 * limits.table_bytes <= limits.shared_bytes
+                   ? 2
+                   : 1;
+    p.sums_at =
+        half ? limits.staged_bytes * static_cast<std::size_t>(granules_per_block) : limits.table_bytes;
+    const std::size_t fixed = p.sums_at + static_cast<std::size_t>(owned) * tile_sums + 8;
+    const std::size_t space = half ? kHalfTableAt - kWindowStart : limits.shared_bytes;
+    if (fixed >= space) return;
+    const auto room = static_cast<std::int64_t>((space - fixed) / tile_sums);
     const std::int64_t most = room * limits.warps / (limits.warps + owned);
     if (most < 1) return;
     const std::int64_t tiles =
@@ -91,9 +105,10 @@ struct GatherLimits {
     p.chunks = static_cast<int>(chunks);
     p.granules_per_block = static_cast<int>(granules_per_block);
     p.tiles_per_block = static_cast<int>(tiles);
-    p.shared_bytes = limits.table_bytes + static_cast<std::size_t>(tiles) * tile_sums;
+    p.shared_bytes = p.sums_at + static_cast<std::size_t>(tiles) * tile_sums;
     if (cluster)
       p.shared_bytes += static_cast<std::size_t>(owned * divide_up(tiles, limits.warps)) * tile_sums + 8;
+    if (half) p.shared_bytes = kHalfTableAt + static_cast<std::size_t>(p.tables) * limits.table_bytes;
     p.shared_bytes = std::max(p.shared_bytes,
                               std::min(static_cast<std::size_t>(tuning.shared_bytes), limits.shared_bytes));
     const double sets = static_cast<double>(l.sets * limits.tokens);

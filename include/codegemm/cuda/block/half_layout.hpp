@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/cuda/block/half_layout.hpp - where a block keeps Psumbooks of fp16 numbers.
+// Layer: cuda/block (host + device, no CUDA headers).
+#pragma once
+
+#include <cstddef>
+
+namespace codegemm::cuda {
+
+/// Bytes of a HalfPsumbook, which lies at a multiple of that in the shared window: the byte of a code and the
+/// byte of a lane are an address then, with nothing to add.
+inline constexpr std::size_t kHalfTableBytes = 65536;
+/// Where a block's first table begins in the shared window. What else the block keeps lies before it.
+inline constexpr std::size_t kHalfTableAt = 65536;
+/// What the system has of the shared window at most, before the block's own.
+inline constexpr std::size_t kWindowStart = 1024;
+/// A granule's activations as HalfPsumbook::stage() leaves them.
+inline constexpr std::size_t kHalfStagedBytes = 1040;
+
+}  // namespace codegemm::cuda

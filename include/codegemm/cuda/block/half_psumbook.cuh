@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// codegemm/cuda/block/half_psumbook.cuh - a Psumbook of fp16 numbers in shared memory: tensor cores build it
+// and add up what is gathered from it.
+// Layer: cuda/block (device).
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_fp16.h>
+
+#include <codegemm/cuda/block/centroid_table.cuh>
+#include <codegemm/cuda/block/half_layout.hpp>
+#include <codegemm/cuda/block/psumbook.cuh>
+
+namespace codegemm::cuda {
+namespace detail {
+
+// The word at an address of the shared window.
+__device__ __forceinline__ unsigned load_word(unsigned address) {
+  unsigned out;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(out) : "r"(address));
+  return out;
+}
+
+}  // namespace detail
+
+/// The Psumbook of one granule of 512 activations and one token, for V = 4 and one codebook or V = 8 and two,
+/// of 256 centroids. Lane l owns 16 activations, four columns, as in Psumbook. Two inner products share a
+/// word: those of columns P and P + 2 of a lane with the same centroid of column P's codebook, P = 0, 1. Word
+/// (code, P, lane) lies at byte  code * 256 + P * 128 + lane * 4, so that a lane always reads its own bank.
+///
+/// Inner products are rounded to fp16 once (2^-12 of each at most, in the mean); what is added up from them
+/// is fp32. Activations are multiplied by a power of two first, the granule's own, so that none overflows and
+/// what underflows is below 2^-30 of the largest.
+///
+/// A gather is a permute and a load for each code; the word goes to mma.sync as it is. There a matrix of ones
+/// and zeros takes the half that was meant, puts its sum into the column of its row, and adds up four lanes.
+/// (A look-up's other half is multiplied by zero: an infinite or NaN activation makes every output NaN.)
+///
+/// All functions are for whole warps.
+template <int V, int Codebooks>
+struct HalfPsumbook {
+  static_assert((V == 4 && Codebooks == 1) || (V == 8 && Codebooks == 2),
+                "codegemm: HalfPsumbook is for V = 4 and one codebook, or V = 8 and two");
+
+  static constexpr int kSets = 4;           ///< columns that a lane owns
+  static constexpr int kActivations = 512;  ///< k covered
+  /// Bytes of shared memory, at a multiple of that in the shared window: a code and a lane become an address
+  /// by one permute.
+  static constexpr int kBytes = static_cast<int>(kHalfTableBytes);
+  static constexpr int kCodeBlocks = 32;  ///< blocks of 8 codes
+  static constexpr int kStagedBytes =
+      static_cast<int>(kHalfStagedBytes);       ///< a granule's activations as stage() leaves them
+  static constexpr int kLogV = V == 4 ? 2 : 3;  ///< log2 of V
+
+  /// What a thread holds of 8 centroids (of each codebook).
+  struct Centroids {
+    unsigned pairs[Codebooks];  ///< two values each
+  };
+
+  /// Centroids 8 * block .. 8 * block + 7.
+  [[nodiscard]] static __device__ __forceinline__ Centroids load_centroids(const std::uint16_t* codebooks,
+                                                                           int block) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int pair = V == 4 ? lane % 2 : lane % 4;
+    Centroids out;
+#pragma unroll
+    for (int c = 0; c < Codebooks; ++c) {
+      const std::uint16_t* const centroid = codebooks + ((c << 8) + block * 8 + lane / 4) * V;
+      out.pairs[c] = __ldg(reinterpret_cast<const unsigned*>(centroid) + pair);
+    }
+    return out;
+  }
+
+  /// Reads the 512 activations from number `k0` on and leaves them in `staged` (kStagedBytes, at a multiple
+  /// of 16) as build() wants them. One warp.
+  static __device__ __forceinline__ void stage(char* staged, const Activations& x, int k0) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int g = lane / 4;
+    const int q = lane % 4;
+    const bool whole =
+        k0 + kActivations <= x.cols && (reinterpret_cast<std::uintptr_t>(x.x) + k0 * 2ULL) % 4 == 0;
+    const auto first_of = [&](int f) {  // of the two activations in word f
+      const int r = f % 4;              // of an A fragment: rows 8 and up, k of 8 and up
+      const int owner = V == 4 ? g + q / 2 * 8 + r / 2 * 16 : g + r / 2 * 8 + f / 4 * 16;
+      return k0 + owner * 16 + r % 2 * 8 + (V == 4 ? f / 4 * 4 + q % 2 * 2 : q * 2);
+    };
+    unsigned words[8];
+    if (whole) {
+#pragma unroll
+      for (int f = 0; f < 8; ++f) words[f] = *reinterpret_cast<const unsigned*>(x.x + first_of(f));
+    } else {
+#pragma unroll
+      for (int f = 0; f < 8; ++f)
+        words[f] = x.bits(first_of(f)) | static_cast<unsigned>(x.bits(first_of(f) + 1)) << 16;
+    }
+    unsigned most = 0;
+#pragma unroll
+    for (int f = 0; f < 8; ++f) most = __vmaxu2(most, words[f] & 0x7FFF7FFFU);
+    most = max(most & 0xFFFFU, most >> 16);
+    const int largest = static_cast<int>(__reduce_max_sync(0xFFFFFFFFU, most));
+    // Centroids are below 2^6: with activations below 2^(9 - log2 V) inner products stay below 2^15.
+    int exponent;
+    if (x.bf16) {
+      exponent = min(135 - kLogV - (largest >> 7), 126);
+      const float factor = __int_as_float((127 + exponent) << 23);
+#pragma unroll
+      for (unsigned& word : words) {
+        const __half2 pair = __floats2half2_rn(__uint_as_float(word << 16) * factor,
+                                               __uint_as_float(word & 0xFFFF0000U) * factor);
+        word = *reinterpret_cast<const unsigned*>(&pair);
+      }
+    } else {
+      exponent = min(23 - kLogV - (largest >> 10), 15);
+      const auto bits = static_cast<unsigned short>((15 + exponent) << 10);
+      const __half2 factor = __half2half2(__ushort_as_half(bits));
+#pragma unroll
+      for (unsigned& word : words) word = detail::scale_pair(word, factor);
+    }
+    uint4* const to = reinterpret_cast<uint4*>(staged) + lane;
+    to[0] = make_uint4(words[0], words[1], words[2], words[3]);
+    to[32] = make_uint4(words[4], words[5], words[6], words[7]);
+    if (lane == 0) *reinterpret_cast<float*>(staged + 1024) = __int_as_float((127 - exponent) << 23);
+  }
+  /// What sums of the granule are to be multiplied by.
+  [[nodiscard]] static __device__ __forceinline__ float unscale(const char* staged) {
+    return *reinterpret_cast<const float*>(staged + 1024);
+  }
+
+  /// Writes the inner products of 8 centroids: a warp's share of the table. Four products with the centroids
+  /// in one quarter of k each: a thread's results are then of other owners in each, and the 32 lanes of a
+  /// store hit 32 banks.
+  static __device__ __forceinline__ void build(char* table, const char* staged, const Centroids& centroids,
+                                               int block) {
+    int lane = static_cast<int>(threadIdx.x) % 32;
+    asm volatile("" : "+r"(lane));  // what follows from it is not worth registers while warps gather
+    const int g = lane / 4;
+    const int q = lane % 4;
+    const uint4 low = reinterpret_cast<const uint4*>(staged)[lane];
+    const uint4 high = reinterpret_cast<const uint4*>(staged)[lane + 32];
+    const unsigned a[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
+    char* const rows = table + (block * 8 + q * 2) * 256 + g * 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int owners = (g / 2 + i) % 4;  // of centroid g: a quarter of the lanes
+      float d[2][4];
+      if constexpr (V == 4) {
+        const unsigned b0 = owners == q / 2 ? centroids.pairs[0] : 0U;
+        const unsigned b1 = owners == q / 2 + 2 ? centroids.pairs[0] : 0U;
+        detail::mma_pairs<PairType::kHalf>(d[0], a[0], b0, b1, true);
+        detail::mma_pairs<PairType::kHalf>(d[1], a[1], b0, b1, true);
+      } else {
+#pragma unroll
+        for (int p = 0; p < 2; ++p) {
+          const unsigned pair = centroids.pairs[p];
+          detail::mma_pairs<PairType::kHalf>(d[p], a[0], owners == 0 ? pair : 0U, owners == 1 ? pair : 0U,
+                                             true);
+          detail::mma_pairs<PairType::kHalf>(d[p], a[1], owners == 2 ? pair : 0U, owners == 3 ? pair : 0U,
+                                             false);
+        }
+      }
+      char* const to = rows + (q + i) % 4 * 32;
+#pragma unroll
+      for (int p = 0; p < 2; ++p) {
+        *reinterpret_cast<__half2*>(to + p * 128) = __floats2half2_rn(d[p][0], d[p][2]);
+        *reinterpret_cast<__half2*>(to + p * 128 + 256) = __floats2half2_rn(d[p][1], d[p][3]);
+      }
+    }
+  }
+
+  /// Ones and zeros of gather(), a byte for each pair of slots that gets 1.0's high byte in the lanes that
+  /// hold the column of the pair's rows.
+  struct Ones {
+    unsigned bytes[2];  ///< of fp16's 1.0, each 0x3C or 0
+  };
+  /// For scales of groups of 2^Steps lanes.
+  template <int Steps>
+  [[nodiscard]] static __device__ __forceinline__ Ones ones() {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int n = lane / 4;  // column of the product
+    const int q = lane % 4;  // whose words they are
+    // Lane 4 g + q ends with rows (row_slot(4 g + q, slot)): column 2 q + h is for slots of q's row bits.
+    int pair;
+    bool none = false;
+    if constexpr (Steps >= 2) {
+      pair = ((n >> 1 & 1) * 4 + (n >> 2) * 2 + (n & 1)) ^ (q % 2 * 4 + q / 2 * 2);
+    } else {  // lanes 2 and 3 of four have columns of their own
+      none = n >> 2 != q / 2;
+      pair = ((n >> 1 & 1) ^ q % 2) * 2 + (n & 1);
+    }
+    Ones out;
+    out.bytes[0] = none || pair >= 4 ? 0U : 0x3CU << (8 * pair);
+    out.bytes[1] = none || pair < 4 ? 0U : 0x3CU << (8 * (pair - 4));
+    return out;
+  }
+
+  /// Values that a lane ends with: one for each of its first slots, after the sum over 2^kSummedSteps lanes.
+  template <int Steps>
+  static constexpr int kSums = Steps >= 2 ? 4 : 8;
+  /// @copydoc kSums
+  template <int Steps>
+  static constexpr int kSummedSteps = Steps >= 2 ? 2 : 1;
+
+  /// sums[i] = the sum of row row_slot(lane, i) over the columns of the lane's group of 2^kSummedSteps lanes.
+  /// `codes` is the lane's stream of 16 rows, `column` the table's address in the shared window (of which the
+  /// lowest 16 bits are 0) plus 4 * lane.
+  template <int Steps>
+  static __device__ __forceinline__ void gather(unsigned column, const uint4 (&codes)[4], Ones ones,
+                                                float (&sums)[kSums<Steps>]) {
+    static_assert(Steps >= 1, "codegemm: HalfPsumbook wants groups of at least two lanes with one scale");
+    float d[2][4];
+    asm volatile("" : "+r"(ones.bytes[0]), "+r"(ones.bytes[1]));  // two registers, not sixteen
+    const auto look = [&](unsigned word, int p) {
+      const unsigned at = __byte_perm(word, column, 0x7604U | (static_cast<unsigned>(p) << 4));
+      return detail::load_word(at + static_cast<unsigned>(p % 2 * 128));
+    };
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {  // slots 2 c, 2 c + 8, 2 c + 1, 2 c + 9
+#pragma unroll
+      for (int high = 0; high < 2; ++high) {
+        const unsigned even = high == 0 ? codes[c].x : codes[c].y;
+        const unsigned odd = high == 0 ? codes[c].z : codes[c].w;
+        const int pair = Steps >= 2 ? high * 4 + c : high * 2 + c / 2;
+        const unsigned byte = static_cast<unsigned>(pair % 4);
+        const unsigned low_one = __byte_perm(ones.bytes[pair / 4], 0U, 0x4404U | (byte << 4));
+        const unsigned high_one = __byte_perm(ones.bytes[pair / 4], 0U, 0x0444U | (byte << 12));
+#pragma unroll
+        for (int p = 0; p < 2; ++p) {  // columns 0 and 1 are low halves, 2 and 3 high ones
+          const unsigned a[4] = {look(even, p), look(odd, p), look(even, p + 2), look(odd, p + 2)};
+          const int sum = Steps >= 2 ? p : c % 2;
+          const bool first = Steps >= 2 ? c == 0 && high == 0 : c < 2 && high == 0 && p == 0;
+          detail::mma_pairs<PairType::kHalf>(d[sum], a, low_one, high_one, first);
+        }
+      }
+    }
+    if constexpr (Steps >= 2) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[i / 2 + i % 2 * 2] = d[0][i] + d[1][i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[i % 2 * 4 + i / 4 * 2 + i % 4 / 2] = d[i / 4][i % 4];
+    }
+  }
+};
+
+/// The rest of reduce_rows() for what HalfPsumbook::gather() leaves.
+template <int ScaleSteps, int N>
+[[nodiscard]] __device__ __forceinline__ float reduce_summed_rows(float (&sums)[N], const __half* scales) {
+  constexpr int kSummed = N == 4 ? 2 : 1;
+  constexpr int kBefore = ScaleSteps < 4 ? ScaleSteps : 4;
+  static_assert(N == 4 || N == 8, "codegemm: reduce_summed_rows has four or eight sums");
+  detail::reduce_steps<kSummed, kBefore>(sums);
+  if constexpr (ScaleSteps <= 4) {
+#pragma unroll
+    for (int i = 0; i < 16 >> kBefore; ++i) sums[i] *= __half2float(scales[i]);
+  }
+  detail::reduce_steps<kBefore, 4>(sums);
+  return sums[0] + __shfl_xor_sync(0xFFFFFFFFU, sums[0], 16);
+}
+
+}  // namespace codegemm::cuda
