@@ -15,6 +15,7 @@
 #include <codegemm/base/executor.hpp>
 #include <codegemm/base/matrix_view.hpp>
 #include <codegemm/base/status.hpp>
+#include <codegemm/cpu/byte_product.hpp>
 #include <codegemm/cpu/configs.hpp>
 #include <codegemm/cpu/few_tokens.hpp>
 #include <codegemm/cpu/isa.hpp>

@@ -165,7 +165,13 @@ struct CpuTiles {
   static constexpr bool kUseAmx = true;               ///< whether gemm() takes tiles of bytes (AMX) of itself
   static constexpr std::int64_t kAmxTokens = 16;      ///< tokens of a tile of bytes
   static constexpr std::int64_t kAmxColumns = 64;     ///< columns of a step of it
-  static constexpr std::int64_t kIntegerUnit = 32;    ///< weights of a step; scale groups must be multiples
+  /// Rows and tokens of a task: 64 KiB of weights and 256 KiB of activations in the second-level cache, half of
+  /// the weights in the first. Up to kAmxDepthMost columns are one step, which saves a short second one.
+  static constexpr std::int64_t kAmxTaskRows = 64;
+  static constexpr std::int64_t kAmxTaskTokens = 256;  ///< see kAmxTaskRows
+  static constexpr std::int64_t kAmxDepth = 512;       ///< weights of a row in one step
+  static constexpr std::int64_t kAmxDepthMost = 640;   ///< see kAmxTaskRows
+  static constexpr std::int64_t kIntegerUnit = 32;     ///< weights of a step; scale groups must be multiples
 };
 
 /// Measured on a Zen 3 core in its cycles; only their ratios matter. From them follows which way is taken at
@@ -180,8 +186,10 @@ struct CpuCosts {
   static constexpr double kIntegerMultiply = 1 / 22.0;        ///< in 16-bit integers, AVX2
   static constexpr double kIntegerMultiplyAvx512 = 1 / 27.0;  ///< AVX-512 without VNNI
   static constexpr double kIntegerMultiplyVnni = 1 / 35.0;    ///< with VNNI
-  static constexpr double kIntegerMultiplyAmx = 1 / 100.0;    ///< as bytes with AMX
-  static constexpr double kAmxDequantize = 3;                 ///< one code of one row, on a Xeon with AMX
+  static constexpr double kByteMultiply = 1 / 200.0;          ///< as bytes with AMX, on a Xeon
+  static constexpr double kByteLoad = 0.05;                   ///< and a weight of any number of tokens
+  static constexpr double kByteRebuild = 1.0;                 ///< one code of one row of more than 4 bits
+  static constexpr double kByteRebuild4 = 0.05;               ///< with 4 bits, one element of its centroid
   static constexpr double kIntegerDequantize = 1.5;           ///< one code of one row
 
   /// One entry, 64 rows x 1 token looked up in registers, for 4 to 8 bits a code; 0 where gathering is as
