@@ -220,13 +220,15 @@ CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void prefetch_ahead(const std::uin
   _mm_prefetch(reinterpret_cast<const char*>(codes), _MM_HINT_T1);
 }
 
-// One flush of kBlocks row blocks. The tables stay in registers for all of them; codes `ahead` bytes further
-// on are asked for meanwhile.
+// One flush of kBlocks row blocks, `apart` of them from one to the next. The tables stay in registers for all of
+// them; codes `ahead` bytes further on are asked for meanwhile.
 template <int kCodeBits, int kBlocks, Permutes kPermutes>
 CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(const LookupArgs& a,
                                                                             const Flush& f,
                                                                             std::int64_t block,
+                                                                            std::int64_t apart,
                                                                             std::int64_t ahead) {
+  const std::int64_t stride = apart * a.stride;
   const std::uint8_t* codes = a.codes + block * a.stride + f.first * kBlockRows;
   const std::uint8_t* table = a.tables + f.first * encoded_bytes(kCodeBits);
   PlaneSums sums[std::size_t{kBlocks}];
@@ -237,7 +239,7 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(cons
     const PlaneVbmi<kCodeBits, kPermutes> high(table + (1 << kCodeBits));
     CODEGEMM_UNROLL
     for (int i = 0; i < kBlocks; ++i) {
-      const std::uint8_t* const from = codes + i * a.stride;
+      const std::uint8_t* const from = codes + i * stride;
       prefetch_ahead(from + ahead);
       const CodesVbmi<kCodeBits> index(from);
       sums[i].add(low.look_up(index), high.look_up(index));
@@ -247,10 +249,10 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(cons
   for (int i = 0; i < kBlocks; ++i) {
     const __m512i even = sums[i].even_rows();
     const __m512i odd = sums[i].odd_rows();
-    const Half* const scales = f.scales + (block + i) * kBlockRows;
-    prefetch_scales_avx2(scales + kBlocks * kBlockRows);
-    add_lanes_avx512(_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd), f.step, scales,
-                     a.y + (block + i) * kBlockRows);
+    const std::int64_t row = (block + i * apart) * kBlockRows;
+    prefetch_scales_avx2(f.scales + row + kBlocks * kBlockRows);
+    add_lanes_avx512(_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd), f.step,
+                     f.scales + row, a.y + row);
   }
 }
 
@@ -324,7 +326,7 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_group_vbmi(const
     if constexpr (kCodeBits == 4) {
       look_up_nibbles_vbmi<kBlocks>(a, *f, block, ahead);
     } else {
-      look_up_blocks_vbmi<kCodeBits, kBlocks, kPermutes>(a, *f, block, ahead);
+      look_up_blocks_vbmi<kCodeBits, kBlocks, kPermutes>(a, *f, block, 1, ahead);
     }
   }
 }
