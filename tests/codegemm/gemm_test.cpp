@@ -404,7 +404,7 @@ TEST_CASE("weights are rebuilt as pairs of bytes by every vector length, code an
   CAPTURE(seed);
   Rng rng(seed);
   for (const int v : {2, 4, 8, 16}) {
-    for (const int b : {4, 5, 6, 8}) {
+    for (const int b : {4, 5, 6, 7, 8}) {
       for (const int m : {1, 2, 3, 5, 8}) {
         const Format f{v, m, b, -1};
         CAPTURE(format_name(f));

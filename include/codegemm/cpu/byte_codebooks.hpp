@@ -36,18 +36,27 @@ inline constexpr int kByteColumns = 4;
 /// Bytes of one centroid's entry where they are gathered, see fill_byte_codebooks().
 [[nodiscard]] constexpr std::int64_t byte_entry_bytes(int v) noexcept { return v == 2 ? 16 : 2 * v; }
 
-/// Bytes of one codebook of 16 centroids where they are permuted.
+/// Bytes of one codebook of 16 centroids where they are permuted, elements of four columns at once.
 [[nodiscard]] constexpr std::int64_t byte_permute_bytes(int v) noexcept { return std::max(1, v / 4) * 128; }
+
+/// Bytes of one element of a codebook of 32 or 64 centroids where they are permuted.
+inline constexpr std::int64_t kBytePlanes = 128;
+
+/// Whether codes of so many bits are permuted; else entries are gathered.
+[[nodiscard]] constexpr bool bytes_are_permuted(int code_bits) noexcept { return code_bits <= 6; }
 
 /// Bytes of all codebooks, and some behind them: registers are loaded whole.
 [[nodiscard]] constexpr std::int64_t byte_codebook_bytes(Format f) noexcept {
-  const std::int64_t one = f.b == 4 ? byte_permute_bytes(f.v) : f.centroids() * byte_entry_bytes(f.v);
+  const std::int64_t one = f.b == 4                  ? byte_permute_bytes(f.v)
+                           : bytes_are_permuted(f.b) ? f.v * kBytePlanes
+                                                     : f.centroids() * byte_entry_bytes(f.v);
   return f.m * one + 16;
 }
 
 /// Rounds codebooks[m][2^b][v] by `step`, at most byte_weight_max() in sum. With 4 bits a code: [m][groups of 4
-/// elements][high, low][64], byte 16 d + i of element d of centroid i. Else [m][2^b][groups][high x 4, low x 4];
-/// v = 2: twice, followed by two zeros as the first of two vectors has it, and after them as the second.
+/// elements][high, low][64], byte 16 d + i of element d of centroid i. With 5 or 6: [m][v][high, low][64 centroids].
+/// Else [m][2^b][groups][high x 4, low x 4]; v = 2: twice, followed by two zeros as the first of two vectors has it,
+/// and after them as the second.
 inline void fill_byte_codebooks(const float* codebooks, Format f, float step, std::int8_t* out) {
   const int bits = byte_radix_bits(f.m);
   const int half = 1 << (bits - 1);
@@ -61,6 +70,12 @@ inline void fill_byte_codebooks(const float* codebooks, Format f, float step, st
         const auto low_byte = static_cast<std::int8_t>(q - high * 2 * half);
         if (f.b == 4) {
           std::int8_t* const to = out + c * byte_permute_bytes(f.v) + d / 4 * 128 + d % 4 * 16 + i;
+          to[0] = high_byte;
+          to[64] = low_byte;
+          continue;
+        }
+        if (bytes_are_permuted(f.b)) {
+          std::int8_t* const to = out + (c * f.v + d) * kBytePlanes + i;
           to[0] = high_byte;
           to[64] = low_byte;
           continue;

@@ -19,6 +19,11 @@ CODEGEMM_AVX512_CODE_BEGIN
 
 namespace codegemm::detail {
 
+// Compilers do not know what memory the instructions of tiles read: all of it is written before.
+CODEGEMM_ALWAYS_INLINE void compiler_barrier_amx(const void* memory) {
+  asm volatile("" : : "r"(memory) : "memory");
+}
+
 /// Eight tiles of rows of 64 bytes for this thread until end_tiles_amx(): 0 to 5 with as many rows as there are
 /// tokens, up to 16, 6 and 7, the weights', with 16.
 CODEGEMM_TARGET_AMX inline void begin_tiles_amx(std::int64_t tokens) {
@@ -34,6 +39,7 @@ CODEGEMM_TARGET_AMX inline void begin_tiles_amx(std::int64_t tokens) {
     tiles.rows[tile] =
         static_cast<std::uint8_t>(tokens < CpuTiles::kAmxTokens ? tokens : CpuTiles::kAmxTokens);
   }
+  compiler_barrier_amx(&tiles);  // GCC thinks that only the first bytes are read
   _tile_loadconfig(&tiles);
 }
 
@@ -108,6 +114,7 @@ template <int kPanels>
 CODEGEMM_TARGET_AMX void multiply_panels_amx(const ByteTileArgs& a) {
   alignas(64) std::int32_t sums[2][std::size_t{kPanels * 512}];
   alignas(64) float totals[std::size_t{kPanels * 256}];
+  compiler_barrier_amx(a.w);
   for (std::int64_t i = 0; i < a.tokens * kPanels * kPanelRows; i += 16) {
     _mm512_store_ps(totals + i, _mm512_setzero_ps());
   }

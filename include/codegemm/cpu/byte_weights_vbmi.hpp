@@ -234,6 +234,62 @@ CODEGEMM_TARGET_AVX512_VBMI void rebuild_nibbles_vbmi(const RebuildArgs& args) {
   }
 }
 
+// Four columns of a plane, 64 rows each in the order of permute_rows_vbmi(), to the four panels' steps.
+CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void store_columns_vbmi(const __m512i (&columns)[4],
+                                                                           std::int8_t* out,
+                                                                           std::int64_t panel_bytes) {
+  const __m512i low01 = _mm512_unpacklo_epi8(columns[0], columns[1]);
+  const __m512i low23 = _mm512_unpacklo_epi8(columns[2], columns[3]);
+  const __m512i high01 = _mm512_unpackhi_epi8(columns[0], columns[1]);
+  const __m512i high23 = _mm512_unpackhi_epi8(columns[2], columns[3]);
+  _mm512_store_si512(out, _mm512_unpacklo_epi16(low01, low23));
+  _mm512_store_si512(out + panel_bytes, _mm512_unpackhi_epi16(low01, low23));
+  _mm512_store_si512(out + 2 * panel_bytes, _mm512_unpacklo_epi16(high01, high23));
+  _mm512_store_si512(out + 3 * panel_bytes, _mm512_unpackhi_epi16(high01, high23));
+}
+
+// 64 codes such that four columns of bytes, interleaved lane by lane, come out as rows 0..15, 16..31, ...
+CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m512i permute_rows_vbmi(const std::uint8_t* codes,
+                                                                             __m512i order) {
+  return _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
+}
+
+template <int kVecLen>
+CODEGEMM_TARGET_AVX512_VBMI void rebuild_planes_vbmi(const RebuildArgs& args) {
+  constexpr std::int64_t kTogether = kVecLen == 2 ? 2 : 1;  // vectors
+  constexpr int kSteps = std::max(1, kVecLen / kByteColumns);
+  const RebuildArgs a = args;
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const std::int64_t vector_bytes = 64 * a.codebook_count;
+  const std::uint8_t* codes = a.codes;
+  std::int8_t* out = a.out;
+  for (std::int64_t j = 0; j < a.vectors; j += kTogether, codes += kTogether * vector_bytes) {
+    for (std::int64_t at = 0; at < kTogether * vector_bytes; at += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(codes + a.ahead + at), _MM_HINT_T1);
+    }
+    for (int step = 0; step < kSteps; ++step, out += kPanelStepBytes) {
+      __m512i high[4];
+      __m512i low[4];
+      CODEGEMM_UNROLL
+      for (int d = 0; d < 4; ++d) high[d] = low[d] = _mm512_setzero_si512();
+      for (std::int64_t c = 0; c < a.codebook_count; ++c) {
+        const __m512i first = permute_rows_vbmi(codes + 64 * c, order);
+        const __m512i second = kVecLen == 2 ? permute_rows_vbmi(codes + vector_bytes + 64 * c, order) : first;
+        const std::int8_t* const table = a.codebooks + (c * kVecLen + step * kByteColumns) * kBytePlanes;
+        CODEGEMM_UNROLL
+        for (int d = 0; d < 4; ++d) {
+          const std::int8_t* const plane = table + (kVecLen == 2 ? d % 2 : d) * kBytePlanes;
+          const __m512i index = d < 2 ? first : second;
+          high[d] = _mm512_add_epi8(high[d], _mm512_permutexvar_epi8(index, _mm512_loadu_si512(plane)));
+          low[d] = _mm512_add_epi8(low[d], _mm512_permutexvar_epi8(index, _mm512_loadu_si512(plane + 64)));
+        }
+      }
+      store_columns_vbmi(high, out, a.panel_bytes);
+      store_columns_vbmi(low, out + 64, a.panel_bytes);
+    }
+  }
+}
+
 CODEGEMM_AVX512_CODE_END
 
 #endif

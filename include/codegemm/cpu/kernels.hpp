@@ -44,7 +44,9 @@ template <Isa kIsa, int kVecLen, int kCodeBits>
 [[nodiscard]] constexpr Rebuild rebuild_kernel() noexcept {
 #if CODEGEMM_HAS_AMX
   if constexpr (kIsa == Isa::kAvx512Vbmi) {
-    return kCodeBits == 4 ? &rebuild_nibbles_vbmi<kVecLen> : &rebuild_gathered_vbmi<kVecLen>;
+    if constexpr (kCodeBits == 4) return &rebuild_nibbles_vbmi<kVecLen>;
+    if constexpr (kCodeBits != 4 && bytes_are_permuted(kCodeBits)) return &rebuild_planes_vbmi<kVecLen>;
+    if constexpr (!bytes_are_permuted(kCodeBits)) return &rebuild_gathered_vbmi<kVecLen>;
   }
 #endif
   return nullptr;
