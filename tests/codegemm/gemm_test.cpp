@@ -238,8 +238,8 @@ void multiply_bytes_plainly(const detail::ByteTileArgs& a) {
   for (std::int64_t t = 0; t < a.tokens; ++t) {
     for (std::int64_t n = 0; n < a.rows; ++n) {
       float total = 0.0F;
-      for (std::int64_t k = 0, end = 0; k < a.depth; k = end) {
-        end = detail::chunk_end(a.first_k + k, a.first_k + a.depth, a.scale_group) - a.first_k;
+      for (std::int64_t chunk = 0, k = 0; chunk < a.chunks; k = a.chunk_ends[chunk++]) {
+        const std::int64_t end = a.chunk_ends[chunk];
         std::int64_t high = 0;
         std::int64_t mixed = 0;
         for (std::int64_t i = k; i < end; ++i) {

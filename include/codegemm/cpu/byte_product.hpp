@@ -13,6 +13,7 @@
 #include <codegemm/base/matrix_view.hpp>
 #include <codegemm/cpu/byte_tile_amx.hpp>
 #include <codegemm/cpu/few_tokens.hpp>
+#include <codegemm/cpu/integer_tile.hpp>
 #include <codegemm/cpu/kernels.hpp>
 #include <codegemm/cpu/plan.hpp>
 #include <codegemm/pack.hpp>
@@ -96,9 +97,12 @@ class ByteProduct {
     ByteTileArgs a{};
     a.panel_bytes = depth * 2 * kPanelRows;
     a.radix_bits = radix_bits_;
-    a.first_k = first_k;
-    a.depth = depth;
-    a.scale_group = w_.format.g;
+    std::int64_t ends[kMostUnits];
+    a.chunk_ends = ends;
+    for (std::int64_t k = first_k; k < first_k + depth;) {
+      k = chunk_end(k, first_k + depth, w_.format.g);
+      ends[a.chunks++] = k - first_k;
+    }
     a.stride = args_.y.stride;
     a.accumulate = slab > 0;
     for (std::int64_t row = 0; row < rows; row += 2 * kPanelRows) {
@@ -118,6 +122,8 @@ class ByteProduct {
  private:
   static constexpr std::int64_t kTokens = CpuTiles::kAmxTokens;
   static constexpr std::int64_t kColumns = CpuTiles::kAmxColumns;
+  static constexpr std::size_t kMostUnits = CpuTiles::kAmxDepthMost / CpuTiles::kAmxColumns;
+  static_assert(CpuTiles::kAmxDepth <= CpuTiles::kAmxDepthMost);
 
   // Of a tile in the slab at first_k: as ByteTileArgs::x, and steps [units][16].
   [[nodiscard]] std::int8_t* tokens_of(std::int64_t tile, std::int64_t first_k, std::int64_t depth) const {

@@ -31,9 +31,8 @@ struct ByteTileArgs {
   const float* x_steps;      // [depth / 64][16]: of the chunk that begins there
   const float* w_steps;      // [depth / 64][64]
   int radix_bits;
-  std::int64_t first_k;
-  std::int64_t depth;
-  std::int64_t scale_group;
+  const std::int64_t* chunk_ends;  // [chunks], the last is the depth: columns of the slab
+  std::int64_t chunks;
   std::int64_t tokens;  // that exist
   std::int64_t rows;
   float* c;

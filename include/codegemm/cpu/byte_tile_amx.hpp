@@ -11,7 +11,6 @@
 #include <codegemm/cpu/amx.hpp>
 #include <codegemm/cpu/byte_tile.hpp>
 #include <codegemm/cpu/byte_weights_vbmi.hpp>
-#include <codegemm/cpu/integer_tile.hpp>
 
 #if CODEGEMM_HAS_AMX
 
@@ -118,19 +117,16 @@ CODEGEMM_TARGET_AMX void multiply_panels_amx(const ByteTileArgs& a) {
   for (std::int64_t i = 0; i < a.tokens * kPanels * kPanelRows; i += 16) {
     _mm512_store_ps(totals + i, _mm512_setzero_ps());
   }
-  const std::int64_t slab_end = a.first_k + a.depth;
-  std::int64_t unit = -1;
-  int turn = 0;
-  for (std::int64_t k = a.first_k; k < slab_end; turn ^= 1) {
-    const std::int64_t end = chunk_end(k, slab_end, a.scale_group);
-    const std::int64_t at = k - a.first_k;
+  std::int64_t at = 0;
+  std::int64_t unit = 0;  // of the chunk before
+  for (std::int64_t i = 0; i < a.chunks; ++i) {
     sum_chunk_amx<kPanels>(a.x + at * 2 * CpuTiles::kAmxTokens, a.w + at * 2 * kPanelRows, a.panel_bytes,
-                           end - k, sums[turn]);
-    if (unit >= 0) add_chunk_amx<kPanels>(a, unit, sums[turn ^ 1], totals);
+                           a.chunk_ends[i] - at, sums[i % 2]);
+    if (i > 0) add_chunk_amx<kPanels>(a, unit, sums[(i + 1) % 2], totals);
     unit = at / CpuTiles::kAmxColumns;
-    k = end;
+    at = a.chunk_ends[i];
   }
-  if (unit >= 0) add_chunk_amx<kPanels>(a, unit, sums[turn ^ 1], totals);
+  add_chunk_amx<kPanels>(a, unit, sums[(a.chunks + 1) % 2], totals);
   CODEGEMM_UNROLL
   for (int panel = 0; panel < kPanels; ++panel) {
     const std::int64_t rows = a.rows - panel * kPanelRows;
