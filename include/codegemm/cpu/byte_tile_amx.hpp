@@ -108,25 +108,19 @@ CODEGEMM_TARGET_AMX CODEGEMM_ALWAYS_INLINE void add_chunk_amx(const ByteTileArgs
   }
 }
 
-// A chunk's sums are scaled while the next one's are made.
 template <int kPanels>
 CODEGEMM_TARGET_AMX void multiply_panels_amx(const ByteTileArgs& a) {
-  alignas(64) std::int32_t sums[2][std::size_t{kPanels * 512}];
+  alignas(64) std::int32_t sums[std::size_t{kPanels * 512}];
   alignas(64) float totals[std::size_t{kPanels * 256}];
   compiler_barrier_amx(a.w);
   for (std::int64_t i = 0; i < a.tokens * kPanels * kPanelRows; i += 16) {
     _mm512_store_ps(totals + i, _mm512_setzero_ps());
   }
-  std::int64_t at = 0;
-  std::int64_t unit = 0;  // of the chunk before
-  for (std::int64_t i = 0; i < a.chunks; ++i) {
+  for (std::int64_t i = 0, at = 0; i < a.chunks; at = a.chunk_ends[i++]) {
     sum_chunk_amx<kPanels>(a.x + at * 2 * CpuTiles::kAmxTokens, a.w + at * 2 * kPanelRows, a.panel_bytes,
-                           a.chunk_ends[i] - at, sums[i % 2]);
-    if (i > 0) add_chunk_amx<kPanels>(a, unit, sums[(i + 1) % 2], totals);
-    unit = at / CpuTiles::kAmxColumns;
-    at = a.chunk_ends[i];
+                           a.chunk_ends[i] - at, sums);
+    add_chunk_amx<kPanels>(a, at / CpuTiles::kAmxColumns, sums, totals);
   }
-  add_chunk_amx<kPanels>(a, unit, sums[(a.chunks + 1) % 2], totals);
   CODEGEMM_UNROLL
   for (int panel = 0; panel < kPanels; ++panel) {
     const std::int64_t rows = a.rows - panel * kPanelRows;

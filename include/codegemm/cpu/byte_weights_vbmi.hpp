@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 
 #include <codegemm/base/macros.hpp>
 #include <codegemm/cpu/amx.hpp>
@@ -50,47 +49,53 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void split_step_vbmi(std::int
   _mm512_store_si512(step + 64, _mm512_permutex2var_epi32(first, low, second));
 }
 
-// Adds centroid `code` of a codebook at `table`: 8 bytes of it are meant, 16 are loaded.
-CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m128i add_entry_vbmi(__m128i sum,
-                                                                          const std::int8_t* table,
-                                                                          std::int64_t at) {
-  return _mm_add_epi8(sum, _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + at)));
+CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m128i load_entry_vbmi(const std::int8_t* from) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
 }
 
-// One row of a vector (of two with v = 2). codes: of the row in the first codebook.
+// One row of a vector (of two with v = 2): 16 bytes of the sum of its centroids' entries from `part` on, of which 8
+// are meant with v <= 4. codes: of the row in the first codebook.
 template <int kVecLen, int kCodebooks>
-CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void rebuild_row_vbmi(const RebuildArgs& a,
-                                                                         const std::uint8_t* codes,
-                                                                         std::int8_t* out) {
+CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m128i sum_entries_vbmi(const RebuildArgs& a,
+                                                                            const std::uint8_t* codes,
+                                                                            std::int64_t part) {
   constexpr std::int64_t kEntry = byte_entry_bytes(kVecLen);
   const std::int64_t count = kCodebooks > 0 ? kCodebooks : a.codebook_count;
-  const std::int64_t table_bytes = a.centroids * kEntry;
-  const std::int8_t* table = a.codebooks;
-  if constexpr (kVecLen == 4 && kCodebooks == 1) {
-    std::uint64_t entry;
-    std::memcpy(&entry, table + std::int64_t{codes[0]} * kEntry, sizeof(entry));
-    std::memcpy(out, &entry, sizeof(entry));
-  } else if constexpr (kVecLen <= 4) {
-    __m128i sum = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(table + std::int64_t{codes[0]} * kEntry));
-    if constexpr (kVecLen == 2) sum = add_entry_vbmi(sum, table, codes[count * 64] * kEntry + 8);
-    CODEGEMM_UNROLL
-    for (std::int64_t c = 1; c < count; ++c) {
-      table += table_bytes;
-      sum = add_entry_vbmi(sum, table, codes[c * 64] * kEntry);
-      if constexpr (kVecLen == 2) sum = add_entry_vbmi(sum, table, codes[(count + c) * 64] * kEntry + 8);
+  const std::int8_t* table = a.codebooks + part;
+  __m128i sum = load_entry_vbmi(table + codes[0] * kEntry);
+  if constexpr (kVecLen == 2) {
+    sum = _mm_add_epi8(sum, load_entry_vbmi(table + codes[count * 64] * kEntry + 8));
+  }
+  CODEGEMM_UNROLL
+  for (std::int64_t c = 1; c < count; ++c) {
+    table += a.centroids * kEntry;
+    sum = _mm_add_epi8(sum, load_entry_vbmi(table + codes[c * 64] * kEntry));
+    if constexpr (kVecLen == 2) {
+      sum = _mm_add_epi8(sum, load_entry_vbmi(table + codes[(count + c) * 64] * kEntry + 8));
     }
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), sum);
-  } else {
-    for (std::int64_t part = 0; part < kEntry; part += 16, out += 2 * kPanelStepBytes) {
-      table = a.codebooks + part;
-      __m128i sum = add_entry_vbmi(_mm_setzero_si128(), table, codes[0] * kEntry);
-      CODEGEMM_UNROLL
-      for (std::int64_t c = 1; c < count; ++c) {
-        table += table_bytes;
-        sum = add_entry_vbmi(sum, table, codes[c * 64] * kEntry);
-      }
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(out), sum);
-      _mm_storeh_pd(reinterpret_cast<double*>(out + kPanelStepBytes), _mm_castsi128_pd(sum));
+  }
+  return sum;
+}
+
+// Two rows: half as many stores as one by one.
+template <int kVecLen, int kCodebooks>
+CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void rebuild_rows_vbmi(const RebuildArgs& a,
+                                                                          const std::uint8_t* codes,
+                                                                          std::int8_t* out) {
+  constexpr std::int64_t kEntry = byte_entry_bytes(kVecLen);
+  if constexpr (kVecLen == 4 && kCodebooks == 1) {
+    const auto* const first = reinterpret_cast<const __m128i*>(a.codebooks + codes[0] * kEntry);
+    const auto* const second = reinterpret_cast<const __m64*>(a.codebooks + codes[1] * kEntry);
+    const __m128 both = _mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64(first)), second);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_castps_si128(both));
+    return;
+  }
+  for (std::int64_t part = 0; part < (kVecLen == 2 ? 8 : kEntry); part += 16, out += 2 * kPanelStepBytes) {
+    const __m128i first = sum_entries_vbmi<kVecLen, kCodebooks>(a, codes, part);
+    const __m128i second = sum_entries_vbmi<kVecLen, kCodebooks>(a, codes + 1, part);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi64(first, second));
+    if constexpr (kVecLen > 4) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + kPanelStepBytes), _mm_unpackhi_epi64(first, second));
     }
   }
 }
@@ -116,8 +121,8 @@ CODEGEMM_TARGET_AVX512_VBMI void rebuild_gathered_by_vbmi(const RebuildArgs& arg
         std::int8_t* const to = out + panel * a.panel_bytes + steps * kPanelStepBytes;
         const std::uint8_t* const from = codes + panel * kPanelRows;
         CODEGEMM_UNROLL
-        for (std::int64_t row = 0; row < kPanelRows; ++row) {
-          rebuild_row_vbmi<kVecLen, kCodebooks>(a, from + row, to + row * 8);
+        for (std::int64_t row = 0; row < kPanelRows; row += 2) {
+          rebuild_rows_vbmi<kVecLen, kCodebooks>(a, from + row, to + row * 8);
         }
       }
       codes += kTogether * vector_bytes;
