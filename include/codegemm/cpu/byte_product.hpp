@@ -124,6 +124,7 @@ class ByteProduct {
   static constexpr std::int64_t kColumns = CpuTiles::kAmxColumns;
   static constexpr std::size_t kMostUnits = CpuTiles::kAmxDepthMost / CpuTiles::kAmxColumns;
   static_assert(CpuTiles::kAmxDepth <= CpuTiles::kAmxDepthMost);
+  static_assert(CpuTiles::kAmxTaskRows == kBlockRows);
 
   // Of a tile in the slab at first_k: as ByteTileArgs::x, and steps [units][16].
   [[nodiscard]] std::int8_t* tokens_of(std::int64_t tile, std::int64_t first_k, std::int64_t depth) const {

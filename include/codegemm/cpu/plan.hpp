@@ -85,7 +85,8 @@ struct EntryCosts {
   out.lanes4 = blocks * CpuCosts::kLanes4 + build / 2;
   out.lanes8 = blocks * CpuCosts::kLanes8 + build;
   if (can_look_up(w, isa)) {
-    const double cost = lookup_cost(isa, w.format.b);
+    const bool slow = isa == Isa::kAvx512Vbmi && w.format.b == 8 && two_register_lookups_are_slow();
+    const double cost = slow ? CpuCosts::kLookupOneRegister : lookup_cost(isa, w.format.b);
     const double encode = chunks * CpuCosts::kEncode * static_cast<double>(w.format.centroids());
     out.lookup1 = blocks * cost + build / 8 + encode;
   }
@@ -106,8 +107,9 @@ struct EntryCosts {
       integers ? CpuCosts::kIntegerDequantize * codes : CpuCosts::kDequantize * weights * w.format.m;
   if (CpuTiles::kUseAmx && can_multiply_bytes(w, isa)) {
     dense = weights * CpuCosts::kByteMultiply;
-    dequantize = weights * CpuCosts::kByteLoad +
-                 codes * (w.format.b == 4 ? CpuCosts::kByteRebuild4 * w.format.v : CpuCosts::kByteRebuild);
+    const double rebuild = bytes_are_permuted(w.format.b) ? CpuCosts::kBytePermute * weights * w.format.m
+                                                          : CpuCosts::kByteRebuild * codes;
+    dequantize = weights * CpuCosts::kByteLoad + rebuild;
   }
   if (entries * entry <= dense) return std::numeric_limits<std::int64_t>::max();
   const double tokens = dequantize / (entries * entry - dense);
