@@ -49,7 +49,7 @@ struct PackedView {
   // codebooks[i] = about codebook_step * codebooks_rounded[i]; null where that is not exact enough
   const std::int16_t* codebooks_rounded = nullptr;  ///< [m][2^b][v]
   float codebook_step = 0.0F;                       ///< see codebooks_rounded
-  // the same as bytes, of codebook_byte_step; null where no kernel takes them (cpu/byte_codebooks.hpp)
+  /// The same as bytes, of codebook_byte_step (cpu/byte_codebooks.hpp); null where no kernel takes them.
   const std::int8_t* codebooks_bytes = nullptr;
   float codebook_byte_step = 0.0F;  ///< see codebooks_bytes
   const Half* scales = nullptr;     ///< [ceil(K / g)][row_blocks * block_rows]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cpu/byte_codebooks.hpp - codebooks as pairs of signed bytes, arranged for the look-ups that rebuild
-// weights in front of AMX's tiles.
+// codegemm/cpu/byte_codebooks.hpp - codebooks as pairs of signed bytes, arranged for the look-ups that
+// rebuild weights in front of AMX's tiles.
 // Layer: cpu (host only).
 //
 // With a radix R = 2^r a rounded centroid element is q = R high + low, -R/2 <= low < R/2. R is 256 over the
@@ -53,10 +53,10 @@ inline constexpr std::int64_t kBytePlanes = 128;
   return f.m * one + 16;
 }
 
-/// Rounds codebooks[m][2^b][v] by `step`, at most byte_weight_max() in sum. With 4 bits a code: [m][groups of 4
-/// elements][high, low][64], byte 16 d + i of element d of centroid i. With 5 or 6: [m][v][high, low][64 centroids].
-/// Else [m][2^b][groups][high x 4, low x 4]; v = 2: twice, followed by two zeros as the first of two vectors has it,
-/// and after them as the second.
+/// Rounds codebooks[m][2^b][v] by `step`, at most byte_weight_max() in sum. With 4 bits a code: [m][groups of
+/// 4 elements][high, low][64], byte 16 d + i of element d of centroid i. With 5 or 6: [m][v][high, low][64
+/// centroids]. Else [m][2^b][groups][high x 4, low x 4]; v = 2: twice, followed by two zeros as the first of
+/// two vectors has it, and after them as the second.
 inline void fill_byte_codebooks(const float* codebooks, Format f, float step, std::int8_t* out) {
   const int bits = byte_radix_bits(f.m);
   const int half = 1 << (bits - 1);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cpu/byte_product.hpp - the dense way in tiles of bytes: rebuild 64 rows of a slab of W once, multiply
-// all of a task's tokens with it.
+// codegemm/cpu/byte_product.hpp - the dense way in tiles of bytes: rebuild 64 rows of a slab of W once,
+// multiply all of a task's tokens with it.
 // Layer: cpu (host only).
 #pragma once
 
@@ -141,7 +141,8 @@ class ByteProduct {
     return reinterpret_cast<const std::uint8_t*>(codes + (j - tile * w_.tile_vectors) * vector_words);
   }
 
-  // What is asked for while vectors from j on are rebuilt: those of the next slab, in the end of the next block.
+  // What is asked for while vectors from j on are rebuilt: those of the next slab, in the end of the next
+  // block.
   [[nodiscard]] const std::uint8_t* codes_ahead(std::int64_t block, std::int64_t j) const {
     const std::int64_t then = j + plan_.slab_depth / w_.format.v;
     if (then < w_.vectors()) return codes_of(block, then);

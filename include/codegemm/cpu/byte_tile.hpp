@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cpu/byte_tile.hpp - the dense way in pairs of bytes: what a tile multiplies, and how activations are
-// rounded for it.
+// codegemm/cpu/byte_tile.hpp - the dense way in pairs of bytes: what a tile multiplies, and how activations
+// are rounded for it.
 // Layer: cpu (host only).
 //
 // Weights and activations are q = R high + low (byte_codebooks.hpp). The sum of q q' over a chunk (as
-// integer_tile.hpp has them) is R (R high high' + high low' + low high') without low low', which is below 1e-4 of
-// its norm for anything but single huge activations, and 5e-4 with them. The rest is exact in 32 bits.
+// integer_tile.hpp has them) is R (R high high' + high low' + low high') without low low', which is below
+// 1e-4 of its norm for anything but single huge activations, and 5e-4 with them. The rest is exact in 32
+// bits.
 #pragma once
 
 #include <cstdint>
@@ -51,8 +52,8 @@ struct ByteTileKernels {
 
 CODEGEMM_AVX512_CODE_BEGIN
 
-/// Rounds x[count] of one token, a multiple of 64, to bytes as ByteTileArgs::x has them. Returns the step: NaN
-/// where a number is not finite.
+/// Rounds x[count] of one token, a multiple of 64, to bytes as ByteTileArgs::x has them. Returns the step:
+/// NaN where a number is not finite.
 CODEGEMM_TARGET_AVX512_VBMI inline float round_bytes_vbmi(const float* x, std::int64_t count, int radix_bits,
                                                           std::int8_t* out) {
   constexpr std::int64_t kPlane = CpuTiles::kAmxTokens * CpuTiles::kAmxColumns;

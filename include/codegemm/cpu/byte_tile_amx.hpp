@@ -23,8 +23,8 @@ CODEGEMM_ALWAYS_INLINE void compiler_barrier_amx(const void* memory) {
   asm volatile("" : : "r"(memory) : "memory");
 }
 
-/// Eight tiles of rows of 64 bytes for this thread until end_tiles_amx(): 0 to 5 with as many rows as there are
-/// tokens, up to 16, 6 and 7, the weights', with 16.
+/// Eight tiles of rows of 64 bytes for this thread until end_tiles_amx(): 0 to 5 with as many rows as there
+/// are tokens, up to 16, 6 and 7, the weights', with 16.
 CODEGEMM_TARGET_AMX inline void begin_tiles_amx(std::int64_t tokens) {
   struct alignas(64) Configuration {
     std::uint8_t palette = 1;
@@ -45,8 +45,8 @@ CODEGEMM_TARGET_AMX inline void begin_tiles_amx(std::int64_t tokens) {
 /// A thread that keeps tiles in use makes every switch to another one dearer.
 CODEGEMM_TARGET_AMX inline void end_tiles_amx() { _tile_release(); }
 
-// The sums of a chunk: [panel][high high', high low' + low high'][16 tokens][16 rows]. A tile of sums is added to
-// again only when two or three others have been.
+// The sums of a chunk: [panel][high high', high low' + low high'][16 tokens][16 rows]. A tile of sums is
+// added to again only when two or three others have been.
 template <int kPanels>
 CODEGEMM_TARGET_AMX CODEGEMM_ALWAYS_INLINE void sum_chunk_amx(const std::int8_t* x, const std::int8_t* w,
                                                               std::int64_t panel_bytes, std::int64_t columns,

@@ -53,8 +53,8 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m128i load_entry_vbmi(const
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
 }
 
-// One row of a vector (of two with v = 2): 16 bytes of the sum of its centroids' entries from `part` on, of which 8
-// are meant with v <= 4. codes: of the row in the first codebook.
+// One row of a vector (of two with v = 2): 16 bytes of the sum of its centroids' entries from `part` on, of
+// which 8 are meant with v <= 4. codes: of the row in the first codebook.
 template <int kVecLen, int kCodebooks>
 CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m128i sum_entries_vbmi(const RebuildArgs& a,
                                                                             const std::uint8_t* codes,

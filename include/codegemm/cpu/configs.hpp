@@ -165,8 +165,8 @@ struct CpuTiles {
   static constexpr bool kUseAmx = true;               ///< whether gemm() takes tiles of bytes (AMX) of itself
   static constexpr std::int64_t kAmxTokens = 16;      ///< tokens of a tile of bytes
   static constexpr std::int64_t kAmxColumns = 64;     ///< columns of a step of it
-  /// Rows and tokens of a task: 64 KiB of weights and 256 KiB of activations in the second-level cache, half of
-  /// the weights in the first. Up to kAmxDepthMost columns are one step, which saves a short second one.
+  /// Rows and tokens of a task: 64 KiB of weights and 256 KiB of activations in the second-level cache, half
+  /// of the weights in the first. Up to kAmxDepthMost columns are one step, which saves a short second one.
   static constexpr std::int64_t kAmxTaskRows = 64;
   static constexpr std::int64_t kAmxTaskTokens = 256;  ///< see kAmxTaskRows
   static constexpr std::int64_t kAmxDepth = 512;       ///< weights of a row in one step

@@ -220,8 +220,8 @@ CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void prefetch_ahead(const std::uin
   _mm_prefetch(reinterpret_cast<const char*>(codes), _MM_HINT_T1);
 }
 
-// One flush of kBlocks row blocks, `apart` of them from one to the next. The tables stay in registers for all of
-// them; codes `ahead` bytes further on are asked for meanwhile.
+// One flush of kBlocks row blocks, `apart` of them from one to the next. The tables stay in registers for all
+// of them; codes `ahead` bytes further on are asked for meanwhile.
 template <int kCodeBits, int kBlocks, Permutes kPermutes>
 CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(
     const LookupArgs& a, const Flush& f, std::int64_t block, std::int64_t apart, std::int64_t ahead) {
@@ -333,8 +333,8 @@ template <int kCodeBits, Permutes kPermutes>
 CODEGEMM_TARGET_AVX512_VBMI void lookup_planes_by_vbmi(const LookupArgs& a) {
   // Three sums a block (six of 4-bit codes) beside the tables: with more, GCC keeps some in memory.
   constexpr int kBlocks = kCodeBits == 4 ? 2 : 4;
-  // Where two blocks of 8-bit codes share a page, Intel's cores read ahead of only one of them: every other block
-  // first, and then the others.
+  // Where two blocks of 8-bit codes share a page, Intel's cores read ahead of only one of them: every other
+  // block first, and then the others.
   constexpr std::int64_t kApart = kCodeBits == 8 && kPermutes == Permutes::kOneRegister ? 2 : 1;
   constexpr std::int64_t kGroup = kApart * kBlocks;
   std::int64_t block = 0;

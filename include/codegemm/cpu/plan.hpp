@@ -266,8 +266,8 @@ struct DensePlan {
   return plan;
 }
 
-/// Multiply pairs of bytes: the tokens are laid out once, tile by tile and slab by slab; a task rebuilds 64 rows
-/// of a slab after the other and multiplies them with some tokens.
+/// Multiply pairs of bytes: the tokens are laid out once, tile by tile and slab by slab; a task rebuilds 64
+/// rows of a slab after the other and multiplies them with some tokens.
 struct BytePlan {
   std::int64_t rows = 0;
   std::int64_t cols = 0;
