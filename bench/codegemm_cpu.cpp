@@ -216,14 +216,14 @@ class Bench {
     const auto key = std::make_tuple(problem.shape.rows, problem.shape.cols, format_name(problem.format));
     if (key == key_) return;
     key_ = key;
+    first_ = random_weights(problem.format, problem.shape, random_);
     packed_.clear();
-    double bytes = 0.0;
-    while (packed_.size() < 2 || bytes < kColdBytes) {
-      QuantizedMatrix w = random_weights(problem.format, problem.shape, random_);
-      packed_.push_back(pack(w.view()).value());
-      bytes += static_cast<double>(packed_.back().bytes());
-      if (packed_.size() == 1) first_ = std::move(w);
-    }
+    packed_.push_back(pack(first_.view()).value());
+    const double copies = std::ceil(kColdBytes / static_cast<double>(packed_[0].bytes()));
+    packed_.resize(std::max<std::size_t>(2, static_cast<std::size_t>(copies)));
+    parallel_for(pool_, std::ssize(packed_) - 1, [&](std::int64_t i, int) {
+      packed_[static_cast<std::size_t>(i + 1)] = pack(first_.view()).value();
+    });
   }
 
   using Times = std::map<std::string, double>;  // microseconds by peer

@@ -15,6 +15,7 @@
 #include <codegemm/base/executor.hpp>
 #include <codegemm/base/matrix_view.hpp>
 #include <codegemm/base/status.hpp>
+#include <codegemm/cpu/byte_product.hpp>
 #include <codegemm/cpu/configs.hpp>
 #include <codegemm/cpu/few_tokens.hpp>
 #include <codegemm/cpu/isa.hpp>
@@ -131,11 +132,11 @@ extern template Status gemm_with<CpuConfigs>(const PackedMatrix&, MatrixView<con
 /// whatever the number of workers, but not on another instruction set. Sums in fp32; for few tokens the
 /// products of x with centroids may first be rounded to 16 bits of what is added to them
 /// (codegemm/cpu/lookup_args.hpp), for many x and the centroids themselves, chunk by chunk
-/// (codegemm/cpu/integer_tile.hpp): an error of y that stays below 1e-3 of its norm, typically 5e-4 and 2e-4.
-/// Where x is not finite neither is y. Allocates nothing: the workspace is the caller's, of workspace_bytes()
-/// bytes, 64-byte aligned (AlignedBuffer), its content of no meaning before and after. T = 0 and N = 0 are
-/// success. Errors: those of validate(), kWorkspaceTooSmall, kNullPointer or kMisaligned (workspace),
-/// kUnsupported if `Configs` has no row for the format; y is then untouched.
+/// (codegemm/cpu/integer_tile.hpp, byte_tile.hpp): an error of y that stays below 1e-3 of its norm, typically
+/// 5e-4 and 2e-4. Where x is not finite neither is y. Allocates nothing: the workspace is the caller's, of
+/// workspace_bytes() bytes, 64-byte aligned (AlignedBuffer), its content of no meaning before and after. T =
+/// 0 and N = 0 are success. Errors: those of validate(), kWorkspaceTooSmall, kNullPointer or kMisaligned
+/// (workspace), kUnsupported if `Configs` has no row for the format; y is then untouched.
 template <class Configs = CpuConfigs>
 [[nodiscard]] Status gemm(const PackedMatrix& w, MatrixView<const float> x, MatrixView<float> y,
                           std::span<std::byte> workspace, Executor& executor) {

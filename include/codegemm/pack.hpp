@@ -16,6 +16,7 @@
 #include <codegemm/base/aligned_buffer.hpp>
 #include <codegemm/base/numerics.hpp>
 #include <codegemm/base/status.hpp>
+#include <codegemm/cpu/byte_codebooks.hpp>
 #include <codegemm/cpu/configs.hpp>
 #include <codegemm/cpu/isa.hpp>
 #include <codegemm/format.hpp>
@@ -48,7 +49,10 @@ struct PackedView {
   // codebooks[i] = about codebook_step * codebooks_rounded[i]; null where that is not exact enough
   const std::int16_t* codebooks_rounded = nullptr;  ///< [m][2^b][v]
   float codebook_step = 0.0F;                       ///< see codebooks_rounded
-  const Half* scales = nullptr;                     ///< [ceil(K / g)][row_blocks * block_rows]
+  /// The same as bytes, of codebook_byte_step (cpu/byte_codebooks.hpp); null where no kernel takes them.
+  const std::int8_t* codebooks_bytes = nullptr;
+  float codebook_byte_step = 0.0F;  ///< see codebooks_bytes
+  const Half* scales = nullptr;     ///< [ceil(K / g)][row_blocks * block_rows]
 
   /// Vectors of a row, K / v.
   [[nodiscard]] std::int64_t vectors() const noexcept { return cols / format.v; }
@@ -90,10 +94,10 @@ class PackedMatrix {
   [[nodiscard]] Format format() const noexcept { return view_.format; }    ///< of the weights
   [[nodiscard]] std::int64_t rows() const noexcept { return view_.rows; }  ///< N
   [[nodiscard]] std::int64_t cols() const noexcept { return view_.cols; }  ///< K
-  /// Memory held: codes, scales, two fp32 copies of the codebooks and one in 16-bit integers.
+  /// Memory held: codes, scales, two fp32 copies of the codebooks, one in 16-bit integers, one in bytes.
   [[nodiscard]] std::size_t bytes() const noexcept {
     return codes_.size() * sizeof(std::uint64_t) + codebooks_.size() * sizeof(float) +
-           rounded_.size() * sizeof(std::int16_t) + scales_.size() * sizeof(Half);
+           rounded_.size() * sizeof(std::int16_t) + byte_codebooks_.size() + scales_.size() * sizeof(Half);
   }
   /// For kernels; valid as long as this object lives.
   [[nodiscard]] const PackedView& view() const noexcept { return view_; }
@@ -108,6 +112,7 @@ class PackedMatrix {
   AlignedBuffer<std::uint64_t> codes_;
   AlignedBuffer<float> codebooks_;
   AlignedBuffer<std::int16_t> rounded_;
+  AlignedBuffer<std::int8_t> byte_codebooks_;
   AlignedBuffer<Half> scales_;
 };
 
@@ -157,11 +162,12 @@ struct EntryPlace {
 /// no more than kRoundedTokenSum, every sum of products fits into 32 bits.
 inline constexpr std::int64_t kRoundedWeightMax = 8191;
 
-/// The step by which codebooks are rounded to 16-bit integers, or 0 where that would change W by more than
-/// 5e-4 of its norm: centroids that are hardly used but far out stretch the step. histogram: [m][2^b], how
-/// often each code is used.
+/// The step by which codebooks are rounded to integers whose sums are at most `most`, or 0 where that would
+/// change W by more than 5e-4 of its norm: centroids that are hardly used but far out stretch the step.
+/// histogram: [m][2^b], how often each code is used.
 [[nodiscard]] inline float rounding_step(const float* codebooks, Format f,
-                                         const std::vector<std::int64_t>& histogram, std::int64_t uses) {
+                                         const std::vector<std::int64_t>& histogram, std::int64_t uses,
+                                         std::int64_t most) {
   constexpr double kAccepted = 5e-4;
   double bound = 0.0;  // of a weight before its scale
   double power = 0.0;  // its mean square
@@ -178,7 +184,7 @@ inline constexpr std::int64_t kRoundedWeightMax = 8191;
     bound += largest;
   }
   power /= std::max(1.0, static_cast<double>(uses * f.v));
-  const double step = bound / static_cast<double>(kRoundedWeightMax - f.m);
+  const double step = bound / static_cast<double>(most - f.m);
   const bool good = step > 1e-30 && f.m * step * step / 12.0 <= kAccepted * kAccepted * power;
   return good ? static_cast<float>(step) : 0.0F;
 }
@@ -256,12 +262,30 @@ inline Result<PackedMatrix> detail::pack_for(const QuantizedMatrixView& w, Isa i
     out.codebooks_[static_cast<std::size_t>(i)] = value;
     transposed[(c * f.v + i % f.v) * f.centroids() + i / f.v % f.centroids()] = value;
   }
-  view.codebook_step = detail::rounding_step(out.codebooks_.data(), f, histogram, w.rows * w.vectors());
+  const std::int64_t uses = w.rows * w.vectors();
+  view.codebook_step =
+      detail::rounding_step(out.codebooks_.data(), f, histogram, uses, detail::kRoundedWeightMax);
   if (view.codebook_step > 0.0F) {
     for (std::size_t i = 0; i < out.rounded_.size(); ++i) {
       out.rounded_[i] = static_cast<std::int16_t>(std::lround(out.codebooks_[i] / view.codebook_step));
     }
     view.codebooks_rounded = out.rounded_.data();
+  }
+  // Two vectors of 2 go together, so they may not lie in two tiles.
+  if (isa == Isa::kAvx512Vbmi && view.block_rows == kBlockRows && f.m <= detail::kByteCodebooksMax &&
+      (f.v > 2 || view.tile_vectors % 2 == 0)) {
+    view.codebook_byte_step =
+        detail::rounding_step(out.codebooks_.data(), f, histogram, uses, detail::byte_weight_max(f.m));
+  }
+  if (view.codebook_byte_step > 0.0F) {
+    const std::int64_t bytes_needed = detail::byte_codebook_bytes(f);
+    if (!out.byte_codebooks_.reserve(static_cast<std::size_t>(bytes_needed))) {
+      return error(StatusCode::kOutOfMemory, "pack: byte codebooks of ", format_name(f), " need ",
+                   bytes_needed, " bytes");
+    }
+    detail::fill_byte_codebooks(out.codebooks_.data(), f, view.codebook_byte_step,
+                                out.byte_codebooks_.data());
+    view.codebooks_bytes = out.byte_codebooks_.data();
   }
   for (std::int64_t s = 0; s < segments; ++s) {
     for (std::int64_t n = 0; n < padded; ++n) {

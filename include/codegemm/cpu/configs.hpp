@@ -165,7 +165,13 @@ struct CpuTiles {
   static constexpr bool kUseAmx = true;               ///< whether gemm() takes tiles of bytes (AMX) of itself
   static constexpr std::int64_t kAmxTokens = 16;      ///< tokens of a tile of bytes
   static constexpr std::int64_t kAmxColumns = 64;     ///< columns of a step of it
-  static constexpr std::int64_t kIntegerUnit = 32;    ///< weights of a step; scale groups must be multiples
+  /// Rows and tokens of a task: 64 KiB of weights and 256 KiB of activations in the second-level cache, half
+  /// of the weights in the first. Up to kAmxDepthMost columns are one step, which saves a short second one.
+  static constexpr std::int64_t kAmxTaskRows = 64;
+  static constexpr std::int64_t kAmxTaskTokens = 256;  ///< see kAmxTaskRows
+  static constexpr std::int64_t kAmxDepth = 512;       ///< weights of a row in one step
+  static constexpr std::int64_t kAmxDepthMost = 640;   ///< see kAmxTaskRows
+  static constexpr std::int64_t kIntegerUnit = 32;     ///< weights of a step; scale groups must be multiples
 };
 
 /// Measured on a Zen 3 core in its cycles; only their ratios matter. From them follows which way is taken at
@@ -180,9 +186,11 @@ struct CpuCosts {
   static constexpr double kIntegerMultiply = 1 / 22.0;        ///< in 16-bit integers, AVX2
   static constexpr double kIntegerMultiplyAvx512 = 1 / 27.0;  ///< AVX-512 without VNNI
   static constexpr double kIntegerMultiplyVnni = 1 / 35.0;    ///< with VNNI
-  static constexpr double kIntegerMultiplyAmx = 1 / 100.0;    ///< as bytes with AMX
-  static constexpr double kAmxDequantize = 3;                 ///< one code of one row, on a Xeon with AMX
-  static constexpr double kIntegerDequantize = 1.5;           ///< one code of one row
+  static constexpr double kByteMultiply = 1 / 130.0;          ///< as bytes with AMX, on a Xeon
+  static constexpr double kByteLoad = 0.2;       ///< and a weight's way through the caches, for all tokens
+  static constexpr double kByteRebuild = 0.7;    ///< and rebuilding one code of one row of more than 6 bits
+  static constexpr double kBytePermute = 0.025;  ///< of up to 6 bits: one weight of one codebook
+  static constexpr double kIntegerDequantize = 1.5;  ///< one code of one row
 
   /// One entry, 64 rows x 1 token looked up in registers, for 4 to 8 bits a code; 0 where gathering is as
   /// fast. VBMI's row was measured on a Zen 4 core; those without VBMI and of NEON are estimates from
@@ -190,8 +198,9 @@ struct CpuCosts {
   static constexpr double kLookupAvx2[] = {6, 12, 18, 32, 0};
   static constexpr double kLookupAvx512[] = {6, 6, 9, 16, 30};              ///< AVX-512 without VBMI
   static constexpr double kLookupAvx512Vbmi[] = {5.5, 5.5, 5.5, 6.5, 7.5};  ///< AVX-512 with VBMI
-  static constexpr double kLookupNeon[] = {12, 14, 18, 34, 66};             ///< NEON
-  static constexpr double kEncode = 0.6;                                    ///< encoding one centroid
+  static constexpr double kLookupOneRegister = 12;  ///< 8 bits by permutes of one register, on a Xeon
+  static constexpr double kLookupNeon[] = {12, 14, 18, 34, 66};  ///< NEON
+  static constexpr double kEncode = 0.6;                         ///< encoding one centroid
 };
 
 namespace detail {

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
 #include <codegemm/base/executor.hpp>
 #include <codegemm/base/matrix_view.hpp>
@@ -23,19 +22,10 @@ struct TileTarget {
   bool accumulate;
 };
 
-/// Tokens of a Way's tile: 6 unless it says otherwise.
-template <class Way>
-[[nodiscard]] constexpr std::int64_t tile_tokens() noexcept {
-  if constexpr (requires { Way::kTileTokens; }) {
-    return Way::kTileTokens;
-  } else {
-    return CpuTiles::kDenseTokens;
-  }
-}
-
 /// A tile at the edge: multiply(TileTarget) computes it whole beside y, and the part that exists is copied.
-template <std::int64_t kTokens, class MultiplyTile>
+template <class MultiplyTile>
 void multiply_edge(MultiplyTile&& multiply, const TileTarget& to, std::int64_t tokens, std::int64_t rows) {
+  constexpr std::int64_t kTokens = CpuTiles::kDenseTokens;
   constexpr std::int64_t kRows = CpuTiles::kDenseRows;
   float whole[static_cast<std::size_t>(kTokens * kRows)];
   multiply(TileTarget{whole, kRows, false});
@@ -53,12 +43,10 @@ void multiply_edge(MultiplyTile&& multiply, const TileTarget& to, std::int64_t t
 ///   lay_out(tile)                               brings 6 tokens into the workspace, before all else
 ///   fill(first_row, first_k, depth, memory)     48 rows of a slab of W, as far as they exist, to a worker's
 ///   multiply(tile, row, first_k, depth, memory, TileTarget)   16 of them, from the row-th on, times 6 tokens
-///   kTileTokens, begin_task(), end_task()       if it has them: tokens of a tile, not 6; around a task
 template <class Way>
 void run_tiles(const DensePlan& plan, MatrixView<float> y, float* workspace, Executor& executor, Way&& way,
                bool accumulate = false) {
-  using PlainWay = std::remove_cvref_t<Way>;
-  constexpr std::int64_t kTokens = tile_tokens<PlainWay>();
+  constexpr std::int64_t kTokens = CpuTiles::kDenseTokens;
   constexpr std::int64_t kRows = CpuTiles::kDenseRows;
   parallel_for(executor, plan.token_tiles, [&](std::int64_t tile, int) { way.lay_out(tile); });
 
@@ -69,7 +57,6 @@ void run_tiles(const DensePlan& plan, MatrixView<float> y, float* workspace, Exe
     const std::int64_t first_row = index / plan.token_tasks * CpuTiles::kDenseTaskRows;
     const std::int64_t end_row = std::min(first_row + CpuTiles::kDenseTaskRows, plan.rows);
     float* const memory = workspace + worker * plan.worker_floats;
-    if constexpr (requires { way.begin_task(); }) way.begin_task();
     for (std::int64_t slab = 0; slab < plan.slabs; ++slab) {
       const std::int64_t first_k = slab * plan.slab_depth;
       const std::int64_t depth = std::min(plan.slab_depth, plan.cols - first_k);
@@ -85,12 +72,11 @@ void run_tiles(const DensePlan& plan, MatrixView<float> y, float* workspace, Exe
           if (tokens == kTokens && rows == kRows) {
             multiply(to);
           } else {
-            multiply_edge<kTokens>(multiply, to, tokens, rows);
+            multiply_edge(multiply, to, tokens, rows);
           }
         }
       }
     }
-    if constexpr (requires { way.end_task(); }) way.end_task();
   });
 }
 

@@ -4,6 +4,7 @@
 // Layer: cpu (host only).
 #pragma once
 
+#include <codegemm/cpu/byte_weights_vbmi.hpp>
 #include <codegemm/cpu/dense_tile.hpp>
 #include <codegemm/cpu/gather.hpp>
 #include <codegemm/cpu/integer_tile_avx512.hpp>
@@ -36,6 +37,21 @@ template <Isa kIsa, int kVecLen>
   return out;
 }
 
+/// What rebuilds weights in bytes; null where no tile takes them.
+using Rebuild = void (*)(const RebuildArgs&);
+
+template <Isa kIsa, int kVecLen, int kCodeBits>
+[[nodiscard]] constexpr Rebuild rebuild_kernel() noexcept {
+#if CODEGEMM_HAS_AMX
+  if constexpr (kIsa == Isa::kAvx512Vbmi) {
+    if constexpr (kCodeBits == 4) return &rebuild_nibbles_vbmi<kVecLen>;
+    if constexpr (kCodeBits != 4 && bytes_are_permuted(kCodeBits)) return &rebuild_planes_vbmi<kVecLen>;
+    if constexpr (!bytes_are_permuted(kCodeBits)) return &rebuild_gathered_vbmi<kVecLen>;
+  }
+#endif
+  return nullptr;
+}
+
 /// The loops around them are the same for all formats and compiled once: a call through a pointer costs
 /// nothing against a sweep over thousands of codes, and the compile time of a user's file does count.
 struct CpuKernels {
@@ -47,6 +63,7 @@ struct CpuKernels {
   void (*multiply)(const MicroArgs&);
   IntegerKernels integers;
   LookupKernels lookup;
+  Rebuild rebuild;
 
   [[nodiscard]] Build build(int lanes) const noexcept {
     return lanes == 8 ? build8 : lanes == 4 ? build4 : build1;
@@ -62,11 +79,12 @@ template <Isa kIsa, class Config>
   constexpr int kB = Config::kCodeBits;
   static_assert(kV == 2 || kV == 4 || kV == 8 || kV == 16, "codegemm: kVecLen must be 2, 4, 8 or 16");
   static_assert(kB >= 4 && kB <= 8, "codegemm: kCodeBits must be 4 to 8");
-  return CpuKernels{&build_psumbook<kIsa, 1, kV>, &build_psumbook<kIsa, 4, kV>,
-                    &build_psumbook<kIsa, 8, kV>, &gather<kIsa, 1, kB>,
-                    &gather<kIsa, 4, kB>,         &gather<kIsa, 8, kB>,
-                    &dequantize<kIsa, kV>,        &multiply<kIsa>,
-                    integer_kernels<kIsa, kV>(),  lookup_kernels<kIsa, kB>()};
+  return CpuKernels{&build_psumbook<kIsa, 1, kV>,  &build_psumbook<kIsa, 4, kV>,
+                    &build_psumbook<kIsa, 8, kV>,  &gather<kIsa, 1, kB>,
+                    &gather<kIsa, 4, kB>,          &gather<kIsa, 8, kB>,
+                    &dequantize<kIsa, kV>,         &multiply<kIsa>,
+                    integer_kernels<kIsa, kV>(),   lookup_kernels<kIsa, kB>(),
+                    rebuild_kernel<kIsa, kV, kB>()};
 }
 
 /// The same for an instruction set known at run time; only those are compiled that the target may have.

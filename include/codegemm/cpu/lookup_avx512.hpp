@@ -220,13 +220,12 @@ CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void prefetch_ahead(const std::uin
   _mm_prefetch(reinterpret_cast<const char*>(codes), _MM_HINT_T1);
 }
 
-// One flush of kBlocks row blocks. The tables stay in registers for all of them; codes `ahead` bytes further
-// on are asked for meanwhile.
+// One flush of kBlocks row blocks, `apart` of them from one to the next. The tables stay in registers for all
+// of them; codes `ahead` bytes further on are asked for meanwhile.
 template <int kCodeBits, int kBlocks, Permutes kPermutes>
-CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(const LookupArgs& a,
-                                                                            const Flush& f,
-                                                                            std::int64_t block,
-                                                                            std::int64_t ahead) {
+CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(
+    const LookupArgs& a, const Flush& f, std::int64_t block, std::int64_t apart, std::int64_t ahead) {
+  const std::int64_t stride = apart * a.stride;
   const std::uint8_t* codes = a.codes + block * a.stride + f.first * kBlockRows;
   const std::uint8_t* table = a.tables + f.first * encoded_bytes(kCodeBits);
   PlaneSums sums[std::size_t{kBlocks}];
@@ -237,7 +236,7 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(cons
     const PlaneVbmi<kCodeBits, kPermutes> high(table + (1 << kCodeBits));
     CODEGEMM_UNROLL
     for (int i = 0; i < kBlocks; ++i) {
-      const std::uint8_t* const from = codes + i * a.stride;
+      const std::uint8_t* const from = codes + i * stride;
       prefetch_ahead(from + ahead);
       const CodesVbmi<kCodeBits> index(from);
       sums[i].add(low.look_up(index), high.look_up(index));
@@ -247,10 +246,10 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(cons
   for (int i = 0; i < kBlocks; ++i) {
     const __m512i even = sums[i].even_rows();
     const __m512i odd = sums[i].odd_rows();
-    const Half* const scales = f.scales + (block + i) * kBlockRows;
-    prefetch_scales_avx2(scales + std::int64_t{kBlocks} * kBlockRows);
-    add_lanes_avx512(_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd), f.step, scales,
-                     a.y + (block + i) * kBlockRows);
+    const std::int64_t row = (block + i * apart) * kBlockRows;
+    prefetch_scales_avx2(f.scales + row + std::int64_t{kBlocks} * kBlockRows);
+    add_lanes_avx512(_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd), f.step,
+                     f.scales + row, a.y + row);
   }
 }
 
@@ -318,13 +317,14 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_nibbles_vbmi(con
 
 template <int kCodeBits, int kBlocks, Permutes kPermutes>
 CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_group_vbmi(const LookupArgs& a,
-                                                                           std::int64_t block) {
-  const std::int64_t ahead = bytes_ahead(a, block, kBlocks);
+                                                                           std::int64_t block,
+                                                                           std::int64_t apart,
+                                                                           std::int64_t ahead) {
   for (const Flush* f = a.flushes; f != a.flushes + a.flush_count; ++f) {
     if constexpr (kCodeBits == 4) {
       look_up_nibbles_vbmi<kBlocks>(a, *f, block, ahead);
     } else {
-      look_up_blocks_vbmi<kCodeBits, kBlocks, kPermutes>(a, *f, block, ahead);
+      look_up_blocks_vbmi<kCodeBits, kBlocks, kPermutes>(a, *f, block, apart, ahead);
     }
   }
 }
@@ -333,11 +333,23 @@ template <int kCodeBits, Permutes kPermutes>
 CODEGEMM_TARGET_AVX512_VBMI void lookup_planes_by_vbmi(const LookupArgs& a) {
   // Three sums a block (six of 4-bit codes) beside the tables: with more, GCC keeps some in memory.
   constexpr int kBlocks = kCodeBits == 4 ? 2 : 4;
+  // Where two blocks of 8-bit codes share a page, Intel's cores read ahead of only one of them: every other
+  // block first, and then the others.
+  constexpr std::int64_t kApart = kCodeBits == 8 && kPermutes == Permutes::kOneRegister ? 2 : 1;
+  constexpr std::int64_t kGroup = kApart * kBlocks;
   std::int64_t block = 0;
-  for (; block + kBlocks <= a.blocks; block += kBlocks) {
-    look_up_group_vbmi<kCodeBits, kBlocks, kPermutes>(a, block);
+  for (; block + kGroup <= a.blocks; block += kGroup) {
+    const std::int64_t ahead = bytes_ahead(a, block, kGroup);
+    for (std::int64_t i = 0; i < kApart; ++i) {
+      look_up_group_vbmi<kCodeBits, kBlocks, kPermutes>(a, block + i, kApart, ahead);
+    }
   }
-  for (; block < a.blocks; ++block) look_up_group_vbmi<kCodeBits, 1, kPermutes>(a, block);
+  for (; block + kBlocks <= a.blocks; block += kBlocks) {
+    look_up_group_vbmi<kCodeBits, kBlocks, kPermutes>(a, block, 1, bytes_ahead(a, block, kBlocks));
+  }
+  for (; block < a.blocks; ++block) {
+    look_up_group_vbmi<kCodeBits, 1, kPermutes>(a, block, 1, bytes_ahead(a, block, 1));
+  }
 }
 
 template <int kCodeBits>

@@ -13,7 +13,6 @@
 #include <codegemm/base/matrix_view.hpp>
 #include <codegemm/cpu/dense_product.hpp>
 #include <codegemm/cpu/few_tokens.hpp>
-#include <codegemm/cpu/integer_tile_amx.hpp>
 #include <codegemm/cpu/kernels.hpp>
 #include <codegemm/cpu/plan.hpp>
 #include <codegemm/pack.hpp>
@@ -184,92 +183,5 @@ inline void run_integer(const CpuKernels& kernels, const GemmArgs& args, Executo
   const DensePlan plan = make_integer_plan(args.w.rows, args.w.cols, args.x.rows);
   run_tiles(plan, args.y, args.workspace, executor, IntegerWay(kernels, args, plan, executor.workers()));
 }
-
-#if CODEGEMM_HAS_AMX
-
-/// How run_tiles() multiplies the same integers as bytes.
-class BytesWay {
- public:
-  static constexpr std::int64_t kTileTokens = CpuTiles::kAmxTokens;
-
-  BytesWay(const CpuKernels& kernels, const GemmArgs& args, const DensePlan& plan, int workers,
-           const ByteTileKernels& tiles)
-      : kernels_(kernels.integers),
-        tiles_(tiles),
-        w_(args.w),
-        x_(args.x),
-        plan_(plan),
-        x_tiles_(reinterpret_cast<std::int8_t*>(args.workspace + workers * plan.worker_floats)),
-        x_steps_(args.workspace + workers * plan.worker_floats + plan.x_tile_floats) {}
-
-  void begin_task() const { tiles_.begin(); }
-  void end_task() const { tiles_.end(); }
-
-  void lay_out(std::int64_t tile) const {
-    alignas(32) std::int16_t rounded[static_cast<std::size_t>(CpuTiles::kIntegerChunk)];
-    for (std::int64_t t = 0; t < kTileTokens; ++t) {
-      const std::int64_t token = tile * kTileTokens + t;
-      for (std::int64_t first_k = 0; first_k < plan_.cols; first_k += plan_.slab_depth) {
-        const std::int64_t slab_end = std::min(plan_.cols, first_k + plan_.slab_depth);
-        std::int8_t* const out = tokens_of(tile, first_k, slab_end - first_k) + t * CpuTiles::kAmxColumns;
-        float* const steps = steps_of(tile, first_k) + t;
-        for (std::int64_t k = first_k, end = 0; k < slab_end; k = end) {
-          end = chunk_end(k, slab_end, w_.format.g);
-          float step = 0.0F;
-          if (token < plan_.tokens) {
-            step = round_values_avx2(x_.row(token) + k, end - k, rounded);
-          } else {
-            std::fill_n(rounded, end - k, std::int16_t{0});
-          }
-          split_tokens(rounded, end - k, out + (k - first_k) * 2 * kTileTokens);
-          steps[(k - first_k) / CpuTiles::kIntegerUnit * kTileTokens] = step;
-        }
-      }
-    }
-  }
-
-  void fill(std::int64_t first_row, std::int64_t first_k, std::int64_t depth, float* memory) const {
-    fill_integers(kernels_, w_, plan_, first_row, first_k, depth, memory);
-    auto* const panels = reinterpret_cast<std::int32_t*>(memory);
-    const std::int64_t rows = std::min(CpuTiles::kDenseTaskRows, w_.rows - first_row);
-    for (std::int64_t row = 0; row < rows; row += CpuTiles::kDenseRows) {
-      split_panel_vbmi(panels + row * depth / 2, depth);
-    }
-  }
-
-  void multiply(std::int64_t tile, std::int64_t row, std::int64_t first_k, std::int64_t depth,
-                const float* memory, const TileTarget& to) const {
-    const auto* const panels = reinterpret_cast<const std::int8_t*>(memory);
-    tiles_.multiply({tokens_of(tile, first_k, depth), panels + row * depth * 2, steps_of(tile, first_k),
-                     memory + plan_.panel_floats + row, CpuTiles::kDenseTaskRows, first_k, depth, w_.format.g,
-                     to.c, to.stride, to.accumulate});
-  }
-
- private:
-  // Of a tile in the slab at first_k: as ByteTileArgs::x, and steps [units][16].
-  [[nodiscard]] std::int8_t* tokens_of(std::int64_t tile, std::int64_t first_k, std::int64_t depth) const {
-    return x_tiles_ + (first_k * plan_.token_tiles + tile * depth) * 2 * kTileTokens;
-  }
-  [[nodiscard]] float* steps_of(std::int64_t tile, std::int64_t first_k) const {
-    return x_steps_ + (first_k / plan_.slab_depth * plan_.token_tiles + tile) * plan_.units * kTileTokens;
-  }
-
-  IntegerKernels kernels_;
-  ByteTileKernels tiles_;
-  const PackedView& w_;
-  MatrixView<const float> x_;
-  const DensePlan& plan_;
-  std::int8_t* x_tiles_;
-  float* x_steps_;
-};
-
-/// y = x W^T in 16-bit integers as bytes. T, N, K > 0; the workspace is make_bytes_plan()'s.
-inline void run_bytes(const CpuKernels& kernels, const GemmArgs& args, Executor& executor,
-                      const ByteTileKernels& tiles) {
-  const DensePlan plan = make_bytes_plan(args.w.rows, args.w.cols, args.x.rows);
-  run_tiles(plan, args.y, args.workspace, executor, BytesWay(kernels, args, plan, executor.workers(), tiles));
-}
-
-#endif
 
 }  // namespace codegemm::detail

@@ -35,7 +35,7 @@ namespace codegemm::detail {
 /// kPsumbook gathers from fp32 tables, kLookup looks 16-bit tables up in registers (where the instruction set
 /// has no such kernel: kPsumbook). kDense multiplies dequantized weights in fp32, kInteger in 16-bit integers
 /// (where that cannot be: kDense).
-/// kBytes multiplies the same integers as bytes with AMX (where that cannot be: kInteger).
+/// kBytes multiplies pairs of bytes with AMX (where that cannot be: kInteger).
 enum class Regime : int { kAutomatic = 0, kPsumbook = 1, kDense = 2, kLookup = 3, kInteger = 4, kBytes = 5 };
 
 /// Whether `isa` has kernels for 16-bit integers and the matrix suits them.
@@ -44,10 +44,15 @@ enum class Regime : int { kAutomatic = 0, kPsumbook = 1, kDense = 2, kLookup = 3
          (w.format.g < 0 || w.format.g % CpuTiles::kIntegerUnit == 0);
 }
 
-/// Whether the integers can be multiplied as bytes with AMX; taken of itself only if CpuTiles::kUseAmx.
+/// Whether the matrix suits tiles of bytes, packed for `isa`.
+[[nodiscard]] constexpr bool suits_bytes(const PackedView& w, Isa isa) noexcept {
+  return isa == Isa::kAvx512Vbmi && w.codebooks_bytes != nullptr && w.cols % CpuTiles::kAmxColumns == 0 &&
+         (w.format.g < 0 || w.format.g % CpuTiles::kAmxColumns == 0);
+}
+
+/// And whether they can be multiplied here, with AMX; taken of itself only if CpuTiles::kUseAmx.
 [[nodiscard]] inline bool can_multiply_bytes(const PackedView& w, Isa isa) noexcept {
-  return isa == Isa::kAvx512Vbmi && can_multiply_integers(w, isa) && w.cols % CpuTiles::kAmxColumns == 0 &&
-         (w.format.g < 0 || w.format.g % CpuTiles::kAmxColumns == 0) && amx_available();
+  return suits_bytes(w, isa) && amx_available();
 }
 
 /// Whether the kernels of `isa` can look the codes up as they lie.
@@ -80,7 +85,8 @@ struct EntryCosts {
   out.lanes4 = blocks * CpuCosts::kLanes4 + build / 2;
   out.lanes8 = blocks * CpuCosts::kLanes8 + build;
   if (can_look_up(w, isa)) {
-    const double cost = lookup_cost(isa, w.format.b);
+    const bool slow = isa == Isa::kAvx512Vbmi && w.format.b == 8 && two_register_lookups_are_slow();
+    const double cost = slow ? CpuCosts::kLookupOneRegister : lookup_cost(isa, w.format.b);
     const double encode = chunks * CpuCosts::kEncode * static_cast<double>(w.format.centroids());
     out.lookup1 = blocks * cost + build / 8 + encode;
   }
@@ -95,14 +101,16 @@ struct EntryCosts {
   const EntryCosts costs = entry_costs(w, isa);
   double entry = costs.lanes8 / 8;  // a token
   if (costs.lookup1 > 0.0) entry = std::min(entry, costs.lookup1);
-  const bool bytes = CpuTiles::kUseAmx && can_multiply_bytes(w, isa);
-  const double dense =  // a token
-      weights * (bytes      ? CpuCosts::kIntegerMultiplyAmx
-                 : integers ? integer_cost(isa)
-                            : CpuCosts::kDenseMultiply);
-  const double dequantize = integers ? (bytes ? CpuCosts::kAmxDequantize : CpuCosts::kIntegerDequantize) *
-                                           entries * static_cast<double>(w.padded_rows())
-                                     : CpuCosts::kDequantize * weights * w.format.m;
+  const auto codes = entries * static_cast<double>(w.padded_rows());
+  double dense = weights * (integers ? integer_cost(isa) : CpuCosts::kDenseMultiply);  // a token
+  double dequantize =
+      integers ? CpuCosts::kIntegerDequantize * codes : CpuCosts::kDequantize * weights * w.format.m;
+  if (CpuTiles::kUseAmx && can_multiply_bytes(w, isa)) {
+    dense = weights * CpuCosts::kByteMultiply;
+    const double rebuild = bytes_are_permuted(w.format.b) ? CpuCosts::kBytePermute * weights * w.format.m
+                                                          : CpuCosts::kByteRebuild * codes;
+    dequantize = weights * CpuCosts::kByteLoad + rebuild;
+  }
   if (entries * entry <= dense) return std::numeric_limits<std::int64_t>::max();
   const double tokens = dequantize / (entries * entry - dense);
   return tokens > 1e9 ? std::numeric_limits<std::int64_t>::max() : static_cast<std::int64_t>(tokens) + 1;
@@ -258,11 +266,41 @@ struct DensePlan {
   return plan;
 }
 
-/// The same for tiles of bytes, of 16 tokens.
-[[nodiscard]] inline DensePlan make_bytes_plan(std::int64_t rows, std::int64_t cols,
-                                               std::int64_t tokens) noexcept {
-  DensePlan plan = make_integer_plan(rows, cols, tokens);
+/// Multiply pairs of bytes: the tokens are laid out once, tile by tile and slab by slab; a task rebuilds 64
+/// rows of a slab after the other and multiplies them with some tokens.
+struct BytePlan {
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t tokens = 0;
+  std::int64_t token_tiles = 0;  // of kAmxTokens tokens
+  std::int64_t slab_depth = 0;   // of K
+  std::int64_t slabs = 0;
+  std::int64_t row_tasks = 0;
+  std::int64_t token_tasks = 0;
+  std::int64_t units = 0;  // of kAmxColumns in a slab: as many chunks at most
+  // Floats of a worker and, of these, those before the steps; the same of the tokens.
+  std::int64_t worker_floats = 0;
+  std::int64_t panel_floats = 0;
+  std::int64_t x_floats = 0;
+  std::int64_t x_tile_floats = 0;
+
+  [[nodiscard]] std::int64_t floats(int workers) const noexcept { return x_floats + workers * worker_floats; }
+};
+
+[[nodiscard]] inline BytePlan make_byte_plan(std::int64_t rows, std::int64_t cols,
+                                             std::int64_t tokens) noexcept {
+  BytePlan plan;
+  plan.rows = rows;
+  plan.cols = cols;
+  plan.tokens = tokens;
   plan.token_tiles = ceil_div(tokens, CpuTiles::kAmxTokens);
+  plan.slab_depth = cols <= CpuTiles::kAmxDepthMost ? cols : CpuTiles::kAmxDepth;
+  plan.slabs = ceil_div(cols, plan.slab_depth);
+  plan.row_tasks = ceil_div(rows, CpuTiles::kAmxTaskRows);
+  plan.token_tasks = ceil_div(tokens, CpuTiles::kAmxTaskTokens);
+  plan.units = ceil_div(plan.slab_depth, CpuTiles::kAmxColumns);
+  plan.panel_floats = line_floats(CpuTiles::kAmxTaskRows * plan.slab_depth / 2);
+  plan.worker_floats = plan.panel_floats + line_floats(CpuTiles::kAmxTaskRows * plan.units);
   plan.x_tile_floats = line_floats(plan.token_tiles * CpuTiles::kAmxTokens * cols / 2);
   plan.x_floats =
       plan.x_tile_floats + line_floats(plan.slabs * plan.token_tiles * plan.units * CpuTiles::kAmxTokens);
@@ -275,7 +313,7 @@ struct DensePlan {
   if (tokens <= 0 || w.rows == 0 || w.cols == 0) return 0;
   const Regime regime = choose_regime(w, tokens, isa, asked);
   if (regime == Regime::kDense) return make_dense_plan(w.rows, w.cols, tokens).floats(workers);
-  if (regime == Regime::kBytes) return make_bytes_plan(w.rows, w.cols, tokens).floats(workers);
+  if (regime == Regime::kBytes) return make_byte_plan(w.rows, w.cols, tokens).floats(workers);
   if (regime == Regime::kInteger) return make_integer_plan(w.rows, w.cols, tokens).floats(workers);
   const PsumbookPlan plan = make_psumbook_plan(w, tokens, regime == Regime::kLookup);
   return plan.partial_floats() + workers * plan.worker_floats();

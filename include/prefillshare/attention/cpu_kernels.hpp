@@ -41,6 +41,34 @@ inline constexpr std::int64_t kVectors = 2;
 #pragma GCC pop_options
 #endif
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))),         \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#endif
+namespace avx512 {
+inline constexpr std::int64_t kLanes = 16;
+inline constexpr std::int64_t kVectors = 4;
+#include <prefillshare/attention/cpu_kernels.inl>  // NOLINT(readability-duplicate-include)
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+/// With AVX-512 where the vectors are full.
+inline void attend_rows_avx512(const AttentionProblem& problem, int kv_head, std::int64_t first_row,
+                               std::int64_t count, float* memory) {
+  if (problem.kv.head_dim % avx512::kLanes == 0) {
+    avx512::attend_rows(problem, kv_head, first_row, count, memory);
+  } else {
+    avx2::attend_rows(problem, kv_head, first_row, count, memory);
+  }
+}
+
 #endif  // __x86_64__
 
 struct AttentionKernels {
@@ -58,12 +86,19 @@ inline constexpr AttentionKernels kPortableKernels = {"portable", portable::atte
 #if defined(__x86_64__)
 inline constexpr AttentionKernels kAvx2Kernels = {"avx2", avx2::attend_rows, avx2::attend_keys,
                                                   avx2::merge_splits};
+/// Few rows wait for memory: those kernels are AVX2's.
+inline constexpr AttentionKernels kAvx512Kernels = {"avx512", attend_rows_avx512, avx2::attend_keys,
+                                                    avx2::merge_splits};
 #endif
 
 /// The best this machine runs.
 [[nodiscard]] inline const AttentionKernels& attention_kernels() {
 #if defined(__x86_64__)
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                                 __builtin_cpu_supports("avx512dq");
+  if (has_avx512) return kAvx512Kernels;
   if (has_avx2) return kAvx2Kernels;
 #endif
   return kPortableKernels;

@@ -2,13 +2,14 @@
 //
 // prefillshare/attention/cpu_kernels.inl - the attention kernels, written once in vector types.
 // Included by cpu_kernels.hpp only, once for each instruction set, inside a namespace that defines
-//   kLanes    floats of a vector: 4 or 8
+//   kLanes    floats of a vector: 4, 8 or 16; with 16 only attend_rows() is used, and head_dim a multiple of 16
 //   kVectors  vectors of a register tile's row; kVectors * kLanes divides kKeyTile
 // and with the compiler's target set. Templates and inline functions of others are not used here: an
 // instance made under this target could be the one the linker keeps for all.
 
 using Vec [[gnu::vector_size(kLanes * sizeof(float))]] = float;
 using BitVec [[gnu::vector_size(kLanes * sizeof(std::uint32_t))]] = std::uint32_t;
+using Vec16 [[gnu::vector_size(16 * sizeof(float))]] = float;
 using Vec8 [[gnu::vector_size(8 * sizeof(float))]] = float;
 using Vec4 [[gnu::vector_size(4 * sizeof(float))]] = float;
 
@@ -111,6 +112,13 @@ template <class Op>
   four = __builtin_shufflevector(vector, vector, 0, 1, 2, 3);
   const Vec4 high = __builtin_shufflevector(vector, vector, 4, 5, 6, 7);
   Op::join(four, high);
+}
+template <class Op>
+[[gnu::always_inline]] inline void fold(const Vec16& vector, Vec4& four) {
+  Vec8 half = __builtin_shufflevector(vector, vector, 0, 1, 2, 3, 4, 5, 6, 7);
+  const Vec8 high = __builtin_shufflevector(vector, vector, 8, 9, 10, 11, 12, 13, 14, 15);
+  Op::join(half, high);
+  fold<Op>(half, four);
 }
 /// All lanes to one number, by halves: the same order in every call.
 template <class Op>

@@ -44,6 +44,11 @@ std::vector<const AttentionKernels*> all_kernels() {
   if (&prefillshare::detail::attention_kernels() != kernels[0]) {
     kernels.push_back(&prefillshare::detail::attention_kernels());
   }
+#if defined(__x86_64__)
+  if (kernels.back() == &prefillshare::detail::kAvx512Kernels) {
+    kernels.push_back(&prefillshare::detail::kAvx2Kernels);
+  }
+#endif
   return kernels;
 }
 
