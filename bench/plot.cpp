@@ -2,13 +2,14 @@
 //
 // bench/plot.cpp - no suite of its own: draws what codegemm-cpu or codegemm-gpu kept.
 //
-// usage: plot FILE.json [--peer NAME] --out FILE.svg
+// usage: plot FILE.json... [--peer NAME] --out FILE.svg
 //
 // By tokens, how many times faster than the peer each format is (cublas or eigen, where nothing else is
 // named); and the time of one token by the size of the matrix, beside all peers.
 #include <cstdio>
 #include <fstream>
 #include <string>
+#include <vector>
 
 #include <CLI/CLI.hpp>
 
@@ -18,22 +19,33 @@
 
 int main(int argc, char** argv) {
   using namespace codegemm;
-  std::string from;
+  std::vector<std::string> from;
   std::string peer;
   std::string out;
   CLI::App app{"Draws the kept results of codegemm-cpu or codegemm-gpu."};
-  app.add_option("FILE", from, "the suite's JSON file")->required()->check(CLI::ExistingFile);
+  app.add_option("FILE", from, "the suite's JSON files, of one machine")
+      ->required()
+      ->check(CLI::ExistingFile);
   app.add_option("--peer", peer, "whom to compare with (default: cublas on a GPU, eigen on a CPU)");
   app.add_option("--out", out, "the SVG file to write")->required();
   CLI11_PARSE(app, argc, argv);
-  const nlohmann::json results = nlohmann::json::parse(std::ifstream(from), nullptr, false);
+  nlohmann::json results = {{"rows", nlohmann::json::array()}};
+  for (const std::string& path : from) {
+    const nlohmann::json one = nlohmann::json::parse(std::ifstream(path), nullptr, false);
+    if (!one.is_object() || !one.contains("rows") || !one["rows"].is_array()) {
+      std::fprintf(stderr, "plot: %s: these are no results of a suite\n", bench::file_name(path).c_str());
+      return 1;
+    }
+    results["suite"] = one.value("suite", "");
+    for (const nlohmann::json& row : one["rows"]) results["rows"].push_back(row);
+  }
   if (peer.empty()) {
-    peer = results.is_object() && results.value("suite", "") == "codegemm-gpu" ? "cublas" : "eigen";
+    peer = results["suite"] == "codegemm-gpu" ? "cublas" : "eigen";
   }
   const auto diagrams = bench::product_diagrams(results, peer);
   const Status status =
       diagrams.ok() ? bench::write_text(bench::plot_lines(*diagrams), out) : diagrams.status();
   if (status.ok()) return 0;
-  std::fprintf(stderr, "plot: %s: %s\n", bench::file_name(from).c_str(), status.message().c_str());
+  std::fprintf(stderr, "plot: %s\n", status.message().c_str());
   return 1;
 }
