@@ -27,9 +27,9 @@ using LoadProgress = std::function<void(std::int64_t done, std::int64_t total)>;
 /// A model as loaded: its weights in fp32 and a name for its content.
 struct LoadedModel {
   std::shared_ptr<const LlamaModel<DenseLinear>> model;
-  std::string fingerprint;  // 16 hex digits over all weights: the version in a cache key, and in file names
+  std::string fingerprint = {};  // 16 hex digits over all weights: the version in cache keys and file names
   /// A BlockReader, of load_model_by_blocks(), whose model has no weights in its linear layers; else empty.
-  std::function<Result<LlamaLayer<DenseLinear>>(std::int64_t index)> read_block;
+  std::function<Result<LlamaLayer<DenseLinear>>(std::int64_t index)> read_block = {};
 };
 
 namespace detail {

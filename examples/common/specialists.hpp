@@ -92,7 +92,7 @@ class SpecialistRound {
   static constexpr std::int64_t kAnswerTokens = 64;
 
   [[nodiscard]] SpecialistScore one(const Task& task, const Specialist& specialist, std::size_t items) {
-    LoadedModel merged{unwrap(merge(*loaded_.model, specialist.deltas)), fingerprint_of(specialist), {}};
+    LoadedModel merged{unwrap(merge(*loaded_.model, specialist.deltas)), fingerprint_of(specialist)};
     ProgressLine progress(codegemm::concat(task.name, ": quantizing to ", kSpecialistFormat));
     const auto model = unwrap(quantized_model(
         merged, unwrap(codegemm::parse_format(kSpecialistFormat)), cache_, executor_,

@@ -53,6 +53,17 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m128i load_entry_vbmi(const
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
 }
 
+// To `sum` a codebook's entries for one row of a vector (of two with v = 2). table: the codebook's entries
+// from the meant part on; codes: of the row in it; next: of the row's second vector.
+template <int kVecLen>
+CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m128i
+add_entry_vbmi(__m128i sum, const std::int8_t* table, const std::uint8_t* codes, std::int64_t next) {
+  constexpr std::int64_t kEntry = byte_entry_bytes(kVecLen);
+  sum = _mm_add_epi8(sum, load_entry_vbmi(table + codes[0] * kEntry));
+  if constexpr (kVecLen == 2) sum = _mm_add_epi8(sum, load_entry_vbmi(table + codes[next] * kEntry + 8));
+  return sum;
+}
+
 // One row of a vector (of two with v = 2): 16 bytes of the sum of its centroids' entries from `part` on, of
 // which 8 are meant with v <= 4. codes: of the row in the first codebook.
 template <int kVecLen, int kCodebooks>
@@ -60,18 +71,19 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m128i sum_entries_vbmi(cons
                                                                             const std::uint8_t* codes,
                                                                             std::int64_t part) {
   constexpr std::int64_t kEntry = byte_entry_bytes(kVecLen);
-  const std::int64_t count = kCodebooks > 0 ? kCodebooks : a.codebook_count;
+  const std::int64_t next = (kCodebooks > 0 ? kCodebooks : a.codebook_count) * std::int64_t{64};
+  const std::int64_t step = a.centroids * kEntry;
   const std::int8_t* table = a.codebooks + part;
   __m128i sum = load_entry_vbmi(table + codes[0] * kEntry);
-  if constexpr (kVecLen == 2) {
-    sum = _mm_add_epi8(sum, load_entry_vbmi(table + codes[count * 64] * kEntry + 8));
-  }
-  CODEGEMM_UNROLL
-  for (std::int64_t c = 1; c < count; ++c) {
-    table += a.centroids * kEntry;
-    sum = _mm_add_epi8(sum, load_entry_vbmi(table + codes[c * 64] * kEntry));
-    if constexpr (kVecLen == 2) {
-      sum = _mm_add_epi8(sum, load_entry_vbmi(table + codes[(count + c) * 64] * kEntry + 8));
+  if constexpr (kVecLen == 2) sum = _mm_add_epi8(sum, load_entry_vbmi(table + codes[next] * kEntry + 8));
+  if constexpr (kCodebooks > 0) {
+    CODEGEMM_UNROLL
+    for (int c = 1; c < kCodebooks; ++c) {
+      sum = add_entry_vbmi<kVecLen>(sum, table + c * step, codes + c * 64, next);
+    }
+  } else {
+    for (std::int64_t c = 1; c < a.codebook_count; ++c) {
+      sum = add_entry_vbmi<kVecLen>(sum, table + c * step, codes + c * 64, next);
     }
   }
   return sum;
