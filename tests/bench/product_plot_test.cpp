@@ -45,7 +45,7 @@ TEST_CASE("speed is the geometric mean over shapes by tokens, time the one token
 
 TEST_CASE("what cannot be drawn is named", "[plot]") {
   nlohmann::json results;
-  results["rows"] = {row("1000x1000", 1, 2.0, 4.0)};
+  results["rows"] = nlohmann::json::array({row("1000x1000", 1, 2.0, 4.0)});
   CHECK(product_diagrams(results, "eigen").status().message().find("nothing to draw") != std::string::npos);
   CHECK(product_diagrams(results, "cublas").status().message().find("'cublas'") != std::string::npos);
   results["rows"][0]["shape"] = "square";
