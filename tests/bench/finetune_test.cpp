@@ -469,7 +469,8 @@ struct Toy {
   Tokenizer tokenizer = byte_tokenizer();
   LoadedModel loaded;
 
-  Toy() {
+  // name: of its folder, a test's own, as tests run beside each other.
+  explicit Toy(const std::string& name) {
     ModelConfig c = tiny_config();
     c.vocab_size = 257;
     c.hidden_size = 64;
@@ -480,7 +481,7 @@ struct Toy {
     c.layers = 1;
     c.context_length = 512;
     loaded = {random_model(c, 31), "00112233"};
-    const std::string folder = fresh_folder("finetune-toy");
+    const std::string folder = fresh_folder("finetune-" + name);
     options.work = folder + "/work";
     options.json_path = folder + "/out.json";
     options.plot = folder + "/out.svg";
@@ -517,7 +518,7 @@ struct Toy {
 }  // namespace
 
 TEST_CASE("the suite runs all of its methods, stops at its time limit and goes on", "[finetune]") {
-  Toy toy;
+  Toy toy("whole");
   bool complete = true;
   toy.options.time_limit = 1e-9;
   CHECK(toy.run(complete).empty());
@@ -594,7 +595,7 @@ TEST_CASE("runs side by side are those of one after the other", "[finetune]") {
   std::vector<std::vector<FinetuneRow>> tables;
   std::vector<std::map<std::string, nlohmann::json>> runs;  // by their files' names
   for (const std::int64_t jobs : {1, 3}) {
-    Toy toy;
+    Toy toy("jobs");
     toy.options.jobs = jobs;
     toy.options.threads = static_cast<int>(jobs);
     toy.options.tasks = {"shell"};
@@ -622,7 +623,7 @@ TEST_CASE("runs side by side are those of one after the other", "[finetune]") {
 }
 
 TEST_CASE("a rate at which the loss does not stay finite counts as nothing learned", "[finetune]") {
-  Toy toy;
+  Toy toy("not-finite");
   toy.options.tasks = {"shell"};
   toy.options.stages = {"claim"};
   toy.options.steps = 3;
