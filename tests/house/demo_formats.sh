@@ -7,7 +7,7 @@ set -euo pipefail
 
 root=${1:?usage: demo_formats.sh ROOT}
 kept=$root/bench/results/explore-distilled-h200.json
-[[ -f $kept ]] || { echo "SKIPPED: needs the explorer's kept results, $kept"; exit 4; }
+[[ -f $kept ]] || { echo "the explorer's kept results are missing: $kept"; exit 1; }
 front=$(sed -n '/"size_front": \[/,/\]/p' "$kept" | grep -o '"m[^ "]*' | tr -d '"')
 formats=$(sed -n 's/.*"format": "\([^"]*\)".*/\1/p' "$root/examples/data/agents.json")
 [[ -n $front && -n $formats ]] || { echo "no front in $kept, or no formats in agents.json"; exit 1; }
