@@ -22,7 +22,7 @@
 
 #include <prefillshare/kv/allocator.hpp>
 
-#include "../../codegemm/cuda/gpu.cuh"
+#include "../gpu_model.cuh"
 
 namespace prefillshare::test {
 namespace {
@@ -37,17 +37,6 @@ using Allocator = BasicKvAllocator<Storage>;
 using Table = HandoffTable<Allocator, std::mutex>;
 const CacheKey kKey{"base", "1", ""};
 
-template <class U>
-U take(codegemm::Result<U> made) {
-  require_ok(made.status());
-  return std::move(made).value();
-}
-
-int gpu_count() {
-  int count = 0;
-  REQUIRE_CUDA(cudaGetDeviceCount(&count));
-  return count;
-}
 void use(int device) { REQUIRE_CUDA(cudaSetDevice(device)); }
 void reach_each_other(int a, int b) {
   if (a == b) return;
@@ -58,14 +47,6 @@ void reach_each_other(int a, int b) {
     static_cast<void>(cudaGetLastError());
   }
 }
-
-struct Stream {
-  cudaStream_t get = nullptr;
-  Stream() { REQUIRE_CUDA(cudaStreamCreateWithFlags(&get, cudaStreamNonBlocking)); }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-  ~Stream() { cudaStreamDestroy(get); }
-};
 
 KvShape shape() {
   KvShape out;

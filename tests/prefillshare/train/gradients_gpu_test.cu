@@ -29,10 +29,9 @@
 #include <prefillshare/train/trainer.hpp>
 #include <support/catch.hpp>
 #include <support/quantized.hpp>
-#include <support/tiny_model.hpp>
 #include <support/tiny_training.hpp>
 
-#include "../../codegemm/cuda/gpu.cuh"
+#include "../gpu_model.cuh"
 
 namespace prefillshare::test {
 namespace {
@@ -52,14 +51,6 @@ using cuda::DeviceTrainPass;
 
 template <class S>
 constexpr bool kExact = std::is_same_v<S, float>;
-
-struct Stream {
-  cudaStream_t get = nullptr;
-  Stream() { REQUIRE_CUDA(cudaStreamCreateWithFlags(&get, cudaStreamNonBlocking)); }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-  ~Stream() { cudaStreamDestroy(get); }
-};
 
 struct Variant {
   const char* name;
@@ -157,26 +148,6 @@ struct Problem {
     return out;
   }
 };
-
-/// Weights that bf16 holds, so that only activations are rounded.
-std::shared_ptr<const LlamaModel<DenseLinear>> rounded_model(const ModelConfig& c, std::uint64_t seed) {
-  auto out = std::make_shared<LlamaModel<DenseLinear>>(*random_model(c, seed));
-  const auto round = [](std::span<const float> values) {
-    std::vector<float> low(values.begin(), values.end());
-    for (float& value : low) value = __bfloat162float(__float2bfloat16(value));
-    return low;
-  };
-  out->embedding = std::make_shared<const std::vector<float>>(round(*out->embedding));
-  for_each_linear(*out, [&](const std::string& name, DenseLinear& layer) {
-    const auto weights = layer.weights();
-    const auto size = static_cast<std::size_t>(weights.rows * weights.cols);
-    auto low = std::make_shared<const std::vector<float>>(round({weights.data, size}));
-    if (c.tied_embeddings && name == "lm_head") low = out->embedding;
-    layer = DenseLinear(std::move(low), layer.rows(), layer.cols(),
-                        std::vector<float>(layer.bias().begin(), layer.bias().end()));
-  });
-  return out;
-}
 
 std::map<std::string, codegemm::QuantizedMatrix> random_matrices(const LlamaModel<DenseLinear>& model,
                                                                  std::uint64_t seed) {
@@ -310,7 +281,7 @@ void check_against_double(const Device& device, cudaStream_t stream) {
   for (const Variant& v : variants()) {
     for (const Kind kind : {Kind::kFull, Kind::kLowRank, Kind::kCodebooks}) {
       const Problem problem(v, 71);
-      const auto model = rounded_model(v.config, 72);
+      const auto model = rounded_model<__nv_bfloat16>(v.config, 72);
       auto exact = trainable<double>(model, kind);
       auto pass = TrainPass<double>::create(v.config, std::ssize(problem.batch.tokens), 256, pool).value();
       std::vector<double> want;
@@ -739,7 +710,7 @@ TEST_CASE("gradients against a teacher are those of all labels by their chances"
     Problem problem(v, 91);
     problem.batch.loss_rows = {2, 9};
     problem.batch.labels.resize(2);
-    const auto model = rounded_model(c, 92);
+    const auto model = rounded_model<__nv_bfloat16>(c, 92);
     Rng rng(93);
     const std::vector<float> hidden = rng.normals(2 * c.hidden_size);
     std::vector<float> head = rng.normals(c.vocab_size * c.hidden_size);
