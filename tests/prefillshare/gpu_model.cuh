@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/prefillshare/gpu_model.cuh - what the tests of models on the GPU share: a small shape, weights that a
-// type of the GPU holds exactly, streams.
+// tests/prefillshare/gpu_model.cuh - what the tests of models on the GPU share: a small shape, and weights
+// that a type of the GPU holds exactly.
 #pragma once
 
 #include <cstddef>
@@ -9,12 +9,10 @@
 #include <memory>
 #include <span>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 #include <support/tiny_model.hpp>
 
@@ -22,27 +20,9 @@
 
 namespace prefillshare::test {
 
-/// What there must be, or the test fails with the status's text.
-template <class U>
-[[nodiscard]] U take(codegemm::Result<U> made) {
-  codegemm::test::require_ok(made.status());
-  return std::move(made).value();
-}
-
-/// One that does not wait for the default stream.
-struct Stream {
-  cudaStream_t get = nullptr;
-  Stream() { REQUIRE_CUDA(cudaStreamCreateWithFlags(&get, cudaStreamNonBlocking)); }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-  ~Stream() { cudaStreamDestroy(get); }
-};
-
-[[nodiscard]] inline int gpu_count() {
-  int count = 0;
-  REQUIRE_CUDA(cudaGetDeviceCount(&count));
-  return count;
-}
+using codegemm::test::gpu_count;
+using codegemm::test::Stream;
+using codegemm::test::take;
 
 /// Heads of 64, two query heads on one KV head, a vocabulary that no tile divides.
 [[nodiscard]] inline ModelConfig gpu_config() {

@@ -22,15 +22,18 @@
 
 #include <prefillshare/kv/allocator.hpp>
 
-#include "../gpu_model.cuh"
+#include "../../codegemm/cuda/gpu.cuh"
 
 namespace prefillshare::test {
 namespace {
 
+using codegemm::test::gpu_count;
 using codegemm::test::gpu_or_skip;
 using codegemm::test::require_ok;
 using codegemm::test::Rng;
 using codegemm::test::seed_or;
+using codegemm::test::Stream;
+using codegemm::test::take;
 
 using Storage = cuda::DeviceKvStorage<__half>;
 using Allocator = BasicKvAllocator<Storage>;
