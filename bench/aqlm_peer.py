@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 #
-# The best microseconds of AQLM's CPU kernel (PyPI aqlm, numba) for one token, weights out of memory.
-# usage: aqlm_peer.py N K VECTOR_LENGTH CODEBOOKS [--quick]; needs numba, scipy and aqlm (not PyTorch).
+# AQLM's CPU kernel (PyPI aqlm, numba) for one token, weights out of memory. Prints 1 when it is ready; then each
+# number that it reads is answered with the seconds of so many calls.
+# usage: aqlm_peer.py N K VECTOR_LENGTH CODEBOOKS; needs numba, scipy and aqlm (not PyTorch).
 import importlib.util
 import pathlib
 import sys
@@ -41,7 +42,6 @@ def load_kernel():
 
 def main():
     rows, cols, v, m = (int(a) for a in sys.argv[1:5])
-    quick = "--quick" in sys.argv
     rng = np.random.default_rng(1)
     kernel = load_kernel()
     codebooks = rng.standard_normal((m, 256, 1, v), dtype=np.float32).view(Array)
@@ -65,13 +65,16 @@ def main():
 
     (compiled,) = kernel.COMPILED_KERNELS.values()
     arguments = np.asarray(x)[0], np.asarray(codebooks), np.asarray(scales)
-    times = []
-    begin = time.perf_counter()
-    while len(times) < (3 if quick else 11) or time.perf_counter() - begin < (0.05 if quick else 0.5):
-        start = time.perf_counter()
-        compiled(arguments[0], arguments[1], codes[len(times) % count], arguments[2])
-        times.append(time.perf_counter() - start)
-    print(min(times) * 1e6)
+    print(1, flush=True)
+    call = 0
+    for line in sys.stdin:
+        times = []
+        for _ in range(int(line)):
+            start = time.perf_counter()
+            compiled(arguments[0], arguments[1], codes[call % count], arguments[2])
+            times.append(time.perf_counter() - start)
+            call += 1
+        print(*times, flush=True)
 
 
 main()

@@ -65,6 +65,17 @@ struct MemorySpeed {
   double copy_gb_per_s = 0.0;  // bytes read plus bytes written
 };
 
+/// The sum of `count` words, a multiple of 16.
+[[nodiscard]] inline std::uint64_t sum_words(const std::uint64_t* words, std::int64_t count) {
+  std::uint64_t sums[16] = {};  // that many, so that the processor need not wait for its own sums
+  for (std::int64_t w = 0; w < count; w += 16) {
+    for (std::int64_t lane = 0; lane < 16; ++lane) sums[lane] += words[w + lane];
+  }
+  std::uint64_t all = 0;
+  for (const std::uint64_t part : sums) all += part;
+  return all;
+}
+
 /// Reads and copies 256 MiB on all workers of the executor; the best of five.
 [[nodiscard]] inline MemorySpeed measure_memory(Executor& executor) {
   constexpr std::int64_t kWords = std::int64_t{1} << 25;
@@ -77,14 +88,7 @@ struct MemorySpeed {
   for (int i = 0; i < 5; ++i) {
     auto start = std::chrono::steady_clock::now();
     parallel_for(executor, kWords / kChunk, [&](std::int64_t chunk, int) {
-      const std::uint64_t* const words = from.data() + chunk * kChunk;
-      std::uint64_t sum[16] = {};  // that many, so that the processor need not wait for its own sums
-      for (std::int64_t w = 0; w < kChunk; w += 16) {
-        for (std::int64_t lane = 0; lane < 16; ++lane) sum[lane] += words[w + lane];
-      }
-      std::uint64_t all = 0;
-      for (const std::uint64_t part : sum) all += part;
-      sums[static_cast<std::size_t>(chunk)] = all;
+      sums[static_cast<std::size_t>(chunk)] = sum_words(from.data() + chunk * kChunk, kChunk);
     });
     speed.read_gb_per_s = std::max(speed.read_gb_per_s, kBytes / seconds_since(start) * 1e-9);
     start = std::chrono::steady_clock::now();
