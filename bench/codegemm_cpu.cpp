@@ -2,9 +2,9 @@
 //
 // bench/codegemm_cpu.cpp - gemm() on the CPU against Eigen's and OpenBLAS's fp32 product, AQLM's kernel and
 // llama.cpp's block formats, all with weights out of memory: so many copies take turns that no cache holds
-// them. All that multiply the same shape with as many tokens take turns, too, and with them a plain read of the
-// memory; each worker has a processor of its own. Peers that are not installed are left out (scripts/bench
-// --with-peers installs them).
+// them. All that multiply the same shape with as many tokens take turns, too, and with them a plain read of
+// the memory; each worker has a processor of its own. Peers that are not installed are left out
+// (scripts/bench --with-peers installs them).
 
 #if !defined(NDEBUG) && !defined(__clang_analyzer__)
 #error "Benchmarks must be built in Release mode: cmake --preset bench"

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // bench/model_cpu.cpp - a whole model on the CPU: seconds of a prefill and of decode steps with every linear
-// layer through codegemm::gemm(), against llama.cpp on the GGUF file itself, all formats and llama.cpp in turns.
-// Peers that are not installed are left out (scripts/bench --with-peers installs them).
+// layer through codegemm::gemm(), against llama.cpp on the GGUF file itself, all formats and llama.cpp in
+// turns. Peers that are not installed are left out (scripts/bench --with-peers installs them).
 
 #if !defined(NDEBUG) && !defined(__clang_analyzer__)
 #error "Benchmarks must be built in Release mode: cmake --preset bench"

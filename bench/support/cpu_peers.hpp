@@ -283,8 +283,8 @@ class Ggml {
   mutable std::vector<std::uint8_t> quantized_;
 };
 
-/// AQLM's numba kernel in a process of its own, by aqlm_peer.py. Its threads now and then sleep through a tick of
-/// the scheduler, and add to the same sums without a lock.
+/// AQLM's numba kernel in a process of its own, by aqlm_peer.py. Its threads now and then sleep through a
+/// tick of the scheduler, and add to the same sums without a lock.
 class Aqlm {
  public:
   Aqlm(Shape shape, Format f, int threads)

@@ -18,8 +18,8 @@
 
 namespace codegemm::bench {
 
-/// The shell's command for a script of bench/ under the Python of CODEGEMM_PEER_PYTHON with `variables` (shell
-/// assignments) set; empty where there is no such Python.
+/// The shell's command for a script of bench/ under the Python of CODEGEMM_PEER_PYTHON with `variables`
+/// (shell assignments) set; empty where there is no such Python.
 [[nodiscard]] inline std::string peer_command(const std::string& variables, const std::string& script,
                                               const std::string& arguments) {
   const char* const python = std::getenv("CODEGEMM_PEER_PYTHON");

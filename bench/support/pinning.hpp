@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/support/pinning.hpp - every worker on a processor of its own, so that the system moves none of them while
-// they are timed.
+// bench/support/pinning.hpp - every worker on a processor of its own, so that the system moves none of them
+// while they are timed.
 #pragma once
 
 #include <sched.h>

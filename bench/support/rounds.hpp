@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/support/rounds.hpp - contenders that take turns: what disturbs the machine for a while then disturbs all
-// of them, in some of the rounds, and their medians still compare.
+// bench/support/rounds.hpp - contenders that take turns: what disturbs the machine for a while then disturbs
+// all of them, in some of the rounds, and their medians still compare.
 #pragma once
 
 #include <algorithm>
@@ -43,8 +43,8 @@ template <class Call>
           }};
 }
 
-/// `rounds` rounds in which each has a turn of about `turn_seconds`, one call at least. A turn before the first
-/// tells how many calls that are and is not counted. Every round begins with another one.
+/// `rounds` rounds in which each has a turn of about `turn_seconds`, one call at least. A turn before the
+/// first tells how many calls that are and is not counted. Every round begins with another one.
 inline void run_rounds(std::vector<Contender>& contenders, std::int64_t rounds, double turn_seconds) {
   const auto count = contenders.size();
   std::vector<std::int64_t> calls(count);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cpu/slab_plan.hpp - cuts the dense ways into tasks: rows of W come slab by slab (some columns of K)
-// into a worker's memory and are multiplied with tiles of tokens.
+// codegemm/cpu/slab_plan.hpp - cuts the dense ways into tasks: rows of W come slab by slab (some columns of
+// K) into a worker's memory and are multiplied with tiles of tokens.
 // Layer: cpu (host only).
 #pragma once
 
@@ -36,9 +36,9 @@ struct SlabCut {
 };
 
 /// The tokens are laid out once, tile by tile and slab by slab; a task brings its rows of one slab after the
-/// other into panels and multiplies them with its tokens. Where sums are scaled, steps follow: for each unit of
-/// columns those of the chunk that begins there, [slabs][units][task rows] a worker,
-/// [slabs][token tiles][units][tile tokens].
+/// other into panels and multiplies them with its tokens. Where sums are scaled, steps follow: for each unit
+/// of columns those of the chunk that begins there, [slabs][units][task rows] a worker, [slabs][token
+/// tiles][units][tile tokens].
 struct SlabPlan {
   std::int64_t rows = 0;
   std::int64_t cols = 0;
