@@ -264,6 +264,8 @@ class Bench {
     for (std::size_t i = 0; i < rows.size(); ++i) {
       Row& row = rows[i];
       row.median_us = contenders[i].median_us();
+      row.quarter_us = quantile(contenders[i].seconds, 0.25) * 1e6;
+      row.three_quarters_us = quantile(contenders[i].seconds, 0.75) * 1e6;
       row.gb_per_s =
           static_cast<double>(find(ours, problems[i]->format)->packed[0].bytes()) / row.median_us * 1e-3;
       row.read_gb_per_s = read_gb_per_s;
@@ -355,8 +357,9 @@ class Bench {
   }
 
   static void print(const Row& row) {
-    std::fprintf(stderr, "%s %.1f us, %.2f GB/s, %.0f%%, error %.1e", row.name.c_str(), row.median_us,
-                 row.gb_per_s, 100.0 * row.share_of_read, row.error);
+    std::fprintf(stderr, "%s %.1f us (%.1f to %.1f), %.2f GB/s, %.0f%%, error %.1e", row.name.c_str(),
+                 row.median_us, row.quarter_us, row.three_quarters_us, row.gb_per_s,
+                 100.0 * row.share_of_read, row.error);
     for (const Peer& peer : row.peers) {
       std::fprintf(stderr, "; %s %.1f us, ratio %.2f", peer.name.c_str(), peer.median_us, peer.ratio);
     }

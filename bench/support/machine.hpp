@@ -13,6 +13,7 @@
 #include <fstream>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <nlohmann/json.hpp>
@@ -26,12 +27,16 @@ namespace codegemm::bench {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-[[nodiscard]] inline double median(std::vector<double> values) {
+/// What a part of the values, 0 to 1, is below; 0 of none.
+[[nodiscard]] inline double quantile(std::vector<double> values, double part) {
   if (values.empty()) return 0.0;
-  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
+  const auto index = static_cast<std::ptrdiff_t>(part * static_cast<double>(values.size()));
+  const auto at = values.begin() + std::min(index, std::ssize(values) - 1);
+  std::nth_element(values.begin(), at, values.end());
+  return *at;
 }
+
+[[nodiscard]] inline double median(std::vector<double> values) { return quantile(std::move(values), 0.5); }
 
 /// The processor's name as Linux tells it.
 [[nodiscard]] inline std::string cpu_name() {
