@@ -139,15 +139,32 @@ struct OurWeights {
   QuantizedMatrix first;
   std::vector<PackedMatrix> packed;
 
-  OurWeights(Format f, Shape shape, test::Rng& random, Executor& executor)
-      : format(f), first(random_weights(f, shape, random)) {
+  OurWeights(Format f, Shape shape, test::Rng& random) : format(f), first(random_weights(f, shape, random)) {
     packed.push_back(pack(first.view()).value());
     packed.resize(cold_copies(static_cast<double>(packed[0].bytes())));
-    parallel_for(executor, std::ssize(packed) - 1, [&](std::int64_t i, int) {
-      packed[static_cast<std::size_t>(i + 1)] = pack(first.view()).value();
-    });
   }
 };
+
+// Packs all copies, those of the formats in turns: a machine's memory is not equally fast everywhere, and
+// each of them is to have its part of what is slow.
+void pack_copies(std::list<OurWeights>& all, Executor& executor) {
+  struct Place {
+    double part;  // of the format's copies, before this one
+    OurWeights* weights;
+    std::size_t copy;
+  };
+  std::vector<Place> places;
+  for (OurWeights& w : all) {
+    for (std::size_t i = 1; i < w.packed.size(); ++i) {
+      places.push_back({static_cast<double>(i) / static_cast<double>(w.packed.size()), &w, i});
+    }
+  }
+  std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.part < b.part; });
+  parallel_for(executor, std::ssize(places), [&](std::int64_t i, int) {
+    const Place& place = places[static_cast<std::size_t>(i)];
+    place.weights->packed[place.copy] = pack(place.weights->first.view()).value();
+  });
+}
 
 // A plain read of the memory, some MB a call.
 class MemoryRead {
@@ -202,8 +219,9 @@ class Bench {
     std::list<OurWeights> ours;  // contenders hold on to their place
     for (const Problem& problem : problems) {
       tokens.insert(problem.tokens);
-      if (find(ours, problem.format) == nullptr) ours.emplace_back(problem.format, shape, random_, pool_);
+      if (find(ours, problem.format) == nullptr) ours.emplace_back(problem.format, shape, random_);
     }
+    pack_copies(ours, pool_);
     const DenseWeights dense(shape, random_);
     for (const std::int64_t count : tokens) {
       std::vector<const Problem*> some;
