@@ -38,6 +38,7 @@
 
 #include "support/gpu_timing.cuh"
 #include "support/peer_process.hpp"
+#include "support/random_dense.hpp"
 #include "support/report.hpp"
 
 namespace codegemm::bench {
@@ -59,6 +60,7 @@ struct Options : QuantizeOptions {
   std::vector<std::int64_t> steps = {400};
   std::vector<double> rates = {4e-3};
   TrainOptions distill;
+  prefillshare::cuda::CodeMoveOptions moves;
 };
 
 double seconds_since(Clock::time_point start) {
@@ -67,8 +69,7 @@ double seconds_since(Clock::time_point start) {
 
 /// A block of Llama-3-8B's shape and an embedding of some tokens, weights at random.
 LoadedModel random_block_8b() {
-  auto model = std::make_shared<LlamaModel<DenseLinear>>();
-  ModelConfig& c = model->config;
+  ModelConfig c;
   c.vocab_size = 4096;
   c.hidden_size = 4096;
   c.intermediate_size = 14336;
@@ -80,32 +81,8 @@ LoadedModel random_block_8b() {
   c.tied_embeddings = true;
   c.rope.head_dim = 128;
   c.rope.theta = 500000.0;
-  codegemm::detail::SplitMix random(1);
-  const auto draw = [&](std::int64_t count, double scale) {
-    std::vector<float> values(static_cast<std::size_t>(count));
-    for (float& x : values)
-      x = static_cast<float>(scale * (random.uniform() + random.uniform() + random.uniform() - 1.5) * 2.0);
-    return values;
-  };
-  const auto linear = [&](std::int64_t rows, std::int64_t cols) {
-    return DenseLinear(std::make_shared<const std::vector<float>>(
-                           draw(rows * cols, 1.0 / std::sqrt(static_cast<double>(cols)))),
-                       rows, cols);
-  };
-  model->embedding = std::make_shared<const std::vector<float>>(draw(c.vocab_size * c.hidden_size, 1.0));
-  LlamaLayer<DenseLinear>& layer = model->layers.emplace_back();
-  const std::vector<float> ones(static_cast<std::size_t>(c.hidden_size), 1.0F);
-  layer.input_norm = layer.post_attention_norm = model->final_norm = ones;
-  layer.q = linear(c.q_size(), c.hidden_size);
-  layer.k = linear(c.kv_size(), c.hidden_size);
-  layer.v = linear(c.kv_size(), c.hidden_size);
-  layer.o = linear(c.hidden_size, c.q_size());
-  layer.gate = linear(c.intermediate_size, c.hidden_size);
-  layer.up = linear(c.intermediate_size, c.hidden_size);
-  layer.down = linear(c.hidden_size, c.intermediate_size);
-  model->head = DenseLinear(model->embedding, c.vocab_size, c.hidden_size);
   LoadedModel loaded;
-  loaded.model = std::move(model);
+  loaded.model = random_dense_model(c, 1.0);
   loaded.fingerprint = "random-block-8b";
   return loaded;
 }
@@ -376,8 +353,8 @@ class QuantizeSuite {
     options.rate = rate;
     const auto start = Clock::now();
     TrainProgress last;
-    const GpuQuantizer::Distilled done =
-        gpu_.distill(loaded_.model, layers, taught_, judged_, options, [&](const TrainProgress& now) {
+    const GpuQuantizer::Distilled done = gpu_.distill(
+        loaded_.model, layers, taught_, judged_, options, options_.moves, [&](const TrainProgress& now) {
           last = now;
           if (now.step == 1 || now.step % 200 == 0)
             std::printf("  step %lld: divergence %.4f, %.0f tokens/s\n", static_cast<long long>(now.step),
@@ -385,13 +362,17 @@ class QuantizeSuite {
         });
     const double seconds = seconds_since(start);
     const PerplexitySums sums = gpu_.score(GpuQuantizer::with_layers(*loaded_.model, layers), windows_);
-    std::printf("%-11s rate %g: %lld steps in %.1f s, divergence %.4f to %.4f, perplexity %.3f +- %.3f\n",
-                name.c_str(), rate, static_cast<long long>(options.steps), seconds, done.before, done.after,
-                sums.perplexity(), sums.error());
+    std::printf(
+        "%-11s rate %g, codes' %g: %lld steps in %.1f s, %lld codes moved, divergence %.4f to %.4f, "
+        "perplexity %.3f +- %.3f\n",
+        name.c_str(), rate, options_.moves.rate, static_cast<long long>(options.steps), seconds,
+        static_cast<long long>(done.codes_moved), done.before, done.after, sums.perplexity(), sums.error());
     std::fflush(stdout);
     row["distill_steps"] = options.steps;
     row["distill_rate"] = rate;
     row["distill_batch"] = options.batch;
+    row["code_rate"] = options_.moves.rate;
+    row["codes_moved"] = done.codes_moved;
     row["distill_seconds"] = seconds;
     row["distill_tokens_per_s"] = last.tokens_per_second;
     row["divergence_before"] = done.before;
@@ -474,6 +455,14 @@ int main(int argc, char** argv) {
   app.add_option("--distill-rate", options.rates,
                  "highest learning rates, of each tensor's root mean square; of several each by itself")
       ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option(
+         "--code-rate", options.moves.rate,
+         "highest rate at which codes follow the gradient, in shares of the weights' size; 0: codes stay")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  app.add_option("--code-every", options.moves.every, "steps between changes of codes")
+      ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
   app.add_option("--pass-tokens", options.distill.pass_tokens, "rows computed at once")
       ->check(CLI::Range(1, 1 << 20))
