@@ -60,6 +60,7 @@ struct Options : QuantizeOptions {
   std::vector<std::int64_t> steps = {400};
   std::vector<double> rates = {4e-3};
   TrainOptions distill;
+  std::vector<double> code_rates = {0.0};
   prefillshare::cuda::CodeMoveOptions moves;
 };
 
@@ -150,7 +151,8 @@ class QuantizeSuite {
   }
 
   void run() {
-    const PerplexitySums dense = gpu_.score(*loaded_.model, windows_);
+    dense_ = gpu_.score(*loaded_.model, windows_);
+    const PerplexitySums& dense = dense_;
     std::printf("%zu windows of %zu tokens of %s: perplexity of the model as given %.3f +- %.3f\n",
                 windows_.size(), windows_.front().size(), file_name(options_.text).c_str(),
                 dense.perplexity(), dense.error());
@@ -321,7 +323,7 @@ class QuantizeSuite {
     QuantizedLayers best = layers;
     double least = HUGE_VAL;  // the held-out text does not choose
     for (const std::int64_t steps : options_.steps) {
-      for (const double rate : options_.rates) {
+      for (const auto& [rate, code_rate] : rate_pairs()) {
         json row = {{"name", name},
                     {"bits_per_weight", bits / weights},
                     {"method", options_.method},
@@ -331,12 +333,13 @@ class QuantizeSuite {
                     {"calibrated_perplexity", calibrated.perplexity()},
                     {"calibrated_perplexity_error", calibrated.error()}};
         QuantizedLayers tuned = layers;
-        if (steps > 0) distill(name, steps, rate, tuned, row);
+        if (steps > 0) distill(name, steps, rate, code_rate, tuned, row);
         if (row.value("divergence", least) < least) {
           least = row.at("divergence").get<double>();
           best = std::move(tuned);
         }
         rows_.push_back(std::move(row));
+        write(dense_);
       }
     }
     if (options_.out.empty()) return;
@@ -347,14 +350,25 @@ class QuantizeSuite {
                                 best.norms));
   }
 
-  void distill(const std::string& name, std::int64_t steps, double rate, QuantizedLayers& layers, json& row) {
+  [[nodiscard]] std::vector<std::pair<double, double>> rate_pairs() const {
+    std::vector<std::pair<double, double>> out;
+    for (const double rate : options_.rates) {
+      for (const double code_rate : options_.code_rates) out.emplace_back(rate, code_rate);
+    }
+    return out;
+  }
+
+  void distill(const std::string& name, std::int64_t steps, double rate, double code_rate,
+               QuantizedLayers& layers, json& row) {
+    prefillshare::cuda::CodeMoveOptions moves = options_.moves;
+    moves.rate = code_rate;
     TrainOptions options = options_.distill;
     options.steps = steps;
     options.rate = rate;
     const auto start = Clock::now();
     TrainProgress last;
-    const GpuQuantizer::Distilled done = gpu_.distill(
-        loaded_.model, layers, taught_, judged_, options, options_.moves, [&](const TrainProgress& now) {
+    const GpuQuantizer::Distilled done =
+        gpu_.distill(loaded_.model, layers, taught_, judged_, options, moves, [&](const TrainProgress& now) {
           last = now;
           if (now.step == 1 || now.step % 200 == 0)
             std::printf("  step %lld: divergence %.4f, %.0f tokens/s\n", static_cast<long long>(now.step),
@@ -365,13 +379,13 @@ class QuantizeSuite {
     std::printf(
         "%-11s rate %g, codes' %g: %lld steps in %.1f s, %lld codes moved, divergence %.4f to %.4f, "
         "perplexity %.3f +- %.3f\n",
-        name.c_str(), rate, options_.moves.rate, static_cast<long long>(options.steps), seconds,
+        name.c_str(), rate, code_rate, static_cast<long long>(options.steps), seconds,
         static_cast<long long>(done.codes_moved), done.before, done.after, sums.perplexity(), sums.error());
     std::fflush(stdout);
     row["distill_steps"] = options.steps;
     row["distill_rate"] = rate;
     row["distill_batch"] = options.batch;
-    row["code_rate"] = options_.moves.rate;
+    row["code_rate"] = code_rate;
     row["codes_moved"] = done.codes_moved;
     row["distill_seconds"] = seconds;
     row["distill_tokens_per_s"] = last.tokens_per_second;
@@ -407,6 +421,7 @@ class QuantizeSuite {
   LoadedModel loaded_;
   TextQuantizerOptions quantizer_;
   Suite suite_;
+  PerplexitySums dense_;                              // of the model as given
   std::vector<std::vector<std::int32_t>> windows_;    // held out
   std::vector<std::vector<std::int32_t>> sequences_;  // to calibrate on
   std::vector<std::vector<std::int32_t>> taught_;     // to distill on
@@ -456,9 +471,9 @@ int main(int argc, char** argv) {
                  "highest learning rates, of each tensor's root mean square; of several each by itself")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  app.add_option(
-         "--code-rate", options.moves.rate,
-         "highest rate at which codes follow the gradient, in shares of the weights' size; 0: codes stay")
+  app.add_option("--code-rate", options.code_rates,
+                 "highest rates of codes that follow the gradient, in shares of the weights' size; 0: codes "
+                 "stay; of several each by itself")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   app.add_option("--code-every", options.moves.every, "steps between changes of codes")
