@@ -10,6 +10,7 @@
 
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -36,8 +37,10 @@
 #include <common/quantize_options.hpp>
 #include <common/text_tokens.hpp>
 
+#include "support/ggml_blocks.hpp"
 #include "support/gpu_timing.cuh"
 #include "support/peer_process.hpp"
+#include "support/permuted_model.hpp"
 #include "support/random_dense.hpp"
 #include "support/report.hpp"
 
@@ -53,6 +56,8 @@ struct Options : QuantizeOptions {
   std::string model, text, calibration, cache, json_path, out, aqlm;
   std::vector<std::string> formats = {"m1v4g64"};
   bool block_8b = false;
+  std::uint64_t permute = 0;
+  std::vector<std::string> blocks;
   std::int64_t windows = 16;
   std::int64_t window_length = 512;
   std::int64_t distill_sequences = 1 << 20;
@@ -127,6 +132,10 @@ class QuantizeSuite {
         pool_(options.threads),
         source_(unwrap(open_model(options.model))),
         loaded_(unwrap(load_model(*source_))) {
+    if (options.permute > 0) {
+      loaded_.model = permuted_model(*loaded_.model, options.permute);
+      loaded_.fingerprint += concat("-permuted-", options.permute);
+    }
     const Tokenizer tokenizer = unwrap(load_tokenizer(options.model));
     windows_ = sequences_of_file(options.text, options.windows, options.window_length, tokenizer);
     sequences_ = sequences_of_file(options.calibration, options.sequences, options.length, tokenizer);
@@ -162,6 +171,7 @@ class QuantizeSuite {
     std::fflush(stdout);
     if (!options_.aqlm.empty()) compare_with_aqlm(dense);
     if (options_.block_8b) add_block_8b(dense);
+    for (const std::string& name : options_.blocks) add_blocks(name);
     for (const std::string& name : options_.formats) {
       add_format(unwrap(parse_format(name)));
       write(dense);  // what is measured is kept
@@ -275,6 +285,34 @@ class QuantizeSuite {
                  {"seconds_of_32_blocks", kBlocks * seconds},
                  {"layers", std::move(layers)}};
     write(perplexity);
+  }
+
+  /// All layers in blocks of ggml's, importance from the calibration text.
+  void add_blocks(const std::string& name) {
+    const Ggml library;
+    const auto& types = Ggml::file_types();
+    const auto type =
+        std::find_if(types.begin(), types.end(), [&](const Ggml::Type& own) { return name == own.name; });
+    if (type == types.end()) throw UserError(name + ": no block type of that name is known here");
+    if (!library.quantizes()) throw UserError("--blocks: CODEGEMM_GGML names no folder of ggml's libraries");
+    BlockReplacer replacer{library, *type, pool_, {}};
+    CalibrationRunOptions run_options;
+    run_options.correct = false;
+    gpu_.calibrate(loaded_, sequences_, run_options, replacer, loaded_.model->config.layers, pool_);
+    const auto model = with_weights(*loaded_.model, [&](const std::string& layer, const DenseLinear&) {
+      return replacer.made.at(layer);
+    });
+    const PerplexitySums sums = gpu_.score(*model, windows_);
+    const double bits = 8.0 * type->bytes / type->block;
+    std::printf("%s blocks, %.2f bits: perplexity %.3f +- %.3f\n", name.c_str(), bits, sums.perplexity(),
+                sums.error());
+    std::fflush(stdout);
+    rows_.push_back({{"name", name + " blocks"},
+                     {"bits_per_weight", bits},
+                     {"method", "ggml's blocks over the rows' ends, importance from the calibration text"},
+                     {"perplexity", sums.perplexity()},
+                     {"perplexity_error", sums.error()}});
+    write(dense_);
   }
 
   void add_format(Format format) {
@@ -409,6 +447,7 @@ class QuantizeSuite {
     out["windows"] = concat(hash_tokens(windows_));
     out["host_peak_mib"] = static_cast<double>(usage.ru_maxrss) / 1024.0;
     out["threads"] = pool_.workers();
+    if (options_.permute > 0) out["channels_permuted_by_seed"] = options_.permute;
     if (!aqlm_rows_.empty()) out["beside_aqlm"] = aqlm_rows_;
     if (!block_8b_.empty()) out["block_8b"] = block_8b_;
     check(write_text(out.dump(2) + '\n', options_.json_path));
@@ -457,6 +496,13 @@ int main(int argc, char** argv) {
   app.add_option("--format", options.formats, "formats of the linear layers")->capture_default_str();
   app.add_flag("--block-8b", options.block_8b,
                "also times a block of Llama-3-8B's shape in the first format, on random weights");
+  app.add_option(
+         "--permute", options.permute,
+         "put the model's channels into an order drawn from this seed, which changes nothing but what "
+         "lies beside what; 0: as they are")
+      ->capture_default_str();
+  app.add_option("--blocks", options.blocks,
+                 "also in blocks of these types of ggml's (Q4_K, ...), by its libraries in CODEGEMM_GGML");
   app.add_option(
       "--aqlm", options.aqlm,
       "a clone of github.com/Vahe1994/AQLM: also quantizes layers with its code, for their errors");
