@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include <bench/support/permuted_model.hpp>
@@ -33,8 +34,10 @@ TEST_CASE("a model with its channels in another order says the same", "[permuted
     }
     Rng rng(8);
     const std::vector<std::int32_t> tokens = random_tokens(rng, 21, c.vocab_size);
-    const auto want = reference_forward(*model, tokens);
-    const auto got = reference_forward(*permuted, tokens);
+    std::vector<ReferenceCache> caches;
+    std::vector<ReferenceCache> others;
+    const auto want = reference_forward(*model, tokens, caches);
+    const auto got = reference_forward(*permuted, tokens, others);
     REQUIRE(want.size() == got.size());
     double worst = 0.0;
     for (std::size_t t = 0; t < want.size(); ++t) {
