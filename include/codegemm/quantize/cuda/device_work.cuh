@@ -42,7 +42,7 @@ class DeviceWork {
     if (ok()) keep(cuda_status(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"));
   }
   void keep(Status status) {
-    if (ok()) status_ = std::move(status);
+    if (ok()) static_cast<void>(status_ = std::move(status));
   }
 
   /// Room for `size` elements; what was there is lost where it did not suffice.

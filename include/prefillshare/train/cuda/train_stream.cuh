@@ -47,7 +47,7 @@ class TrainStream {
     static_cast<void>(status_ = cublas_->in(stream_).status());
   }
   void keep(Status status) {
-    if (ok()) status_ = std::move(status);
+    if (ok()) static_cast<void>(status_ = std::move(status));
   }
   /// The first failure since the last call.
   [[nodiscard]] Status take() { return std::exchange(status_, Status()); }
