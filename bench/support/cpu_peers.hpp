@@ -158,6 +158,8 @@ class Ggml {
     if (auto* init = cpu_.find<void()>("ggml_cpu_init"); init != nullptr) init();
   }
   [[nodiscard]] bool loaded() const { return traits_ != nullptr && cpu_traits_ != nullptr; }
+  /// Whether requantize() can work; it needs less.
+  [[nodiscard]] bool quantizes() const { return traits_ != nullptr && quantize_ != nullptr; }
 
   /// Weights of one type: random blocks with sane scales, many times.
   struct Weights {
