@@ -30,8 +30,8 @@ struct GatherArgs {
   RowBlocks rows;  // chunks; its halves are those of SwiGLU
   int granules_per_block = 0;
   int splits = 0;  // of a group
-  // In a block's shared memory, from its first Psumbook on: the sums of its rows; for a cluster, what its blocks
-  // push here, and the barrier.
+  // In a block's shared memory, from its first Psumbook on: the sums of its rows; for a cluster, what its
+  // blocks push here, and the barrier.
   int sums_at = 0;
   int pushed_at = 0;
   int barrier_at = 0;
@@ -72,10 +72,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   constexpr int kSteps = Config::kScaleSteps;
   constexpr int kSums = detail::sums_of<Book, kSteps, kHalf>();
   using Tile = detail::TileRegisters<kSets, kSteps>;
-  // The Psumbook (of fp16: one or two from kWindowStart in the shared window on, and the activations); the sums
-  // of the block's rows [Tokens][tiles_per_block][16]; for a cluster, what its blocks push here, [ranks][Tokens]
-  // [warps owned][tiles of a warp][16], and the barrier. The tiles of warp w (of every block) are summed by the
-  // block of rank w % ranks.
+  // The Psumbook (of fp16: one or two from kWindowStart in the shared window on, and the activations); the
+  // sums of the block's rows [Tokens][tiles_per_block][16]; for a cluster, what its blocks push here,
+  // [ranks][Tokens][warps owned][tiles of a warp][16], and the barrier. The tiles of warp w (of every block)
+  // are summed by the block of rank w % ranks.
   extern __shared__ __align__(1024) char shared[];
 
   detail::allow_next_kernel();
