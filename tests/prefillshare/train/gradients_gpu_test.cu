@@ -826,6 +826,68 @@ TEST_CASE("distillation on the GPU brings a quantized model nearer to the dense 
   CHECK(wrong.message().find("sequence 12") != std::string::npos);
 }
 
+TEST_CASE("codes that follow the gradient bring a quantized model nearer than codebooks alone",
+          "[train][gpu]") {
+  using S = __nv_bfloat16;
+  const Device device = gpu_or_skip();
+  const Stream stream;
+  const auto dense = random_model(small_config(), 1041);
+  const auto teacher = on_device<S>(*dense, device, stream.get);
+  std::vector<std::vector<std::int32_t>> sequences;
+  Rng rng(1042);
+  for (int i = 0; i < 12; ++i) sequences.push_back(random_tokens(rng, 2 + rng.below(30), 60));
+  TrainOptions options;
+  options.steps = 100;
+  options.batch = 6;
+  options.pass_tokens = 64;
+  options.rate = 0.01;
+  options.adam.weight_decay = 0.0;
+  const auto create = [&](TrainableModel<float>& student, const cuda::CodeMoveOptions& moves) {
+    return DeviceDistiller<S>::create(student, teacher, sequences, options, device, stream.get,
+                                      Activations::kKept, moves);
+  };
+  double still = 0.0;
+  std::vector<float> first;
+  for (const double rate : {0.0, 0.02, 0.02}) {
+    CAPTURE(rate);
+    auto student = trainable<float>(dense, Kind::kCodebooks);
+    const auto before = student.matrices();
+    cuda::CodeMoveOptions moves;
+    moves.rate = rate;
+    moves.every = 3;
+    auto distiller = create(student, moves);
+    require_ok(distiller.status());
+    require_ok(distiller->run());
+    const double after = distiller->divergence(sequences).value();
+    std::printf("codes' rate %g: divergence %.4f, %lld moved\n", rate, after,
+                static_cast<long long>(distiller->codes_moved()));
+    std::int64_t different = 0;
+    for (const auto& [name, matrix] : student.matrices()) {
+      const auto old = before.at(name).codes();
+      for (std::size_t i = 0; i < old.size(); ++i) different += matrix.codes()[i] == old[i] ? 0 : 1;
+    }
+    CHECK((different > 0) == (rate > 0.0));
+    CHECK(distiller->codes_moved() >= different);
+    if (rate == 0.0) still = after;
+    if (rate > 0.0) CHECK(after < 0.8 * still);
+    // What the host was given is what the device has: codes, codebooks and the lists made of them.
+    auto again = create(student, {});
+    require_ok(again.status());
+    CHECK(std::abs(again->divergence(sequences).value() - after) <= 1e-7);
+    if (rate > 0.0 && first.empty()) {
+      first = values_of(student);
+    } else if (rate > 0.0) {
+      CHECK(same_bits(first, values_of(student)));
+    }
+  }
+  auto student = trainable<float>(dense, Kind::kCodebooks);
+  cuda::CodeMoveOptions wrong;
+  wrong.every = 0;
+  CHECK(create(student, wrong).status().code() == StatusCode::kInvalidArgument);
+  CHECK(student.set_codes("model.layers.0.mlp.up", {}).code() == StatusCode::kNotFound);
+  CHECK(student.set_codes("model.layers.0.mlp.up_proj", {}).code() == StatusCode::kInvalidArgument);
+}
+
 namespace {
 
 /// Keeps what it is given and makes other weights of it.
