@@ -41,8 +41,8 @@ inline void initialize_rounds() {
 
 }  // namespace detail
 
-/// Each has `rounds` turns of about `turn_seconds`, one call at least, in a random order of all. A turn before
-/// them tells how many calls that are and is not counted.
+/// Each has `rounds` turns of about `turn_seconds`, one call at least, in a random order of all. A turn
+/// before them tells how many calls that are and is not counted.
 inline void run_rounds(std::vector<Contender>& contenders, std::int64_t rounds, double turn_seconds) {
   detail::initialize_rounds();
   benchmark::ClearRegisteredBenchmarks();
