@@ -17,8 +17,6 @@
 
 namespace codegemm::bench {
 
-namespace detail {
-
 /// Prints nothing: contenders keep their times.
 class SilentReporter : public benchmark::BenchmarkReporter {
  public:
@@ -39,12 +37,10 @@ inline void initialize_rounds() {
   static_cast<void>(once);
 }
 
-}  // namespace detail
-
 /// Each has `rounds` turns of about `turn_seconds`, one call at least, in a random order of all. A turn
 /// before them tells how many calls that are and is not counted.
 inline void run_rounds(std::vector<Contender>& contenders, std::int64_t rounds, double turn_seconds) {
-  detail::initialize_rounds();
+  initialize_rounds();
   benchmark::ClearRegisteredBenchmarks();
   const auto take_turn = [](const Contender& c, std::int64_t calls) {
     std::vector<double> times = c.turn(calls);
@@ -71,7 +67,7 @@ inline void run_rounds(std::vector<Contender>& contenders, std::int64_t rounds, 
         ->Iterations(calls)
         ->Repetitions(static_cast<int>(rounds));
   }
-  detail::SilentReporter reporter;
+  SilentReporter reporter;
   benchmark::RunSpecifiedBenchmarks(&reporter);
   if (failure != nullptr) std::rethrow_exception(failure);
 }
