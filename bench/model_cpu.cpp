@@ -127,7 +127,7 @@ class LlamaRounds {
       : server_(
             "", "llama_peer.py",
             codegemm::concat("'", options.model, "' ", threads, ' ', options.prefill, ' ', options.decode)) {}
-  [[nodiscard]] bool installed() const { return server_.ready(); }
+  [[nodiscard]] bool installed() { return server_.ready(); }
 
   void run(bool counted) {
     const std::vector<double> out = server_.ask(1, 2);
