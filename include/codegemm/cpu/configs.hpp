@@ -201,6 +201,8 @@ struct CpuCosts {
   static constexpr double kLookupOneRegister = 12;  ///< 8 bits by permutes of one register, on a Xeon
   static constexpr double kLookupNeon[] = {12, 14, 18, 34, 66};  ///< NEON
   static constexpr double kEncode = 0.6;                         ///< encoding one centroid
+  static constexpr double kEncodeVbmi = 0.21;    ///< the same with AVX-512 and VBMI, on a Xeon
+  static constexpr double kBuildAvx512 = 0.036;  ///< one element of a centroid x 1 token with AVX-512
 };
 
 namespace detail {
