@@ -31,10 +31,13 @@ TEST_CASE("cuda gemm: tensor cores on every edge of their tiles, grids and windo
       check<BFloat16, float>({format, 40, 776, tokens, false, 0}, device, seed++);
     }
     for (const int splits : {1, 2, 3, 6}) {
-      cuda::GemmTuning tuning;
-      tuning.splits = splits;
-      check<Half, Half>({format, 700, 9216, 5, true, 0, tuning}, device, seed++);
-      check<Half, float>({format, 1031, 8192 + 24, 12, true, 8, tuning}, device, seed++);
+      for (const int rounds_ahead : {0, 3}) {
+        cuda::GemmTuning tuning;
+        tuning.splits = splits;
+        tuning.rounds_ahead = rounds_ahead;
+        check<Half, Half>({format, 700, 9216, 5, true, 0, tuning}, device, seed++);
+        check<Half, float>({format, 1031, 8192 + 24, 12, true, 8, tuning}, device, seed++);
+      }
     }
     check<Half, float>({format, 33, 40960, 16}, device, seed++);  // many windows
   }

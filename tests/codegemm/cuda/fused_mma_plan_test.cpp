@@ -25,14 +25,14 @@ PackedLayout layout_of(std::int64_t rows, std::int64_t cols) {
 // m1v4 on an H200.
 FusedMmaLimits limits_of(int tokens) {
   FusedMmaLimits out;
-  out.blocks = 132;
+  out.multiprocessors = 132;
   out.shared_bytes = 232448;
   out.clusters = {0, 132, 66, 39, 30, 22, 17, 15, 15};
   out.table_bytes = 65536;
   out.tokens = tokens;
   out.warps = 16;
   out.sum_bytes = static_cast<std::size_t>(2 * 4 * 16 * tokens * kTileRows * 4);
-  out.slab_bytes = 256 * tokens * 2;
+  if (tokens == 16) out.window_cycles = 3200;
   out.slab_cycles = (256 * kTileRows * 2 + 2 * tokens * kTileRows * 4) / 128 + 12;
   return out;
 }
@@ -77,12 +77,13 @@ TEST_CASE("cuda fused mma: every plan covers the product and fits") {
   }
 }
 
-TEST_CASE("cuda fused mma: a long K is cut, so that a block reads less of x") {
+TEST_CASE("cuda fused mma: a long K is cut where x takes long") {
   const auto splits = [](std::int64_t rows, std::int64_t cols, int tokens) {
     return cuda::plan_fused_mma(layout_of(rows, cols), limits_of(tokens), {}).splits;
   };
   CHECK(splits(8192, 28672, 16) > 1);
   CHECK(splits(8192, 8192, 16) > 1);
+  CHECK(splits(8192, 8192, 8) == 1);
   CHECK(splits(4096, 4096, 16) == 1);  // one window as it is: a cluster's sum would only be added
   CHECK(splits(14336, 4096, 16) == 1);
 }

@@ -32,23 +32,21 @@ struct FusedMmaArgs {
   int code_bits = 0;
   RowBlocks rows;  // its halves are those of SwiGLU
   int slabs_per_split = 0;
+  int tiles_ahead = 0;     // how far the second-level cache is ahead
   bool x_aligned = false;  // every row of x starts at a multiple of 16 bytes
   Output out;
 };
+
+inline constexpr int kFusedMmaThreads = 512;
 
 /// Sizes of a block that host and device agree on.
 template <class Config, int Tokens>
 struct FusedMmaShape {
   static_assert(Tokens == 8 || Tokens == 16, "codegemm: fused_mma_kernel Tokens must be 8 or 16");
   static constexpr int kLaneSpan = Config::kSets / Config::kCodebooks * Config::kVecLen;  // k of a lane
-  // Where centroids come from memory, two small blocks share a multiprocessor, so that those of the next
-  // product begin while those of this one end; and shared memory is left to the first-level cache.
-  static constexpr bool kWide = Config::kCodeBytes == 2;
-  static constexpr int kThreads = kWide ? 256 : 512;
-  static constexpr int kBlocks = kWide ? 2 : 1;  // on a multiprocessor
-  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kWarps = kFusedMmaThreads / 32;
   static constexpr int kSlabSpan = 16 * kLaneSpan;  // k of a slab
-  static constexpr int kGroup = kWide ? 1 : 4;      // row tiles between two barriers
+  static constexpr int kGroup = 4;                  // row tiles between two barriers
   using Table = CentroidTable<Config::kVecLen, Config::kCodebooks>;
 
   [[nodiscard]] static __host__ __device__ constexpr int table_bytes(int bits) {
@@ -69,8 +67,7 @@ struct FusedMmaShape {
 /// and 12 + q of the slab come in turn. So one load brings the codes of all steps of a packed lane, and a
 /// looked-up centroid is a fragment as it is.
 template <class Config, PairType Type, int Tokens, bool Gated>
-__global__ void __launch_bounds__(FusedMmaShape<Config, Tokens>::kThreads,
-                                  FusedMmaShape<Config, Tokens>::kBlocks)
+__global__ void __launch_bounds__(kFusedMmaThreads, 1)
     fused_mma_kernel(const __grid_constant__ FusedMmaArgs a) {
   using Shape = FusedMmaShape<Config, Tokens>;
   using Table = typename Shape::Table;
@@ -148,7 +145,7 @@ __global__ void __launch_bounds__(FusedMmaShape<Config, Tokens>::kThreads,
   const unsigned lane_bytes = Table::lane_bytes(lane);
 
   // A warp's tiles in the order [half][window][tile]: the codes of the next one come into the registers of
-  // the one that is multiplied. Asking for later ones ahead of time takes more than it brings.
+  // the one that is multiplied, and a later one into the second-level cache.
   detail::PairCodes<kRowBytes> codes[4];
   [[maybe_unused]] SumScales sum_scales[4 / kChunksPerScale];
   [[maybe_unused]] detail::WeightScales weight_scales[4];
@@ -182,15 +179,24 @@ __global__ void __launch_bounds__(FusedMmaShape<Config, Tokens>::kThreads,
     at = of_tile + odd * 256U;
     scales_at = of_tile + odd * scale_half;
   };
+  // One of the two warps of a granule asks for the tile.
+  const auto prefetch = [&](int slab, int tile) {
+    if (lane == 0 && (slab % 2 == 0 || slab == slab0)) {
+      detail::prefetch_l2(a.tiles + static_cast<unsigned>(slab / 2) * granule_bytes +
+                              static_cast<unsigned>(tile0 + tile) * static_cast<unsigned>(a.tile_bytes),
+                          static_cast<unsigned>(a.tile_bytes));
+    }
+  };
   if (slab0 + warp < slab1) {
     aim(slab0 + warp, 0);
 #pragma unroll
     for (int j = 0; j < 4; ++j) load_chunk(j);
+    for (int i = 1; i <= min(a.tiles_ahead, tiles - 1); ++i) prefetch(slab0 + warp, i);
   }
   const auto fill_table = [&](int half) {
     if constexpr (Config::kCodeBytes == 1) {
       Table::fill(table, codebooks_of(half), a.code_bits, kTableBf16 ? PairType::kBFloat16 : PairType::kHalf,
-                  static_cast<int>(threadIdx.x), Shape::kThreads);
+                  static_cast<int>(threadIdx.x), kFusedMmaThreads);
     }
   };
   fill_table(0);
@@ -239,9 +245,9 @@ __global__ void __launch_bounds__(FusedMmaShape<Config, Tokens>::kThreads,
 #pragma unroll 1
         for (int tile = group; tile < end; ++tile) {
           // After the last tile of a window comes the first of the next; after all, the last one again.
+          if (tile + 1 + a.tiles_ahead < tiles) prefetch(slab, half_tile + tile + 1 + a.tiles_ahead);
           if (tile + 1 < tiles) {
-            at += static_cast<unsigned>(a.tile_bytes);
-            scales_at += static_cast<unsigned>(a.tile_bytes);
+            aim(slab, half_tile + tile + 1);
           } else if (slab + kWarps < slab1) {
             aim(slab + kWarps, half_tile);
           } else if (Gated && half == 0) {
@@ -332,7 +338,8 @@ __global__ void __launch_bounds__(FusedMmaShape<Config, Tokens>::kThreads,
       }
       __syncthreads();
       // Four rows of a token at a time.
-      for (int i = static_cast<int>(threadIdx.x); i < (end - group) * (kTileSums / 4); i += Shape::kThreads) {
+      for (int i = static_cast<int>(threadIdx.x); i < (end - group) * (kTileSums / 4);
+           i += kFusedMmaThreads) {
         const int token = i / 4 % Tokens;
         const int row =
             (group + i / (kTileSums / 4)) * kTileRows + ((i >> 1 ^ token >> 1) & 1) * 8 + i % 2 * 4;

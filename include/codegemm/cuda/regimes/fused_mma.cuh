@@ -38,29 +38,23 @@ struct FusedMmaRegime {
         fn);
   }
 
-  // What a multiprocessor gets of centroids from the second-level cache, which sends two where one is wanted.
-  static constexpr int kCentroidBytesACycle = 12;
-
   template <class Config, int Tokens>
   [[nodiscard]] static FusedMmaPlan plan(const DevicePackedView& w, const Device& device, bool gated,
                                          const GemmTuning& tuning) {
     using Shape = FusedMmaShape<Config, Tokens>;
     FusedMmaLimits limits;
-    constexpr std::size_t kOfSystem = 1024;  // shared memory of each block
-    limits.blocks = Shape::kBlocks * device.multiprocessors;
-    limits.shared_bytes =
-        static_cast<std::size_t>(device.shared_bytes) / Shape::kBlocks - (Shape::kBlocks - 1) * kOfSystem;
-    for (std::size_t i = 0; i < limits.clusters.size(); ++i)
-      limits.clusters[i] = Shape::kBlocks * device.clusters[i];
+    limits.multiprocessors = device.multiprocessors;
+    limits.shared_bytes = static_cast<std::size_t>(device.shared_bytes);
+    limits.clusters = device.clusters;
     limits.table_bytes = static_cast<std::size_t>(Shape::table_bytes(w.format.b));
     limits.sum_bytes = Shape::kSumBytes;
     limits.tokens = Tokens;
     limits.halves = gated;
     limits.warps = Shape::kWarps;
-    limits.slab_bytes = Shape::kSlabSpan * Tokens * 2;
     const int lookups = Shape::kSlabSpan * kTileRows * 2 * Config::kCodebooks;
     limits.slab_cycles = (lookups + 2 * Shape::kTileSums * 4) / 128 + 12;
-    if (Shape::kWide) limits.slab_cycles = Shape::kBlocks * lookups / kCentroidBytesACycle;
+    // As measured on an H200: with one codebook the look-ups are too few to hide 16 tokens of x.
+    if (Tokens == 16 && Config::kCodebooks == 1 && Config::kCodeBytes == 1) limits.window_cycles = 3200;
     return plan_fused_mma(w.layout, limits, tuning);
   }
 
@@ -181,11 +175,12 @@ struct FusedMmaRegime {
     args.code_bits = w.format.b;
     args.rows = cut_rows(w.layout.first_tile, w.layout.parts, plan.tiles_per_block, gated(p));
     args.slabs_per_split = plan.slabs_per_split;
+    args.tiles_ahead = p.tuning.rounds_ahead;
     args.x_aligned = aligned(args.x, 16) && p.x.stride % 8 == 0;
     args.out = from_token<Y>(output_of(p), token);
     LaunchShape shape;
     shape.grid = dim3(static_cast<unsigned>(plan.splits), static_cast<unsigned>(plan.blocks));
-    shape.threads = static_cast<unsigned>(FusedMmaShape<Config, Tokens>::kThreads);
+    shape.threads = kFusedMmaThreads;
     shape.shared_bytes = plan.shared_bytes;
     shape.cluster = plan.splits > 1 ? static_cast<unsigned>(plan.splits) : 0;
     shape.overlap = p.overlap && device.arch >= 90;

@@ -27,15 +27,15 @@ struct FusedMmaPlan {
 
 /// What plan_fused_mma() knows of a kernel and a card.
 struct FusedMmaLimits {
-  int blocks = 0;                    ///< that run at once
+  int multiprocessors = 0;           ///< of the card
   std::size_t shared_bytes = 0;      ///< of a block at most
-  std::array<int, 9> clusters = {};  ///< [size]: that run at once
+  std::array<int, 9> clusters = {};  ///< as Device::clusters
   std::size_t table_bytes = 0;       ///< a block's codebooks
   std::size_t sum_bytes = 0;         ///< of the warps
   int tokens = 0;                    ///< of a pass, padded
   int warps = 0;                     ///< of a block
   bool halves = false;               ///< SwiGLU
-  int slab_bytes = 0;                ///< of the activations of a slab
+  int window_cycles = 900;           ///< until x is in registers
   int slab_cycles = 0;               ///< of a warp's slab of a tile: wavefronts of 128 bytes of shared memory
 };
 
@@ -44,8 +44,6 @@ struct FusedMmaLimits {
 [[nodiscard]] inline FusedMmaPlan plan_fused_mma(const PackedLayout& l, const FusedMmaLimits& limits,
                                                  const GemmTuning& tuning) {
   constexpr double kTileLatency = 900.0;     // of one warp alone
-  constexpr double kWindowCycles = 300.0;    // x comes into registers, beside its bytes
-  constexpr double kXBytesACycle = 45.0;     // as measured on an H200: all blocks read the same
   constexpr double kClusterCycles = 2200.0;  // two barriers of a cluster and reading between them
   const auto divide_up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const std::int64_t slabs = 2 * l.granules;
@@ -54,7 +52,7 @@ struct FusedMmaLimits {
   for (int splits = 1; splits <= std::min(tuning.cluster, 8); ++splits) {
     if (tuning.splits != 0 && splits != tuning.splits) continue;
     const std::int64_t slots =
-        splits == 1 ? limits.blocks : limits.clusters[static_cast<std::size_t>(splits)];
+        splits == 1 ? limits.multiprocessors : limits.clusters[static_cast<std::size_t>(splits)];
     const std::int64_t slabs_per_split = divide_up(slabs, splits);
     if (slots < 1 || (splits - 1) * slabs_per_split >= slabs) continue;
     FusedMmaPlan p;
@@ -78,7 +76,7 @@ struct FusedMmaLimits {
     double work = 0.0;
     for (std::int64_t slab = 0; slab < slabs_per_split; slab += limits.warps) {
       const double active = static_cast<double>(std::min<std::int64_t>(limits.warps, slabs_per_split - slab));
-      work += kWindowCycles + active * limits.slab_bytes / kXBytesACycle +
+      work += limits.window_cycles +
               static_cast<double>(per_block) * std::max(active * limits.slab_cycles, kTileLatency);
     }
     p.cost =
