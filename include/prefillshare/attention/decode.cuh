@@ -86,9 +86,10 @@ struct DecodeLayout {
   std::size_t bytes = 0;
 };
 
+// causal: the problem's sequences are tokens, see DecodeSort.
 template <class T, class Y, class C>
-[[nodiscard]] bool shares(const DecodeProblem<T, Y, C>& p) {
-  return p.prefixes.groups > 0 && p.tuning.shared != SharedPath::kNever;
+[[nodiscard]] bool shares(const DecodeProblem<T, Y, C>& p, bool causal) {
+  return p.prefixes.groups > 0 && p.tuning.shared != SharedPath::kNever && (causal || p.table.sequences > 1);
 }
 
 // Two blocks a multiprocessor where the shared memory allows.
@@ -111,7 +112,6 @@ template <class T, class C>
   return best;
 }
 
-// causal: the problem's sequences are tokens, see DecodeSort.
 template <class T, class Y, class C>
 [[nodiscard]] DecodeLayout decode_layout(const DecodeProblem<T, Y, C>& p, const Device& device,
                                          bool causal = false) {
@@ -126,7 +126,7 @@ template <class T, class Y, class C>
   const std::int64_t all_blocks = std::int64_t{out.superblocks} * out.lanes;
   const std::int64_t tail_items = causal ? 0 : sequences * p.kv.kv_heads * row_tiles;
   if (!causal) out.tail_parts = all_blocks + tail_items;
-  if (shares(p)) {
+  if (shares(p, causal)) {
     // Each group may have a tile that is partly filled.
     const std::int64_t tiles =
         sequences * group / kManyRows + std::min<std::int64_t>(p.prefixes.groups, sequences);
@@ -138,7 +138,7 @@ template <class T, class Y, class C>
     at += (static_cast<std::size_t>(count) * size + kWorkspaceAlignment - 1) / kWorkspaceAlignment *
           kWorkspaceAlignment;
   };
-  const std::int64_t groups = shares(p) ? p.prefixes.groups : 0;
+  const std::int64_t groups = shares(p, causal) ? p.prefixes.groups : 0;
   const auto row = static_cast<std::size_t>(p.kv.head_dim) * sizeof(float);
   place(out.arrivals, tail_items, sizeof(unsigned));
   place(out.starts, out.superblocks, sizeof(BlockStart));
@@ -166,7 +166,7 @@ template <class T, class Y, class C>
   args.shared = reinterpret_cast<KeyFamily*>(base + at.shared_families);
   args.arrivals = reinterpret_cast<unsigned*>(base + at.arrivals);
   args.sequences = p.table.sequences;
-  if (shares(p)) {
+  if (shares(p, causal)) {
     args.group_indptr = p.prefixes.group_indptr;
     args.shared_pages = p.prefixes.shared_pages;
     args.groups = p.prefixes.groups;
@@ -339,8 +339,11 @@ template <class T, class Y, class C>
   if (p.table.sequences == 0) return {};
   const detail::DecodeLayout at = detail::decode_layout(p, device);
   if (Status s = detail::check_workspace("cuda decode", workspace, size, at.bytes); !s.ok()) return s;
-  const auto launch = detail::shares(p) ? detail::launch_decode<DecodeSort::kShared, T, Y, C>
-                                        : detail::launch_decode<DecodeSort::kAlone, T, Y, C>;
+  const std::int64_t rows = std::int64_t{p.table.sequences} * (p.heads / p.kv.kv_heads);
+  const auto launch = !detail::shares(p, false) ? detail::launch_decode<DecodeSort::kAlone, T, Y, C>
+                      : rows <= rows_of(WorkKind::kSomeRows)
+                          ? detail::launch_decode<DecodeSort::kSharedFew, T, Y, C>
+                          : detail::launch_decode<DecodeSort::kShared, T, Y, C>;
   return launch(p, at, device, workspace, stream);
 }
 

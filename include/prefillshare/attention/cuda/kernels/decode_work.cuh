@@ -46,9 +46,15 @@ static_assert(sizeof(BlockStart) == 64, "BlockStart is read as four vectors of 1
 /// Kinds of work: a sequence's own keys, and shared ones for few, some or many query rows.
 enum class WorkKind { kTail, kFewRows, kSomeRows, kManyRows };
 
-/// What the work is: sequences alone; with shared pages beside their own; or several tokens of each sequence,
-/// which share its pages, each seeing those up to itself.
-enum class DecodeSort { kAlone, kShared, kCausal };
+/// What the work is: sequences alone; with shared pages beside their own, of at most kSomeRows' query rows or
+/// of any number; or several tokens of each sequence, which share its pages, each seeing those up to itself.
+enum class DecodeSort { kAlone, kSharedFew, kShared, kCausal };
+
+/// Registers of a thread of decode_kernel, two of whose blocks are on a multiprocessor. The rest of 216 are
+/// those of one block of decode_merge_kernel, which then waits beside them.
+template <DecodeSort Sort>
+inline constexpr int kDecodeRegisters =
+    Sort == DecodeSort::kAlone || Sort == DecodeSort::kSharedFew ? 216 : 255;
 
 [[nodiscard]] CODEGEMM_HOST_DEVICE constexpr WorkKind shared_kind(int rows) {
   return rows <= 32 ? WorkKind::kFewRows : rows <= 64 ? WorkKind::kSomeRows : WorkKind::kManyRows;
