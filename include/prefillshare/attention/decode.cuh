@@ -103,6 +103,12 @@ template <class T, class C>
   return device.multiprocessors * std::clamp((device.shared_bytes + 1024) / bytes, 1, 2);
 }
 
+// No group can have more query rows of a K/V head than a kernel without DecodeShape Many takes.
+template <class T, class Y, class C>
+[[nodiscard]] bool has_few_rows(const DecodeProblem<T, Y, C>& p) {
+  return std::int64_t{p.table.sequences} * (p.heads / p.kv.kv_heads) <= kMostFewRows;
+}
+
 // As many K/V heads side by side as leave no more than one block in 32 without work.
 [[nodiscard]] inline int decode_lanes(int kv_heads, int blocks) {
   int best = 1;
@@ -176,6 +182,7 @@ template <class T, class Y, class C>
   args.group = p.heads / p.kv.kv_heads;
   args.lanes = at.lanes;
   args.superblocks = at.superblocks;
+  args.few = !causal && has_few_rows(p);
   args.min_tiles = p.tuning.min_tiles;
   args.many_rows_cost = p.tuning.many_rows_cost;
   args.tail_item_cost = p.tuning.tail_item_cost;
@@ -235,6 +242,7 @@ template <DecodeSort Sort, class T, class Y, class C>
   merge.kv_heads = args.kv_heads;
   merge.group = args.group;
   merge.lanes = at.lanes;
+  merge.few = Sort == DecodeSort::kSharedFew;
 
   Status status;
   codegemm::cuda::LaunchShape shape;
@@ -255,14 +263,17 @@ template <DecodeSort Sort, class T, class Y, class C>
         const auto attend = decode_kernel<Tail, Few, Some, Many, Sort>;
         static_cast<void>(status = codegemm::cuda::launch(attend, shape, args, stream));
         if (!status.ok() || (Sort == DecodeSort::kAlone && merge.shared_only)) return;
-        // Few rows: each has many parts, and the warps to share them.
+        // The fewer rows, the more parts each has, and the more warps to share them.
         const std::int64_t rows = std::int64_t{p.table.sequences} * p.heads;
-        const bool few = rows < std::int64_t{16} * device.multiprocessors;
-        const std::int64_t block_rows = few ? 1 : kMergeThreads / 32;
+        const std::int64_t block_rows = rows <= std::int64_t{2} * device.multiprocessors   ? 1
+                                        : rows < std::int64_t{16} * device.multiprocessors ? 2
+                                                                                           : 4;
         shape.grid = dim3(static_cast<unsigned>((rows + block_rows - 1) / block_rows));
         shape.threads = kMergeThreads;
         shape.shared_bytes = 0;
-        const auto kernel = few ? decode_merge_kernel<c.kHeadDim, 4> : decode_merge_kernel<c.kHeadDim, 1>;
+        const auto kernel = block_rows == 1   ? decode_merge_kernel<c.kHeadDim, 4>
+                            : block_rows == 2 ? decode_merge_kernel<c.kHeadDim, 2>
+                                              : decode_merge_kernel<c.kHeadDim, 1>;
         static_cast<void>(status = codegemm::cuda::launch(kernel, shape, merge, stream));
       }));
   return status;
@@ -339,11 +350,9 @@ template <class T, class Y, class C>
   if (p.table.sequences == 0) return {};
   const detail::DecodeLayout at = detail::decode_layout(p, device);
   if (Status s = detail::check_workspace("cuda decode", workspace, size, at.bytes); !s.ok()) return s;
-  const std::int64_t rows = std::int64_t{p.table.sequences} * (p.heads / p.kv.kv_heads);
   const auto launch = !detail::shares(p, false) ? detail::launch_decode<DecodeSort::kAlone, T, Y, C>
-                      : rows <= rows_of(WorkKind::kSomeRows)
-                          ? detail::launch_decode<DecodeSort::kSharedFew, T, Y, C>
-                          : detail::launch_decode<DecodeSort::kShared, T, Y, C>;
+                      : detail::has_few_rows(p) ? detail::launch_decode<DecodeSort::kSharedFew, T, Y, C>
+                                                : detail::launch_decode<DecodeSort::kShared, T, Y, C>;
   return launch(p, at, device, workspace, stream);
 }
 

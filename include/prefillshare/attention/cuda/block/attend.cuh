@@ -97,7 +97,7 @@ struct NothingToAwait {
 struct AwaitNewest {
   static constexpr bool kMayWait = true;  ///< if `waits`
   bool waits = false;                     ///< else the block has waited
-  int newest = 0;                         ///< key
+  int newest = 0;                         ///< key, -1: it is not among these
 };
 
 namespace detail {
@@ -248,14 +248,14 @@ __device__ __forceinline__ void attend(AttendState<Shape>& state, unsigned share
         detail::PageLoader<Shape>::copy_row(kv, from, (await.newest - keys.begin) % kTileKeys,
                                             shared + static_cast<unsigned>(tile) * kStageBytes);
       }
-      if constexpr (Shape::kQueriesInShared) queries.load(rows, shared);
+      queries.load(rows, shared);
       if (Shape::kQueriesInShared || is_here) {
         detail::end_copy_group();
         detail::wait_for_copies<0>();
       }
     }
   }
-  if constexpr (!Shape::kQueriesInShared) queries.load(rows, shared);
+  if (!Shape::kQueriesInShared && !waits) queries.load(rows, shared);
   unsigned stage = 0;
   unsigned next_stage = Shape::kStages - 1;
   constexpr bool kAllAhead = Shape::kAhead == Shape::kStages;

@@ -35,6 +35,7 @@ struct DecodePrepareArgs {
   int tail_item_cost = 0;  // of each item of a tail beside its tiles, the same
   int min_shared_sequences = 0;
   int min_shared_tokens = 0;
+  bool few = false;  // see shared_kind()
   // Group g is sequence g of the table, and what else is called a sequence is one of its last tokens.
   bool causal = false;
 };
@@ -106,7 +107,7 @@ __device__ inline DecodeWork number_work(KeyFamily* families, int count, const D
       families[i].work_begin = all + before;
       families[i].item_begin = items + items_before;
     }
-    const bool is_many = mine > 0 && shared_kind(families[i].rows) == WorkKind::kManyRows;
+    const bool is_many = mine > 0 && shared_kind(families[i].rows, a.few) == WorkKind::kManyRows;
     int total_many = 0;
     sum_before(is_many ? mine : 0, total_many, warp_sums);
     all += total;
@@ -151,7 +152,7 @@ template <int>
 __global__ void __launch_bounds__(kPrepareThreads)
     decode_prepare_kernel(const __grid_constant__ DecodePrepareArgs a) {
   __shared__ int warp_sums[kPrepareThreads / 32];
-  __shared__ unsigned long long best;  // the longer time, in percent of a tile's, and superblocks
+  __shared__ unsigned long long best;  // the longer and the shorter time, in percent of a tile's, superblocks
   __shared__ int has_empty;
   codegemm::cuda::detail::wait_for_previous_kernel();
   codegemm::cuda::detail::allow_next_kernel();
@@ -177,7 +178,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
         family.key_end = tokens;
         family.tiles = (tokens + kTileKeys - 1) / kTileKeys;
         family.rows = count * a.group;
-        const int rows = rows_of(shared_kind(family.rows));
+        const int rows = rows_of(shared_kind(family.rows, a.few));
+        if (a.causal) family.shared = 0;
         family.row_tiles = (family.rows + rows - 1) / rows;
         for (int i = first; i < first + count; ++i) a.tails[i].shared = g;
       }
@@ -203,6 +205,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
     family.row_tiles = (a.group + kTailRows - 1) / kTailRows;
     a.tails[i] = family;
     if (family.tiles == 0 && family.shared < 0) has_empty = 1;
+    if (family.tiles == 0 && family.shared >= 0) a.shared[family.shared].shared = 0;
   }
   __syncthreads();
   const auto tails = detail::number_work(a.tails, a.sequences, a, a.tail_item_cost, warp_sums);
@@ -217,16 +220,21 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const int least = shared.tiles == 0 ? 0 : 1;
   const int most = shared.tiles == 0 ? 0 : max(1, a.superblocks - (tails.tiles == 0 ? 0 : 1));
   for (int n = least + thread; n <= most; n += kPrepareThreads) {
-    const unsigned long long longer =
-        max(shared.time_of(detail::quota_of(shared.tiles, n, a.min_tiles)),
-            tails.time_of(detail::quota_of(tails.tiles, a.superblocks - n, a.min_tiles)));
-    atomicMin(&best, longer * 1024 + static_cast<unsigned>(n));
+    const unsigned long long of_shared = shared.time_of(detail::quota_of(shared.tiles, n, a.min_tiles));
+    const unsigned long long of_tails =
+        tails.time_of(detail::quota_of(tails.tiles, a.superblocks - n, a.min_tiles));
+    const unsigned long long longer = max(of_shared, of_tails);
+    const unsigned long long shorter = min(min(of_shared, of_tails), (1ULL << 20) - 1);
+    atomicMin(&best, ((longer << 20) + shorter) * 1024 + static_cast<unsigned>(n));
   }
   __syncthreads();
+  // Blocks start in their order: tails first, which take the longest, and those without work last.
   const int superblocks_shared = static_cast<int>(best % 1024);
-  detail::deal_out(a, a.shared, a.groups, shared.tiles, 0, superblocks_shared, 1, has_empty);
-  detail::deal_out(a, a.tails, a.sequences, tails.tiles, superblocks_shared,
-                   a.superblocks - superblocks_shared, 0, has_empty);
+  const int most_tails = a.superblocks - superblocks_shared;
+  const int quota = detail::quota_of(tails.tiles, most_tails, a.min_tiles);
+  const int superblocks_tails = (tails.tiles + quota - 1) / quota;
+  detail::deal_out(a, a.tails, a.sequences, tails.tiles, 0, most_tails, 0, has_empty);
+  detail::deal_out(a, a.shared, a.groups, shared.tiles, superblocks_tails, superblocks_shared, 1, has_empty);
 }
 
 }  // namespace prefillshare::cuda

@@ -27,7 +27,8 @@ struct alignas(16) KeyFamily {
   int rows = 0;  // query rows a K/V head
   int row_tiles = 0;
   int item_begin = 0;  // items (family, heads / lanes, row tile) before its own
-  int shared = -1;     // of a tail: the family of its sequence's shared pages, or -1
+  int shared = -1;     // of a tail: the family of its sequence's shared pages, or -1; of these: 0 if a
+                       // sequence ends with them, whose newest key they have, or -1
   int has_empty = 0;   // of a BlockStart: 1 if there are sequences without keys
   int quota = 1;       // numbers of the work of a superblock, the same for all families of its kind
 };
@@ -56,8 +57,9 @@ template <DecodeSort Sort>
 inline constexpr int kDecodeRegisters =
     Sort == DecodeSort::kAlone || Sort == DecodeSort::kSharedFew ? 216 : 255;
 
-[[nodiscard]] CODEGEMM_HOST_DEVICE constexpr WorkKind shared_kind(int rows) {
-  return rows <= 32 ? WorkKind::kFewRows : rows <= 64 ? WorkKind::kSomeRows : WorkKind::kManyRows;
+/// few: there is no kernel for many rows, see DecodeSort.
+[[nodiscard]] CODEGEMM_HOST_DEVICE constexpr WorkKind shared_kind(int rows, bool few) {
+  return rows <= 32 ? WorkKind::kFewRows : rows <= 64 || few ? WorkKind::kSomeRows : WorkKind::kManyRows;
 }
 /// Query rows of an item of each kind.
 [[nodiscard]] CODEGEMM_HOST_DEVICE constexpr int rows_of(WorkKind kind) {
@@ -68,6 +70,7 @@ inline constexpr int kDecodeRegisters =
 }
 inline constexpr int kTailRows = rows_of(WorkKind::kTail);
 inline constexpr int kManyRows = rows_of(WorkKind::kManyRows);
+inline constexpr int kMostFewRows = rows_of(WorkKind::kSomeRows);  // of DecodeSort::kSharedFew
 
 /// Sums of each part of an item: part (superblock, item, lane) is number (superblock + item) * lanes + lane,
 /// which no two have in common, since the next part is of the next superblock, the next item or both.

@@ -58,11 +58,14 @@ __device__ __forceinline__ void load_prefill(const PrefillArgs& a, char* shared_
     }
     codegemm::cuda::detail::wait_for_phase(shared + Shape::kQueriesFree, phase ^ 1U);
     if (threadIdx.x % 128 < 32) {
-      // Who has freed the queries has read the item before: nothing waits here.
-      for (int half = 0; half < 2 && round > 0; ++half) wait_for_turn<kItemThreads>(kItemRead + half);
+      const auto wait_for_readers = [] {
+        for (int half = 0; half < 2; ++half) wait_for_turn<kItemThreads>(kItemRead + half);
+      };
+      if (round > 0) wait_for_readers();  // they read it before they freed the queries: nothing waits here
       if (threadIdx.x % 128 == 0) *reinterpret_cast<PrefillItem*>(shared_memory + Shape::kItemAt) = item;
       __syncwarp();
       for (int half = 0; half < 2; ++half) give_turn<kItemThreads>(kItemWritten + half);
+      if (item.rows == 0) wait_for_readers();
     }
     if (item.rows == 0) {
       wait_for_copies<0>();
@@ -291,8 +294,8 @@ __device__ __forceinline__ void multiply_prefill(const PrefillArgs& a, char* sha
   for (unsigned phase = 0;; phase ^= 1U) {
     wait_for_turn<kItemThreads>(kItemWritten + half);
     const PrefillItem item = *reinterpret_cast<const PrefillItem*>(shared_memory + Shape::kItemAt);
-    if (item.rows == 0) return;
     give_turn<kItemThreads>(kItemRead + half);
+    if (item.rows == 0) return;
     codegemm::cuda::detail::wait_for_phase(shared + Shape::kQueriesFull, phase);
     const int tiles = (item.keys + Shape::kKeys - 1) / Shape::kKeys;
     const int first_row = item.first_row + half * 64 + warp * 16;  // of the warp
