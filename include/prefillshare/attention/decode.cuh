@@ -134,8 +134,8 @@ template <class T, class Y, class C>
   if (!causal) out.tail_parts = all_blocks + tail_items;
   if (shares(p, causal)) {
     // Each group may have a tile that is partly filled.
-    const std::int64_t tiles =
-        sequences * group / kManyRows + std::min<std::int64_t>(p.prefixes.groups, sequences);
+    const std::int64_t tiles = sequences * group / rows_of(WorkKind::kSomeRows) +
+                               std::min<std::int64_t>(p.prefixes.groups, sequences);
     out.shared_parts = all_blocks + tiles * p.kv.kv_heads;
   }
   std::size_t at = 0;

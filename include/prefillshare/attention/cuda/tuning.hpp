@@ -32,7 +32,7 @@ struct DecodeTuning {
   int many_rows_cost = 130;
   /// Time that each sequence's own keys take of a head beside their tiles', the same way, 0 to 1000; where
   /// there are shared ones beside them.
-  int tail_item_cost = 200;
+  int tail_item_cost = 100;
   int lanes = 0;  ///< K/V heads read side by side, a divisor of all of them; 0: chosen
 };
 

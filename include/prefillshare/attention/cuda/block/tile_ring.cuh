@@ -31,7 +31,7 @@ struct PrefillWgmmaShape {
   static constexpr int kSlots = 6;                                                ///< tiles of the ring
   static constexpr unsigned kQueriesAt = 0;                                       ///< the tile of queries
   static constexpr unsigned kBarriersAt = kTileBytes * (1 + kSlots);              ///< see below
-  static constexpr unsigned kQueriesFull = kBarriersAt + 16 * kSlots;             ///< barrier: queries
+  static constexpr unsigned kQueriesFull = kBarriersAt + 16 * kSlots;  ///< barrier: queries and item
   static constexpr unsigned kQueriesFree = kQueriesFull + 8;           ///< barrier: the other direction
   static constexpr unsigned kItemAt = kQueriesFree + 8;                ///< the item
   static constexpr int kSharedBytes = static_cast<int>(kItemAt) + 32;  ///< of a block
@@ -52,8 +52,8 @@ struct PrefillWgmmaShape {
   static __device__ __forceinline__ void init_barriers(unsigned shared) {
     constexpr unsigned kLoaders = 128;    // threads
     constexpr unsigned kMultipliers = 8;  // warps
-    for (int i = 0; i <= kSlots; ++i) {   // the last pair are the queries'
-      codegemm::cuda::detail::init_barrier(shared + full_at(i), kLoaders);
+    for (int i = 0; i <= kSlots; ++i) {   // the last pair are the queries', where the item arrives, too
+      codegemm::cuda::detail::init_barrier(shared + full_at(i), kLoaders + (i == kSlots ? 1U : 0U));
       codegemm::cuda::detail::init_barrier(shared + free_at(i), kMultipliers);
     }
     codegemm::cuda::detail::publish_barriers();

@@ -228,13 +228,16 @@ __global__ void __launch_bounds__(kPrepareThreads)
     atomicMin(&best, ((longer << 20) + shorter) * 1024 + static_cast<unsigned>(n));
   }
   __syncthreads();
-  // Blocks start in their order: tails first, which take the longest, and those without work last.
+  // Blocks start in their order: those that take longer first, and those without work last.
   const int superblocks_shared = static_cast<int>(best % 1024);
-  const int most_tails = a.superblocks - superblocks_shared;
-  const int quota = detail::quota_of(tails.tiles, most_tails, a.min_tiles);
-  const int superblocks_tails = (tails.tiles + quota - 1) / quota;
-  detail::deal_out(a, a.tails, a.sequences, tails.tiles, 0, most_tails, 0, has_empty);
-  detail::deal_out(a, a.shared, a.groups, shared.tiles, superblocks_tails, superblocks_shared, 1, has_empty);
+  const int superblocks_tails = a.superblocks - superblocks_shared;
+  const int shared_quota = detail::quota_of(shared.tiles, superblocks_shared, a.min_tiles);
+  const int tail_quota = detail::quota_of(tails.tiles, superblocks_tails, a.min_tiles);
+  const bool tails_first = tails.time_of(tail_quota) > shared.time_of(shared_quota);
+  const int before_shared = tails_first ? (tails.tiles + tail_quota - 1) / tail_quota : 0;
+  const int before_tails = tails_first ? 0 : (shared.tiles + shared_quota - 1) / shared_quota;
+  detail::deal_out(a, a.shared, a.groups, shared.tiles, before_shared, superblocks_shared, 1, has_empty);
+  detail::deal_out(a, a.tails, a.sequences, tails.tiles, before_tails, superblocks_tails, 0, has_empty);
 }
 
 }  // namespace prefillshare::cuda

@@ -47,7 +47,7 @@ static_assert(sizeof(BlockStart) == 64, "BlockStart is read as four vectors of 1
 /// Kinds of work: a sequence's own keys, and shared ones for few, some or many query rows.
 enum class WorkKind { kTail, kFewRows, kSomeRows, kManyRows };
 
-/// What the work is: sequences alone; with shared pages beside their own, of at most kSomeRows' query rows or
+/// What the work is: sequences alone; with shared pages beside their own, of at most kMostFewRows query rows or
 /// of any number; or several tokens of each sequence, which share its pages, each seeing those up to itself.
 enum class DecodeSort { kAlone, kSharedFew, kShared, kCausal };
 
@@ -70,7 +70,7 @@ inline constexpr int kDecodeRegisters =
 }
 inline constexpr int kTailRows = rows_of(WorkKind::kTail);
 inline constexpr int kManyRows = rows_of(WorkKind::kManyRows);
-inline constexpr int kMostFewRows = rows_of(WorkKind::kSomeRows);  // of DecodeSort::kSharedFew
+inline constexpr int kMostFewRows = 256;  // of DecodeSort::kSharedFew, as tiles of kSomeRows
 
 /// Sums of each part of an item: part (superblock, item, lane) is number (superblock + item) * lanes + lane,
 /// which no two have in common, since the next part is of the next superblock, the next item or both.

@@ -18,13 +18,6 @@ namespace prefillshare::cuda {
 #if CODEGEMM_HAS_WGMMA
 namespace detail {
 
-// Named barriers: whose turn it is to start products, and, for each of the two warpgroups that multiply, that
-// the item is written and that all have read it. Threads at the latter: a warp that loads and a warpgroup.
-inline constexpr int kTurn = 1;
-inline constexpr int kItemWritten = 3;
-inline constexpr int kItemRead = 5;
-inline constexpr int kItemThreads = 160;
-
 // The warpgroup that loads: goes through the block's items and for each brings the queries, then tiles of K
 // and V in the order in which they are multiplied: K0, K1, V0, K2, V1, ... Asserts nothing: a call in any
 // branch of a kernel makes the compiler wait for each of its products.
@@ -57,17 +50,12 @@ __device__ __forceinline__ void load_prefill(const PrefillArgs& a, char* shared_
       item.keys = max(0, item.first_position + last_row / a.group + 1);
     }
     codegemm::cuda::detail::wait_for_phase(shared + Shape::kQueriesFree, phase ^ 1U);
-    if (threadIdx.x % 128 < 32) {
-      const auto wait_for_readers = [] {
-        for (int half = 0; half < 2; ++half) wait_for_turn<kItemThreads>(kItemRead + half);
-      };
-      if (round > 0) wait_for_readers();  // they read it before they freed the queries: nothing waits here
-      if (threadIdx.x % 128 == 0) *reinterpret_cast<PrefillItem*>(shared_memory + Shape::kItemAt) = item;
-      __syncwarp();
-      for (int half = 0; half < 2; ++half) give_turn<kItemThreads>(kItemWritten + half);
-      if (item.rows == 0) wait_for_readers();
+    if (threadIdx.x % 128 == 0) {
+      *reinterpret_cast<PrefillItem*>(shared_memory + Shape::kItemAt) = item;
+      codegemm::cuda::detail::arrive(shared + Shape::kQueriesFull);
     }
     if (item.rows == 0) {
+      codegemm::cuda::detail::arrive(shared + Shape::kQueriesFull);
       wait_for_copies<0>();
       return;
     }
@@ -291,12 +279,12 @@ __device__ __forceinline__ void multiply_prefill(const PrefillArgs& a, char* sha
   const auto release = [&](unsigned barrier) {
     if (lane == 0) codegemm::cuda::detail::arrive(shared + barrier);
   };
+  constexpr int kTurn = 1;  // the first of two named barriers
   for (unsigned phase = 0;; phase ^= 1U) {
-    wait_for_turn<kItemThreads>(kItemWritten + half);
-    const PrefillItem item = *reinterpret_cast<const PrefillItem*>(shared_memory + Shape::kItemAt);
-    give_turn<kItemThreads>(kItemRead + half);
-    if (item.rows == 0) return;
     codegemm::cuda::detail::wait_for_phase(shared + Shape::kQueriesFull, phase);
+    const PrefillItem item = *reinterpret_cast<const PrefillItem*>(shared_memory + Shape::kItemAt);
+    __syncwarp();  // all lanes have read it before lane 0 says so
+    if (item.rows == 0) return;
     const int tiles = (item.keys + Shape::kKeys - 1) / Shape::kKeys;
     const int first_row = item.first_row + half * 64 + warp * 16;  // of the warp
     const int row = first_row + lane / 4;
