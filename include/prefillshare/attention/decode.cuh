@@ -29,8 +29,8 @@ struct SharedPrefixes {
 };
 
 /// out[i][h] = softmax(scale * q[i][h] . K) V over all keys of sequence i, zeros if there are none. Scores
-/// and sums are fp32; weights are rounded to bf16 only where more than 64 query rows share keys, to fp16 with
-/// fp16 queries. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y: these or float; C, the cache's
+/// and sums are fp32; weights are rounded to bf16 only where keys are shared and a K/V head has more than 256
+/// query rows in all, to fp16 with fp16 queries. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y: these or float; C, the cache's
 /// type: T, or Fp8E4M3 with a scale for K and one for V.
 template <class T, class Y = T, class C = T>
 struct DecodeProblem {
@@ -103,7 +103,7 @@ template <class T, class C>
   return device.multiprocessors * std::clamp((device.shared_bytes + 1024) / bytes, 1, 2);
 }
 
-// No group can have more query rows of a K/V head than a kernel without DecodeShape Many takes.
+// No group can have more query rows of a K/V head than the kernel of few takes.
 template <class T, class Y, class C>
 [[nodiscard]] bool has_few_rows(const DecodeProblem<T, Y, C>& p) {
   return std::int64_t{p.table.sequences} * (p.heads / p.kv.kv_heads) <= kMostFewRows;

@@ -47,8 +47,8 @@ static_assert(sizeof(BlockStart) == 64, "BlockStart is read as four vectors of 1
 /// Kinds of work: a sequence's own keys, and shared ones for few, some or many query rows.
 enum class WorkKind { kTail, kFewRows, kSomeRows, kManyRows };
 
-/// What the work is: sequences alone; with shared pages beside their own, of at most kMostFewRows query rows or
-/// of any number; or several tokens of each sequence, which share its pages, each seeing those up to itself.
+/// What the work is: sequences alone; with shared pages beside their own, for at most kMostFewRows query rows
+/// or any number; or several tokens of each sequence, which share its pages, each seeing those up to itself.
 enum class DecodeSort { kAlone, kSharedFew, kShared, kCausal };
 
 /// Registers of a thread of decode_kernel, two of whose blocks are on a multiprocessor. The rest of 216 are
