@@ -30,8 +30,8 @@ struct SharedPrefixes {
 
 /// out[i][h] = softmax(scale * q[i][h] . K) V over all keys of sequence i, zeros if there are none. Scores
 /// and sums are fp32; weights are rounded to bf16 only where keys are shared and a K/V head has more than 256
-/// query rows in all, to fp16 with fp16 queries. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y: these or float; C, the cache's
-/// type: T, or Fp8E4M3 with a scale for K and one for V.
+/// query rows in all, to fp16 with fp16 queries. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y:
+/// these or float; C, the cache's type: T, or Fp8E4M3 with a scale for K and one for V.
 template <class T, class Y = T, class C = T>
 struct DecodeProblem {
   static_assert(detail::kIsCacheType<T>,

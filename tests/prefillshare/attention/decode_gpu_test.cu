@@ -202,11 +202,11 @@ TEST_CASE("cuda decode: a cache of fp8 with scales") {
                                        kNoGroups},
                                       seed);
       // Groups of few, some and many query rows.
-      std::vector<int> mixed(40, 400);
+      std::vector<int> mixed(50, 400);
       std::fill(mixed.begin() + 11, mixed.end(), 333);
       const int pages = 320 / page_size;
       check<BFloat16, float, Fp8E4M3>(
-          {{page_size, layout, 2, 6, head_dim}, mixed, {{0, 3, pages}, {3, 8, pages}, {11, 29, pages}}},
+          {{page_size, layout, 2, 6, head_dim}, mixed, {{0, 3, pages}, {3, 8, pages}, {11, 39, pages}}},
           seed);
     }
   }
