@@ -57,7 +57,10 @@ TEST_CASE("cuda pack: every code and scale lies where the layout says, the rest 
             for (int c = 0; c < format.m; ++c) {
               for (int byte = 0; byte < l.code_bytes; ++byte) {
                 const int p = (static_cast<int>(j) % per_lane * format.m + c) * l.code_bytes + byte;
-                const int at = cuda::tile_offset(lane, cuda::stream_offset(l.row_bytes(), slot, p));
+                const int offset = cuda::stream_offset(l.row_bytes(), slot, p);
+                const cuda::StreamPlace place = cuda::stream_place(l.row_bytes(), offset);
+                REQUIRE((place.slot == slot && place.byte == p));
+                const int at = cuda::tile_offset(lane, offset);
                 std::byte& code = rest[tile_at(granule, n) + static_cast<std::size_t>(at)];
                 REQUIRE(code == static_cast<std::byte>(w.view().code(c, n, j) >> (8 * byte)));
                 code = std::byte{0};
@@ -126,7 +129,8 @@ TEST_CASE("cuda plan: covers every granule and tile once, within the card") {
     if (half) {  // all but the tables lies before them
       const int owned = p.cluster ? p.ranks * ((limits.warps + p.ranks - 1) / p.ranks) : 0;
       const int pushed = owned * ((p.tiles_per_block + limits.warps - 1) / limits.warps);
-      REQUIRE(p.sums_at == static_cast<std::size_t>(p.granules_per_block) * cuda::kHalfStagedBytes);
+      REQUIRE(p.sums_at ==
+              static_cast<std::size_t>(p.granules_per_block) * cuda::kHalfStagedBytes + cuda::kSquaresBytes);
       REQUIRE(p.sums_at + static_cast<std::size_t>(p.tiles_per_block + pushed) * 64 + 8 <=
               cuda::kHalfTableAt - cuda::kWindowStart);
       REQUIRE(p.shared_bytes >= cuda::kHalfTableAt + static_cast<std::size_t>(p.tables) * limits.table_bytes);

@@ -76,16 +76,9 @@ struct HalfPsumbook {
   /// Reads the 512 activations from number `k0` on and leaves them in `staged` (kStagedBytes, at a multiple
   /// of 16) as build() wants them. One warp.
   static __device__ __forceinline__ void stage(char* staged, const Activations& x, int k0) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int g = lane / 4;
-    const int q = lane % 4;
     const bool whole =
         k0 + kActivations <= x.cols && (reinterpret_cast<std::uintptr_t>(x.x) + k0 * 2ULL) % 4 == 0;
-    const auto first_of = [&](int f) {  // of the two activations in word f
-      const int r = f % 4;              // of an A fragment: rows 8 and up, k of 8 and up
-      const int owner = V == 4 ? g + q / 2 * 8 + r / 2 * 16 : g + r / 2 * 8 + f / 4 * 16;
-      return k0 + owner * 16 + r % 2 * 8 + (V == 4 ? f / 4 * 4 + q % 2 * 2 : q * 2);
-    };
+    const auto first_of = [&](int f) { return k0 + staged_pair(f); };
     unsigned words[8];
     if (whole) {
 #pragma unroll
@@ -118,10 +111,50 @@ struct HalfPsumbook {
 #pragma unroll
       for (unsigned& word : words) word = detail::scale_pair(word, factor);
     }
-    uint4* const to = reinterpret_cast<uint4*>(staged) + lane;
-    to[0] = make_uint4(words[0], words[1], words[2], words[3]);
-    to[32] = make_uint4(words[4], words[5], words[6], words[7]);
-    if (lane == 0) *reinterpret_cast<float*>(staged + 1024) = __int_as_float((127 - exponent) << 23);
+    keep(staged, words, exponent);
+  }
+  /// What a lane holds of RMSNorm's weights for stage_products().
+  struct Factors {
+    float2 pairs[8];  ///< as the words of stage()
+  };
+  /// Those of the 512 columns from number `k0` on, of `cols`, an even number.
+  [[nodiscard]] static __device__ __forceinline__ Factors load_factors(const float* weight, int cols,
+                                                                       int k0) {
+    Factors out;
+#pragma unroll
+    for (int f = 0; f < 8; ++f) {
+      const int k = k0 + staged_pair(f);
+      out.pairs[f] = k < cols ? __ldg(reinterpret_cast<const float2*>(weight + k)) : make_float2(0.0F, 0.0F);
+    }
+    return out;
+  }
+  /// The same as stage() of fp32 activations times these.
+  static __device__ __forceinline__ void stage_products(char* staged, const float* x, const Factors& factors,
+                                                        int cols, int k0) {
+    float2 pairs[8];
+#pragma unroll
+    for (int f = 0; f < 8; ++f) {
+      const int k = k0 + staged_pair(f);
+      pairs[f] = k < cols ? *reinterpret_cast<const float2*>(x + k) : make_float2(0.0F, 0.0F);
+    }
+    unsigned most = 0;
+#pragma unroll
+    for (int f = 0; f < 8; ++f) {
+      pairs[f].x *= factors.pairs[f].x;
+      pairs[f].y *= factors.pairs[f].y;
+      most = max(most,
+                 max(__float_as_uint(pairs[f].x) & 0x7FFFFFFFU, __float_as_uint(pairs[f].y) & 0x7FFFFFFFU));
+    }
+    const int largest = static_cast<int>(__reduce_max_sync(0xFFFFFFFFU, most));
+    const int exponent = min(135 - kLogV - (largest >> 23), 126);
+    const float factor = __int_as_float((127 + exponent) << 23);
+    unsigned words[8];
+#pragma unroll
+    for (int f = 0; f < 8; ++f) {
+      const __half2 pair = __floats2half2_rn(pairs[f].x * factor, pairs[f].y * factor);
+      words[f] = *reinterpret_cast<const unsigned*>(&pair);
+    }
+    keep(staged, words, exponent);
   }
   /// What sums of the granule are to be multiplied by.
   [[nodiscard]] static __device__ __forceinline__ float unscale(const char* staged) {
@@ -241,6 +274,25 @@ struct HalfPsumbook {
 #pragma unroll
       for (int i = 0; i < 8; ++i) sums[i % 2 * 4 + i / 4 * 2 + i % 4 / 2] = d[i / 4][i % 4];
     }
+  }
+
+ private:
+  // The first of the two activations in word f of a lane, in the granule.
+  [[nodiscard]] static __device__ __forceinline__ int staged_pair(int f) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int g = lane / 4;
+    const int q = lane % 4;
+    const int r = f % 4;  // of an A fragment: rows 8 and up, k of 8 and up
+    const int owner = V == 4 ? g + q / 2 * 8 + r / 2 * 16 : g + r / 2 * 8 + f / 4 * 16;
+    return owner * 16 + r % 2 * 8 + (V == 4 ? f / 4 * 4 + q % 2 * 2 : q * 2);
+  }
+  // Activations times 2^exponent.
+  static __device__ __forceinline__ void keep(char* staged, const unsigned (&words)[8], int exponent) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    uint4* const to = reinterpret_cast<uint4*>(staged) + lane;
+    to[0] = make_uint4(words[0], words[1], words[2], words[3]);
+    to[32] = make_uint4(words[4], words[5], words[6], words[7]);
+    if (lane == 0) *reinterpret_cast<float*>(staged + 1024) = __int_as_float((127 - exponent) << 23);
   }
 };
 

@@ -10,6 +10,7 @@
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <codegemm/cuda/block/row_parts.hpp>
 #include <codegemm/cuda/kernels/gather_tile.cuh>
+#include <codegemm/cuda/kernels/normed_row.cuh>
 #include <codegemm/cuda/kernels/output.cuh>
 
 namespace codegemm::cuda {
@@ -19,6 +20,9 @@ struct GatherArgs {
   const unsigned char* tiles = nullptr;      // [granules][row_tiles][tile_bytes], see packed_matrix.hpp
   const std::uint16_t* codebooks = nullptr;  // fp16 [parts][m][2^b][v]
   const std::uint16_t* x = nullptr;          // [tokens][x_stride]
+  NormedRow normed;                          // in place of x: one token, with Psumbooks of fp16
+  const unsigned char* ahead = nullptr;  // what the second-level cache is asked for meanwhile; null: nothing
+  std::int64_t ahead_bytes = 0;
   float* partials = nullptr;     // [groups][tokens][row_tiles * 16], where there are several groups
   unsigned* counters = nullptr;  // [chunks][splits of a group], zero before and after
   std::int64_t x_stride = 0;
@@ -27,7 +31,7 @@ struct GatherArgs {
   int granules = 0;
   RowBlocks rows;  // chunks; its halves are those of SwiGLU
   int granules_per_block = 0;
-  int sums_at = 0;             // in a block's shared memory: the sums of its rows
+  int sums_at = 0;             // in a block's shared memory: the sums of its rows; before them kSquaresBytes
   int tables = 1;              // Psumbooks of a block
   int warps_per_owner = 0;     // ceil(warps of a block / blocks of a cluster)
   unsigned ranks_inverse = 0;  // 65536 / blocks of a cluster, rounded up
@@ -126,6 +130,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   };
   if (warp > 0 && warp <= a.rounds_ahead) prefetch_round(first_tile, warp);
 
+  [[maybe_unused]] auto factors = detail::no_factors<Book, kHalf>();
+  if constexpr (kHalf) {
+    if (a.normed.x != nullptr && warp < granule1 - granule0) {
+      factors = Book::load_factors(a.normed.weight, a.cols, (granule0 + warp) * Book::kActivations);
+    }
+  }
+
   detail::wait_for_previous_kernel();
   Activations x[Tokens];
 #pragma unroll
@@ -150,8 +161,22 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   auto segments = detail::no_segments<Book, Tokens, kHalf>();
   auto ones = detail::ones_of<Book, kSteps, kHalf>();
   if constexpr (kHalf) {
+    const float squares =
+        a.normed.x != nullptr ? detail::squares_of<Config::kThreads>(a.normed, a.cols) : 0.0F;
     for (int i = warp; i < granule1 - granule0; i += kWarps) {
-      Book::stage(table + i * Book::kStagedBytes, x[0], (granule0 + i) * Book::kActivations);
+      char* const staged = table + i * Book::kStagedBytes;
+      const int first = (granule0 + i) * Book::kActivations;
+      if (a.normed.x == nullptr) {
+        Book::stage(staged, x[0], first);
+      } else {
+        if (i != warp) factors = Book::load_factors(a.normed.weight, a.cols, first);
+        Book::stage_products(staged, a.normed.x, factors, a.cols, first);
+      }
+    }
+    detail::ask_ahead<kWarps>(a.ahead, a.ahead_bytes, warp, lane);
+    if (a.normed.x != nullptr) {
+      const float sum = detail::warp_sum(squares);
+      if (lane == 0) row_sums[warp - static_cast<int>(kSquaresBytes / sizeof(float))] = sum;
     }
   } else if constexpr (kFixed) {
 #pragma unroll
@@ -323,11 +348,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
       }
     }
   };
+  Output out = a.out;
+  if constexpr (kHalf) {
+    if (a.normed.x != nullptr) {
+      const float squares = detail::warp_sum(
+          lane < kWarps ? row_sums[lane - static_cast<int>(kSquaresBytes / sizeof(float))] : 0.0F);
+      out.unscale *= rsqrtf(squares / static_cast<float>(a.cols) + a.normed.epsilon);
+    }
+  }
   const auto store = [&](int t, int row, float sum, float partner) {
     if (gated) {
-      detail::store_gated(a.out, t, row, sum, partner);
-    } else if (row < a.out.rows) {
-      detail::store_output(a.out, t, row, sum);
+      detail::store_gated(out, t, row, sum, partner);
+    } else if (row < out.rows) {
+      detail::store_output(out, t, row, sum);
     }
   };
 

@@ -86,7 +86,8 @@ struct GatherLimits {
                    ? 2
                    : 1;
     p.sums_at =
-        half ? limits.staged_bytes * static_cast<std::size_t>(granules_per_block) : limits.table_bytes;
+        half ? limits.staged_bytes * static_cast<std::size_t>(granules_per_block) + kSquaresBytes
+             : limits.table_bytes;
     const std::size_t fixed = p.sums_at + static_cast<std::size_t>(owned) * tile_sums + 8;
     const std::size_t space = half ? kHalfTableAt - kWindowStart : limits.shared_bytes;
     if (fixed >= space) return;
