@@ -2,7 +2,9 @@
 //
 // bench/codegemm_cpu.cpp - gemm() on the CPU against Eigen's and OpenBLAS's fp32 product, AQLM's kernel and
 // llama.cpp's block formats, all with weights out of memory: so many copies take turns that no cache holds
-// them. Peers that are not installed are left out (scripts/bench --with-peers installs them).
+// them. All that multiply the same shape with as many tokens take turns, too, and with them a plain read of
+// the memory; each worker has a processor of its own. Peers that are not installed are left out
+// (scripts/bench --with-peers installs them).
 
 #if !defined(NDEBUG) && !defined(__clang_analyzer__)
 #error "Benchmarks must be built in Release mode: cmake --preset bench"
@@ -14,17 +16,15 @@
 #include <cstdint>
 #include <cstdio>
 #include <exception>
-#include <map>
+#include <list>
 #include <memory>
 #include <new>
 #include <regex>
+#include <set>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
-
-#include <benchmark/benchmark.h>
 
 #include <CLI/CLI.hpp>
 #include <Eigen/Dense>
@@ -36,8 +36,10 @@
 
 #include "support/cpu_peers.hpp"
 #include "support/machine.hpp"
+#include "support/pinning.hpp"
 #include "support/problems.hpp"
 #include "support/report.hpp"
+#include "support/rounds.hpp"
 
 namespace codegemm::bench {
 namespace {
@@ -68,31 +70,11 @@ std::vector<Problem> all_problems() {
 
 struct Options {
   int threads = 1;
+  std::int64_t rounds = 9;
   bool quick = false;
+
+  [[nodiscard]] double turn_seconds() const { return quick ? 0.01 : 0.1; }
 };
-
-// Iterations enough to visit every copy, and for half a second (quick: a twentieth).
-std::int64_t rounds_for(double one_call, std::size_t copies, bool quick) {
-  const double wanted = (quick ? 0.05 : 0.5) / std::max(one_call, 1e-7);
-  return std::clamp<std::int64_t>(static_cast<std::int64_t>(wanted), quick ? 3 : 11,
-                                  std::max<std::int64_t>(11, static_cast<std::int64_t>(copies)));
-}
-
-// Runs call(copy) under Google Benchmark's loop and returns the median seconds.
-template <class Call>
-double time_calls(benchmark::State& state, std::size_t copies, Call&& call) {
-  std::vector<double> times;
-  std::size_t copy = 0;
-  for ([[maybe_unused]] auto _ : state) {
-    const auto start = std::chrono::steady_clock::now();
-    call(copy);
-    const double seconds = seconds_since(start);
-    times.push_back(seconds);
-    state.SetIterationTime(seconds);
-    copy = (copy + 1) % copies;
-  }
-  return median(times);
-}
 
 // The relative error on 64 rows spread over the matrix, against the reference in double.
 double error_of(const QuantizedMatrix& w, const Matrix& x, const Matrix& y) {
@@ -151,10 +133,75 @@ double time_psumbook(const PackedMatrix& packed, const Matrix& x, Executor& exec
   return best;
 }
 
+// One format's weights of a shape, packed again and again.
+struct OurWeights {
+  Format format;
+  QuantizedMatrix first;
+  std::vector<PackedMatrix> packed;
+
+  OurWeights(Format f, Shape shape, test::Rng& random) : format(f), first(random_weights(f, shape, random)) {
+    packed.push_back(pack(first.view()).value());
+    packed.resize(cold_copies(static_cast<double>(packed[0].bytes())));
+  }
+};
+
+// Packs all copies, those of the formats in turns: a machine's memory is not equally fast everywhere, and
+// each of them is to have its part of what is slow.
+void pack_copies(std::list<OurWeights>& all, Executor& executor) {
+  struct Place {
+    double part;  // of the format's copies, before this one
+    OurWeights* weights;
+    std::size_t copy;
+  };
+  std::vector<Place> places;
+  for (OurWeights& w : all) {
+    for (std::size_t i = 1; i < w.packed.size(); ++i) {
+      places.push_back({static_cast<double>(i) / static_cast<double>(w.packed.size()), &w, i});
+    }
+  }
+  std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.part < b.part; });
+  parallel_for(executor, std::ssize(places), [&](std::int64_t i, int) {
+    const Place& place = places[static_cast<std::size_t>(i)];
+    place.weights->packed[place.copy] = pack(place.weights->first.view()).value();
+  });
+}
+
+// A plain read of the memory, some MB a call.
+class MemoryRead {
+ public:
+  MemoryRead() : words_(static_cast<std::size_t>(kWords), 1) {}
+
+  void read(std::size_t call, Executor& executor) {
+    const std::int64_t piece = static_cast<std::int64_t>(call) % (kWords / kPieceWords);
+    std::vector<std::uint64_t> sums(static_cast<std::size_t>(executor.workers()));
+    parallel_for(executor, kPieceWords / kChunkWords, [&](std::int64_t chunk, int worker) {
+      sums[static_cast<std::size_t>(worker)] +=
+          sum_words(words_.data() + piece * kPieceWords + chunk * kChunkWords, kChunkWords);
+    });
+    for (const std::uint64_t sum : sums) total_ += sum;
+  }
+  static constexpr double kCallBytes = 16.0 * 1024 * 1024;
+
+  /// Of all words read: so that no reading is left out.
+  [[nodiscard]] std::uint64_t total() const { return total_; }
+
+ private:
+  static constexpr std::int64_t kWords = static_cast<std::int64_t>(kColdBytes) / 8;
+  static constexpr std::int64_t kPieceWords = static_cast<std::int64_t>(kCallBytes) / 8;
+  static constexpr std::int64_t kChunkWords = std::int64_t{1} << 15;
+  std::vector<std::uint64_t> words_;
+  std::uint64_t total_ = 0;
+};
+
 class Bench {
  public:
   Bench(const Options& options, Suite& suite)
-      : options_(options), suite_(suite), pool_(std::max(1, options.threads)), openblas_(options.threads) {
+      : options_(options),
+        suite_(suite),
+        allowed_(allowed_processors()),
+        pool_(std::max(1, options.threads)),
+        openblas_(options.threads) {
+    pin_workers(pool_, allowed_);
     std::fprintf(stderr, "measuring memory on %d thread(s) ...\n", pool_.workers());
     suite_.name = "codegemm-cpu";
     suite_.machine = machine_json(pool_);
@@ -163,139 +210,186 @@ class Bench {
                  suite_.memory.copy_gb_per_s);
   }
 
-  // Our row of one problem; throws if the result is wrong.
-  void run(const Problem& problem, benchmark::State& state) {
-    std::fprintf(stderr, "%s ...\n", problem.name().c_str());
-    prepare(problem);
-    const Matrix x = random_matrix(problem.tokens, problem.shape.cols, random_);
-    Matrix y = Matrix::Constant(problem.tokens, problem.shape.rows, std::nanf(""));
-    AlignedBuffer<std::byte> workspace;
-    if (!workspace.reserve(workspace_bytes(packed_[0], problem.tokens, pool_.workers())))
-      throw std::bad_alloc();
-    const auto call = [&](std::size_t copy) {
-      const Status status = gemm(packed_[copy], {x.data(), x.rows(), x.cols()},
-                                 {y.data(), y.rows(), y.cols()}, workspace.span(), pool_);
-      if (!status.ok()) throw std::runtime_error(status.message());
-    };
-    call(0);
-    Row row;
-    row.error = error_of(first_, x, y);
-    if (!(row.error < 1e-3)) throw std::runtime_error(concat(problem.name(), ": error ", row.error));
+  // The wanted problems of one shape; after_some is called when rows of some more tokens are there.
+  template <class AfterSome>
+  void run(Shape shape, const std::vector<Problem>& problems, AfterSome&& after_some) {
+    std::fprintf(stderr, "%lldx%lld: weights ...\n", static_cast<long long>(shape.rows),
+                 static_cast<long long>(shape.cols));
+    std::set<std::int64_t> tokens;
+    std::list<OurWeights> ours;  // contenders hold on to their place
+    for (const Problem& problem : problems) {
+      tokens.insert(problem.tokens);
+      if (find(ours, problem.format) == nullptr) ours.emplace_back(problem.format, shape, random_);
+    }
+    pack_copies(ours, pool_);
+    const DenseWeights dense(shape, random_);
+    for (const std::int64_t count : tokens) {
+      std::vector<const Problem*> some;
+      for (const Problem& problem : problems) {
+        if (problem.tokens == count) some.push_back(&problem);
+      }
+      run_tokens(shape, count, some, ours, dense);
+      after_some();
+    }
+  }
 
+ private:
+  [[nodiscard]] static OurWeights* find(std::list<OurWeights>& all, Format format) {
+    for (OurWeights& w : all) {
+      if (format_name(w.format) == format_name(format)) return &w;
+    }
+    return nullptr;
+  }
+
+  [[nodiscard]] static std::string aqlm_name(Format f) { return concat("aqlm-", f.m, "x8-g", f.v); }
+
+  // What one product needs beside its weights.
+  struct Operands {
+    Matrix x;
+    Matrix y;
+    AlignedBuffer<std::byte> workspace;
+  };
+
+  void run_tokens(Shape shape, std::int64_t tokens, const std::vector<const Problem*>& problems,
+                  std::list<OurWeights>& ours, const DenseWeights& dense) {
+    const Matrix x = random_matrix(tokens, shape.cols, random_);
+    std::vector<Contender> contenders;
+    std::vector<Row> rows;
+    std::list<Operands> operands;
+    for (const Problem* problem : problems) {
+      std::fprintf(stderr, "%s\n", problem->name().c_str());
+      OurWeights& w = *find(ours, problem->format);
+      operands.push_back({x, Matrix::Constant(tokens, shape.rows, std::nanf("")), {}});
+      rows.push_back(first_row(*problem, w, operands.back()));
+      contenders.push_back(timed(problem->name(), [&w, &with = operands.back(), this](std::size_t call) {
+        multiply(w.packed[call % w.packed.size()], with);
+      }));
+    }
+    MemoryRead memory;
+    contenders.push_back(timed("read", [&](std::size_t call) { memory.read(call, pool_); }));
+    Operands peer{x, Matrix::Constant(tokens, shape.rows, std::nanf("")), {}};
+    add_dense(dense, peer, contenders);
+    std::list<std::unique_ptr<Ggml::Weights>> blocks;
+    std::list<Aqlm> aqlm;
+    if (tokens == 1) {
+      if (ggml_.loaded()) add_ggml(shape, peer, blocks, contenders);
+      add_aqlm(shape, problems, aqlm, contenders);
+    }
+    run_rounds(contenders, options_.rounds, options_.turn_seconds());
+    if (memory.total() == 0) throw std::runtime_error("memory was not read");
+
+    const double read_gb_per_s = MemoryRead::kCallBytes / by_name(contenders, "read").median_us() * 1e-3;
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      Row& row = rows[i];
+      row.median_us = contenders[i].median_us();
+      row.quarter_us = quantile(contenders[i].seconds, 0.25) * 1e6;
+      row.three_quarters_us = quantile(contenders[i].seconds, 0.75) * 1e6;
+      row.gb_per_s =
+          static_cast<double>(find(ours, problems[i]->format)->packed[0].bytes()) / row.median_us * 1e-3;
+      row.read_gb_per_s = read_gb_per_s;
+      row.share_of_read = row.gb_per_s / read_gb_per_s;
+      for (std::size_t p = rows.size(); p < contenders.size(); ++p) {
+        const std::string& name = contenders[p].name;
+        if (name == "read" || (name.starts_with("aqlm") && name != aqlm_name(problems[i]->format))) continue;
+        const double us = contenders[p].median_us();
+        row.peers.push_back({name, us, us / row.median_us});
+      }
+      print(row);
+      suite_.rows.push_back(std::move(row));
+    }
+  }
+
+  // The name and the error of a row; throws if the result is wrong.
+  Row first_row(const Problem& problem, const OurWeights& w, Operands& with) {
+    if (!with.workspace.reserve(workspace_bytes(w.packed[0], problem.tokens, pool_.workers())))
+      throw std::bad_alloc();
+    multiply(w.packed[0], with);
+    Row row;
+    row.error = error_of(w.first, with.x, with.y);
+    if (!(row.error < 1e-3)) throw std::runtime_error(concat(problem.name(), ": error ", row.error));
     row.name = problem.name();
     row.shape = problem.shape_text();
     row.config = format_name(problem.format);
     row.tokens = problem.tokens;
-    const double seconds = time_calls(state, packed_.size(), call);
-    row.median_us = seconds * 1e6;
-    row.gb_per_s = static_cast<double>(packed_[0].bytes()) / seconds * 1e-9;
-    row.share_of_read = row.gb_per_s / suite_.memory.read_gb_per_s;
-    if (problem.tokens == 1) row.psumbook_us = time_psumbook(packed_[0], x, pool_) * 1e6;
-    for (const auto& [name, us] : peers(problem, x)) row.peers.push_back({name, us, us / row.median_us});
-    state.counters["GB/s"] = row.gb_per_s;
-    std::fprintf(stderr, "  %.1f us, %.2f GB/s, error %.1e", row.median_us, row.gb_per_s, row.error);
+    if (problem.tokens == 1) row.psumbook_us = time_psumbook(w.packed[0], with.x, pool_) * 1e6;
+    return row;
+  }
+
+  void multiply(const PackedMatrix& w, Operands& with) {
+    const Status status = gemm(w, {with.x.data(), with.x.rows(), with.x.cols()},
+                               {with.y.data(), with.y.rows(), with.y.cols()}, with.workspace.span(), pool_);
+    if (!status.ok()) throw std::runtime_error(status.message());
+  }
+
+  void add_dense(const DenseWeights& w, Operands& with, std::vector<Contender>& contenders) {
+    const Matrix want = with.x * w.copies[0].transpose();
+    const auto check = [&](const char* name) {
+      if (!((with.y - want).norm() <= 1e-4F * want.norm()))
+        throw std::runtime_error(concat(name, ": wrong result"));
+    };
+    multiply_eigen(w.copies[0], with.x, with.y, pool_);
+    check("eigen");
+    contenders.push_back(timed("eigen", [&](std::size_t call) {
+      multiply_eigen(w.copies[call % w.copies.size()], with.x, with.y, pool_);
+    }));
+    if (!openblas_.loaded()) return;
+    openblas_.multiply(w.copies[0], with.x, with.y);
+    check("openblas");
+    contenders.push_back(timed("openblas", [&](std::size_t call) {
+      openblas_.multiply(w.copies[call % w.copies.size()], with.x, with.y);
+    }));
+    contenders.back().rest = kPeerRest;
+  }
+
+  void add_ggml(Shape shape, Operands& with, std::list<std::unique_ptr<Ggml::Weights>>& blocks,
+                std::vector<Contender>& contenders) {
+    for (const Ggml::Type& type : Ggml::types()) {
+      std::unique_ptr<Ggml::Weights> made = ggml_.weights(type, shape, random_);
+      if (made == nullptr) continue;
+      const Ggml::Weights& w = *blocks.emplace_back(std::move(made));
+      ggml_.multiply(type, w, 0, with.x.data(), with.y.data(), pool_);
+      const double error = ggml_.error(type, w, with.x.data(), with.y.data());
+      // Its activations have 8 bits.
+      if (!(error < 2e-2)) throw std::runtime_error(concat(type.name, ": error ", error));
+      contenders.push_back(timed(type.name, [&](std::size_t call) {
+        ggml_.multiply(type, w, call % w.copies.size(), with.x.data(), with.y.data(), pool_);
+      }));
+    }
+  }
+
+  void add_aqlm(Shape shape, const std::vector<const Problem*>& problems, std::list<Aqlm>& all,
+                std::vector<Contender>& contenders) {
+    for (const Problem* problem : problems) {
+      if (problem->format.b != 8) continue;
+      unpin(allowed_);  // its process may use all of them
+      Aqlm& aqlm = all.emplace_back(shape, problem->format, pool_.workers());
+      pin_workers(pool_, allowed_);
+      if (!aqlm.ready()) continue;
+      contenders.push_back(
+          {aqlm_name(problem->format), [&](std::int64_t calls) { return aqlm.time(calls); }, kPeerRest});
+    }
+  }
+
+  [[nodiscard]] static const Contender& by_name(const std::vector<Contender>& all, const std::string& name) {
+    return *std::find_if(all.begin(), all.end(), [&](const Contender& c) { return c.name == name; });
+  }
+
+  static void print(const Row& row) {
+    std::fprintf(stderr, "%s %.1f us (%.1f to %.1f), %.2f GB/s, %.0f%%, error %.1e", row.name.c_str(),
+                 row.median_us, row.quarter_us, row.three_quarters_us, row.gb_per_s,
+                 100.0 * row.share_of_read, row.error);
     for (const Peer& peer : row.peers) {
-      state.counters["x_" + peer.name] = peer.ratio;
       std::fprintf(stderr, "; %s %.1f us, ratio %.2f", peer.name.c_str(), peer.median_us, peer.ratio);
     }
     std::fprintf(stderr, "\n");
-    suite_.rows.push_back(std::move(row));
   }
 
-  [[nodiscard]] std::int64_t iterations(const Problem& problem) const {
-    // A guess at the time: 5 G weights times tokens a second.
-    const double weights = static_cast<double>(problem.shape.rows * problem.shape.cols);
-    const double copies = std::max(2.0, kColdBytes / (weights / 3.0));
-    return rounds_for(weights * static_cast<double>(problem.tokens) / 5e9, static_cast<std::size_t>(copies),
-                      options_.quick);
-  }
-
- private:
-  // The packed copies of a problem's weights; kept while only the tokens change.
-  void prepare(const Problem& problem) {
-    const auto key = std::make_tuple(problem.shape.rows, problem.shape.cols, format_name(problem.format));
-    if (key == key_) return;
-    key_ = key;
-    first_ = random_weights(problem.format, problem.shape, random_);
-    packed_.clear();
-    packed_.push_back(pack(first_.view()).value());
-    const double copies = std::ceil(kColdBytes / static_cast<double>(packed_[0].bytes()));
-    packed_.resize(std::max<std::size_t>(2, static_cast<std::size_t>(copies)));
-    parallel_for(pool_, std::ssize(packed_) - 1, [&](std::int64_t i, int) {
-      packed_[static_cast<std::size_t>(i + 1)] = pack(first_.view()).value();
-    });
-  }
-
-  using Times = std::map<std::string, double>;  // microseconds by peer
-
-  template <class Call>
-  [[nodiscard]] double peer_us(Call&& call) {
-    std::vector<double> times;
-    const auto begin = std::chrono::steady_clock::now();
-    const double budget = options_.quick ? 0.05 : 0.5;
-    while (times.size() < (options_.quick ? 3U : 11U) || seconds_since(begin) < budget) {
-      const auto start = std::chrono::steady_clock::now();
-      call(times.size());
-      times.push_back(seconds_since(start));
-    }
-    return median(times) * 1e6;
-  }
-
-  // Each measured once for a shape and number of tokens, AQLM's for a format too.
-  Times peers(const Problem& problem, const Matrix& x) {
-    const Shape shape = problem.shape;
-    const auto key = std::make_tuple(shape.rows, shape.cols, x.rows());
-    if (peers_.count(key) == 0) peers_[key] = measure_peers(shape, x);
-    Times out = peers_[key];
-    if (problem.tokens == 1 && problem.format.b == 8) {
-      const double us = aqlm_us(shape, problem.format, pool_.workers(), options_.quick);
-      if (us > 0.0) out[concat("aqlm-", problem.format.m, "x8-g", problem.format.v)] = us;
-    }
-    return out;
-  }
-
-  Times measure_peers(Shape shape, const Matrix& x) {
-    Times out;
-    Matrix y = Matrix::Constant(x.rows(), shape.rows, std::nanf(""));
-    {
-      const DenseWeights w(shape, random_);
-      const std::size_t copies = w.copies.size();
-      const Matrix want = x * w.copies[0].transpose();
-      const auto check = [&](const char* name) {
-        if (!((y - want).norm() <= 1e-4F * want.norm()))
-          throw std::runtime_error(concat(name, ": wrong result"));
-      };
-      multiply_eigen(w.copies[0], x, y, pool_);
-      check("eigen");
-      out["eigen"] = peer_us([&](std::size_t i) { multiply_eigen(w.copies[i % copies], x, y, pool_); });
-      if (openblas_.loaded()) {
-        openblas_.multiply(w.copies[0], x, y);
-        check("openblas");
-        out["openblas"] = peer_us([&](std::size_t i) { openblas_.multiply(w.copies[i % copies], x, y); });
-      }
-    }
-    if (x.rows() != 1 || !ggml_.loaded()) return out;
-    for (const Ggml::Type& type : Ggml::types()) {
-      const auto w = ggml_.weights(type, shape, random_);
-      if (!w) continue;
-      ggml_.multiply(type, *w, 0, x.data(), y.data(), pool_);
-      const double error = ggml_.error(type, *w, x.data(), y.data());
-      // Its activations have 8 bits.
-      if (!(error < 2e-2)) throw std::runtime_error(concat(type.name, ": error ", error));
-      out[type.name] = peer_us(
-          [&](std::size_t i) { ggml_.multiply(type, *w, i % w->copies.size(), x.data(), y.data(), pool_); });
-    }
-    return out;
-  }
-
+  static constexpr std::chrono::milliseconds kPeerRest{50};  // of threads that are not ours
   Options options_;
   Suite& suite_;
+  cpu_set_t allowed_;
   ThreadPool pool_;
   test::Rng random_{1};
-  std::tuple<std::int64_t, std::int64_t, std::string> key_;
-  std::vector<PackedMatrix> packed_;
-  QuantizedMatrix first_ = QuantizedMatrix::create(Format{}, 0, 0).value();
-  std::map<std::tuple<std::int64_t, std::int64_t, std::int64_t>, Times> peers_;
   OpenBlas openblas_;
   Ggml ggml_;
 };
@@ -309,7 +403,9 @@ int run(int argc, char** argv) {
       ->check(CLI::Range(1, 1024));
   app.add_option("--filter", filter,
                  "Only names that this regular expression finds, such as m1v4.*/4096x4096/1$");
-  app.add_flag("--quick", options.quick, "A tenth of the measuring time");
+  app.add_option("--rounds", options.rounds, "Rounds in which each has a turn of a tenth of a second")
+      ->check(CLI::Range(1, 1000));
+  app.add_flag("--quick", options.quick, "Turns of a tenth of the time");
   app.add_option("--json", json, "Write the results to this file");
   try {
     app.parse(argc, argv);
@@ -330,34 +426,17 @@ int run(int argc, char** argv) {
 
   Suite suite;
   Bench bench(options, suite);
-  std::string failure;
-  for (const Problem& problem : problems) {
-    benchmark::RegisterBenchmark(problem.name().c_str(),
-                                 [&bench, &failure, problem](benchmark::State& state) {
-                                   try {
-                                     bench.run(problem, state);
-                                   } catch (const std::exception& error) {
-                                     failure = error.what();
-                                     state.SkipWithError(failure.c_str());
-                                   }
-                                 })
-        ->UseManualTime()
-        ->Iterations(bench.iterations(problem))
-        ->Unit(benchmark::kMicrosecond);
-  }
-  int no_arguments = 1;
-  benchmark::Initialize(&no_arguments, argv);
-  benchmark::RunSpecifiedBenchmarks();
-  benchmark::Shutdown();
-  if (!failure.empty()) {
-    std::fprintf(stderr, "failed: %s\n", failure.c_str());
-    return 1;
-  }
-  if (!json.empty()) {
-    if (const Status status = write_json(suite, json); !status.ok()) {
-      std::fprintf(stderr, "%s\n", status.message().c_str());
-      return 2;
+  const auto write = [&] {
+    if (json.empty()) return;
+    if (const Status status = write_json(suite, json); !status.ok())
+      throw std::runtime_error(status.message());
+  };
+  for (const Shape shape : model_shapes()) {
+    std::vector<Problem> of_shape;
+    for (const Problem& problem : problems) {
+      if (problem.shape.rows == shape.rows && problem.shape.cols == shape.cols) of_shape.push_back(problem);
     }
+    if (!of_shape.empty()) bench.run(shape, of_shape, write);
   }
   return 0;
 }

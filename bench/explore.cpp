@@ -42,6 +42,7 @@
 #include "support/explore_latency.hpp"
 #include "support/explore_plot.hpp"
 #include "support/explore_table.hpp"
+#include "support/ggml_blocks.hpp"
 #include "support/peer_process.hpp"
 #include "support/report.hpp"
 
@@ -52,7 +53,6 @@ using namespace prefillshare;
 using namespace prefillshare::examples;
 using nlohmann::json;
 using Windows = std::vector<std::vector<std::int32_t>>;
-using DenseModel = LlamaModel<DenseLinear>;
 
 struct Options : QuantizeOptions {
   std::string model, text, calibration, cache, json_path, csv, plot, gpu, gpu_plot;
@@ -101,46 +101,6 @@ std::uint64_t hash_text(const std::string& text) {  // FNV-1a
   for (const char c : text) state = (state ^ static_cast<unsigned char>(c)) * 0x100000001b3ULL;
   return state;
 }
-
-/// The dense model with other weights in the linear layers of its blocks.
-std::shared_ptr<const DenseModel> with_weights(
-    const DenseModel& dense,
-    const std::function<DenseLinear(const std::string& name, const DenseLinear& dense)>& replace) {
-  auto model = std::make_shared<DenseModel>(dense);
-  for_each_linear(*model, [&](const std::string& name, DenseLinear& layer) {
-    if (name != "lm_head") layer = replace(name, layer);
-  });
-  return model;
-}
-
-DenseLinear linear_of(std::vector<float> values, const DenseLinear& like) {
-  return {std::make_shared<const std::vector<float>>(std::move(values)), like.rows(), like.cols(),
-          std::vector<float>(like.bias().begin(), like.bias().end())};
-}
-
-/// ggml's blocks in place of each layer, with what the layer's inputs are on calibration data.
-struct BlockReplacer {
-  const Ggml& library;
-  const Ggml::Type& type;
-  Executor& executor;
-  std::function<void()> done;
-  std::map<std::string, DenseLinear> made = {};
-
-  Result<std::optional<DenseLinear>> find(const std::string&, const DenseLinear&) {
-    return std::optional<DenseLinear>();
-  }
-  Result<DenseLinear> make(const std::string& name, const DenseLinear& dense, MatrixView<const float> gram) {
-    std::vector<float> importance;
-    for (std::int64_t k = 0; k < gram.cols; ++k) importance.push_back(gram.row(k)[k]);
-    std::vector<float> values = library.requantize(type, dense.weights(), importance, executor);
-    if (values.empty()) {
-      return error(StatusCode::kUnsupported, name, ": ", dense.rows(), " x ", dense.cols(),
-                   " are no blocks of ", type.block);
-    }
-    done();
-    return made[name] = linear_of(std::move(values), dense);
-  }
-};
 
 /// What codegemm-gpu is to be asked for --gpu: the shapes of a block's linear layers, and the formats.
 std::string gpu_arguments(const Options& options) {
@@ -394,7 +354,8 @@ class Explorer {
       std::vector<float> values(static_cast<std::size_t>(dense.rows() * dense.cols()));
       reference_dequantize(by_name.at(name)->view(),
                            MatrixView<float>(values.data(), dense.rows(), dense.cols()));
-      return linear_of(std::move(values), dense);
+      return DenseLinear(std::make_shared<const std::vector<float>>(std::move(values)), dense.rows(),
+                         dense.cols(), std::vector<float>(dense.bias().begin(), dense.bias().end()));
     });
   }
 

@@ -4,17 +4,12 @@
 // policy keeps of a production trace, no numbers lying in the blocks; and decoding over blocks that sequences
 // share beside the plain path. On one core.
 
-#if !defined(NDEBUG) && !defined(__clang_analyzer__)
-#error "Benchmarks must be built in Release mode: cmake --preset bench"
-#endif
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
-#include <exception>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -32,14 +27,11 @@
 #include <prefillshare/kv/allocator.hpp>
 #include <support/random.hpp>
 
+#include "support/cpu_program.hpp"
 #include "support/kv_plot.hpp"
 #include "support/kv_trace.hpp"
 #include "support/machine.hpp"
 #include "support/report.hpp"
-
-#if !defined(CODEGEMM_BENCH_FOLDER)
-#define CODEGEMM_BENCH_FOLDER "bench"  // from the repository's root
-#endif
 
 namespace codegemm::bench {
 namespace {
@@ -326,7 +318,7 @@ void shared_decode(json& rows) {
 int run(int argc, char** argv) {
   std::string json_path;
   std::string plot;
-  std::string trace = std::string(CODEGEMM_BENCH_FOLDER) + "/data/mooncake_conversation.tsv";
+  std::string trace = bench_file("data/mooncake_conversation.tsv");
   CLI::App app("The KV allocator on one core");
   app.add_option("--json", json_path, "Write the results to this file");
   app.add_option("--plot", plot, "Draw the policies' hit rates into this SVG file");
@@ -355,11 +347,4 @@ int run(int argc, char** argv) {
 }  // namespace
 }  // namespace codegemm::bench
 
-int main(int argc, char** argv) {
-  try {
-    return codegemm::bench::run(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "kv: %s\n", error.what());
-    return 1;
-  }
-}
+int main(int argc, char** argv) { return codegemm::bench::run_suite("kv", argc, argv, codegemm::bench::run); }

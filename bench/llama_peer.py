@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 #
-# Median seconds of a prefill and of one decode step of llama.cpp (PyPI llama-cpp-python), by its C functions so
-# that Python costs next to nothing.
-# usage: llama_peer.py MODEL.gguf THREADS PREFILL_TOKENS DECODE_TOKENS ROUNDS
-import statistics
+# llama.cpp (PyPI llama-cpp-python), by its C functions so that Python costs next to nothing. Prints 1 when it is
+# ready; then each line that it reads is answered with the seconds of a prefill and of one decode step behind it.
+# usage: llama_peer.py MODEL.gguf THREADS PREFILL_TOKENS DECODE_TOKENS
 import sys
 import time
 
@@ -12,7 +11,7 @@ import llama_cpp
 
 
 def main():
-    path, (threads, prefill, decode, rounds) = sys.argv[1], map(int, sys.argv[2:6])
+    path, (threads, prefill, decode) = sys.argv[1], map(int, sys.argv[2:5])
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_load_model_from_file(path.encode(), llama_cpp.llama_model_default_params())
     if not model:
@@ -31,8 +30,8 @@ def main():
             sys.exit("llama_decode failed")
         llama_cpp.llama_get_logits_ith(context, -1)[0]  # waits for the result
 
-    prefills, steps = [], []
-    for i in range(rounds + 1):  # the first is not counted
+    print(1, flush=True)
+    for _ in sys.stdin:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         start = time.perf_counter()
         run(tokens[:prefill])
@@ -40,10 +39,7 @@ def main():
         for token in tokens[prefill:]:
             run([token])
         end = time.perf_counter()
-        if i > 0:
-            prefills.append(middle - start)
-            steps.append((end - middle) / decode)
-    print(statistics.median(prefills), statistics.median(steps))
+        print(middle - start, (end - middle) / decode, flush=True)
 
 
 main()

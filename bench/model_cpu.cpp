@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // bench/model_cpu.cpp - a whole model on the CPU: seconds of a prefill and of decode steps with every linear
-// layer through codegemm::gemm(), against llama.cpp on the GGUF file itself. Peers that are not installed are
-// left out (scripts/bench --with-peers installs them).
+// layer through codegemm::gemm(), against llama.cpp on the GGUF file itself, all formats and llama.cpp in
+// turns. Peers that are not installed are left out (scripts/bench --with-peers installs them).
 
 #if !defined(NDEBUG) && !defined(__clang_analyzer__)
 #error "Benchmarks must be built in Release mode: cmake --preset bench"
@@ -14,8 +14,11 @@
 #include <cstdint>
 #include <cstdio>
 #include <exception>
+#include <list>
 #include <memory>
+#include <span>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -31,6 +34,7 @@
 
 #include "support/machine.hpp"
 #include "support/peer_process.hpp"
+#include "support/pinning.hpp"
 #include "support/report.hpp"
 
 namespace prefillshare::examples {
@@ -48,10 +52,10 @@ struct Options {
   int threads = 0;
 };
 
-/// Medians over the rounds: one prefill of an empty cache, one decode step behind it.
+/// One prefill of an empty cache, one decode step behind it: of each round.
 struct Times {
-  double prefill_seconds = 0.0;
-  double decode_seconds = 0.0;
+  std::vector<double> prefills;
+  std::vector<double> steps;
 };
 
 /// The same tokens for everybody, without a tokenizer: only their number matters for the time.
@@ -63,48 +67,83 @@ std::vector<std::int32_t> some_tokens(std::int64_t count, std::int64_t vocabular
   return tokens;
 }
 
-template <LinearLayer Linear>
-Times time_model(const LlamaModel<Linear>& model, const Options& options, Executor& executor) {
-  const ModelConfig& c = model.config;
-  const std::int64_t context = options.prefill + options.decode;
-  const KvShape shape = kv_shape(c);
-  const std::int64_t block_count = (context + shape.block_tokens - 1) / shape.block_tokens;
-  HostKvStorage storage = unwrap(HostKvStorage::create(shape, block_count));
-  std::vector<BlockId> blocks;
-  for (std::int64_t i = 0; i < block_count; ++i) blocks.push_back(static_cast<BlockId>(i));
-  ForwardWorkspace workspace =
-      unwrap(ForwardWorkspace::create(model, options.prefill, context, executor.workers()));
-  const std::vector<std::int32_t> tokens = some_tokens(context, c.vocab_size);
-  std::vector<float> logits(static_cast<std::size_t>(c.vocab_size));
-  const MatrixView<float> last(logits.data(), 1, c.vocab_size);
-  const std::span<const std::int32_t> all(tokens);
-  std::vector<double> prefills;
-  std::vector<double> steps;
-  for (std::int64_t round = 0; round <= options.rounds; ++round) {  // the first is not counted
-    auto start = std::chrono::steady_clock::now();
-    check(forward(model, all.first(static_cast<std::size_t>(options.prefill)), {&storage, blocks, 0}, last,
-                  workspace, executor));
-    if (round > 0) prefills.push_back(seconds_since(start));
-    start = std::chrono::steady_clock::now();
-    for (std::int64_t i = options.prefill; i < context; ++i) {
-      check(forward(model, all.subspan(static_cast<std::size_t>(i), 1), {&storage, blocks, i}, last,
-                    workspace, executor));
-    }
-    if (round > 0) steps.push_back(seconds_since(start) / static_cast<double>(options.decode));
-    if (!std::isfinite(logits[0])) throw UserError("the model's logits are not finite");
-  }
-  return {median(prefills), median(steps)};
-}
+/// A model with its cache and memory, a prefill and decode steps a round.
+class ModelRounds {
+ public:
+  ModelRounds(const QuantizedModel& model, const Options& options, Executor& executor)
+      : model_(model),
+        prefill_(options.prefill),
+        executor_(executor),
+        tokens_(some_tokens(options.prefill + options.decode, model.config.vocab_size)),
+        logits_(static_cast<std::size_t>(model.config.vocab_size)),
+        blocks_(some_blocks(context(), kv_shape(model.config).block_tokens)),
+        storage_(unwrap(HostKvStorage::create(kv_shape(model.config), std::ssize(blocks_)))),
+        workspace_(unwrap(ForwardWorkspace::create(model, options.prefill, context(), executor.workers()))) {}
 
-/// llama.cpp by llama_peer.py; zeros where it is not installed.
-Times time_llama(const Options& options, int threads) {
-  const std::vector<double> out =
-      codegemm::bench::run_peer("", "llama_peer.py",
-                                codegemm::concat("'", options.model, "' ", threads, ' ', options.prefill, ' ',
-                                                 options.decode, ' ', options.rounds),
-                                2);
-  return out.empty() ? Times{} : Times{out[0], out[1]};
-}
+  void run(bool counted) {
+    const MatrixView<float> last(logits_.data(), 1, model_.config.vocab_size);
+    const std::span<const std::int32_t> all(tokens_);
+    auto start = std::chrono::steady_clock::now();
+    check(forward(model_, all.first(static_cast<std::size_t>(prefill_)), {&storage_, blocks_, 0}, last,
+                  workspace_, executor_));
+    const double prefill = seconds_since(start);
+    start = std::chrono::steady_clock::now();
+    for (std::int64_t i = prefill_; i < context(); ++i) {
+      check(forward(model_, all.subspan(static_cast<std::size_t>(i), 1), {&storage_, blocks_, i}, last,
+                    workspace_, executor_));
+    }
+    const double step = seconds_since(start) / static_cast<double>(context() - prefill_);
+    if (!std::isfinite(logits_[0])) throw UserError("the model's logits are not finite");
+    if (!counted) return;
+    times_.prefills.push_back(prefill);
+    times_.steps.push_back(step);
+  }
+
+  [[nodiscard]] const Times& times() const { return times_; }
+
+ private:
+  [[nodiscard]] std::int64_t context() const { return std::ssize(tokens_); }
+  [[nodiscard]] static std::vector<BlockId> some_blocks(std::int64_t tokens, std::int64_t block_tokens) {
+    std::vector<BlockId> blocks;
+    for (std::int64_t i = 0; i * block_tokens < tokens; ++i) blocks.push_back(static_cast<BlockId>(i));
+    return blocks;
+  }
+
+  const QuantizedModel& model_;
+  std::int64_t prefill_;
+  Executor& executor_;
+  std::vector<std::int32_t> tokens_;
+  std::vector<float> logits_;
+  std::vector<BlockId> blocks_;
+  HostKvStorage storage_;
+  ForwardWorkspace workspace_;
+  Times times_;
+};
+
+/// llama.cpp by llama_peer.py.
+class LlamaRounds {
+ public:
+  LlamaRounds(const Options& options, int threads)
+      : server_(
+            "", "llama_peer.py",
+            codegemm::concat("'", options.model, "' ", threads, ' ', options.prefill, ' ', options.decode)) {}
+  [[nodiscard]] bool installed() const { return server_.ready(); }
+
+  void run(bool counted) {
+    const std::vector<double> out = server_.ask(1, 2);
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));  // its threads go on polling for a while
+    if (out.size() != 2) throw UserError("llama.cpp's process has ended");
+    if (!counted) return;
+    times_.prefills.push_back(out[0]);
+    times_.steps.push_back(out[1]);
+  }
+
+  [[nodiscard]] const Times& times() const { return times_; }
+
+ private:
+  codegemm::bench::PeerServer server_;
+  Times times_;
+};
 
 class Suite {
  public:
@@ -117,9 +156,9 @@ class Suite {
 
   /// bytes: of the linear layers, all of which a step reads.
   void add(const std::string& config, double bits, std::int64_t bytes, const Times& ours, const Times& peer) {
-    add_row("prefill", config, bits, bytes, options_.prefill, ours.prefill_seconds,
-            static_cast<double>(options_.prefill), peer.prefill_seconds);
-    add_row("decode", config, bits, bytes, 1, ours.decode_seconds, 1.0, peer.decode_seconds);
+    add_row("prefill", config, bits, bytes, options_.prefill, median(ours.prefills),
+            static_cast<double>(options_.prefill), median(peer.prefills));
+    add_row("decode", config, bits, bytes, 1, median(ours.steps), 1.0, median(peer.steps));
   }
 
   void write(const std::string& path) const {
@@ -156,20 +195,32 @@ class Suite {
 };
 
 int run(const Options& options) {
+  const cpu_set_t allowed = codegemm::bench::allowed_processors();
   codegemm::ThreadPool pool(options.threads);
+  LlamaRounds llama(options, pool.workers());
+  codegemm::bench::pin_workers(pool, allowed);
   const std::unique_ptr<TensorSource> source = unwrap(open_model(options.model));
   const LoadedModel loaded = unwrap(load_model(*source));
   Suite suite(options, pool);
-  const Times peer = time_llama(options, pool.workers());
+  std::vector<std::shared_ptr<const QuantizedModel>> models;
+  std::list<ModelRounds> ours;
   for (const std::string& name : options.formats) {
     const codegemm::Format format = unwrap(codegemm::parse_format(name));
     ProgressLine progress("quantizing as " + name);
-    const auto model =
-        unwrap(quantized_model(loaded, format, options.cache, pool,
-                               [&](std::int64_t done, std::int64_t total) { progress.update(done, total); }));
-    const std::int64_t bytes = linear_bytes(*model);
-    const double bits = 8.0 * static_cast<double>(bytes) / static_cast<double>(linear_weights(*model));
-    suite.add(name, bits, bytes, time_model(*model, options, pool), peer);
+    models.push_back(unwrap(
+        quantized_model(loaded, format, options.cache, pool,
+                        [&](std::int64_t done, std::int64_t total) { progress.update(done, total); })));
+    ours.emplace_back(*models.back(), options, pool);
+  }
+  for (std::int64_t round = 0; round <= options.rounds; ++round) {  // the first is not counted
+    if (llama.installed()) llama.run(round > 0);
+    for (ModelRounds& model : ours) model.run(round > 0);
+  }
+  auto rounds = ours.begin();
+  for (std::size_t i = 0; i < models.size(); ++i, ++rounds) {
+    const std::int64_t bytes = linear_bytes(*models[i]);
+    const double bits = 8.0 * static_cast<double>(bytes) / static_cast<double>(linear_weights(*models[i]));
+    suite.add(options.formats[i], bits, bytes, rounds->times(), llama.times());
   }
   if (!options.json.empty()) suite.write(options.json);
   return 0;

@@ -10,6 +10,7 @@
 
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -36,8 +37,11 @@
 #include <common/quantize_options.hpp>
 #include <common/text_tokens.hpp>
 
+#include "support/ggml_blocks.hpp"
 #include "support/gpu_timing.cuh"
 #include "support/peer_process.hpp"
+#include "support/permuted_model.hpp"
+#include "support/random_dense.hpp"
 #include "support/report.hpp"
 
 namespace codegemm::bench {
@@ -52,6 +56,8 @@ struct Options : QuantizeOptions {
   std::string model, text, calibration, cache, json_path, out, aqlm;
   std::vector<std::string> formats = {"m1v4g64"};
   bool block_8b = false;
+  std::uint64_t permute = 0;
+  std::vector<std::string> blocks;
   std::int64_t windows = 16;
   std::int64_t window_length = 512;
   std::int64_t distill_sequences = 1 << 20;
@@ -59,6 +65,8 @@ struct Options : QuantizeOptions {
   std::vector<std::int64_t> steps = {400};
   std::vector<double> rates = {4e-3};
   TrainOptions distill;
+  std::vector<double> code_rates = {0.0};
+  prefillshare::cuda::CodeMoveOptions moves;
 };
 
 double seconds_since(Clock::time_point start) {
@@ -67,8 +75,7 @@ double seconds_since(Clock::time_point start) {
 
 /// A block of Llama-3-8B's shape and an embedding of some tokens, weights at random.
 LoadedModel random_block_8b() {
-  auto model = std::make_shared<LlamaModel<DenseLinear>>();
-  ModelConfig& c = model->config;
+  ModelConfig c;
   c.vocab_size = 4096;
   c.hidden_size = 4096;
   c.intermediate_size = 14336;
@@ -80,32 +87,8 @@ LoadedModel random_block_8b() {
   c.tied_embeddings = true;
   c.rope.head_dim = 128;
   c.rope.theta = 500000.0;
-  codegemm::detail::SplitMix random(1);
-  const auto draw = [&](std::int64_t count, double scale) {
-    std::vector<float> values(static_cast<std::size_t>(count));
-    for (float& x : values)
-      x = static_cast<float>(scale * (random.uniform() + random.uniform() + random.uniform() - 1.5) * 2.0);
-    return values;
-  };
-  const auto linear = [&](std::int64_t rows, std::int64_t cols) {
-    return DenseLinear(std::make_shared<const std::vector<float>>(
-                           draw(rows * cols, 1.0 / std::sqrt(static_cast<double>(cols)))),
-                       rows, cols);
-  };
-  model->embedding = std::make_shared<const std::vector<float>>(draw(c.vocab_size * c.hidden_size, 1.0));
-  LlamaLayer<DenseLinear>& layer = model->layers.emplace_back();
-  const std::vector<float> ones(static_cast<std::size_t>(c.hidden_size), 1.0F);
-  layer.input_norm = layer.post_attention_norm = model->final_norm = ones;
-  layer.q = linear(c.q_size(), c.hidden_size);
-  layer.k = linear(c.kv_size(), c.hidden_size);
-  layer.v = linear(c.kv_size(), c.hidden_size);
-  layer.o = linear(c.hidden_size, c.q_size());
-  layer.gate = linear(c.intermediate_size, c.hidden_size);
-  layer.up = linear(c.intermediate_size, c.hidden_size);
-  layer.down = linear(c.hidden_size, c.intermediate_size);
-  model->head = DenseLinear(model->embedding, c.vocab_size, c.hidden_size);
   LoadedModel loaded;
-  loaded.model = std::move(model);
+  loaded.model = random_dense_model(c, 1.0);
   loaded.fingerprint = "random-block-8b";
   return loaded;
 }
@@ -149,6 +132,10 @@ class QuantizeSuite {
         pool_(options.threads),
         source_(unwrap(open_model(options.model))),
         loaded_(unwrap(load_model(*source_))) {
+    if (options.permute > 0) {
+      loaded_.model = permuted_model(*loaded_.model, options.permute);
+      loaded_.fingerprint += concat("-permuted-", options.permute);
+    }
     const Tokenizer tokenizer = unwrap(load_tokenizer(options.model));
     windows_ = sequences_of_file(options.text, options.windows, options.window_length, tokenizer);
     sequences_ = sequences_of_file(options.calibration, options.sequences, options.length, tokenizer);
@@ -173,7 +160,8 @@ class QuantizeSuite {
   }
 
   void run() {
-    const PerplexitySums dense = gpu_.score(*loaded_.model, windows_);
+    dense_ = gpu_.score(*loaded_.model, windows_);
+    const PerplexitySums& dense = dense_;
     std::printf("%zu windows of %zu tokens of %s: perplexity of the model as given %.3f +- %.3f\n",
                 windows_.size(), windows_.front().size(), file_name(options_.text).c_str(),
                 dense.perplexity(), dense.error());
@@ -183,6 +171,7 @@ class QuantizeSuite {
     std::fflush(stdout);
     if (!options_.aqlm.empty()) compare_with_aqlm(dense);
     if (options_.block_8b) add_block_8b(dense);
+    for (const std::string& name : options_.blocks) add_blocks(name);
     for (const std::string& name : options_.formats) {
       add_format(unwrap(parse_format(name)));
       write(dense);  // what is measured is kept
@@ -298,6 +287,34 @@ class QuantizeSuite {
     write(perplexity);
   }
 
+  /// All layers in blocks of ggml's, importance from the calibration text.
+  void add_blocks(const std::string& name) {
+    const Ggml library;
+    const auto& types = Ggml::file_types();
+    const auto type =
+        std::find_if(types.begin(), types.end(), [&](const Ggml::Type& own) { return name == own.name; });
+    if (type == types.end()) throw UserError(name + ": no block type of that name is known here");
+    if (!library.quantizes()) throw UserError("--blocks: CODEGEMM_GGML names no folder of ggml's libraries");
+    BlockReplacer replacer{library, *type, pool_, {}};
+    CalibrationRunOptions run_options;
+    run_options.correct = false;
+    gpu_.calibrate(loaded_, sequences_, run_options, replacer, loaded_.model->config.layers, pool_);
+    const auto model = with_weights(*loaded_.model, [&](const std::string& layer, const DenseLinear&) {
+      return replacer.made.at(layer);
+    });
+    const PerplexitySums sums = gpu_.score(*model, windows_);
+    const double bits = 8.0 * type->bytes / type->block;
+    std::printf("%s blocks, %.2f bits: perplexity %.3f +- %.3f\n", name.c_str(), bits, sums.perplexity(),
+                sums.error());
+    std::fflush(stdout);
+    rows_.push_back({{"name", name + " blocks"},
+                     {"bits_per_weight", bits},
+                     {"method", "ggml's blocks over the rows' ends, importance from the calibration text"},
+                     {"perplexity", sums.perplexity()},
+                     {"perplexity_error", sums.error()}});
+    write(dense_);
+  }
+
   void add_format(Format format) {
     const std::string name = format_name(format);
     const std::string folder =
@@ -344,7 +361,7 @@ class QuantizeSuite {
     QuantizedLayers best = layers;
     double least = HUGE_VAL;  // the held-out text does not choose
     for (const std::int64_t steps : options_.steps) {
-      for (const double rate : options_.rates) {
+      for (const auto& [rate, code_rate] : rate_pairs()) {
         json row = {{"name", name},
                     {"bits_per_weight", bits / weights},
                     {"method", options_.method},
@@ -354,12 +371,13 @@ class QuantizeSuite {
                     {"calibrated_perplexity", calibrated.perplexity()},
                     {"calibrated_perplexity_error", calibrated.error()}};
         QuantizedLayers tuned = layers;
-        if (steps > 0) distill(name, steps, rate, tuned, row);
+        if (steps > 0) distill(name, steps, rate, code_rate, tuned, row);
         if (row.value("divergence", least) < least) {
           least = row.at("divergence").get<double>();
           best = std::move(tuned);
         }
         rows_.push_back(std::move(row));
+        write(dense_);
       }
     }
     if (options_.out.empty()) return;
@@ -370,14 +388,25 @@ class QuantizeSuite {
                                 best.norms));
   }
 
-  void distill(const std::string& name, std::int64_t steps, double rate, QuantizedLayers& layers, json& row) {
+  [[nodiscard]] std::vector<std::pair<double, double>> rate_pairs() const {
+    std::vector<std::pair<double, double>> out;
+    for (const double rate : options_.rates) {
+      for (const double code_rate : options_.code_rates) out.emplace_back(rate, code_rate);
+    }
+    return out;
+  }
+
+  void distill(const std::string& name, std::int64_t steps, double rate, double code_rate,
+               QuantizedLayers& layers, json& row) {
+    prefillshare::cuda::CodeMoveOptions moves = options_.moves;
+    moves.rate = code_rate;
     TrainOptions options = options_.distill;
     options.steps = steps;
     options.rate = rate;
     const auto start = Clock::now();
     TrainProgress last;
     const GpuQuantizer::Distilled done =
-        gpu_.distill(loaded_.model, layers, taught_, judged_, options, [&](const TrainProgress& now) {
+        gpu_.distill(loaded_.model, layers, taught_, judged_, options, moves, [&](const TrainProgress& now) {
           last = now;
           if (now.step == 1 || now.step % 200 == 0)
             std::printf("  step %lld: divergence %.4f, %.0f tokens/s\n", static_cast<long long>(now.step),
@@ -385,13 +414,17 @@ class QuantizeSuite {
         });
     const double seconds = seconds_since(start);
     const PerplexitySums sums = gpu_.score(GpuQuantizer::with_layers(*loaded_.model, layers), windows_);
-    std::printf("%-11s rate %g: %lld steps in %.1f s, divergence %.4f to %.4f, perplexity %.3f +- %.3f\n",
-                name.c_str(), rate, static_cast<long long>(options.steps), seconds, done.before, done.after,
-                sums.perplexity(), sums.error());
+    std::printf(
+        "%-11s rate %g, codes' %g: %lld steps in %.1f s, %lld codes moved, divergence %.4f to %.4f, "
+        "perplexity %.3f +- %.3f\n",
+        name.c_str(), rate, code_rate, static_cast<long long>(options.steps), seconds,
+        static_cast<long long>(done.codes_moved), done.before, done.after, sums.perplexity(), sums.error());
     std::fflush(stdout);
     row["distill_steps"] = options.steps;
     row["distill_rate"] = rate;
     row["distill_batch"] = options.batch;
+    row["code_rate"] = code_rate;
+    row["codes_moved"] = done.codes_moved;
     row["distill_seconds"] = seconds;
     row["distill_tokens_per_s"] = last.tokens_per_second;
     row["divergence_before"] = done.before;
@@ -414,6 +447,7 @@ class QuantizeSuite {
     out["windows"] = concat(hash_tokens(windows_));
     out["host_peak_mib"] = static_cast<double>(usage.ru_maxrss) / 1024.0;
     out["threads"] = pool_.workers();
+    if (options_.permute > 0) out["channels_permuted_by_seed"] = options_.permute;
     if (!aqlm_rows_.empty()) out["beside_aqlm"] = aqlm_rows_;
     if (!block_8b_.empty()) out["block_8b"] = block_8b_;
     check(write_text(out.dump(2) + '\n', options_.json_path));
@@ -426,6 +460,7 @@ class QuantizeSuite {
   LoadedModel loaded_;
   TextQuantizerOptions quantizer_;
   Suite suite_;
+  PerplexitySums dense_;                              // of the model as given
   std::vector<std::vector<std::int32_t>> windows_;    // held out
   std::vector<std::vector<std::int32_t>> sequences_;  // to calibrate on
   std::vector<std::vector<std::int32_t>> taught_;     // to distill on
@@ -462,6 +497,13 @@ int main(int argc, char** argv) {
   app.add_flag("--block-8b", options.block_8b,
                "also times a block of Llama-3-8B's shape in the first format, on random weights");
   app.add_option(
+         "--permute", options.permute,
+         "put the model's channels into an order drawn from this seed, which changes nothing but what "
+         "lies beside what; 0: as they are")
+      ->capture_default_str();
+  app.add_option("--blocks", options.blocks,
+                 "also in blocks of these types of ggml's (Q4_K, ...), by its libraries in CODEGEMM_GGML");
+  app.add_option(
       "--aqlm", options.aqlm,
       "a clone of github.com/Vahe1994/AQLM: also quantizes layers with its code, for their errors");
   add_quantize_options(app, options);
@@ -474,6 +516,14 @@ int main(int argc, char** argv) {
   app.add_option("--distill-rate", options.rates,
                  "highest learning rates, of each tensor's root mean square; of several each by itself")
       ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--code-rate", options.code_rates,
+                 "highest rates of codes that follow the gradient, in shares of the weights' size; 0: codes "
+                 "stay; of several each by itself")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  app.add_option("--code-every", options.moves.every, "steps between changes of codes")
+      ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
   app.add_option("--pass-tokens", options.distill.pass_tokens, "rows computed at once")
       ->check(CLI::Range(1, 1 << 20))

@@ -3,16 +3,11 @@
 // bench/serve.cpp - four agents on one machine, on a real model and real text: one prefill for all of them
 // against one prefill for each, with the same memory for KV. Everything is executed; nothing is simulated.
 
-#if !defined(NDEBUG) && !defined(__clang_analyzer__)
-#error "Benchmarks must be built in Release mode: cmake --preset bench"
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <exception>
 #include <filesystem>
 #include <map>
 #include <memory>
@@ -30,14 +25,11 @@
 #include <common/quantized_model.hpp>
 #include <common/text_tokens.hpp>
 
+#include "support/cpu_program.hpp"
 #include "support/machine.hpp"
 #include "support/report.hpp"
 #include "support/serve_plot.hpp"
 #include "support/serve_system.hpp"
-
-#if !defined(CODEGEMM_BENCH_FOLDER)
-#define CODEGEMM_BENCH_FOLDER "bench"  // from the repository's root
-#endif
 
 namespace codegemm::bench {
 namespace {
@@ -200,7 +192,7 @@ struct Bench {
 
 int run(int argc, char** argv) {
   Options options;
-  options.text = std::string(CODEGEMM_BENCH_FOLDER) + "/../examples/data/river_report.txt";
+  options.text = bench_file("../examples/data/river_report.txt");
   if (const char* path = std::getenv("PREFILLSHARE_TEST_MODEL"); path != nullptr) options.model = path;
   CLI::App app("Four agents on one machine: one prefill for all, or one for each");
   app.add_option("--model", options.model, "GGUF file or Hugging Face folder (PREFILLSHARE_TEST_MODEL)");
@@ -268,10 +260,5 @@ int run(int argc, char** argv) {
 }  // namespace codegemm::bench
 
 int main(int argc, char** argv) {
-  try {
-    return codegemm::bench::run(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "serve: %s\n", error.what());
-    return 1;
-  }
+  return codegemm::bench::run_suite("serve", argc, argv, codegemm::bench::run);
 }

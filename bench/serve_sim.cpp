@@ -10,13 +10,8 @@
 //
 // usage: serve-sim [--from bench/results/serve-gpu-CARD.json] [--costs FILE] [--json FILE]
 
-#if !defined(NDEBUG) && !defined(__clang_analyzer__)
-#error "Benchmarks must be built in Release mode: cmake --preset bench"
-#endif
-
 #include <cstdint>
 #include <cstdio>
-#include <exception>
 #include <fstream>
 #include <stdexcept>
 #include <string>
@@ -29,13 +24,10 @@
 #include <codegemm/base/executor.hpp>
 
 #include "support/cost_tables.hpp"
+#include "support/cpu_program.hpp"
 #include "support/machine.hpp"
 #include "support/report.hpp"
 #include "support/serve_plan.hpp"
-
-#if !defined(CODEGEMM_BENCH_FOLDER)
-#define CODEGEMM_BENCH_FOLDER "bench"  // from the repository's root
-#endif
 
 namespace codegemm::bench {
 namespace {
@@ -92,7 +84,7 @@ json compare_pair(const json& row, const CardOutcome& outcome) {
 }
 
 int run(int argc, char** argv) {
-  std::string from = std::string(CODEGEMM_BENCH_FOLDER) + "/results/serve-gpu-h200.json";
+  std::string from = bench_file("results/serve-gpu-h200.json");
   std::string costs_path;
   std::string json_path;
   CLI::App app("Runs on one card, simulated with the step times measured beside them");
@@ -167,10 +159,5 @@ int run(int argc, char** argv) {
 }  // namespace codegemm::bench
 
 int main(int argc, char** argv) {
-  try {
-    return codegemm::bench::run(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "serve-sim: %s\n", error.what());
-    return 1;
-  }
+  return codegemm::bench::run_suite("serve-sim", argc, argv, codegemm::bench::run);
 }

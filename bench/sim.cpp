@@ -4,15 +4,10 @@
 // admission and allocator of this library. The times of steps are a formula's
 // (prefillshare/sim/cost_model.hpp), not measured ones; the wall time of the simulator itself is.
 
-#if !defined(NDEBUG) && !defined(__clang_analyzer__)
-#error "Benchmarks must be built in Release mode: cmake --preset bench"
-#endif
-
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
-#include <exception>
 #include <fstream>
 #include <iterator>
 #include <sstream>
@@ -27,14 +22,11 @@
 #include <codegemm/base/executor.hpp>
 #include <prefillshare/sim/cluster.hpp>
 
+#include "support/cpu_program.hpp"
 #include "support/kv_trace.hpp"
 #include "support/line_plot.hpp"
 #include "support/machine.hpp"
 #include "support/report.hpp"
-
-#if !defined(CODEGEMM_BENCH_FOLDER)
-#define CODEGEMM_BENCH_FOLDER "bench"  // from the repository's root
-#endif
 
 namespace codegemm::bench {
 namespace {
@@ -306,7 +298,7 @@ void scale(json& rows, std::int64_t requests) {
 int run(int argc, char** argv) {
   std::string json_path;
   std::string plot;
-  std::string trace = std::string(CODEGEMM_BENCH_FOLDER) + "/data/mooncake_conversation.tsv";
+  std::string trace = bench_file("data/mooncake_conversation.tsv");
   std::int64_t requests = 1'000'000;
   CLI::App app("The paper's cluster, simulated");
   app.add_option("--json", json_path, "Write the results to this file");
@@ -342,10 +334,5 @@ int run(int argc, char** argv) {
 }  // namespace codegemm::bench
 
 int main(int argc, char** argv) {
-  try {
-    return codegemm::bench::run(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "sim: %s\n", error.what());
-    return 1;
-  }
+  return codegemm::bench::run_suite("sim", argc, argv, codegemm::bench::run);
 }

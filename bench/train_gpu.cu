@@ -32,6 +32,7 @@
 #include "support/gpu_program.hpp"
 #include "support/gpu_timing.cuh"
 #include "support/peer_process.hpp"
+#include "support/random_dense.hpp"
 #include "support/report.hpp"
 
 namespace {
@@ -79,37 +80,6 @@ class Draw {
  private:
   std::uint64_t state_;
 };
-
-std::shared_ptr<const LlamaModel<DenseLinear>> random_model(const ModelConfig& c) {
-  Draw draw(1);
-  const auto values = [&](std::int64_t size, float deviation) {
-    auto out = std::make_shared<std::vector<float>>(static_cast<std::size_t>(size));
-    for (float& x : *out) x = draw.centered() * 3.4641016F * deviation;
-    return out;
-  };
-  const auto linear = [&](std::int64_t rows, std::int64_t cols) {
-    return DenseLinear(values(rows * cols, 1.0F / std::sqrt(static_cast<float>(cols))), rows, cols);
-  };
-  auto m = std::make_shared<LlamaModel<DenseLinear>>();
-  m->config = c;
-  m->embedding = values(c.vocab_size * c.hidden_size, 0.04F);
-  const std::vector<float> ones(static_cast<std::size_t>(c.hidden_size), 1.0F);
-  for (std::int64_t i = 0; i < c.layers; ++i) {
-    LlamaLayer<DenseLinear> l;
-    l.input_norm = l.post_attention_norm = ones;
-    l.q = linear(c.q_size(), c.hidden_size);
-    l.k = linear(c.kv_size(), c.hidden_size);
-    l.v = linear(c.kv_size(), c.hidden_size);
-    l.o = linear(c.hidden_size, c.q_size());
-    l.gate = linear(c.intermediate_size, c.hidden_size);
-    l.up = linear(c.intermediate_size, c.hidden_size);
-    l.down = linear(c.hidden_size, c.intermediate_size);
-    m->layers.push_back(std::move(l));
-  }
-  m->final_norm = ones;
-  m->head = DenseLinear(m->embedding, c.vocab_size, c.hidden_size);
-  return m;
-}
 
 // Lengths as bench/finetune_torch_peer.py has them: prompts of 64 to 144 tokens, targets of 8 to 40.
 std::vector<TrainingExample> examples_of(const ModelConfig& c, int count) {
@@ -170,7 +140,7 @@ class Suite {
       : options_(options),
         device_(device),
         stream_(stream),
-        model_(random_model(smollm2_135m())),
+        model_(codegemm::bench::random_dense_model(smollm2_135m(), 0.04)),
         examples_(examples_of(model_->config, 512)) {
     auto base = DeviceFrozenWeights<S>::create(*model_, device, stream);
     check(base.status());

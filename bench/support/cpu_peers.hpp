@@ -15,6 +15,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -157,6 +158,8 @@ class Ggml {
     if (auto* init = cpu_.find<void()>("ggml_cpu_init"); init != nullptr) init();
   }
   [[nodiscard]] bool loaded() const { return traits_ != nullptr && cpu_traits_ != nullptr; }
+  /// Whether requantize() can work; it needs less.
+  [[nodiscard]] bool quantizes() const { return traits_ != nullptr && quantize_ != nullptr; }
 
   /// Weights of one type: random blocks with sane scales, many times.
   struct Weights {
@@ -178,7 +181,10 @@ class Ggml {
     out->copies.resize(cold_copies(static_cast<double>(bytes)));
     for (auto& copy : out->copies) {
       copy.resize(bytes);
-      for (std::uint8_t& byte : copy) byte = static_cast<std::uint8_t>(random.next());
+      for (std::size_t at = 0; at < bytes; at += sizeof(std::uint64_t)) {
+        const std::uint64_t word = random.next();
+        std::memcpy(copy.data() + at, &word, std::min(sizeof(word), bytes - at));
+      }
       for (std::size_t block = 0; block < bytes; block += static_cast<std::size_t>(type.bytes)) {
         for (const int at : type.half_bytes) {
           const Half scale = Half::from_float(random.uniform(0.01F, 0.02F));
@@ -279,14 +285,24 @@ class Ggml {
   mutable std::vector<std::uint8_t> quantized_;
 };
 
-/// The best microseconds of AQLM's numba kernel in a process of its own, by aqlm_peer.py: the best, since its
-/// threads now and then sleep through a tick of the scheduler. Negative where it is not installed or its
-/// result is wrong.
-[[nodiscard]] inline double aqlm_us(Shape shape, Format f, int threads, bool quick) {
-  const std::vector<double> out =
-      run_peer(concat("NUMBA_NUM_THREADS=", threads), "aqlm_peer.py",
-               concat(shape.rows, ' ', shape.cols, ' ', f.v, ' ', f.m, quick ? " --quick" : ""), 1);
-  return out.empty() ? -1.0 : out[0];
-}
+/// AQLM's numba kernel in a process of its own, by aqlm_peer.py. Its threads now and then sleep through a
+/// tick of the scheduler, and add to the same sums without a lock.
+class Aqlm {
+ public:
+  Aqlm(Shape shape, Format f, int threads)
+      : server_(concat("NUMBA_NUM_THREADS=", threads), "aqlm_peer.py",
+                concat(shape.rows, ' ', shape.cols, ' ', f.v, ' ', f.m)) {}
+  /// Not where it is not installed or its result is wrong.
+  [[nodiscard]] bool ready() const { return server_.ready(); }
+  /// The seconds of so many calls; throws if it has failed.
+  [[nodiscard]] std::vector<double> time(std::int64_t calls) {
+    std::vector<double> out = server_.ask(calls, static_cast<std::size_t>(calls));
+    if (!server_.ready()) throw std::runtime_error("AQLM's process has ended");
+    return out;
+  }
+
+ private:
+  PeerServer server_;
+};
 
 }  // namespace codegemm::bench

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/support/gpu_program.hpp - the command line and the main function of the suites on a GPU.
+// bench/support/gpu_program.hpp - the command line of the suites on a GPU.
 // scripts/gpu-check builds them by nvcc alone, where CLI11 may be missing.
 #pragma once
 
-#include <cstdio>
 #include <cstdlib>
-#include <exception>
 #include <functional>
 #include <map>
 #include <stdexcept>
 #include <string>
 #include <utility>
+
+#include "run_suite.hpp"
 
 namespace codegemm::bench {
 
@@ -48,17 +48,6 @@ inline void parse(int argc, char** argv, const std::map<std::string, Option>& op
     const bool takes_value = option->second.takes_value_;
     if (takes_value && i + 1 >= argc) throw std::runtime_error(std::string(argv[i]) + " wants a value");
     option->second.found_(takes_value ? argv[++i] : nullptr);
-  }
-}
-
-// A suite's main(): what program(argc, argv) throws is told, and ends with 1.
-template <class Program>
-int run_suite(const char* name, int argc, char** argv, Program&& program) {
-  try {
-    return program(argc, argv);
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "%s: %s\n", name, e.what());
-    return 1;
   }
 }
 

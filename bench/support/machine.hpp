@@ -13,6 +13,7 @@
 #include <fstream>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <nlohmann/json.hpp>
@@ -26,12 +27,16 @@ namespace codegemm::bench {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-[[nodiscard]] inline double median(std::vector<double> values) {
+/// What a part of the values, 0 to 1, is below; 0 of none.
+[[nodiscard]] inline double quantile(std::vector<double> values, double part) {
   if (values.empty()) return 0.0;
-  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
+  const auto index = static_cast<std::ptrdiff_t>(part * static_cast<double>(values.size()));
+  const auto at = values.begin() + std::min(index, std::ssize(values) - 1);
+  std::nth_element(values.begin(), at, values.end());
+  return *at;
 }
+
+[[nodiscard]] inline double median(std::vector<double> values) { return quantile(std::move(values), 0.5); }
 
 /// The processor's name as Linux tells it.
 [[nodiscard]] inline std::string cpu_name() {
@@ -65,6 +70,17 @@ struct MemorySpeed {
   double copy_gb_per_s = 0.0;  // bytes read plus bytes written
 };
 
+/// The sum of `count` words, a multiple of 16.
+[[nodiscard]] inline std::uint64_t sum_words(const std::uint64_t* words, std::int64_t count) {
+  std::uint64_t sums[16] = {};  // that many, so that the processor need not wait for its own sums
+  for (std::int64_t w = 0; w < count; w += 16) {
+    for (std::int64_t lane = 0; lane < 16; ++lane) sums[lane] += words[w + lane];
+  }
+  std::uint64_t all = 0;
+  for (const std::uint64_t part : sums) all += part;
+  return all;
+}
+
 /// Reads and copies 256 MiB on all workers of the executor; the best of five.
 [[nodiscard]] inline MemorySpeed measure_memory(Executor& executor) {
   constexpr std::int64_t kWords = std::int64_t{1} << 25;
@@ -77,14 +93,7 @@ struct MemorySpeed {
   for (int i = 0; i < 5; ++i) {
     auto start = std::chrono::steady_clock::now();
     parallel_for(executor, kWords / kChunk, [&](std::int64_t chunk, int) {
-      const std::uint64_t* const words = from.data() + chunk * kChunk;
-      std::uint64_t sum[16] = {};  // that many, so that the processor need not wait for its own sums
-      for (std::int64_t w = 0; w < kChunk; w += 16) {
-        for (std::int64_t lane = 0; lane < 16; ++lane) sum[lane] += words[w + lane];
-      }
-      std::uint64_t all = 0;
-      for (const std::uint64_t part : sum) all += part;
-      sums[static_cast<std::size_t>(chunk)] = all;
+      sums[static_cast<std::size_t>(chunk)] = sum_words(from.data() + chunk * kChunk, kChunk);
     });
     speed.read_gb_per_s = std::max(speed.read_gb_per_s, kBytes / seconds_since(start) * 1e-9);
     start = std::chrono::steady_clock::now();

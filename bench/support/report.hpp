@@ -46,7 +46,10 @@ struct Row {
   std::string config;
   std::int64_t tokens = 0;
   double median_us = 0.0;
+  double quarter_us = 0.0;  // a quarter of the calls took less; 0: not kept
+  double three_quarters_us = 0.0;
   double gb_per_s = 0.0;       // bytes of the weights over the time
+  double read_gb_per_s = 0.0;  // of a plain read in the same rounds; 0: not measured
   double share_of_read = 0.0;  // of what this machine reads from memory
   double error = 0.0;          // relative, against the reference
   double psumbook_us = 0.0;    // of building the Psumbook alone; 0: not measured
@@ -88,6 +91,8 @@ struct Suite {
                     {"share_of_read", row.share_of_read},
                     {"error", row.error},
                     {"peers", peers}});
+    if (row.quarter_us > 0.0) rows.back()["quartiles_us"] = {row.quarter_us, row.three_quarters_us};
+    if (row.read_gb_per_s > 0.0) rows.back()["read_gb_per_s"] = row.read_gb_per_s;
     if (row.psumbook_us > 0.0) rows.back()["psumbook_us"] = row.psumbook_us;
     if (row.tflop_per_s > 0.0) rows.back()["tflop_per_s"] = row.tflop_per_s;
   }

@@ -75,11 +75,13 @@ class GpuQuantizer {
   struct Distilled {
     double before = 0.0;
     double after = 0.0;
+    std::int64_t codes_moved = 0;
   };
-  /// Trains codebooks, scales and norms on what `dense` says about `sequences`, in bf16. `layers` becomes the
-  /// result, its norms replaced.
+  /// Trains codebooks, scales and norms, and codes where `moves` says so, on what `dense` says about
+  /// `sequences`, in bf16. `layers` becomes the result, its norms replaced.
   Distilled distill(const std::shared_ptr<const Model>& dense, QuantizedLayers& layers,
                     const Sequences& sequences, const Sequences& judged, const TrainOptions& options,
+                    const cuda::CodeMoveOptions& moves,
                     const std::function<void(const TrainProgress&)>& progress) {
     using S = __nv_bfloat16;
     std::map<std::string, codegemm::QuantizedMatrix> matrices;
@@ -88,12 +90,14 @@ class GpuQuantizer {
     auto student = unwrap(TrainableModel<float>::codebooks(dense, matrices));
     auto teacher = std::make_shared<const cuda::DeviceFrozenWeights<S>>(
         unwrap(cuda::DeviceFrozenWeights<S>::create(*dense, device_, stream_.get())));
-    auto distiller = unwrap(cuda::DeviceDistiller<S>::create(student, std::move(teacher), sequences, options,
-                                                             device_, stream_.get()));
+    auto distiller =
+        unwrap(cuda::DeviceDistiller<S>::create(student, std::move(teacher), sequences, options, device_,
+                                                stream_.get(), cuda::Activations::kKept, moves));
     Distilled out;
     out.before = unwrap(distiller.divergence(judged));
     check(distiller.run(progress));
     out.after = unwrap(distiller.divergence(judged));
+    out.codes_moved = distiller.codes_moved();
     matrices = student.matrices();
     for (std::size_t i = 0; i < layers.names.size(); ++i) layers.matrices[i] = matrices.at(layers.names[i]);
     for (const Parameter<float>& p : student.parameters()) {

@@ -101,7 +101,7 @@ inline void transpose_slab(Isa isa, MatrixView<const float> w, std::int64_t firs
     for (std::int64_t t = 0; t < y.rows; ++t) std::fill_n(y.row(t), y.cols, 0.0F);
     return {};
   }
-  const DensePlan plan = make_dense_plan(w.rows, w.cols, x.rows);
+  const SlabPlan plan = make_dense_plan(w.rows, w.cols, x.rows);
   const std::size_t needed = static_cast<std::size_t>(plan.floats(executor.workers())) * sizeof(float);
   if (workspace.size() < needed) {
     return error(StatusCode::kWorkspaceTooSmall, "dense_gemm: workspace has ", workspace.size(), " bytes, ",

@@ -68,7 +68,7 @@ inline void copy_slab(MatrixView<const float> w, std::int64_t first, std::int64_
     for (std::int64_t t = 0; t < y.rows && !accumulate; ++t) std::fill_n(y.row(t), y.cols, 0.0F);
     return {};
   }
-  const detail::DensePlan plan = detail::make_dense_plan(w.cols, w.rows, x.rows);
+  const detail::SlabPlan plan = detail::make_dense_plan(w.cols, w.rows, x.rows);
   const std::size_t needed = static_cast<std::size_t>(plan.floats(executor.workers())) * sizeof(float);
   if (workspace.size() < needed) {
     return error(StatusCode::kWorkspaceTooSmall, "dense_gemm_nn: workspace has ", workspace.size(),

@@ -142,6 +142,32 @@ struct EntryPlace {
           p.vectors_in(tile) * p.format.m * entry_bytes, p.block_rows, p.format.b == 4};
 }
 
+// The codes of an entry for all rows, from w to their place. uses: how often each code is.
+inline void pack_entry(const QuantizedMatrixView& w, std::int64_t j, std::int64_t c, const EntryPlace& place,
+                       unsigned char* bytes, std::int64_t* uses) noexcept {
+  const int per_word = w.format.codes_per_word();
+  const int bits = w.format.stored_code_bits();
+  const std::int64_t words = (w.vectors() + per_word - 1) / per_word;
+  const std::uint32_t* const codes = w.codes + (c * words + j / per_word) * w.rows;
+  const int shift = static_cast<int>(j % per_word) * bits;
+  const std::uint32_t mask = (1U << bits) - 1U;
+  const std::int64_t apart = place.nibbles ? place.block_rows / 2 : place.block_rows;
+  for (std::int64_t first = 0, block = 0; first < w.rows; first += place.block_rows, ++block) {
+    unsigned char* const to = bytes + place.first + block * place.stride;
+    const std::int64_t count = std::min<std::int64_t>(place.block_rows, w.rows - first);
+    for (std::int64_t row = 0; row < std::min(count, apart); ++row) {
+      const std::uint32_t code = codes[first + row] >> shift & mask;
+      to[row] = static_cast<unsigned char>(code);
+      ++uses[code];
+    }
+    for (std::int64_t row = apart; row < count; ++row) {
+      const std::uint32_t code = codes[first + row] >> shift & mask;
+      to[row - apart] = static_cast<unsigned char>(to[row - apart] | code << 4);
+      ++uses[code];
+    }
+  }
+}
+
 // Vectors in a tile: as many as the tables allow, but so that tiles and scale groups share their borders
 // where that costs less than half of the tile.
 [[nodiscard]] inline std::int64_t choose_tile_vectors(Format f, std::int64_t vectors, bool lookup) {
@@ -245,13 +271,7 @@ inline Result<PackedMatrix> detail::pack_for(const QuantizedMatrixView& w, Isa i
   for (std::int64_t c = 0; c < f.m; ++c) {
     std::int64_t* const uses = histogram.data() + c * f.centroids();
     for (std::int64_t j = 0; j < w.vectors(); ++j) {
-      const detail::EntryPlace place = detail::entry_place(view, j, c);
-      for (std::int64_t n = 0; n < w.rows; ++n) {
-        const std::uint32_t code = w.code(c, n, j);
-        unsigned char& byte = bytes[place.byte(n)];
-        byte = static_cast<unsigned char>(byte | (code << place.shift(n)));
-        ++uses[code];
-      }
+      detail::pack_entry(w, j, c, detail::entry_place(view, j, c), bytes, uses);
     }
   }
 

@@ -264,7 +264,7 @@ constexpr detail::ByteTileKernels kPlainTiles{&begin_nothing, &multiply_bytes_pl
 std::vector<float> multiply_as_bytes(const PackedMatrix& packed, const std::vector<float>& x,
                                      std::int64_t tokens, Executor& executor) {
   const PackedView& w = packed.view();
-  const detail::BytePlan plan = detail::make_byte_plan(w.rows, w.cols, tokens);
+  const detail::SlabPlan plan = detail::make_byte_plan(w.rows, w.cols, tokens);
   AlignedBuffer<float> workspace;
   REQUIRE(workspace.reserve(static_cast<std::size_t>(plan.floats(executor.workers()))));
   for (float& value : workspace.span()) value = std::numeric_limits<float>::quiet_NaN();

@@ -50,7 +50,8 @@ using detail::DenseMatrix;
   s.cols = w.cols();
   s.weights = view(w);
   const std::vector<float> gram = gram_of(x);
-  s.gram = detail::damped_gram({gram.data(), s.cols, s.cols}, 0.01);
+  SerialExecutor serial;
+  s.gram = detail::damped_gram({gram.data(), s.cols, s.cols}, 0.01, serial);
   s.books.assign(static_cast<std::size_t>(f.m), detail::SearchBook(f.v, f.centroids()));
   for (detail::SearchBook& book : s.books) {
     for (float& value : book.values) value = detail::round_to_half(rng.normal());

@@ -77,6 +77,18 @@
 #define CODEGEMM_AVX512_CODE_END
 #endif
 
+/// Functions between the two are compiled for an instruction set, by the features of a target attribute.
+#define CODEGEMM_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define CODEGEMM_TARGET_BEGIN(features)                                                                      \
+  CODEGEMM_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define CODEGEMM_TARGET_END CODEGEMM_PRAGMA(clang attribute pop)
+#else
+#define CODEGEMM_TARGET_BEGIN(features)                                                                      \
+  CODEGEMM_PRAGMA(GCC push_options) CODEGEMM_PRAGMA(GCC target(features))
+#define CODEGEMM_TARGET_END CODEGEMM_PRAGMA(GCC pop_options)
+#endif
+
 /// 64-bit Arm always has NEON: no attribute, no question at run time.
 #if defined(__aarch64__) && defined(__ARM_NEON)
 #define CODEGEMM_HAS_NEON 1

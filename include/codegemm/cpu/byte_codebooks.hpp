@@ -37,7 +37,9 @@ inline constexpr int kByteColumns = 4;
 [[nodiscard]] constexpr std::int64_t byte_entry_bytes(int v) noexcept { return v == 2 ? 16 : 2 * v; }
 
 /// Bytes of one codebook of 16 centroids where they are permuted, elements of four columns at once.
-[[nodiscard]] constexpr std::int64_t byte_permute_bytes(int v) noexcept { return std::max(1, v / 4) * 128; }
+[[nodiscard]] constexpr std::int64_t byte_permute_bytes(int v) noexcept {
+  return std::int64_t{128} * std::max(1, v / 4);
+}
 
 /// Bytes of one element of a codebook of 32 or 64 centroids where they are permuted.
 inline constexpr std::int64_t kBytePlanes = 128;
@@ -63,7 +65,7 @@ inline void fill_byte_codebooks(const float* codebooks, Format f, float step, st
   std::fill_n(out, byte_codebook_bytes(f), std::int8_t{0});
   for (std::int64_t c = 0; c < f.m; ++c) {
     for (std::int64_t i = 0; i < f.centroids(); ++i) {
-      for (int d = 0; d < f.v; ++d) {
+      for (std::int64_t d = 0; d < f.v; ++d) {
         const auto q = static_cast<int>(std::lround(codebooks[(c * f.centroids() + i) * f.v + d] / step));
         const int high = (q + half) >> bits;
         const auto high_byte = static_cast<std::int8_t>(high);

@@ -25,7 +25,7 @@ namespace codegemm::detail {
 /// One product in tiles of bytes: its parts, by the plan.
 class ByteProduct {
  public:
-  ByteProduct(const CpuKernels& kernels, const GemmArgs& args, const BytePlan& plan, int workers)
+  ByteProduct(const CpuKernels& kernels, const GemmArgs& args, const SlabPlan& plan, int workers)
       : kernels_(kernels),
         args_(args),
         w_(args.w),
@@ -153,7 +153,7 @@ class ByteProduct {
   const CpuKernels& kernels_;
   const GemmArgs& args_;
   const PackedView& w_;
-  const BytePlan& plan_;
+  const SlabPlan& plan_;
   int radix_bits_;
   std::int8_t* x_tiles_;
   float* x_steps_;
@@ -162,7 +162,7 @@ class ByteProduct {
 /// y = x W^T in tiles of bytes. T, N, K > 0; the workspace is make_byte_plan()'s.
 inline void run_bytes(const CpuKernels& kernels, const GemmArgs& args, Executor& executor,
                       const ByteTileKernels& tiles) {
-  const BytePlan plan = make_byte_plan(args.w.rows, args.w.cols, args.x.rows);
+  const SlabPlan plan = make_byte_plan(args.w.rows, args.w.cols, args.x.rows);
   const ByteProduct product(kernels, args, plan, executor.workers());
   parallel_for(executor, plan.token_tiles * plan.slabs,
                [&](std::int64_t index, int) { product.lay_out(index / plan.slabs, index % plan.slabs); });

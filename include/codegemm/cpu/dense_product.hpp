@@ -44,7 +44,7 @@ void multiply_edge(MultiplyTile&& multiply, const TileTarget& to, std::int64_t t
 ///   fill(first_row, first_k, depth, memory)     48 rows of a slab of W, as far as they exist, to a worker's
 ///   multiply(tile, row, first_k, depth, memory, TileTarget)   16 of them, from the row-th on, times 6 tokens
 template <class Way>
-void run_tiles(const DensePlan& plan, MatrixView<float> y, float* workspace, Executor& executor, Way&& way,
+void run_tiles(const SlabPlan& plan, MatrixView<float> y, float* workspace, Executor& executor, Way&& way,
                bool accumulate = false) {
   constexpr std::int64_t kTokens = CpuTiles::kDenseTokens;
   constexpr std::int64_t kRows = CpuTiles::kDenseRows;
@@ -83,7 +83,7 @@ void run_tiles(const DensePlan& plan, MatrixView<float> y, float* workspace, Exe
 using Multiply = void (*)(const MicroArgs&);
 
 /// x of a slab as [token tiles][depth][6]: rows of x itself are K apart and would share cache sets.
-inline void lay_out_tokens(const DensePlan& plan, MatrixView<const float> x, std::int64_t tile,
+inline void lay_out_tokens(const SlabPlan& plan, MatrixView<const float> x, std::int64_t tile,
                            float* x_tiles) {
   constexpr std::int64_t kTokens = CpuTiles::kDenseTokens;
   for (std::int64_t slab = 0; slab < plan.slabs; ++slab) {
@@ -103,11 +103,11 @@ inline void lay_out_tokens(const DensePlan& plan, MatrixView<const float> x, std
 /// panels[3][depth][16]; rows beyond the matrix but inside a panel of 16 are 0. T, N, K > 0; workspace:
 /// plan.floats().
 template <class Fill>
-void run_dense_product(const DensePlan& plan, Multiply multiply, MatrixView<const float> x,
+void run_dense_product(const SlabPlan& plan, Multiply multiply, MatrixView<const float> x,
                        MatrixView<float> y, float* workspace, Executor& executor, Fill&& fill,
                        bool accumulate = false) {
   struct Way {
-    const DensePlan& plan;
+    const SlabPlan& plan;
     Multiply multiply_tile;
     MatrixView<const float> x;
     float* x_tiles;

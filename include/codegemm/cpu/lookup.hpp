@@ -9,11 +9,13 @@
 
 #include <codegemm/base/macros.hpp>
 #include <codegemm/base/numerics.hpp>
+#include <codegemm/cpu/encode_avx512.hpp>
 #include <codegemm/cpu/isa.hpp>
 #include <codegemm/cpu/lookup_args.hpp>
 #include <codegemm/cpu/lookup_avx2.hpp>
 #include <codegemm/cpu/lookup_avx512.hpp>
 #include <codegemm/cpu/lookup_neon.hpp>
+#include <codegemm/cpu/lookup_vbmi.hpp>
 
 namespace codegemm::detail {
 

@@ -83,7 +83,7 @@ inline void run_dense(const CpuKernels& kernels, const GemmArgs& args, Executor&
 /// Rows [first_row, first_row + 48) of a slab of W in 16-bit integers, as far as they exist, to a worker's
 /// memory: panels[3][depth / 2][16] of pairs of columns, and the steps of their chunks behind them,
 /// [units][48].
-inline void fill_integers(const IntegerKernels& kernels, const PackedView& w, const DensePlan& plan,
+inline void fill_integers(const IntegerKernels& kernels, const PackedView& w, const SlabPlan& plan,
                           std::int64_t first_row, std::int64_t first_k, std::int64_t depth, float* memory) {
   auto* const panels = reinterpret_cast<std::int32_t*>(memory);
   float* const steps = memory + plan.panel_floats;
@@ -116,7 +116,7 @@ inline void fill_integers(const IntegerKernels& kernels, const PackedView& w, co
 /// How run_tiles() multiplies in 16-bit integers.
 class IntegerWay {
  public:
-  IntegerWay(const CpuKernels& kernels, const GemmArgs& args, const DensePlan& plan, int workers)
+  IntegerWay(const CpuKernels& kernels, const GemmArgs& args, const SlabPlan& plan, int workers)
       : kernels_(kernels.integers),
         w_(args.w),
         x_(args.x),
@@ -173,14 +173,14 @@ class IntegerWay {
   IntegerKernels kernels_;
   const PackedView& w_;
   MatrixView<const float> x_;
-  const DensePlan& plan_;
+  const SlabPlan& plan_;
   std::int32_t* x_tiles_;
   float* x_steps_;
 };
 
 /// y = x W^T in 16-bit integers. T, N, K > 0; the workspace is make_integer_plan()'s.
 inline void run_integer(const CpuKernels& kernels, const GemmArgs& args, Executor& executor) {
-  const DensePlan plan = make_integer_plan(args.w.rows, args.w.cols, args.x.rows);
+  const SlabPlan plan = make_integer_plan(args.w.rows, args.w.cols, args.x.rows);
   run_tiles(plan, args.y, args.workspace, executor, IntegerWay(kernels, args, plan, executor.workers()));
 }
 

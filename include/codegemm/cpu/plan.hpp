@@ -9,27 +9,14 @@
 #include <cstdint>
 #include <limits>
 
-#include <codegemm/base/aligned_buffer.hpp>
 #include <codegemm/cpu/amx.hpp>
 #include <codegemm/cpu/configs.hpp>
 #include <codegemm/cpu/isa.hpp>
 #include <codegemm/cpu/lookup_args.hpp>
+#include <codegemm/cpu/slab_plan.hpp>
 #include <codegemm/pack.hpp>
 
 namespace codegemm::detail {
-
-[[nodiscard]] constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) noexcept {
-  return (a + b - 1) / b;
-}
-
-[[nodiscard]] constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) noexcept {
-  return ceil_div(a, b) * b;
-}
-
-// Floats rounded up to whole cache lines: every part of the workspace starts on one.
-[[nodiscard]] constexpr std::int64_t line_floats(std::int64_t floats) noexcept {
-  return round_up(floats, static_cast<std::int64_t>(kBufferAlignment / sizeof(float)));
-}
 
 /// Which of the ways is taken. kAutomatic is the cheapest by CpuCosts; the others are for tests.
 /// kPsumbook gathers from fp32 tables, kLookup looks 16-bit tables up in registers (where the instruction set
@@ -208,102 +195,6 @@ struct PsumbookPlan {
   }
   plan.sum_floats = line_floats(plan.chunk_blocks * w.block_rows * plan.row_sums(0));
   plan.split_floats = line_floats(w.padded_rows() * (8 * last + plan.row_sums(last)));
-  return plan;
-}
-
-/// Multiply dense weights: the tokens are laid out once as [slabs][token tiles][depth][6]; a task brings some
-/// rows into panels of 16, slab by slab, dequantizing or transposing them, and multiplies them with some
-/// tokens.
-struct DensePlan {
-  std::int64_t rows = 0;
-  std::int64_t cols = 0;
-  std::int64_t tokens = 0;
-  std::int64_t token_tiles = 0;  // of kDenseTokens tokens
-  std::int64_t slab_depth = 0;   // of K
-  std::int64_t slabs = 0;
-  std::int64_t row_tasks = 0;
-  std::int64_t token_tasks = 0;
-  std::int64_t worker_floats = 0;
-  std::int64_t x_floats = 0;
-  // In integers: units of a slab, and what of worker_floats and x_floats comes before the steps.
-  std::int64_t units = 0;
-  std::int64_t panel_floats = 0;
-  std::int64_t x_tile_floats = 0;
-
-  [[nodiscard]] std::int64_t floats(int workers) const noexcept { return x_floats + workers * worker_floats; }
-};
-
-[[nodiscard]] inline DensePlan make_dense_plan(std::int64_t rows, std::int64_t cols,
-                                               std::int64_t tokens) noexcept {
-  DensePlan plan;
-  plan.rows = rows;
-  plan.cols = cols;
-  plan.tokens = tokens;
-  plan.token_tiles = ceil_div(tokens, CpuTiles::kDenseTokens);
-  plan.slab_depth = CpuTiles::kDenseDepth;
-  plan.slabs = ceil_div(cols, plan.slab_depth);
-  plan.row_tasks = ceil_div(rows, CpuTiles::kDenseTaskRows);
-  plan.token_tasks = ceil_div(tokens, CpuTiles::kDenseTaskTokens);
-  plan.worker_floats = line_floats(CpuTiles::kDenseTaskRows * CpuTiles::kDenseDepth);
-  plan.x_floats = line_floats(plan.token_tiles * CpuTiles::kDenseTokens * cols);
-  return plan;
-}
-
-/// The same in integers: panels and tokens in half as many bytes, and for each unit of columns the steps of
-/// the chunk that begins there, [slabs][units][48] a worker, [slabs][token tiles][units][6].
-[[nodiscard]] inline DensePlan make_integer_plan(std::int64_t rows, std::int64_t cols,
-                                                 std::int64_t tokens) noexcept {
-  constexpr std::int64_t kDepth = CpuTiles::kIntegerDepth;
-  DensePlan plan = make_dense_plan(rows, cols, tokens);
-  plan.slab_depth = kDepth;
-  plan.slabs = ceil_div(cols, kDepth);
-  plan.units = kDepth / CpuTiles::kIntegerUnit;
-  plan.panel_floats = line_floats(CpuTiles::kDenseTaskRows * kDepth / 2);
-  plan.worker_floats = plan.panel_floats + line_floats(CpuTiles::kDenseTaskRows * plan.units);
-  plan.x_tile_floats = line_floats(plan.token_tiles * CpuTiles::kDenseTokens * cols / 2);
-  plan.x_floats =
-      plan.x_tile_floats + line_floats(plan.slabs * plan.token_tiles * plan.units * CpuTiles::kDenseTokens);
-  return plan;
-}
-
-/// Multiply pairs of bytes: the tokens are laid out once, tile by tile and slab by slab; a task rebuilds 64
-/// rows of a slab after the other and multiplies them with some tokens.
-struct BytePlan {
-  std::int64_t rows = 0;
-  std::int64_t cols = 0;
-  std::int64_t tokens = 0;
-  std::int64_t token_tiles = 0;  // of kAmxTokens tokens
-  std::int64_t slab_depth = 0;   // of K
-  std::int64_t slabs = 0;
-  std::int64_t row_tasks = 0;
-  std::int64_t token_tasks = 0;
-  std::int64_t units = 0;  // of kAmxColumns in a slab: as many chunks at most
-  // Floats of a worker and, of these, those before the steps; the same of the tokens.
-  std::int64_t worker_floats = 0;
-  std::int64_t panel_floats = 0;
-  std::int64_t x_floats = 0;
-  std::int64_t x_tile_floats = 0;
-
-  [[nodiscard]] std::int64_t floats(int workers) const noexcept { return x_floats + workers * worker_floats; }
-};
-
-[[nodiscard]] inline BytePlan make_byte_plan(std::int64_t rows, std::int64_t cols,
-                                             std::int64_t tokens) noexcept {
-  BytePlan plan;
-  plan.rows = rows;
-  plan.cols = cols;
-  plan.tokens = tokens;
-  plan.token_tiles = ceil_div(tokens, CpuTiles::kAmxTokens);
-  plan.slab_depth = cols <= CpuTiles::kAmxDepthMost ? cols : CpuTiles::kAmxDepth;
-  plan.slabs = ceil_div(cols, plan.slab_depth);
-  plan.row_tasks = ceil_div(rows, CpuTiles::kAmxTaskRows);
-  plan.token_tasks = ceil_div(tokens, CpuTiles::kAmxTaskTokens);
-  plan.units = ceil_div(plan.slab_depth, CpuTiles::kAmxColumns);
-  plan.panel_floats = line_floats(CpuTiles::kAmxTaskRows * plan.slab_depth / 2);
-  plan.worker_floats = plan.panel_floats + line_floats(CpuTiles::kAmxTaskRows * plan.units);
-  plan.x_tile_floats = line_floats(plan.token_tiles * CpuTiles::kAmxTokens * cols / 2);
-  plan.x_floats =
-      plan.x_tile_floats + line_floats(plan.slabs * plan.token_tiles * plan.units * CpuTiles::kAmxTokens);
   return plan;
 }
 

@@ -52,6 +52,14 @@ struct CheckpointEntry {
 
 namespace detail {
 
+/// Null where there is none of that name; `entries` are sorted by name.
+[[nodiscard]] inline const CheckpointEntry* find_entry(std::span<const CheckpointEntry> entries,
+                                                       std::string_view name) {
+  const auto at =
+      std::lower_bound(entries.begin(), entries.end(), name,
+                       [](const CheckpointEntry& e, std::string_view wanted) { return e.name < wanted; });
+  return at != entries.end() && at->name == name ? &*at : nullptr;
+}
 /// The three tensors of a matrix, without data.
 inline void checkpoint_tensors(const CheckpointEntry& entry, SafetensorsTensor (&tensors)[3]) {
   const Format f = entry.format;
@@ -122,10 +130,7 @@ class Checkpoint {
   [[nodiscard]] std::span<const CheckpointEntry> entries() const noexcept { return entries_; }
   /// Null where there is none of that name.
   [[nodiscard]] const CheckpointEntry* find(std::string_view name) const {
-    const auto at =
-        std::lower_bound(entries_.begin(), entries_.end(), name,
-                         [](const CheckpointEntry& e, std::string_view wanted) { return e.name < wanted; });
-    return at != entries_.end() && at->name == name ? &*at : nullptr;
+    return detail::find_entry(entries_, name);
   }
   /// The file with all its tensors, also those that belong to no matrix, and its metadata.
   [[nodiscard]] const SafetensorsFile& file() const noexcept { return file_; }

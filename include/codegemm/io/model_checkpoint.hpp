@@ -191,10 +191,7 @@ class ModelCheckpoint {
   [[nodiscard]] std::span<const CheckpointEntry> entries() const noexcept { return entries_; }
   /// Null where there is none of that name.
   [[nodiscard]] const CheckpointEntry* find(std::string_view name) const {
-    const auto at =
-        std::lower_bound(entries_.begin(), entries_.end(), name,
-                         [](const CheckpointEntry& e, std::string_view wanted) { return e.name < wanted; });
-    return at != entries_.end() && at->name == name ? &*at : nullptr;
+    return detail::find_entry(entries_, name);
   }
   /// The tensors that belong to no quantized layer, sorted by name. Their data live as long as this object.
   [[nodiscard]] std::vector<SafetensorsTensor> plain_tensors() const {

@@ -87,20 +87,47 @@ inline void encode(const std::vector<SearchBook>& books, bool fresh, int rounds,
   }
 }
 
+/// The squared distances of points[v][count] from a centroid, weighted, and the least so far of each.
+template <int kVecLen>
+void lower_distances(const float* points, std::int64_t count, const float* centroid, const float* weights,
+                     bool first, float* least) {
+  for (std::int64_t n = 0; n < count; ++n) {
+    float d2 = 0.0F;
+    for (int d = 0; d < kVecLen; ++d) {
+      const float off = points[d * count + n] - centroid[d];
+      d2 += off * off;
+    }
+    d2 *= weights[n];
+    least[n] = first || d2 < least[n] ? d2 : least[n];
+  }
+}
+
+inline void lower_distances(int v, const float* points, std::int64_t count, const float* centroid,
+                            const float* weights, bool first, float* least) {
+  switch (v) {
+    case 2: lower_distances<2>(points, count, centroid, weights, first, least); break;
+    case 4: lower_distances<4>(points, count, centroid, weights, first, least); break;
+    case 8: lower_distances<8>(points, count, centroid, weights, first, least); break;
+    default: lower_distances<16>(points, count, centroid, weights, first, least); break;
+  }
+}
+
 /// k-means++: each next centroid is drawn with a chance that grows with its weighted distance to the ones so
 /// far.
 inline void seed_plus_plus(const float* x, const TrainingSet& set, SplitMix& random, SearchBook& book) {
   const std::int64_t v = set.v;
   const std::int64_t step = std::max<std::int64_t>(1, set.count / (32 * book.centroids));
   const std::int64_t count = (set.count + step - 1) / step;
-  std::vector<float> points(static_cast<std::size_t>(count * v));
-  std::vector<float> chances(static_cast<std::size_t>(count));
+  std::vector<float> points(static_cast<std::size_t>(count * v));  // [v][count]: distances by vectors
+  std::vector<float> weights(static_cast<std::size_t>(count));
   double total = 0.0;
   for (std::int64_t n = 0; n < count; ++n) {
-    std::copy_n(x + n * step * v, v, points.data() + n * v);
-    chances[static_cast<std::size_t>(n)] = set.weights[static_cast<std::size_t>(n * step)];
-    total += static_cast<double>(chances[static_cast<std::size_t>(n)]);
+    for (std::int64_t d = 0; d < v; ++d)
+      points[static_cast<std::size_t>(d * count + n)] = x[n * step * v + d];
+    weights[static_cast<std::size_t>(n)] = set.weights[static_cast<std::size_t>(n * step)];
+    total += static_cast<double>(weights[static_cast<std::size_t>(n)]);
   }
+  std::vector<float> chances = weights;
   for (std::int64_t i = 0; i < book.centroids; ++i) {
     double left = random.uniform() * total;
     std::int64_t pick = 0;
@@ -109,44 +136,86 @@ inline void seed_plus_plus(const float* x, const TrainingSet& set, SplitMix& ran
       ++pick;
     }
     float* const centroid = book.values.data() + i * v;
-    std::copy_n(points.data() + pick * v, v, centroid);
+    for (std::int64_t d = 0; d < v; ++d) centroid[d] = points[static_cast<std::size_t>(d * count + pick)];
+    lower_distances(set.v, points.data(), count, centroid, weights.data(), i == 0, chances.data());
     total = 0.0;
-    for (std::int64_t n = 0; n < count; ++n) {
-      const float* const point = points.data() + n * v;
-      float d2 = 0.0F;
-      for (std::int64_t d = 0; d < v; ++d) d2 += (point[d] - centroid[d]) * (point[d] - centroid[d]);
-      d2 *= set.weights[static_cast<std::size_t>(n * step)];
-      float& chance = chances[static_cast<std::size_t>(n)];
-      chance = i == 0 ? d2 : std::min(chance, d2);
-      total += static_cast<double>(chance);
-    }
+    for (const float chance : chances) total += static_cast<double>(chance);
   }
   book.refresh();
 }
 
+/// The vectors of a training set while codebooks are trained: what these leave of each, and its codes. Of the
+/// host; a class for another device has the same members.
+class HostVectors {
+ public:
+  HostVectors(const TrainingSet& set, Format f, Executor& executor)
+      : set_(set), executor_(executor), left_(set.x), codes_(static_cast<std::size_t>(f.m * set.count)) {}
+
+  /// [count][v].
+  [[nodiscard]] const std::vector<float>& left() const { return left_; }
+  /// Of codebook c, [count].
+  [[nodiscard]] std::vector<std::uint16_t> codes(std::int64_t c) const {
+    return {own(c), own(c) + set_.count};
+  }
+  /// The nearest centroids to what is left become the codes of codebook c.
+  void assign(const SearchBook& book, std::int64_t c) {
+    for_stretches([&](std::int64_t first, std::int64_t count, float* x) {
+      find_nearest(book, x, count, own(c) + first);
+    });
+  }
+  /// What is left becomes less by sign * centroid.
+  void subtract(const SearchBook& book, std::int64_t c, float sign) {
+    for_stretches([&](std::int64_t first, std::int64_t count, float* x) {
+      subtract_centroids(book, own(c) + first, count, sign, x);
+    });
+  }
+  /// The weighted sum of each centroid's vectors and their weight, [2^b][v + 1].
+  [[nodiscard]] std::vector<double> sums(const SearchBook& book, std::int64_t c) const {
+    const std::int64_t v = set_.v;
+    // The parts are fixed and added in order, so that the sums do not depend on the workers.
+    const std::int64_t parts = book.centroids <= 1024 ? 8 : 1;
+    const std::int64_t part_size = book.centroids * (v + 1);
+    std::vector<double> sums(static_cast<std::size_t>(parts * part_size), 0.0);
+    parallel_for(executor_, parts, [&](std::int64_t part, int) {
+      for (std::int64_t n = set_.count * part / parts; n < set_.count * (part + 1) / parts; ++n) {
+        const auto weight = static_cast<double>(set_.weights[static_cast<std::size_t>(n)]);
+        double* const sum = sums.data() + part * part_size + std::int64_t{own(c)[n]} * (v + 1);
+        for (std::int64_t d = 0; d < v; ++d) sum[d] += weight * static_cast<double>(left_.data()[n * v + d]);
+        sum[v] += weight;
+      }
+    });
+    for (std::int64_t part = 1; part < parts; ++part) {
+      for (std::int64_t i = 0; i < part_size; ++i)
+        sums[static_cast<std::size_t>(i)] += sums[static_cast<std::size_t>(part * part_size + i)];
+    }
+    sums.resize(static_cast<std::size_t>(part_size));
+    return sums;
+  }
+
+ private:
+  [[nodiscard]] std::uint16_t* own(std::int64_t c) { return codes_.data() + c * set_.count; }
+  [[nodiscard]] const std::uint16_t* own(std::int64_t c) const { return codes_.data() + c * set_.count; }
+  template <class Body>
+  void for_stretches(Body&& body) {
+    const std::int64_t tasks = (set_.count + kVectorsPerTask - 1) / kVectorsPerTask;
+    parallel_for(executor_, tasks, [&](std::int64_t task, int) {
+      const std::int64_t first = task * kVectorsPerTask;
+      body(first, std::min(kVectorsPerTask, set_.count - first), left_.data() + first * set_.v);
+    });
+  }
+
+  const TrainingSet& set_;
+  Executor& executor_;
+  std::vector<float> left_;
+  std::vector<std::uint16_t> codes_;  // [m][count]
+};
+
 /// Each centroid becomes the weighted mean of its vectors. One that has none takes over the vector with the
 /// largest weighted error that no other empty one took.
-inline void update_centroids(const float* x, const TrainingSet& set, const std::uint16_t* codes,
-                             SearchBook& book, Executor& executor) {
+template <class Vectors>
+void update_centroids(const TrainingSet& set, const Vectors& vectors, std::int64_t c, SearchBook& book) {
   const std::int64_t v = set.v;
-  // The parts are fixed and added in order, so that the sums do not depend on the workers.
-  const std::int64_t parts = book.centroids <= 1024 ? 8 : 1;
-  const std::int64_t part_size = book.centroids * (v + 1);
-  std::vector<double> sums(static_cast<std::size_t>(parts * part_size),
-                           0.0);  // [parts][2^b][v, then the mass]
-  parallel_for(executor, parts, [&](std::int64_t part, int) {
-    for (std::int64_t n = set.count * part / parts; n < set.count * (part + 1) / parts; ++n) {
-      const auto weight = static_cast<double>(set.weights[static_cast<std::size_t>(n)]);
-      double* const sum = sums.data() + part * part_size + std::int64_t{codes[n]} * (v + 1);
-      for (std::int64_t d = 0; d < v; ++d) sum[d] += weight * static_cast<double>(x[n * v + d]);
-      sum[v] += weight;
-    }
-  });
-  for (std::int64_t part = 1; part < parts; ++part) {
-    for (std::int64_t i = 0; i < part_size; ++i) {
-      sums[static_cast<std::size_t>(i)] += sums[static_cast<std::size_t>(part * part_size + i)];
-    }
-  }
+  const std::vector<double> sums = vectors.sums(book, c);
   std::vector<std::int64_t> empty;
   for (std::int64_t i = 0; i < book.centroids; ++i) {
     const double* const sum = sums.data() + i * (v + 1);
@@ -154,71 +223,59 @@ inline void update_centroids(const float* x, const TrainingSet& set, const std::
       empty.push_back(i);
       continue;
     }
-    for (std::int64_t d = 0; d < v; ++d) {
+    for (std::int64_t d = 0; d < v; ++d)
       book.values[static_cast<std::size_t>(i * v + d)] = static_cast<float>(sum[d] / sum[v]);
-    }
   }
   if (!empty.empty()) {
+    const std::vector<float>& x = vectors.left();
+    const std::vector<std::uint16_t> codes = vectors.codes(c);
     std::vector<std::pair<float, std::int64_t>> errors(static_cast<std::size_t>(set.count));
     for (std::int64_t n = 0; n < set.count; ++n) {
-      const float* const centroid = book.centroid(codes[n]);
+      const float* const centroid = book.centroid(codes[static_cast<std::size_t>(n)]);
       float d2 = 0.0F;
-      for (std::int64_t d = 0; d < v; ++d) d2 += (x[n * v + d] - centroid[d]) * (x[n * v + d] - centroid[d]);
+      for (std::int64_t d = 0; d < v; ++d) {
+        const float off = x[static_cast<std::size_t>(n * v + d)] - centroid[d];
+        d2 += off * off;
+      }
       errors[static_cast<std::size_t>(n)] = {-d2 * set.weights[static_cast<std::size_t>(n)], n};
     }
     const std::size_t taken = std::min(empty.size(), errors.size());
     std::partial_sort(errors.begin(), errors.begin() + static_cast<std::ptrdiff_t>(taken), errors.end());
-    for (std::size_t e = 0; e < taken; ++e) {
-      std::copy_n(x + errors[e].second * v, v, book.values.data() + empty[e] * v);
-    }
+    for (std::size_t e = 0; e < taken; ++e)
+      std::copy_n(x.data() + errors[e].second * v, v, book.values.data() + empty[e] * v);
   }
   book.refresh();
 }
 
-/// Trains m codebooks. One after the other on what is left (k-means++ and `iterations` rounds of Lloyd), then
-/// together: `rounds` times, for each codebook, new codes given the others and new means.
-inline std::vector<SearchBook> train_additive(const TrainingSet& set, Format f, int iterations, int rounds,
-                                              SplitMix& random, Executor& executor) {
-  const std::int64_t v = set.v;
+/// Trains m codebooks on vectors that nothing was taken of yet. One after the other on what is left
+/// (k-means++ and `iterations` rounds of Lloyd), then together: `rounds` times, for each codebook, new codes
+/// given the others and new means.
+template <class Vectors>
+std::vector<SearchBook> train_additive(const TrainingSet& set, Format f, int iterations, int rounds,
+                                       SplitMix& random, Vectors& vectors) {
   std::vector<SearchBook> books(static_cast<std::size_t>(f.m), SearchBook(f.v, f.centroids()));
   for (SearchBook& book : books) book.refresh();
   if (set.count == 0) return books;
-  std::vector<float> left = set.x;  // [count][v]: what the codebooks trained so far leave of the vectors
-  std::vector<std::uint16_t> codes(static_cast<std::size_t>(f.m * set.count));
-  const auto for_stretches = [&](auto&& body) {
-    const std::int64_t tasks = (set.count + kVectorsPerTask - 1) / kVectorsPerTask;
-    parallel_for(executor, tasks, [&](std::int64_t task, int) {
-      const std::int64_t first = task * kVectorsPerTask;
-      body(first, std::min(kVectorsPerTask, set.count - first), left.data() + first * v);
-    });
-  };
-  std::uint16_t* own = codes.data();
+  std::int64_t c = 0;
   for (SearchBook& book : books) {
-    seed_plus_plus(left.data(), set, random, book);
-    for (int i = 0; i < iterations; ++i) {
-      for_stretches([&](std::int64_t first, std::int64_t count, const float* x) {
-        find_nearest(book, x, count, own + first);
-      });
-      update_centroids(left.data(), set, own, book, executor);
+    {
+      const std::vector<float>& left = vectors.left();
+      seed_plus_plus(left.data(), set, random, book);
     }
-    for_stretches([&](std::int64_t first, std::int64_t count, float* x) {
-      find_nearest(book, x, count, own + first);
-      subtract_centroids(book, own + first, count, 1.0F, x);
-    });
-    own += set.count;
+    for (int i = 0; i < iterations; ++i) {
+      vectors.assign(book, c);
+      update_centroids(set, vectors, c, book);
+    }
+    vectors.assign(book, c);
+    vectors.subtract(book, c++, 1.0F);
   }
   for (int round = 0; round < (f.m > 1 ? rounds : 0); ++round) {
-    own = codes.data();
+    c = 0;
     for (SearchBook& book : books) {
-      for_stretches([&](std::int64_t first, std::int64_t count, float* x) {
-        subtract_centroids(book, own + first, count, -1.0F, x);
-        find_nearest(book, x, count, own + first);
-      });
-      update_centroids(left.data(), set, own, book, executor);
-      for_stretches([&](std::int64_t first, std::int64_t count, float* x) {
-        subtract_centroids(book, own + first, count, 1.0F, x);
-      });
-      own += set.count;
+      vectors.subtract(book, c, -1.0F);
+      vectors.assign(book, c);
+      update_centroids(set, vectors, c, book);
+      vectors.subtract(book, c++, 1.0F);
     }
   }
   return books;

@@ -53,40 +53,47 @@ struct CalibratedReport {
 
 namespace detail {
 
-[[nodiscard]] inline Status check_gram(MatrixView<const float> gram, std::int64_t cols) {
+[[nodiscard]] inline Status check_gram(MatrixView<const float> gram, std::int64_t cols, Executor& executor) {
   if (gram.rows != cols || gram.cols != cols || gram.stride < cols) {
     return error(StatusCode::kShapeMismatch, "quantize_calibrated: H is ", gram.rows, " x ", gram.cols,
                  " of stride ", gram.stride, ", the weights have ", cols, " columns");
   }
   if (gram.data == nullptr && cols > 0)
     return error(StatusCode::kNullPointer, "quantize_calibrated: H is null");
-  for (std::int64_t i = 0; i < cols; ++i) {
-    for (std::int64_t j = 0; j < cols; ++j) {
-      const float value = gram.row(i)[j];
-      if (std::isfinite(value) && (i != j || value >= 0.0F)) continue;
-      return error(StatusCode::kInvalidArgument, "quantize_calibrated: H at row ", i, ", column ", j, " is ",
-                   value);
-    }
-  }
-  return {};
+  const auto [i, j] = first_place(gram, executor, [](float value, std::int64_t row, std::int64_t column) {
+    return !std::isfinite(value) || (row == column && value < 0.0F);
+  });
+  if (i == cols) return {};
+  return error(StatusCode::kInvalidArgument, "quantize_calibrated: H at row ", i, ", column ", j, " is ",
+               gram.row(i)[j]);
 }
 
 /// H, symmetric and scaled to a mean diagonal of 1, with the damping added. The scale does not change what is
 /// best; it keeps fp32 in its range.
-[[nodiscard]] inline DenseMatrix damped_gram(MatrixView<const float> gram, double damping) {
+[[nodiscard]] inline DenseMatrix damped_gram(MatrixView<const float> gram, double damping,
+                                             Executor& executor) {
   const std::int64_t k = gram.cols;
   double trace = 0.0;
   for (std::int64_t i = 0; i < k; ++i) trace += static_cast<double>(gram.row(i)[i]);
-  DenseMatrix out = DenseMatrix::Identity(k, k);
-  if (!(trace > 0.0)) return out;  // no data: every input counts the same
+  if (!(trace > 0.0)) return DenseMatrix::Identity(k, k);  // no data: every input counts the same
+  DenseMatrix out(k, k);
   const double scale = static_cast<double>(k) / trace;
-  for (std::int64_t i = 0; i < k; ++i) {
-    for (std::int64_t j = 0; j <= i; ++j) {
-      const double mean = 0.5 * (static_cast<double>(gram.row(i)[j]) + static_cast<double>(gram.row(j)[i]));
-      out(i, j) = out(j, i) = static_cast<float>(scale * mean);
+  // By squares: columns are read, too.
+  constexpr std::int64_t kSquare = 64;
+  parallel_for(executor, (k + kSquare - 1) / kSquare, [&](std::int64_t task, int) {
+    const std::int64_t first = task * kSquare;
+    const std::int64_t last = std::min(k, first + kSquare);
+    for (std::int64_t left = 0; left < last; left += kSquare) {
+      for (std::int64_t i = first; i < last; ++i) {
+        for (std::int64_t j = left; j <= std::min(i, left + kSquare - 1); ++j) {
+          const double mean =
+              0.5 * (static_cast<double>(gram.row(i)[j]) + static_cast<double>(gram.row(j)[i]));
+          out(i, j) = out(j, i) = static_cast<float>(scale * mean);
+        }
+      }
     }
-    out(i, i) += static_cast<float>(damping);
-  }
+    for (std::int64_t i = first; i < last; ++i) out(i, i) += static_cast<float>(damping);
+  });
   return out;
 }
 
@@ -122,18 +129,18 @@ inline void take_matrix(const QuantizedMatrix& from, AdditiveState& s) {
   }
 }
 
-inline void give_matrix(const AdditiveState& s, QuantizedMatrix& to) {
+inline void give_matrix(const AdditiveState& s, QuantizedMatrix& to, Executor& executor) {
   std::size_t at = 0;
   for (const SearchBook& book : s.books) {
     for (const float value : book.values) to.codebooks()[at++] = Half::from_float(value);
   }
-  for (std::int64_t n = 0; n < s.rows; ++n) {
+  parallel_for(executor, s.rows, [&](std::int64_t n, int) {
     for (std::int64_t c = 0; c < s.format.m; ++c) {
       for (std::int64_t j = 0; j < s.vectors(); ++j) to.set_code(c, n, j, s.codes_of(n)[c * s.vectors() + j]);
     }
     for (std::int64_t g = 0; g < s.groups(); ++g)
       to.scales()[static_cast<std::size_t>(g * s.rows + n)] = Half::from_float(s.scales_of(n)[g]);
-  }
+  });
 }
 
 /// The steps of the quantizer on the host. A class for another device has the same members.
@@ -141,11 +148,26 @@ class HostSteps {
  public:
   explicit HostSteps(Executor& executor) : executor_(executor) {}
 
-  /// `state` and `factor` (L of H = L L^T, or null) are worked on until end().
-  [[nodiscard]] Status begin(AdditiveState& state, const DenseMatrix* factor) {
+  /// `state` is worked on until end(). It may lack codebooks, codes and scales: then start() comes next.
+  [[nodiscard]] Status begin(AdditiveState& state) {
     s_ = &state;
-    factor_ = factor;
     return {};
+  }
+  /// Codebooks, codes and scales by k-means. importance: vector_importance().
+  [[nodiscard]] Status start(const KMeansOptions& options, const std::vector<float>& importance,
+                             Executor& executor) {
+    const Result<QuantizedMatrix> made =
+        quantize_kmeans_checked(s_->weights, s_->format, options, importance, executor);
+    if (!made.ok()) return made.status();
+    take_matrix(*made, *s_);
+    return {};
+  }
+  /// L of H = L L^T, which SearchMode::kRebuild needs; false where fp32 cannot factor H.
+  [[nodiscard]] Result<bool> factor() {
+    const Eigen::LLT<DenseMatrix> factored(s_->gram);
+    if (factored.info() != Eigen::Success) return false;
+    factor_ = factored.matrixL();
+    return true;
   }
   /// weighted_error().
   [[nodiscard]] Result<double> error(bool residual) { return weighted_error(*s_, residual, executor_); }
@@ -158,7 +180,7 @@ class HostSteps {
     return {};
   }
   [[nodiscard]] Status search(SearchMode mode, int beam) {
-    search_codes(*s_, mode == SearchMode::kRebuild ? *factor_ : s_->gram, mode, beam, executor_);
+    search_codes(*s_, mode == SearchMode::kRebuild ? factor_ : s_->gram, mode, beam, executor_);
     return {};
   }
   /// The state has the result.
@@ -167,14 +189,14 @@ class HostSteps {
  private:
   Executor& executor_;
   AdditiveState* s_ = nullptr;
-  const DenseMatrix* factor_ = nullptr;
+  DenseMatrix factor_;
 };
 
-/// In turn new codes and fits, until a round gains less than the tolerance.
+/// In turn new codes and fits, until a round gains less than the tolerance. Without `rebuild` codes are only
+/// refined: what no calibration can make fp32 factor.
 template <class Steps>
-[[nodiscard]] Status alternate(AdditiveState& s, const DenseMatrix* factor, const CalibratedOptions& options,
-                               Steps& steps, CalibratedReport& report) {
-  if (Status status = steps.begin(s, factor); !status.ok()) return status;
+[[nodiscard]] Status alternate(bool rebuild, const CalibratedOptions& options, Steps& steps,
+                               CalibratedReport& report) {
   const Result<double> size = steps.error(false);
   if (!size.ok()) return size.status();
   const auto relative = [&](double& out) -> Status {
@@ -198,7 +220,7 @@ template <class Steps>
   for (int round = 0; round < options.rounds && report.error > 0.0; ++round) {
     // Before the search: codebooks that know H make for other codes than those of k-means.
     if (Status status = fit(); !status.ok()) return status;
-    if (factor != nullptr) {
+    if (rebuild) {
       if (Status status = steps.search(SearchMode::kRebuild, options.beam); !status.ok()) return status;
     }
     if (Status status = steps.search(SearchMode::kRefine, options.beam); !status.ok()) return status;
@@ -214,7 +236,7 @@ template <class Steps>
     if (Status status = fit(); !status.ok()) return status;
     if (Status status = relative(report.error); !status.ok()) return status;
   }
-  return steps.end();
+  return {};
 }
 
 template <class Steps>
@@ -223,27 +245,24 @@ template <class Steps>
                                                                   const CalibratedOptions& options,
                                                                   Executor& executor, Steps& steps,
                                                                   CalibratedReport& report) {
+  Result<QuantizedMatrix> made = QuantizedMatrix::create(f, w.rows, w.cols);
+  if (!made.ok() || w.rows == 0 || w.cols == 0) return made;
   AdditiveState s;
   s.format = f;
   s.rows = w.rows;
   s.cols = w.cols;
   s.weights = w;
-  s.gram = damped_gram(gram, options.damping);
+  s.gram = damped_gram(gram, options.damping, executor);
   KMeansOptions kmeans = options.kmeans;
   kmeans.progress = nullptr;
-  Result<QuantizedMatrix> made =
-      quantize_kmeans_checked(w, f, kmeans, vector_importance(s.gram, f.v), executor);
-  if (!made.ok() || w.rows == 0 || w.cols == 0) return made;
-  take_matrix(*made, s);
-
-  // What no calibration can make fp32 factor is coded by refinement alone.
-  const Eigen::LLT<DenseMatrix> factored(s.gram);
-  const bool rebuild = factored.info() == Eigen::Success;
-  DenseMatrix factor;
-  if (rebuild) factor = factored.matrixL();
-  if (Status status = alternate(s, rebuild ? &factor : nullptr, options, steps, report); !status.ok())
+  if (Status status = steps.begin(s); !status.ok()) return status;
+  if (Status status = steps.start(kmeans, vector_importance(s.gram, f.v), executor); !status.ok())
     return status;
-  give_matrix(s, *made);
+  const Result<bool> rebuild = steps.factor();
+  if (!rebuild.ok()) return rebuild.status();
+  if (Status status = alternate(*rebuild, options, steps, report); !status.ok()) return status;
+  if (Status status = steps.end(); !status.ok()) return status;
+  give_matrix(s, *made, executor);
   if (options.progress) options.progress(1.0, report.error);
   return made;
 }
@@ -255,8 +274,8 @@ template <class Steps>
                                                                const CalibratedOptions& options,
                                                                Executor& executor, Steps& steps,
                                                                CalibratedReport* report) {
-  if (Status status = check_quantize(weights, format, options.kmeans); !status.ok()) return status;
-  if (Status status = check_gram(gram, weights.cols); !status.ok()) return status;
+  if (Status status = check_quantize(weights, format, options.kmeans, executor); !status.ok()) return status;
+  if (Status status = check_gram(gram, weights.cols, executor); !status.ok()) return status;
   if (options.rounds < 0 || options.beam < 1 || options.beam > kMostBeam || options.codebook_steps < 0 ||
       !(options.damping >= 0.0) || !(options.tolerance >= 0.0)) {
     return error(StatusCode::kInvalidArgument, "quantize_calibrated: options rounds = ", options.rounds,

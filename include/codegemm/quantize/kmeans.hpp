@@ -6,11 +6,13 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include <codegemm/base/executor.hpp>
@@ -41,26 +43,42 @@ struct GroupScales {
   float factor = 1.0F;
 };
 
-[[nodiscard]] inline Status check_finite(MatrixView<const float> w) {
-  for (std::int64_t n = 0; n < w.rows; ++n) {
-    const float* const row = w.row(n);
-    for (std::int64_t k = 0; k < w.cols; ++k) {
-      if (std::isfinite(row[k])) continue;
-      return error(StatusCode::kInvalidArgument, "quantize_kmeans: weight at row ", n, ", column ", k, " is ",
-                   row[k]);
+/// Row and column of the first value, row by row, for which bad(value, row, column); {rows, 0}: none.
+template <class Bad>
+[[nodiscard]] std::pair<std::int64_t, std::int64_t> first_place(MatrixView<const float> values,
+                                                                Executor& executor, Bad&& bad) {
+  const auto column_of = [&](std::int64_t row) {
+    const float* const begin = values.row(row);
+    std::int64_t column = 0;
+    while (column < values.cols && !bad(begin[column], row, column)) ++column;
+    return column;
+  };
+  std::atomic<std::int64_t> first{values.rows};
+  parallel_for(executor, values.rows, [&](std::int64_t row, int) {
+    std::int64_t least = first.load(std::memory_order_relaxed);
+    if (row >= least || column_of(row) == values.cols) return;
+    while (row < least && !first.compare_exchange_weak(least, row)) {
     }
-  }
-  return {};
+  });
+  const std::int64_t row = first.load();
+  return {row, row < values.rows ? column_of(row) : 0};
 }
 
-[[nodiscard]] inline GroupScales measure_groups(MatrixView<const float> w, Format f) {
+[[nodiscard]] inline Status check_finite(MatrixView<const float> w, Executor& executor) {
+  const auto [n, k] =
+      first_place(w, executor, [](float value, std::int64_t, std::int64_t) { return !std::isfinite(value); });
+  if (n == w.rows) return {};
+  return error(StatusCode::kInvalidArgument, "quantize_kmeans: weight at row ", n, ", column ", k, " is ",
+               w.row(n)[k]);
+}
+
+[[nodiscard]] inline GroupScales measure_groups(MatrixView<const float> w, Format f, Executor& executor) {
   GroupScales out;
   const std::int64_t groups = f.scale_groups(w.cols);
   const std::int64_t length = f.g < 0 ? w.cols : f.g;
   out.scales.resize(static_cast<std::size_t>(groups * w.rows));
-  double total = 0.0;
-  std::int64_t counted = 0;
-  for (std::int64_t n = 0; n < w.rows; ++n) {
+  std::vector<double> sizes(out.scales.size());  // [N][groups]
+  parallel_for(executor, w.rows, [&](std::int64_t n, int) {
     for (std::int64_t s = 0; s < groups; ++s) {
       const std::int64_t first = s * length;
       const std::int64_t last = std::min(w.cols, first + length);
@@ -70,11 +88,15 @@ struct GroupScales {
       }
       const double rms = std::sqrt(sum / static_cast<double>(last - first));
       out.scales[static_cast<std::size_t>(s * w.rows + n)] = static_cast<float>(rms);
-      if (rms > 0.0) {
-        total += std::log2(rms);
-        ++counted;
-      }
+      sizes[static_cast<std::size_t>(n * groups + s)] = rms;
     }
+  });
+  double total = 0.0;
+  std::int64_t counted = 0;
+  for (const double rms : sizes) {
+    if (!(rms > 0.0)) continue;
+    total += std::log2(rms);
+    ++counted;
   }
   if (counted > 0) {
     out.factor = static_cast<float>(std::exp2(std::round(total / static_cast<double>(counted) / 2.0)));
@@ -175,6 +197,32 @@ inline void quantize_row(const std::vector<SearchBook>& books, Format f, const K
   }
 }
 
+/// What k-means begins with: scales that groups are trained at, and the codebooks as fp16 holds them.
+struct KMeansBooks {
+  GroupScales groups;
+  std::vector<SearchBook> books;
+};
+
+/// make_vectors(set) gives the vectors on whichever device, as HostVectors. importance: draw_sample().
+template <class MakeVectors>
+[[nodiscard]] Result<KMeansBooks> train_books(MatrixView<const float> w, Format f,
+                                              const KMeansOptions& options,
+                                              const std::vector<float>& importance, Executor& executor,
+                                              MakeVectors&& make_vectors) {
+  KMeansBooks out;
+  out.groups = measure_groups(w, f, executor);
+  if (Status status = check_range(out.groups, w.rows); !status.ok()) return status;
+  SplitMix random(options.seed);
+  const TrainingSet set = draw_sample(w, f, out.groups, importance, options.sample, random);
+  auto vectors = make_vectors(set);
+  out.books = train_additive(set, f, options.iterations, options.rounds, random, vectors);
+  for (SearchBook& book : out.books) {
+    for (float& value : book.values) value = Half::from_float(value * out.groups.factor).to_float();
+    book.refresh();
+  }
+  return out;
+}
+
 [[nodiscard]] inline Result<QuantizedMatrix> quantize_kmeans_checked(MatrixView<const float> w, Format f,
                                                                      const KMeansOptions& options,
                                                                      const std::vector<float>& importance,
@@ -182,23 +230,15 @@ inline void quantize_row(const std::vector<SearchBook>& books, Format f, const K
   Result<QuantizedMatrix> made = QuantizedMatrix::create(f, w.rows, w.cols);
   if (!made.ok()) return made.status();
   QuantizedMatrix& out = *made;
-  GroupScales groups = measure_groups(w, f);
-  if (Status status = check_range(groups, w.rows); !status.ok()) return status;
-
-  SplitMix random(options.seed);
-  std::vector<SearchBook> books;
-  {
-    const TrainingSet set = draw_sample(w, f, groups, importance, options.sample, random);
-    books = train_additive(set, f, options.iterations, options.rounds, random, executor);
-  }
+  const Result<KMeansBooks> trained =
+      train_books(w, f, options, importance, executor,
+                  [&](const TrainingSet& set) { return HostVectors(set, f, executor); });
+  if (!trained.ok()) return trained.status();
+  const GroupScales& groups = trained->groups;
+  const std::vector<SearchBook>& books = trained->books;
   std::size_t at = 0;
-  for (SearchBook& book : books) {
-    for (float& value : book.values) {
-      const Half half = Half::from_float(value * groups.factor);
-      out.codebooks()[at++] = half;
-      value = half.to_float();
-    }
-    book.refresh();
+  for (const SearchBook& book : books) {
+    for (const float value : book.values) out.codebooks()[at++] = Half::from_float(value);
   }
 
   const std::int64_t group_count = f.scale_groups(w.cols);
@@ -237,7 +277,7 @@ namespace detail {
 
 // The arguments of both quantizers, checked.
 [[nodiscard]] inline Status check_quantize(MatrixView<const float> weights, Format format,
-                                           const KMeansOptions& options) {
+                                           const KMeansOptions& options, Executor& executor) {
   if (const auto sizes = canonical_sizes(format, weights.rows, weights.cols); !sizes.ok())
     return sizes.status();
   if (weights.stride < weights.cols) {
@@ -254,7 +294,7 @@ namespace detail {
                  ", refits = ", options.refits, " must not be negative, sample = ", options.sample,
                  " at least 1");
   }
-  return check_finite(weights);
+  return check_finite(weights, executor);
 }
 
 }  // namespace detail
@@ -268,7 +308,7 @@ namespace detail {
 [[nodiscard]] inline Result<QuantizedMatrix> quantize_kmeans(MatrixView<const float> weights, Format format,
                                                              const KMeansOptions& options,
                                                              Executor& executor) {
-  if (Status status = detail::check_quantize(weights, format, options); !status.ok()) return status;
+  if (Status status = detail::check_quantize(weights, format, options, executor); !status.ok()) return status;
   try {
     return detail::quantize_kmeans_checked(weights, format, options, {}, executor);
   } catch (const std::bad_alloc&) {

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include <codegemm/base/macros.hpp>
 #include <prefillshare/attention/cpu_problem.hpp>
 
 namespace prefillshare::detail {
@@ -24,40 +25,21 @@ inline constexpr std::int64_t kVectors = 2;
 
 #if defined(__x86_64__)
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+CODEGEMM_TARGET_BEGIN("avx2,fma")
 namespace avx2 {
 inline constexpr std::int64_t kLanes = 8;
 inline constexpr std::int64_t kVectors = 2;
 #include <prefillshare/attention/cpu_kernels.inl>  // NOLINT(readability-duplicate-include)
 }  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+CODEGEMM_TARGET_END
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))),         \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
-#endif
+CODEGEMM_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 namespace avx512 {
 inline constexpr std::int64_t kLanes = 16;
 inline constexpr std::int64_t kVectors = 4;
 #include <prefillshare/attention/cpu_kernels.inl>  // NOLINT(readability-duplicate-include)
 }  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+CODEGEMM_TARGET_END
 
 /// With AVX-512 where the vectors are full.
 inline void attend_rows_avx512(const AttentionProblem& problem, int kv_head, std::int64_t first_row,

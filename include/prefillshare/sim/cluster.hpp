@@ -5,22 +5,18 @@
 // See: bench/sim.cpp
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <memory>
 #include <new>
-#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include <codegemm/base/macros.hpp>
 #include <prefillshare/sim/cluster_routers.hpp>
-#include <prefillshare/sim/prefill_side.hpp>
-#include <prefillshare/sim/recorder.hpp>
+#include <prefillshare/sim/session_side.hpp>
 
 namespace prefillshare {
 
@@ -37,7 +33,7 @@ namespace prefillshare {
 ///
 /// Each object runs once. The workload must outlive it.
 template <RoutingPolicy Policy = StickyRouting<>>
-class Cluster final : private detail::PrefillSide {
+class Cluster final : private detail::SessionSide {
   using Event = detail::SimEvent;
   using Phase = detail::SimPhase;
 
@@ -69,7 +65,8 @@ class Cluster final : private detail::PrefillSide {
     if (!detail::try_allocate([&] {
           start();
           while (!events_.empty()) handle(events_.pop());
-          finish();
+          for (const std::int32_t slot : slot_of_) report_.calls_unfinished += slot >= 0 ? 1 : 0;
+          finish_report();
         })) {
       return error(StatusCode::kOutOfMemory, "Cluster: no memory at ", now_, " s");
     }
@@ -78,20 +75,12 @@ class Cluster final : private detail::PrefillSide {
 
   /// After run(): nothing is held by anybody, and every allocator, router and gate agrees with itself.
   [[nodiscard]] Status check_idle() const {
-    for (const detail::PrefillNode& node : prefill_) {
-      if (Status s = check_allocator(*node.allocator, "prefill"); !s.ok()) return s;
-    }
-    for (const detail::DecodeNode& node : decode_) {
-      if (Status s = check_allocator(*node.allocator, "decode"); !s.ok()) return s;
-      if (node.gate->held() != 0 || node.gate->begun() != 0) {
-        return error(StatusCode::kCorruptData, "a gate holds ", node.gate->held(), " blocks for nobody");
-      }
-    }
+    if (Status s = check_nodes_idle(); !s.ok()) return s;
     return routers_.check_idle(report_.calls_unfinished);
   }
 
  private:
-  Cluster(const ClusterConfig& config, const Workload& workload) : PrefillSide(config, workload) {}
+  Cluster(const ClusterConfig& config, const Workload& workload) : SessionSide(config, workload) {}
 
   // --- Setting up ---
 
@@ -119,14 +108,7 @@ class Cluster final : private detail::PrefillSide {
       }
       if (Status s = add_decode(std::move(node)); !s.ok()) return s;
     }
-    AdmissionLimits limits;
-    limits.begun = config_.most_sessions;
-    limits.queued = config_.most_queued;
-    limits.blocks = std::numeric_limits<std::int64_t>::max();
-    const double blocks = config_.session_blocks_share * static_cast<double>(config_.prefill_blocks) *
-                          std::floor(static_cast<double>(config_.prefill_workers) / routers_.prefill_pools());
-    if (blocks < 9e18) limits.blocks = static_cast<std::int64_t>(blocks);
-    sessions_ = std::make_unique<AdmissionQueue<FairOrder>>(limits);
+    set_up_sessions(routers_.prefill_pools());
     return {};
   }
 
@@ -170,59 +152,9 @@ class Cluster final : private detail::PrefillSide {
     }
   }
 
-  // --- Sessions ---
+  // --- Calls ---
 
-  void session_arrives(std::int32_t index) {
-    const SessionPlan& plan = workload_->sessions[static_cast<std::size_t>(index)];
-    if (static_cast<std::size_t>(index) + 1 < workload_->sessions.size()) {
-      events_.push(workload_->sessions[static_cast<std::size_t>(index) + 1].arrival, Event::kSession,
-                   index + 1);
-    }
-    AdmissionRequest request;
-    request.id = static_cast<std::uint64_t>(index);
-    request.tenant = plan.tenant;
-    const CallPlan& last = workload_->calls_of(plan).back();
-    request.blocks = blocks_at_most(last.context, last.output, config_.block_tokens);
-    if (config_.session_patience < std::numeric_limits<double>::infinity()) {
-      request.deadline = now_ + config_.session_patience;
-      events_.push(request.deadline, Event::kPatience, index);
-    }
-    // A call that is larger than a worker could never be run.
-    const bool fits = request.blocks <= std::min(config_.prefill_blocks, config_.decode_blocks);
-    if (!fits || !sessions_->submit(request, now_).ok()) {
-      ++report_.sessions_refused;
-      return;
-    }
-    admit_sessions();
-  }
-  void admit_sessions() {
-    for (;;) {
-      const Admission next = sessions_->next(now_);
-      if (next.kind == Admission::Kind::kNone) return;
-      if (next.kind != Admission::Kind::kAdmitted) {
-        ++report_.sessions_refused;
-        continue;
-      }
-      const std::int32_t slot = idle_slot();
-      detail::SimCall& one = call(slot);
-      one.session = static_cast<std::int64_t>(next.request.id);
-      one.index = 0;
-      one.issued = now_;
-      issue(slot);
-    }
-  }
-  [[nodiscard]] std::int32_t idle_slot() {
-    if (idle_.empty()) {
-      calls_.emplace_back();
-      calls_.back().slot = static_cast<std::int32_t>(calls_.size() - 1);
-      idle_.push_back(calls_.back().slot);
-    }
-    const std::int32_t slot = idle_.back();
-    idle_.pop_back();
-    return slot;
-  }
-  /// The session's next call, from nothing.
-  void issue(std::int32_t slot) {
+  void issue(std::int32_t slot) override {
     detail::SimCall& one = call(slot);
     const CallPlan& plan = plan_of(one);
     const SessionPlan& session = workload_->sessions[static_cast<std::size_t>(one.session)];
@@ -235,9 +167,6 @@ class Cluster final : private detail::PrefillSide {
     slot_of_[static_cast<std::size_t>(one.id)] = slot;
     begin(slot);
   }
-
-  // --- Calls ---
-
   /// An attempt at a call that holds nothing.
   void begin(std::int32_t slot) {
     detail::SimCall& one = call(slot);
@@ -354,7 +283,8 @@ class Cluster final : private detail::PrefillSide {
     one.phase = Phase::kIdle;
     const SessionPlan& session = workload_->sessions[static_cast<std::size_t>(one.session)];
     if (++one.index == session.calls) {
-      end_session(one, slot);
+      routers_.end_session(static_cast<SessionId>(one.session));
+      end_session(slot);
       return;
     }
     one.issued = now_ + static_cast<double>(plan_of(one).think_seconds);
@@ -370,15 +300,6 @@ class Cluster final : private detail::PrefillSide {
   }
   [[nodiscard]] bool answered_twice(const detail::SimCall& one) const {
     return slot_of_[static_cast<std::size_t>(one.id)] < 0;
-  }
-  void end_session(detail::SimCall& one, std::int32_t slot) {
-    const auto session = static_cast<SessionId>(one.session);
-    recorder_.session_ended(now_ - workload_->sessions[static_cast<std::size_t>(one.session)].arrival);
-    ++report_.sessions_finished;
-    routers_.end_session(session);
-    sessions_->release(session);
-    idle_.push_back(slot);
-    admit_sessions();
   }
 
   // --- Faults ---
@@ -446,46 +367,10 @@ class Cluster final : private detail::PrefillSide {
     for (std::int32_t i = 0; i < config_.prefill_workers; ++i) step(i);
   }
 
-  // --- Measuring ---
-
-  void sample() {
-    std::int64_t prefill_blocks = 0;
-    std::int64_t decode_blocks = 0;
-    for (const detail::PrefillNode& node : prefill_) prefill_blocks += node.allocator->stats().in_use_blocks;
-    for (const detail::DecodeNode& node : decode_) decode_blocks += node.allocator->stats().in_use_blocks;
-    const double block_bytes = config_.block_tokens * config_.kv_bytes_per_token;
-    recorder_.sample(static_cast<double>(prefill_blocks) * block_bytes,
-                     static_cast<double>(decode_blocks) * block_bytes, report_);
-    if (!events_.empty()) events_.push(now_ + config_.sample_seconds, Event::kSample, 0);
-  }
-  void finish() {
-    recorder_.finish(report_);
-    for (const std::int32_t slot : slot_of_) report_.calls_unfinished += slot >= 0 ? 1 : 0;
-    const double seconds = std::max(report_.seconds, 1e-300);
-    for (const detail::PrefillNode& node : prefill_) report_.prefill_busy += node.busy_seconds;
-    for (const detail::DecodeNode& node : decode_) report_.decode_busy += node.busy_seconds;
-    report_.prefill_busy /= seconds * config_.prefill_workers;
-    report_.decode_busy /= seconds * config_.decode_workers;
-    report_.mean_batch =
-        static_cast<double>(batch_steps_) / static_cast<double>(std::max<std::int64_t>(steps_, 1));
-    report_.events = events_.pushed();
-  }
-
-  [[nodiscard]] static Status check_allocator(const SimAllocator& allocator, const char* side) {
-    const KvStats stats = allocator.stats();
-    if (stats.sequences != 0 || stats.in_use_blocks != 0) {
-      return error(StatusCode::kCorruptData, "a ", side, " worker has ", stats.in_use_blocks,
-                   " blocks in use by ", stats.sequences, " sequences");
-    }
-    return allocator.check_invariants();
-  }
   detail::ClusterRouters<Policy> routers_;
-  std::unique_ptr<AdmissionQueue<FairOrder>> sessions_;
   std::vector<std::int32_t> slot_of_;  // [calls of the workload], -1: not under way
-  std::vector<std::int32_t> idle_;     // slots
   std::vector<std::int32_t> stranded_;
   std::vector<std::uint64_t> hashes_;
-  detail::SimRecorder recorder_;
   bool ran_ = false;
 };
 

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -87,7 +88,7 @@ void with_vec_len(int v, Body&& body) {
   }
 }
 
-/// A codebook-quantized matrix with codes fixed, codebooks and scales trained:
+/// A codebook-quantized matrix with codes given, codebooks and scales trained:
 /// W[n,k] = s[n, k/g] * sum_c C_c[code_c[n, k/v]][k % v].
 template <TrainScalar T>
 class CodebookWeights {
@@ -116,6 +117,22 @@ class CodebookWeights {
 
   [[nodiscard]] std::int64_t rows() const noexcept { return matrix_.rows(); }
   [[nodiscard]] std::int64_t cols() const noexcept { return matrix_.cols(); }
+
+  /// Other codes, [N][m][K / v]; false where they are not as many, or not all below 2^b.
+  [[nodiscard]] bool set_codes(std::span<const std::uint16_t> codes) {
+    const codegemm::Format f = matrix_.format();
+    if (codes.size() != codes_.size()) return false;
+    if (std::any_of(codes.begin(), codes.end(), [&](std::uint16_t code) { return code >= f.centroids(); }))
+      return false;
+    std::copy(codes.begin(), codes.end(), codes_.begin());
+    std::size_t at = 0;
+    for (std::int64_t n = 0; n < rows(); ++n) {
+      for (std::int64_t c = 0; c < f.m; ++c) {
+        for (std::int64_t j = 0; j < cols() / f.v; ++j) matrix_.set_code(c, n, j, codes_[at++]);
+      }
+    }
+    return true;
+  }
 
   /// out[N][K].
   void materialize(T* out, Executor& executor) const {
@@ -300,6 +317,8 @@ class TrainableLinear {
   [[nodiscard]] bool composed() const noexcept { return a_ != nullptr || codes_ != nullptr; }
   /// Null where the weights are not codes.
   [[nodiscard]] const detail::CodebookWeights<T>* codes() const noexcept { return codes_.get(); }
+  /// The same.
+  [[nodiscard]] detail::CodebookWeights<T>* codes() noexcept { return codes_.get(); }
 
   /// The weights to multiply by; in `scratch` if they are not kept as they are.
   [[nodiscard]] LinearWeights<T> materialize(T* scratch, detail::Products<T>& products) const {

@@ -13,6 +13,7 @@
 #include <map>
 #include <memory>
 #include <new>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -129,6 +130,21 @@ class TrainableModel {
     std::int64_t count = 0;
     for (const Parameter<T>& p : parameters_) count += p.value.size();
     return count;
+  }
+  /// Other codes, [N][m][K / v], for a quantized layer. kNotFound; kInvalidArgument for codes that it cannot
+  /// have.
+  [[nodiscard]] Status set_codes(const std::string& name, std::span<const std::uint16_t> codes) {
+    Status out = error(StatusCode::kNotFound, "TrainableModel: no quantized layer ", name);
+    std::size_t at = 0;
+    for_each_linear(*model_, [&](const std::string& own, const DenseLinear&) {
+      const std::size_t i = at++;
+      if (own != name || i >= linears_.size() || linears_[i].codes() == nullptr) return;
+      out = Status();
+      if (!linears_[i].codes()->set_codes(codes))
+        out = error(StatusCode::kInvalidArgument, "TrainableModel: ", codes.size(),
+                    " codes are not those of ", name);
+    });
+    return out;
   }
   /// Before each step.
   void zero_gradients() noexcept {

@@ -125,6 +125,26 @@ class ExampleOrder {
   std::int64_t epoch_ = -1;
 };
 
+/// Trainer::run() of whatever has step(), done() and save().
+template <class AnyTrainer>
+[[nodiscard]] Status run_steps(AnyTrainer& trainer, const std::string& path, std::int64_t save_every,
+                               const std::function<void(const TrainProgress&)>& progress) {
+  while (!trainer.done()) {
+    const Result<TrainProgress> now = trainer.step();
+    if (!now.ok()) {
+      if (!path.empty() && now.status().code() == StatusCode::kInvalidArgument) {
+        if (Status s = trainer.save(path); !s.ok()) return s;
+      }
+      return now.status();
+    }
+    if (progress) progress(*now);
+    if (!path.empty() && (trainer.done() || (save_every > 0 && now->step % save_every == 0))) {
+      if (Status s = trainer.save(path); !s.ok()) return s;
+    }
+  }
+  return {};
+}
+
 }  // namespace detail
 
 /// Minimizes -sum log P(y_t | y_<t, C_base) over the target tokens of examples. The base's cache of the first
@@ -231,20 +251,7 @@ class Trainer {
   /// the end, also where a loss is not finite: then that of the last good step.
   [[nodiscard]] Status run(const std::string& path, std::int64_t save_every,
                            const std::function<void(const TrainProgress&)>& progress = {}) {
-    while (!done()) {
-      const Result<TrainProgress> now = step();
-      if (!now.ok()) {
-        if (!path.empty() && now.status().code() == StatusCode::kInvalidArgument) {
-          if (Status s = save(path); !s.ok()) return s;
-        }
-        return now.status();
-      }
-      if (progress) progress(*now);
-      if (!path.empty() && (done() || (save_every > 0 && now->step % save_every == 0))) {
-        if (Status s = save(path); !s.ok()) return s;
-      }
-    }
-    return {};
+    return detail::run_steps(*this, path, save_every, progress);
   }
 
   /// All that a resumed run needs, in one file that replaces the old one when it is whole.

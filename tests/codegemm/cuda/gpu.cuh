@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/codegemm/cuda/gpu.cuh - device buffers with guards, random quantized matrices, and the comparison.
+// tests/codegemm/cuda/gpu.cuh - device buffers with guards, streams, random quantized matrices, and the
+// comparison.
 #pragma once
 
 #include <cmath>
@@ -42,6 +43,28 @@ inline void require_ok(const Status& status) {
   REQUIRE(device.ok());
   if (device->arch < 80) TEST_SKIP("the GPU's compute capability is below 8.0");
   return *device;
+}
+
+/// What there must be, or the test fails with the status's text.
+template <class U>
+[[nodiscard]] U take(Result<U> made) {
+  require_ok(made.status());
+  return std::move(made).value();
+}
+
+/// One that does not wait for the default stream.
+struct Stream {
+  cudaStream_t get = nullptr;
+  Stream() { REQUIRE_CUDA(cudaStreamCreateWithFlags(&get, cudaStreamNonBlocking)); }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  ~Stream() { cudaStreamDestroy(get); }
+};
+
+[[nodiscard]] inline int gpu_count() {
+  int count = 0;
+  REQUIRE_CUDA(cudaGetDeviceCount(&count));
+  return count;
 }
 
 /// Device memory with a guard on both sides that must stay as it is.

@@ -47,7 +47,7 @@ double output_error(const QuantizedMatrix& q, MatrixView<const float> w, const s
   s.rows = w.rows;
   s.cols = w.cols;
   s.weights = w;
-  s.gram = detail::damped_gram({gram.data(), w.cols, w.cols}, 0.0);
+  s.gram = detail::damped_gram({gram.data(), w.cols, w.cols}, 0.0, executor);
   detail::take_matrix(q, s);
   return detail::weighted_error(s, true, executor) / detail::weighted_error(s, false, executor);
 }

@@ -20,9 +20,8 @@
 #include <codegemm/pack.hpp>
 #include <codegemm/reference.hpp>
 #include <prefillshare/model/codegemm_linear.hpp>
-#include <support/tiny_model.hpp>
 
-#include "../../codegemm/cuda/gpu.cuh"
+#include "../gpu_model.cuh"
 
 namespace prefillshare::test {
 namespace {
@@ -35,53 +34,12 @@ using codegemm::test::seed_or;
 template <class T>
 constexpr double kTolerance = std::is_same_v<T, __half> ? 6e-3 : 4e-2;
 
-ModelConfig gpu_config() {
-  ModelConfig c;
-  c.vocab_size = 203;
-  c.hidden_size = 128;
-  c.intermediate_size = 192;
+ModelConfig forward_config() {
+  ModelConfig c = gpu_config();
   c.layers = 3;
-  c.heads = 4;
-  c.kv_heads = 2;
-  c.head_dim = 64;
   c.context_length = 512;
-  c.rope.head_dim = 64;
-  c.tied_embeddings = true;
   return c;
 }
-
-template <class T>
-float rounded(float value) {
-  return static_cast<float>(static_cast<T>(value));
-}
-
-// The same model with weights that T holds exactly, so that only activations are rounded.
-template <class T>
-std::shared_ptr<LlamaModel<DenseLinear>> rounded_model(const ModelConfig& c, std::uint64_t seed) {
-  auto out = std::make_shared<LlamaModel<DenseLinear>>(*random_model(c, seed));
-  const auto round = [](std::span<const float> values) {
-    std::vector<float> low(values.begin(), values.end());
-    for (float& value : low) value = rounded<T>(value);
-    return low;
-  };
-  out->embedding = std::make_shared<const std::vector<float>>(round(*out->embedding));
-  for_each_linear(*out, [&](const std::string& name, DenseLinear& layer) {
-    const auto weights = layer.weights();
-    const auto size = static_cast<std::size_t>(weights.rows * weights.cols);
-    auto low = std::make_shared<const std::vector<float>>(round({weights.data, size}));
-    if (c.tied_embeddings && name == "lm_head") low = out->embedding;
-    layer = DenseLinear(std::move(low), layer.rows(), layer.cols(), round(layer.bias()));
-  });
-  return out;
-}
-
-struct Stream {
-  cudaStream_t get = nullptr;
-  Stream() { REQUIRE_CUDA(cudaStreamCreateWithFlags(&get, cudaStreamNonBlocking)); }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-  ~Stream() { cudaStreamDestroy(get); }
-};
 
 template <class T>
 using Dense = cuda::DeviceDenseLinear<T>;
@@ -125,11 +83,6 @@ struct Rig {
     // What no pass has written is NaN.
     REQUIRE_CUDA(cudaMemsetAsync(storage.layer(0), 0xFF,
                                  static_cast<std::size_t>(blocks * storage.bytes_per_block()), stream.get));
-  }
-  template <class U>
-  static U take(codegemm::Result<U> made) {
-    require_ok(made.status());
-    return std::move(made).value();
   }
   std::vector<float> logits(std::int64_t rows, std::int64_t vocab) {
     std::vector<float> out(static_cast<std::size_t>(rows * vocab));
@@ -298,7 +251,7 @@ TEST_CASE("the forward pass with dense layers equals the double reference for ev
   const auto device = gpu_or_skip();
   const std::uint64_t seed = seed_or(31);
   CAPTURE(seed);
-  ModelConfig config = gpu_config();
+  ModelConfig config = forward_config();
   SECTION("Llama: tied head, no biases") {}
   SECTION("Llama: head of its own") { config.tied_embeddings = false; }
   SECTION("Qwen2: biases") { config.attention_bias = true; }
@@ -323,7 +276,7 @@ TEST_CASE("the forward pass with dense layers equals the double reference for ev
 TEST_CASE("the forward pass with CodeGEMM layers equals the double reference") {
   const auto device = gpu_or_skip();
   const std::uint64_t seed = seed_or(41);
-  ModelConfig config = gpu_config();
+  ModelConfig config = forward_config();
   config.tied_embeddings = false;
   std::string format = "m1v4g128";
   SECTION("m1v4g128") {}
@@ -344,7 +297,7 @@ TEST_CASE("the forward pass with CodeGEMM layers equals the double reference") {
 // Both also under compute-sanitizer.
 TEST_CASE("the forward pass on the GPU: a small one of each kind with CodeGEMM layers") {
   const auto device = gpu_or_skip();
-  ModelConfig config = gpu_config();
+  ModelConfig config = forward_config();
   config.layers = 1;
   config.qk_norm = true;
   config.attention_bias = true;
@@ -354,7 +307,7 @@ TEST_CASE("the forward pass on the GPU: a small one of each kind with CodeGEMM l
 
 TEST_CASE("the forward pass on the GPU: a small one with dense layers") {
   const auto device = gpu_or_skip();
-  ModelConfig config = gpu_config();
+  ModelConfig config = forward_config();
   config.layers = 1;
   config.attention_bias = true;
   const auto host = rounded_model<__half>(config, seed_or(35));
@@ -365,7 +318,7 @@ TEST_CASE("decode modules of codes read one base cache, as the double reference 
   const auto device = gpu_or_skip();
   const std::uint64_t seed = seed_or(51);
   CAPTURE(seed);
-  ModelConfig config = gpu_config();
+  ModelConfig config = forward_config();
   config.tied_embeddings = false;
   const auto base_host = rounded_model<__half>(config, seed);
   const auto base_model = upload_dense<__half>(*base_host);
@@ -447,7 +400,7 @@ TEST_CASE("decode modules of codes read one base cache, as the double reference 
 
 TEST_CASE("a graph that goes on with its own tokens generates what single steps generate") {
   const auto device = gpu_or_skip();
-  const ModelConfig config = gpu_config();
+  const ModelConfig config = forward_config();
   const auto host = rounded_model<__half>(config, seed_or(61));
   const auto model = upload_dense<__half>(*host);
   using Graph = cuda::DecodeGraph<Dense<__half>, Dense<__half>>;
@@ -551,7 +504,7 @@ TEST_CASE("sampling draws from the softmax, and takes the lowest of equal logits
 
 TEST_CASE("the GPU's forward pass refuses what does not fit, with the numbers") {
   const auto device = gpu_or_skip();
-  const ModelConfig config = gpu_config();
+  const ModelConfig config = forward_config();
   const auto host = rounded_model<__half>(config, 1);
   const auto model = upload_dense<__half>(*host);
   Rig<__half> rig(*model, device, 8);

@@ -17,9 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include <support/tiny_model.hpp>
-
-#include "../../codegemm/cuda/gpu.cuh"
+#include "../gpu_model.cuh"
 
 namespace prefillshare::test {
 namespace {
@@ -93,12 +91,6 @@ class MemorySource {
 };
 static_assert(cuda::WeightSource<MemorySource>);
 
-template <class U>
-U take(codegemm::Result<U> made) {
-  require_ok(made.status());
-  return std::move(made).value();
-}
-
 template <class T>
 bool same(const cuda::DeviceArray<T>& a, const cuda::DeviceArray<T>& b) {
   REQUIRE(a.size() == b.size());
@@ -112,16 +104,7 @@ bool same(const cuda::DeviceArray<T>& a, const cuda::DeviceArray<T>& b) {
 }
 
 ModelConfig config_of(bool tied, bool bias, bool qk_norm) {
-  ModelConfig c;
-  c.vocab_size = 203;
-  c.hidden_size = 128;
-  c.intermediate_size = 192;
-  c.layers = 2;
-  c.heads = 4;
-  c.kv_heads = 2;
-  c.head_dim = 64;
-  c.context_length = 256;
-  c.rope.head_dim = 64;
+  ModelConfig c = gpu_config();
   c.tied_embeddings = tied;
   c.attention_bias = bias;
   c.qk_norm = qk_norm;

@@ -25,9 +25,7 @@
 #include <utility>
 #include <vector>
 
-#include <support/tiny_model.hpp>
-
-#include "../../codegemm/cuda/gpu.cuh"
+#include "../gpu_model.cuh"
 
 namespace prefillshare::test {
 namespace {
@@ -43,12 +41,6 @@ const bool kEnvironment = [] {
   setenv("CUDA_MODULE_LOADING", "EAGER", 1);
   return true;
 }();
-
-template <class U>
-U take(codegemm::Result<U> made) {
-  require_ok(made.status());
-  return std::move(made).value();
-}
 
 // Mailboxes, streams and groups of ranks. With `spread` rank r is on GPU r; else all are on the first.
 struct PeerRig {
@@ -99,11 +91,6 @@ struct PeerRig {
   int ranks() const { return static_cast<int>(devices.size()); }
 };
 
-int gpu_count() {
-  int count = 0;
-  REQUIRE_CUDA(cudaGetDeviceCount(&count));
-  return count;
-}
 // Ranks and whether each has a GPU of its own: what this machine can do.
 std::vector<std::pair<int, bool>> arrangements() {
   std::vector<std::pair<int, bool>> out{{1, false}, {2, false}, {4, false}};
@@ -190,23 +177,6 @@ ModelConfig parallel_config() {
   c.context_length = 256;
   c.rope.head_dim = 64;
   return c;
-}
-
-std::shared_ptr<LlamaModel<DenseLinear>> rounded_model(const ModelConfig& c, std::uint64_t seed) {
-  auto out = std::make_shared<LlamaModel<DenseLinear>>(*random_model(c, seed));
-  const auto round = [](std::span<const float> values) {
-    std::vector<float> low(values.begin(), values.end());
-    for (float& value : low) value = static_cast<float>(static_cast<__half>(value));
-    return low;
-  };
-  out->embedding = std::make_shared<const std::vector<float>>(round(*out->embedding));
-  for_each_linear(*out, [&](const std::string&, DenseLinear& layer) {
-    const auto weights = layer.weights();
-    layer = DenseLinear(std::make_shared<const std::vector<float>>(
-                            round({weights.data, static_cast<std::size_t>(weights.rows * weights.cols)})),
-                        layer.rows(), layer.cols(), round(layer.bias()));
-  });
-  return out;
 }
 
 // Random codes for the layers of `dense`; the head as it is.
@@ -528,7 +498,7 @@ TEST_CASE("a model of dense layers spread over ranks has the whole one's logits"
     config.qk_norm = true;
   }
   CAPTURE(seed);
-  const auto host = rounded_model(config, seed);
+  const auto host = rounded_model<__half>(config, seed);
   for (const auto& [ranks, spread] : arrangements()) {
     // Four on one GPU leave the last one's cuBLAS kernels no place while the others wait for it.
     if (ranks > (spread ? 4 : 2)) continue;
@@ -540,7 +510,7 @@ TEST_CASE("a model of codes spread over ranks has the whole one's logits") {
   static_cast<void>(gpu_or_skip());
   const std::uint64_t seed = seed_or(831);
   CAPTURE(seed);
-  const auto dense = rounded_model(parallel_config(), seed);
+  const auto dense = rounded_model<__half>(parallel_config(), seed);
   const auto coded = coded_model(*dense, codegemm::parse_format("m1v4g128").value(), seed + 1);
   for (const auto& [ranks, spread] : arrangements()) {
     if (ranks > 4) continue;
@@ -563,7 +533,7 @@ TEST_CASE("a model of one rank of NCCL has the plain one's bits, in a graph too"
   cudaStream_t stream = nullptr;
   REQUIRE_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   {
-    const auto host = rounded_model(parallel_config(), seed);
+    const auto host = rounded_model<__half>(parallel_config(), seed);
     const auto prompt = random_tokens(rng, kPrompt, host->config.vocab_size);
     const auto given = random_tokens(rng, kSteps, host->config.vocab_size);
     auto whole = build(*host, host->head, {}, dense_upload(), dense_upload());

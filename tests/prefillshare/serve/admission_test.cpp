@@ -130,15 +130,17 @@ TEST_CASE("random operations: everything leaves the queue once, and what begins 
 }
 
 TEST_CASE("a large request is not starved by small ones behind it") {
-  AdmissionQueue<> queue({10, 100, 100});
+  // [guide: admission]
+  AdmissionQueue<> queue({10, 100, 100});  // blocks, sessions that have begun, sessions that wait
   for (std::uint64_t id = 1; id <= 5; ++id) REQUIRE(queue.submit({id, 0, 2}, 0.0).ok());
   for (std::uint64_t id = 1; id <= 5; ++id) REQUIRE(queue.next(0.0).request.id == id);
   REQUIRE(queue.submit({100, 0, 10}, 0.0).ok());
   REQUIRE(queue.submit({101, 0, 1}, 0.0).ok());
   for (std::uint64_t id = 1; id <= 4; ++id) {
     REQUIRE(queue.release(id));
-    REQUIRE(queue.next(0.0).kind == Kind::kNone);
+    REQUIRE(queue.next(0.0).kind == Kind::kNone);  // 100 needs all ten blocks; 101 does not overtake it
   }
+  // [guide: end]
   REQUIRE(queue.release(5));
   CHECK(queue.next(0.0).request.id == 100);
   CHECK(queue.next(0.0).kind == Kind::kNone);

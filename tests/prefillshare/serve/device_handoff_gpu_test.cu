@@ -27,27 +27,19 @@
 namespace prefillshare::test {
 namespace {
 
+using codegemm::test::gpu_count;
 using codegemm::test::gpu_or_skip;
 using codegemm::test::require_ok;
 using codegemm::test::Rng;
 using codegemm::test::seed_or;
+using codegemm::test::Stream;
+using codegemm::test::take;
 
 using Storage = cuda::DeviceKvStorage<__half>;
 using Allocator = BasicKvAllocator<Storage>;
 using Table = HandoffTable<Allocator, std::mutex>;
 const CacheKey kKey{"base", "1", ""};
 
-template <class U>
-U take(codegemm::Result<U> made) {
-  require_ok(made.status());
-  return std::move(made).value();
-}
-
-int gpu_count() {
-  int count = 0;
-  REQUIRE_CUDA(cudaGetDeviceCount(&count));
-  return count;
-}
 void use(int device) { REQUIRE_CUDA(cudaSetDevice(device)); }
 void reach_each_other(int a, int b) {
   if (a == b) return;
@@ -58,14 +50,6 @@ void reach_each_other(int a, int b) {
     static_cast<void>(cudaGetLastError());
   }
 }
-
-struct Stream {
-  cudaStream_t get = nullptr;
-  Stream() { REQUIRE_CUDA(cudaStreamCreateWithFlags(&get, cudaStreamNonBlocking)); }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-  ~Stream() { cudaStreamDestroy(get); }
-};
 
 KvShape shape() {
   KvShape out;

@@ -457,7 +457,8 @@ TEST_CASE("a hot prefix spreads when its worker's queue costs more than computin
   for (std::size_t i = 0; i < prefix.size(); ++i) {
     stored.push_back({i, KvEvent::Kind::kStored, 0, i == 0 ? 1 : prefix[i - 1], prefix[i]});
   }
-  const LinearPrefillCost cost{1e-3, 0.0, 0.0};
+  // [guide: router]
+  const LinearPrefillCost cost{1e-3, 0.0, 0.0};  // seconds a token
   auto aware = Router<PrefixRouting>::create({kWorkers, 16}, PrefixRouting(1.0), cost).value();
   auto sticky = Router<StickyRouting<>>::create({kWorkers, 16}, StickyRouting<>(), cost).value();
   for (WorkerId w = 0; w < kWorkers; ++w) {
@@ -465,13 +466,16 @@ TEST_CASE("a hot prefix spreads when its worker's queue costs more than computin
     REQUIRE(sticky.start(w, 1).ok());
   }
   REQUIRE(aware.observe(0, 1, stored).value() == CacheSync::kCurrent);
+  // [guide: end]
 
+  // [guide: route]
   // 1,024 tokens cached and 76 new ones: 13 requests wait at worker 0 before computing all elsewhere pays.
   for (RequestId r = 0; r < 13; ++r) {
     const Route route = aware.route(request_of(r, r, 1100, prefix)).value();
     REQUIRE(route.worker == 0);
     REQUIRE(route.cached_tokens == 1024);
   }
+  // [guide: end]
   std::vector<std::int64_t> counts(kWorkers, 0);
   for (RequestId r = 13; r < 200; ++r)
     ++counts[static_cast<std::size_t>(aware.route(request_of(r, r, 1100, prefix)).value().worker)];

@@ -25,7 +25,7 @@
 #include <prefillshare/model/cuda/upload.cuh>
 #include <support/serve_harness.hpp>
 
-#include "../../codegemm/cuda/gpu.cuh"
+#include "../gpu_model.cuh"
 
 namespace prefillshare::test {
 namespace {
@@ -41,46 +41,6 @@ using Prefill = cuda::DevicePrefillWorker<Dense, Dense>;
 using Decode = cuda::DeviceDecodeWorker<__half>;
 
 const auto kIgnorePages = [](const PagesReady&) { return Status(); };
-
-ModelConfig small_config() {
-  ModelConfig c;
-  c.vocab_size = 203;
-  c.hidden_size = 128;
-  c.intermediate_size = 192;
-  c.layers = 2;
-  c.heads = 4;
-  c.kv_heads = 2;
-  c.head_dim = 64;
-  c.context_length = 256;
-  c.rope.head_dim = 64;
-  c.tied_embeddings = true;
-  return c;
-}
-
-// Weights that fp16 holds, so that only activations are rounded.
-HostModel rounded_model(const ModelConfig& c, std::uint64_t seed) {
-  auto out = std::make_shared<LlamaModel<DenseLinear>>(*random_model(c, seed));
-  const auto round = [](std::span<const float> values) {
-    std::vector<float> low(values.begin(), values.end());
-    for (float& value : low) value = __half2float(__float2half_rn(value));
-    return low;
-  };
-  out->embedding = std::make_shared<const std::vector<float>>(round(*out->embedding));
-  for_each_linear(*out, [&](const std::string& name, DenseLinear& layer) {
-    const auto weights = layer.weights();
-    auto low = std::make_shared<const std::vector<float>>(
-        round({weights.data, static_cast<std::size_t>(weights.rows * weights.cols)}));
-    if (name == "lm_head") low = out->embedding;
-    layer = DenseLinear(std::move(low), layer.rows(), layer.cols(), round(layer.bias()));
-  });
-  return out;
-}
-
-template <class U>
-U take(codegemm::Result<U> made) {
-  require_ok(made.status());
-  return std::move(made).value();
-}
 
 // A base and two decode modules, one of them the base's own weights, on one pool.
 struct Rig {
@@ -105,13 +65,13 @@ struct Rig {
   Rig(const cuda::Device& device, std::uint64_t seed, std::int64_t blocks, const PrefillOptions& options,
       const std::vector<std::int64_t>& sizes, std::int64_t most_active = 64,
       const cuda::CardSplit* split = nullptr, std::int64_t share_from = 0)
-      : config(small_config()) {
+      : config(gpu_config()) {
     if (share_from > 0) config.context_length = 4096;
     REQUIRE_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     cublas = take(cuda::Cublas::create());
     const cuda::DenseUploader<__half> uploader(cublas);
     for (std::size_t i = 0; i < 2; ++i) {
-      hosts[i] = rounded_model(config, seed + i);
+      hosts[i] = rounded_model<__half>(config, seed + i);
       models[i] = take(cuda::upload(*hosts[i], uploader, uploader));
     }
     storage.emplace(take(cuda::DeviceKvStorage<__half>::create(kv_shape(config), blocks, stream)));

@@ -57,10 +57,12 @@ TEST_CASE("many requests on three modules and one pool get what each gets alone"
   const auto codes = random_codes(*base, codegemm::test::seed_or(3));
   codegemm::ThreadPool pool(2);
   PrefillSide prefill(base, 200, {48, 3, 64}, pool);
+  // [guide: modules]
   DecodeWorker decode(*prefill.cache.allocator, prefill.cache.storage, pool, 64);
   REQUIRE(decode.add_module(factorize(prefill.base, base).value(), 4, 256).value() == 0);
   REQUIRE(decode.add_module(factorize(prefill.base, task).value(), 4, 256).value() == 1);
   REQUIRE(decode.add_module(factorize(prefill.base, codes).value(), 8, 256).value() == 2);
+  // [guide: end]
 
   Rng rng(4);
   std::map<std::uint64_t, std::vector<std::int32_t>> contexts;
@@ -76,6 +78,7 @@ TEST_CASE("many requests on three modules and one pool get what each gets alone"
   std::map<std::uint64_t, int> done;
   std::int64_t computed = 0;
   for (KvTime now = 0; now < 400 && (answers.by_id.size() < 18 || decode.active() > 0); ++now) {
+    // [guide: serve]
     computed += prefill.worker.step(now, kIgnorePages, [&](PrefillResult&& result) {
       INFO(result.status.message());
       REQUIRE(result.status.ok());
@@ -87,6 +90,7 @@ TEST_CASE("many requests on three modules and one pool get what each gets alone"
       REQUIRE(decode.start(request, result.cache).ok());
     });
     decode.step(now, greedy, [&](const DecodeEvent& event) { answers(event); });
+    // [guide: end]
   }
   CHECK(prefill.worker.idle());
   CHECK(computed > 0);

@@ -31,10 +31,9 @@
 #include <prefillshare/train/trainer.hpp>
 #include <support/catch.hpp>
 #include <support/quantized.hpp>
-#include <support/tiny_model.hpp>
 #include <support/tiny_training.hpp>
 
-#include "../../codegemm/cuda/gpu.cuh"
+#include "../gpu_model.cuh"
 
 namespace prefillshare::test {
 namespace {
@@ -54,14 +53,6 @@ using cuda::DeviceTrainPass;
 
 template <class S>
 constexpr bool kExact = std::is_same_v<S, float>;
-
-struct Stream {
-  cudaStream_t get = nullptr;
-  Stream() { REQUIRE_CUDA(cudaStreamCreateWithFlags(&get, cudaStreamNonBlocking)); }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-  ~Stream() { cudaStreamDestroy(get); }
-};
 
 struct Variant {
   const char* name;
@@ -159,26 +150,6 @@ struct Problem {
     return out;
   }
 };
-
-/// Weights that bf16 holds, so that only activations are rounded.
-std::shared_ptr<const LlamaModel<DenseLinear>> rounded_model(const ModelConfig& c, std::uint64_t seed) {
-  auto out = std::make_shared<LlamaModel<DenseLinear>>(*random_model(c, seed));
-  const auto round = [](std::span<const float> values) {
-    std::vector<float> low(values.begin(), values.end());
-    for (float& value : low) value = __bfloat162float(__float2bfloat16(value));
-    return low;
-  };
-  out->embedding = std::make_shared<const std::vector<float>>(round(*out->embedding));
-  for_each_linear(*out, [&](const std::string& name, DenseLinear& layer) {
-    const auto weights = layer.weights();
-    const auto size = static_cast<std::size_t>(weights.rows * weights.cols);
-    auto low = std::make_shared<const std::vector<float>>(round({weights.data, size}));
-    if (c.tied_embeddings && name == "lm_head") low = out->embedding;
-    layer = DenseLinear(std::move(low), layer.rows(), layer.cols(),
-                        std::vector<float>(layer.bias().begin(), layer.bias().end()));
-  });
-  return out;
-}
 
 std::map<std::string, codegemm::QuantizedMatrix> random_matrices(const LlamaModel<DenseLinear>& model,
                                                                  std::uint64_t seed) {
@@ -312,7 +283,7 @@ void check_against_double(const Device& device, cudaStream_t stream) {
   for (const Variant& v : variants()) {
     for (const Kind kind : {Kind::kFull, Kind::kLowRank, Kind::kCodebooks}) {
       const Problem problem(v, 71);
-      const auto model = rounded_model(v.config, 72);
+      const auto model = rounded_model<__nv_bfloat16>(v.config, 72);
       auto exact = trainable<double>(model, kind);
       auto pass = TrainPass<double>::create(v.config, std::ssize(problem.batch.tokens), 256, pool).value();
       std::vector<double> want;
@@ -799,7 +770,7 @@ TEST_CASE("gradients against a teacher are those of all labels by their chances"
     Problem problem(v, 91);
     problem.batch.loss_rows = {2, 9};
     problem.batch.labels.resize(2);
-    const auto model = rounded_model(c, 92);
+    const auto model = rounded_model<__nv_bfloat16>(c, 92);
     Rng rng(93);
     const std::vector<float> hidden = rng.normals(2 * c.hidden_size);
     std::vector<float> head = rng.normals(c.vocab_size * c.hidden_size);
@@ -913,6 +884,68 @@ TEST_CASE("distillation on the GPU brings a quantized model nearer to the dense 
       DeviceDistiller<S>::create(student, teacher, sequences, options, device, stream.get).status();
   CHECK(wrong.code() == StatusCode::kInvalidArgument);
   CHECK(wrong.message().find("sequence 12") != std::string::npos);
+}
+
+TEST_CASE("codes that follow the gradient bring a quantized model nearer than codebooks alone",
+          "[train][gpu]") {
+  using S = __nv_bfloat16;
+  const Device device = gpu_or_skip();
+  const Stream stream;
+  const auto dense = random_model(small_config(), 1041);
+  const auto teacher = on_device<S>(*dense, device, stream.get);
+  std::vector<std::vector<std::int32_t>> sequences;
+  Rng rng(1042);
+  for (int i = 0; i < 12; ++i) sequences.push_back(random_tokens(rng, 2 + rng.below(30), 60));
+  TrainOptions options;
+  options.steps = 100;
+  options.batch = 6;
+  options.pass_tokens = 64;
+  options.rate = 0.01;
+  options.adam.weight_decay = 0.0;
+  const auto create = [&](TrainableModel<float>& student, const cuda::CodeMoveOptions& moves) {
+    return DeviceDistiller<S>::create(student, teacher, sequences, options, device, stream.get,
+                                      Activations::kKept, moves);
+  };
+  double still = 0.0;
+  std::vector<float> first;
+  for (const double rate : {0.0, 0.02, 0.02}) {
+    CAPTURE(rate);
+    auto student = trainable<float>(dense, Kind::kCodebooks);
+    const auto before = student.matrices();
+    cuda::CodeMoveOptions moves;
+    moves.rate = rate;
+    moves.every = 3;
+    auto distiller = create(student, moves);
+    require_ok(distiller.status());
+    require_ok(distiller->run());
+    const double after = distiller->divergence(sequences).value();
+    std::printf("codes' rate %g: divergence %.4f, %lld moved\n", rate, after,
+                static_cast<long long>(distiller->codes_moved()));
+    std::int64_t different = 0;
+    for (const auto& [name, matrix] : student.matrices()) {
+      const auto old = before.at(name).codes();
+      for (std::size_t i = 0; i < old.size(); ++i) different += matrix.codes()[i] == old[i] ? 0 : 1;
+    }
+    CHECK((different > 0) == (rate > 0.0));
+    CHECK(distiller->codes_moved() >= different);
+    if (rate == 0.0) still = after;
+    if (rate > 0.0) CHECK(after < 0.8 * still);
+    // What the host was given is what the device has: codes, codebooks and the lists made of them.
+    auto again = create(student, {});
+    require_ok(again.status());
+    CHECK(std::abs(again->divergence(sequences).value() - after) <= 1e-7);
+    if (rate > 0.0 && first.empty()) {
+      first = values_of(student);
+    } else if (rate > 0.0) {
+      CHECK(same_bits(first, values_of(student)));
+    }
+  }
+  auto student = trainable<float>(dense, Kind::kCodebooks);
+  cuda::CodeMoveOptions wrong;
+  wrong.every = 0;
+  CHECK(create(student, wrong).status().code() == StatusCode::kInvalidArgument);
+  CHECK(student.set_codes("model.layers.0.mlp.up", {}).code() == StatusCode::kNotFound);
+  CHECK(student.set_codes("model.layers.0.mlp.up_proj", {}).code() == StatusCode::kInvalidArgument);
 }
 
 namespace {

@@ -24,10 +24,11 @@ class DeviceQuantizer {
     return DeviceQuantizer(*std::move(steps));
   }
 
-  /// As codegemm::quantize_calibrated(), with the same steps: k-means, with which it begins, on the host's
-  /// executor, all rounds on the GPU; sums are added in another order, so that codes may differ where two
-  /// are nearly as good. The same bits on the same card, whatever the number of workers. `report` may be
-  /// null. Errors as there; kUnsupported for a layer or beam too large for the card; kCudaError.
+  /// As codegemm::quantize_calibrated(), with the same steps, all on the GPU but for the draw of k-means++
+  /// and the checks of what is given, for which the executor is; sums are added in another order, so that
+  /// codes may differ where two are nearly as good. The same bits on the same card, whatever the number of
+  /// workers. `report` may be null. Errors as there; kUnsupported for a layer or beam too large for the
+  /// card; kCudaError.
   [[nodiscard]] Result<QuantizedMatrix> quantize_calibrated(MatrixView<const float> weights,
                                                             MatrixView<const float> gram, Format format,
                                                             const CalibratedOptions& options,

@@ -8,42 +8,38 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
-#include <memory>
-#include <span>
 #include <utility>
 #include <vector>
 
-#include <cublas_v2.h>
 #include <cuda_runtime.h>
 #include <cub/device/device_radix_sort.cuh>
 
-#include <codegemm/cuda/cublas.cuh>
 #include <codegemm/cuda/device_array.cuh>
-#include <codegemm/cuda/launch.cuh>
 #include <codegemm/quantize/calibrated.hpp>
+#include <codegemm/quantize/cuda/cholesky.cuh>
+#include <codegemm/quantize/cuda/device_work.cuh>
 #include <codegemm/quantize/cuda/kernels/search.cuh>
 #include <codegemm/quantize/cuda/kernels/search_measure.cuh>
 #include <codegemm/quantize/cuda/kernels/search_paths.cuh>
+#include <codegemm/quantize/cuda/kmeans.cuh>
 
 namespace codegemm::cuda::detail {
 
 using codegemm::detail::AdditiveState;
 using codegemm::detail::CodebookSolver;
-using codegemm::detail::DenseMatrix;
 using codegemm::detail::SearchMode;
 
 /// HostSteps on a GPU: products by cuBLAS in fp32, all else by kernels; the codebooks' small vectors stay on
-/// the host. Memory is kept from one layer to the next. The first failure is kept and what comes after it is
-/// left out. One thread, one stream.
+/// the host. Memory is kept from one layer to the next. One thread, one stream.
 class DeviceSteps {
  public:
   [[nodiscard]] static Result<DeviceSteps> create(const Device& device, cudaStream_t stream) {
-    Result<std::shared_ptr<Cublas>> cublas = Cublas::create();
-    if (!cublas.ok()) return cublas.status();
-    return DeviceSteps(device, stream, *std::move(cublas));
+    Result<DeviceWork> work = DeviceWork::create(device, stream);
+    if (!work.ok()) return work.status();
+    return DeviceSteps(*std::move(work));
   }
 
-  [[nodiscard]] Status begin(AdditiveState& state, const DenseMatrix* factor) {
+  [[nodiscard]] Status begin(AdditiveState& state) {
     s_ = &state;
     const Format f = state.format;
     layer_ = {};
@@ -58,30 +54,60 @@ class DeviceSteps {
       return codegemm::error(StatusCode::kUnsupported, "quantize_calibrated: ", state.rows, " x ", state.cols,
                              " have more vectors than a GPU's 32-bit places count");
     }
-    reserve(weights_, state.rows * state.cols);
-    if (status_.ok()) {
+    work_.reserve(weights_, state.rows * state.cols);
+    if (work_.ok()) {
       const std::size_t width = static_cast<std::size_t>(state.cols) * sizeof(float);
-      keep(cuda_status(
+      work_.keep(cuda_status(
           cudaMemcpy2DAsync(weights_.data(), width, state.weights.data,
                             static_cast<std::size_t>(state.weights.stride) * sizeof(float), width,
-                            static_cast<std::size_t>(state.rows), cudaMemcpyHostToDevice, stream_),
+                            static_cast<std::size_t>(state.rows), cudaMemcpyHostToDevice, work_.stream()),
           "cudaMemcpy2DAsync"));
     }
-    reserve(gram_, state.cols * state.cols);
-    copy(gram_.data(), state.gram.data(), state.cols * state.cols, cudaMemcpyHostToDevice);
-    if (factor != nullptr) {
-      reserve(factor_, state.cols * state.cols);
-      copy(factor_.data(), factor->data(), state.cols * state.cols, cudaMemcpyHostToDevice);
+    work_.reserve(gram_, state.cols * state.cols);
+    work_.copy(gram_.data(), state.gram.data(), state.cols * state.cols, cudaMemcpyHostToDevice);
+    work_.reserve(codes_, state.rows * f.m * state.vectors());
+    work_.reserve(scales_, state.rows * state.groups());
+    if (!state.codes.empty()) {
+      work_.put(codes_, state.codes);
+      work_.put(scales_, state.scales);
+      work_.put(books_, book_values(state));
     }
-    put(codes_, state.codes);
-    put(scales_, state.scales);
-    put(books_, book_values(state));
-    for (DeviceArray<float>* x : {&error_, &product_}) reserve(*x, state.rows * state.cols);
-    reserve(row_sums_, state.rows);
+    for (DeviceArray<float>* x : {&error_, &product_}) work_.reserve(*x, state.rows * state.cols);
+    work_.reserve(row_sums_, state.rows);
     layer_.weights = weights_.data();
     layer_.codes = codes_.data();
     layer_.scales = scales_.data();
-    return finish();
+    return work_.finish();
+  }
+
+  [[nodiscard]] Status start(const KMeansOptions& options, const std::vector<float>& importance,
+                             Executor& executor) {
+    const auto trained = codegemm::detail::train_books(
+        s_->weights, s_->format, options, importance, executor,
+        [&](const TrainingSet& set) { return DeviceVectors(set, s_->format, work_, kmeans_); });
+    if (!trained.ok()) return trained.status();
+    s_->books = trained->books;
+    s_->scales.resize(static_cast<std::size_t>(s_->rows * s_->groups()));
+    for (std::int64_t n = 0; n < s_->rows; ++n) {
+      for (std::int64_t g = 0; g < s_->groups(); ++g)
+        s_->scales_of(n)[g] =
+            trained->groups.scales[static_cast<std::size_t>(g * s_->rows + n)] / trained->groups.factor;
+    }
+    s_->codes.resize(static_cast<std::size_t>(s_->rows * s_->format.m * s_->vectors()));
+    work_.put(scales_, s_->scales);
+    work_.put(books_, book_values(*s_));
+    encode_rows(work_, kmeans_, layer_, s_->books, books_.data(), codes_.data(), scales_.data(), options);
+    return work_.finish();
+  }
+
+  [[nodiscard]] Result<bool> factor() {
+    work_.reserve(factor_, s_->cols * s_->cols);
+    work_.reserve(failed_, 1);
+    work_.copy(factor_.data(), gram_.data(), s_->cols * s_->cols, cudaMemcpyDeviceToDevice);
+    factor_lower(work_, factor_.data(), s_->cols, failed_.data());
+    const bool failed = work_.get(failed_.data(), 1).front() != 0;
+    if (Status status = work_.finish(); !status.ok()) return status;
+    return !failed;
   }
 
   [[nodiscard]] Result<double> error(bool residual) {
@@ -92,9 +118,8 @@ class DeviceSteps {
     }
     multiply(of, layer_.cols, gram_.data(), layer_.rows, layer_.cols, layer_.cols, product_.data());
     row_products(of, row_sums_.data());
-    std::vector<double> sums(static_cast<std::size_t>(layer_.rows));
-    copy(sums.data(), row_sums_.data(), layer_.rows, cudaMemcpyDeviceToHost);
-    if (Status status = finish(); !status.ok()) return status;
+    const std::vector<double> sums = work_.get(row_sums_.data(), layer_.rows);
+    if (Status status = work_.finish(); !status.ok()) return status;
     double out = 0.0;
     for (const double sum : sums) out += sum;
     return out;
@@ -103,16 +128,16 @@ class DeviceSteps {
   [[nodiscard]] Status fit_codebooks(int steps) {
     list_uses();
     CodebookSolver<DeviceSteps>(*s_, *this).run(steps);
-    put(books_, book_values(*s_));
-    return finish();
+    work_.put(books_, book_values(*s_));
+    return work_.finish();
   }
 
   [[nodiscard]] Status fit_scales() {
     decode(books_.data(), DecodeKind::kUnscaled, product_.data());
     decode(books_.data(), DecodeKind::kResidual, error_.data());
     const std::int64_t length = layer_.group;
-    reserve(gradient_, layer_.rows * std::min<std::int64_t>(length, layer_.cols));
-    reserve(curvature_, layer_.rows * std::min<std::int64_t>(length, layer_.cols));
+    work_.reserve(gradient_, layer_.rows * std::min<std::int64_t>(length, layer_.cols));
+    work_.reserve(curvature_, layer_.rows * std::min<std::int64_t>(length, layer_.cols));
     for (std::int64_t g = 0; g < layer_.groups; ++g) {
       const std::int64_t at = g * length;
       const std::int64_t width = std::min(length, layer_.cols - at);
@@ -132,9 +157,9 @@ class DeviceSteps {
       args.width = static_cast<std::int32_t>(width);
       args.group = static_cast<std::int32_t>(g);
       args.groups = layer_.groups;
-      start(fit_scale_kernel<0>, args, divide(layer_.rows, kRowThreads / 32), kRowThreads);
+      work_.start(fit_scale_kernel<0>, args, divide(layer_.rows, kRowThreads / 32), kRowThreads);
     }
-    return finish();
+    return work_.finish();
   }
 
   [[nodiscard]] Status search(SearchMode mode, int beam) {
@@ -144,19 +169,19 @@ class DeviceSteps {
       case 8: search_rows<8>(mode, beam); break;
       default: search_rows<16>(mode, beam); break;
     }
-    return finish();
+    return work_.finish();
   }
 
   [[nodiscard]] Status end() {
-    copy(s_->codes.data(), codes_.data(), std::ssize(s_->codes), cudaMemcpyDeviceToHost);
-    copy(s_->scales.data(), scales_.data(), std::ssize(s_->scales), cudaMemcpyDeviceToHost);
-    return finish();
+    work_.copy(s_->codes.data(), codes_.data(), std::ssize(s_->codes), cudaMemcpyDeviceToHost);
+    work_.copy(s_->scales.data(), scales_.data(), std::ssize(s_->scales), cudaMemcpyDeviceToHost);
+    return work_.finish();
   }
 
   // For CodebookSolver, as HostCodebookSums; zeros after a failure.
 
   [[nodiscard]] std::vector<float> normal_map(const std::vector<float>& x, bool residual) {
-    put(trial_, x);
+    work_.put(trial_, x);
     decode(trial_.data(), residual ? DecodeKind::kResidual : DecodeKind::kScaled, error_.data());
     multiply(error_.data(), layer_.cols, gram_.data(), layer_.rows, layer_.cols, layer_.cols,
              product_.data());
@@ -170,71 +195,16 @@ class DeviceSteps {
   static constexpr std::int64_t kMostPathBytes = std::int64_t{1} << 29;  // of the rows searched at once
   static constexpr std::int64_t kUsesWarps = 4096;
 
-  DeviceSteps(const Device& device, cudaStream_t stream, std::shared_ptr<Cublas> cublas)
-      : device_(device), stream_(stream), cublas_(std::move(cublas)) {}
+  explicit DeviceSteps(DeviceWork work) : work_(std::move(work)) {}
 
-  [[nodiscard]] static std::int64_t divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-  /// Waits; the first failure since the last call.
-  [[nodiscard]] Status finish() {
-    if (status_.ok()) keep(cuda_status(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"));
-    return std::exchange(status_, Status());
-  }
-  void keep(Status status) {
-    if (status_.ok()) status_ = std::move(status);
-  }
-  template <class T>
-  void reserve(DeviceArray<T>& array, std::int64_t size) {
-    if (!status_.ok() || static_cast<std::int64_t>(array.size()) >= size) return;
-    keep(cuda_status(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"));
-    array = {};
-    Result<DeviceArray<T>> made = DeviceArray<T>::create(static_cast<std::size_t>(size));
-    if (made.ok()) {
-      array = std::move(made).value();
-    } else {
-      keep(made.status());
-    }
-  }
-  template <class T>
-  void copy(T* to, const T* from, std::int64_t count, cudaMemcpyKind kind) {
-    if (!status_.ok() || count == 0) return;
-    keep(cuda_status(cudaMemcpyAsync(to, from, static_cast<std::size_t>(count) * sizeof(T), kind, stream_),
-                     "cudaMemcpyAsync"));
-  }
-  template <class T>
-  void put(DeviceArray<T>& array, const std::vector<T>& values) {
-    reserve(array, std::ssize(values));
-    copy(array.data(), values.data(), std::ssize(values), cudaMemcpyHostToDevice);
-    // The host's memory may go before the copy is done.
-    if (status_.ok()) keep(cuda_status(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"));
-  }
-  template <class Args>
-  void start(void (*kernel)(Args), const Args& args, dim3 grid, int threads, std::size_t shared = 0) {
-    if (!status_.ok() || grid.x == 0) return;
-    LaunchShape shape;
-    shape.grid = grid;
-    shape.threads = static_cast<unsigned>(threads);
-    shape.shared_bytes = shared;
-    keep(launch(kernel, shape, args, stream_));
-  }
-  template <class Args>
-  void start(void (*kernel)(Args), const Args& args, std::int64_t blocks, int threads) {
-    start(kernel, args, dim3(static_cast<unsigned>(blocks)), threads);
+  [[nodiscard]] static std::int64_t divide(std::int64_t a, std::int64_t b) {
+    return DeviceWork::divide(a, b);
   }
 
   /// out[rows][width] = a[rows][inner] b[inner][width]; rows of a are a_stride apart, those of b cols.
   void multiply(const float* a, std::int64_t a_stride, const float* b, std::int64_t rows, std::int64_t inner,
                 std::int64_t width, float* out) {
-    if (!status_.ok() || rows == 0) return;
-    const Result<cublasHandle_t> handle = cublas_->in(stream_);
-    if (!handle.ok()) return keep(handle.status());
-    const float one = 1.0F;
-    const float zero = 0.0F;
-    const auto i = [](std::int64_t x) { return static_cast<int>(x); };
-    // cuBLAS counts columns first: it sees every matrix transposed.
-    keep(Cublas::status_of(cublasSgemm(*handle, CUBLAS_OP_N, CUBLAS_OP_N, i(width), i(rows), i(inner), &one,
-                                       b, layer_.cols, a, i(a_stride), &zero, out, i(width)),
-                           "cublasSgemm"));
+    work_.multiply(a, a_stride, b, layer_.cols, rows, inner, width, out);
   }
 
   void decode(const float* books, DecodeKind kind, float* out) {
@@ -243,7 +213,7 @@ class DeviceSteps {
     args.books = books;
     args.out = out;
     args.kind = kind;
-    start(decode_rows_kernel<0>, args, divide(s_->rows * s_->vectors(), kRowThreads), kRowThreads);
+    work_.start(decode_rows_kernel<0>, args, divide(s_->rows * s_->vectors(), kRowThreads), kRowThreads);
   }
   /// The dot product of each row of `a` with product_'s.
   void row_products(const float* a, double* sums) {
@@ -252,40 +222,40 @@ class DeviceSteps {
     args.b = product_.data();
     args.sums = sums;
     args.cols = layer_.cols;
-    start(row_products_kernel<0>, args, layer_.rows, kRowThreads);
+    work_.start(row_products_kernel<0>, args, layer_.rows, kRowThreads);
   }
 
   /// places_ and begins_: where each centroid is used, in the order of rows.
   void list_uses() {
     const std::int64_t uses = s_->rows * s_->vectors();
-    for (DeviceArray<std::uint16_t>* x : {&keys_, &sorted_keys_}) reserve(*x, layer_.m * uses);
-    for (DeviceArray<std::int32_t>* x : {&unsorted_, &places_}) reserve(*x, layer_.m * uses);
-    reserve(begins_, layer_.m * (std::int64_t{layer_.centroids} + 1));
+    for (DeviceArray<std::uint16_t>* x : {&keys_, &sorted_keys_}) work_.reserve(*x, layer_.m * uses);
+    for (DeviceArray<std::int32_t>* x : {&unsorted_, &places_}) work_.reserve(*x, layer_.m * uses);
+    work_.reserve(begins_, layer_.m * (std::int64_t{layer_.centroids} + 1));
     KeysArgs keys;
     keys.layer = layer_;
     keys.keys = keys_.data();
     keys.places = unsorted_.data();
-    start(list_keys_kernel<0>, keys, divide(uses, kRowThreads), kRowThreads);
+    work_.start(list_keys_kernel<0>, keys, divide(uses, kRowThreads), kRowThreads);
     const auto sort = [&](void* memory, std::size_t& bytes, std::int64_t c) {
-      keep(cuda_status(cub::DeviceRadixSort::SortPairs(
-                           memory, bytes, keys_.data() + c * uses, sorted_keys_.data() + c * uses,
-                           unsorted_.data() + c * uses, places_.data() + c * uses, static_cast<int>(uses), 0,
-                           static_cast<int>(s_->format.b), stream_),
-                       "cub::DeviceRadixSort"));
+      work_.keep(cuda_status(cub::DeviceRadixSort::SortPairs(
+                                 memory, bytes, keys_.data() + c * uses, sorted_keys_.data() + c * uses,
+                                 unsorted_.data() + c * uses, places_.data() + c * uses,
+                                 static_cast<int>(uses), 0, static_cast<int>(s_->format.b), work_.stream()),
+                             "cub::DeviceRadixSort"));
     };
     std::size_t bytes = 0;
-    if (status_.ok()) sort(nullptr, bytes, 0);
-    reserve(sort_memory_, static_cast<std::int64_t>(bytes));
-    for (std::int64_t c = 0; c < layer_.m && status_.ok(); ++c) sort(sort_memory_.data(), bytes, c);
+    if (work_.ok()) sort(nullptr, bytes, 0);
+    work_.reserve(sort_memory_, static_cast<std::int64_t>(bytes));
+    for (std::int64_t c = 0; c < layer_.m && work_.ok(); ++c) sort(sort_memory_.data(), bytes, c);
     BeginsArgs begins;
     begins.keys = sorted_keys_.data();
     begins.begins = begins_.data();
     begins.count = uses;
     begins.centroids = layer_.centroids;
-    start(list_begins_kernel<0>, begins,
-          dim3(static_cast<unsigned>(divide(std::int64_t{layer_.centroids} + 1, kRowThreads)),
-               static_cast<unsigned>(layer_.m)),
-          kRowThreads);
+    work_.start(list_begins_kernel<0>, begins,
+                dim3(static_cast<unsigned>(divide(std::int64_t{layer_.centroids} + 1, kRowThreads)),
+                     static_cast<unsigned>(layer_.m)),
+                kRowThreads);
   }
 
   [[nodiscard]] std::vector<float> sum_uses(void (*kernel)(UsesArgs), const float* values,
@@ -298,22 +268,18 @@ class DeviceSteps {
     args.values = values;
     args.of_centroid = static_cast<std::int32_t>(std::max<std::int64_t>(1, kUsesWarps / centroids));
     args.width = width;
-    reserve(parts_, centroids * args.of_centroid * width);
-    reserve(sums_, centroids * width);
+    work_.reserve(parts_, centroids * args.of_centroid * width);
+    work_.reserve(sums_, centroids * width);
     args.parts = parts_.data();
-    start(kernel, args, divide(centroids * args.of_centroid, kUsesThreads / 32), kUsesThreads);
+    work_.start(kernel, args, divide(centroids * args.of_centroid, kUsesThreads / 32), kUsesThreads);
     AddUsesArgs add;
     add.parts = parts_.data();
     add.out = sums_.data();
     add.count = centroids * width;
     add.of_centroid = args.of_centroid;
     add.width = width;
-    start(add_uses_kernel<0>, add, divide(add.count, kRowThreads), kRowThreads);
-    std::vector<float> out(static_cast<std::size_t>(centroids * width));
-    copy(out.data(), sums_.data(), std::ssize(out), cudaMemcpyDeviceToHost);
-    if (status_.ok()) keep(cuda_status(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"));
-    if (!status_.ok()) std::fill(out.begin(), out.end(), 0.0F);
-    return out;
+    work_.start(add_uses_kernel<0>, add, divide(add.count, kRowThreads), kRowThreads);
+    return work_.get(sums_.data(), centroids * width);
   }
 
   template <int kVecLen>
@@ -329,16 +295,16 @@ class DeviceSteps {
     const std::int64_t at_once = std::clamp<std::int64_t>(kMostPathBytes / of_row, 1, layer_.rows);
     const std::int64_t all_codes = layer_.m * s_->vectors();
     for (int i = 0; i < (beam > 1 ? 2 : 1); ++i) {
-      reserve(path_errors_[i], at_once * beam * cols);
-      reserve(path_codes_[i], at_once * beam * all_codes);
+      work_.reserve(path_errors_[i], at_once * beam * cols);
+      work_.reserve(path_codes_[i], at_once * beam * all_codes);
     }
-    reserve(losses_, at_once * beam);
-    reserve(counts_, at_once);
-    reserve(cross_, at_once * beam * kSearchColumns);
+    work_.reserve(losses_, at_once * beam);
+    work_.reserve(counts_, at_once);
+    work_.reserve(cross_, at_once * beam * kSearchColumns);
     const std::int64_t vectors = kSearchColumns / kVecLen;
-    reserve(q_, vectors * kVecLen * kVecLen);
-    reserve(blocks_, vectors * kVecLen * kVecLen);
-    reserve(norms_, vectors * layer_.m * layer_.centroids);
+    work_.reserve(q_, vectors * kVecLen * kVecLen);
+    work_.reserve(blocks_, vectors * kVecLen * kVecLen);
+    work_.reserve(norms_, vectors * layer_.m * layer_.centroids);
     for (std::int64_t first = 0; first < layer_.rows; first += at_once) {
       const std::int64_t rows = std::min<std::int64_t>(at_once, layer_.rows - first);
       StartArgs begin;
@@ -351,7 +317,7 @@ class DeviceSteps {
       begin.cols = layer_.cols;
       begin.all_codes = static_cast<std::int32_t>(all_codes);
       begin.beam = beam;
-      start(start_paths_kernel<0>, begin, rows, kRowThreads);
+      work_.start(start_paths_kernel<0>, begin, rows, kRowThreads);
       int from = 0;
       const std::int64_t stretches = divide(cols, kSearchColumns);
       for (std::int64_t i = 0; i < stretches; ++i) {
@@ -368,7 +334,7 @@ class DeviceSteps {
       end.codes = codes_.data() + first * all_codes;
       end.all_codes = static_cast<std::int32_t>(all_codes);
       end.beam = beam;
-      start(finish_paths_kernel<0>, end, rows, kRowThreads);
+      work_.start(finish_paths_kernel<0>, end, rows, kRowThreads);
     }
   }
 
@@ -384,11 +350,8 @@ class DeviceSteps {
     } else if (const std::int64_t chosen = column + width; chosen < cols) {
       multiply(path_errors_[from].data() + chosen, cols, matrix + chosen * cols + column, rows * beam,
                cols - chosen, width, cross_.data());
-    } else if (status_.ok()) {
-      keep(
-          cuda_status(cudaMemsetAsync(cross_.data(), 0,
-                                      static_cast<std::size_t>(rows * beam * width) * sizeof(float), stream_),
-                      "cudaMemsetAsync"));
+    } else {
+      work_.zero(cross_.data(), static_cast<std::size_t>(rows * beam * width) * sizeof(float));
     }
     MeasureArgs measure;
     measure.cross = matrix;
@@ -401,10 +364,10 @@ class DeviceSteps {
     measure.m = layer_.m;
     measure.centroids = layer_.centroids;
     measure.rebuild = rebuild;
-    start(measure_kernel<kVecLen>, measure,
-          dim3(static_cast<unsigned>(width / kVecLen), static_cast<unsigned>(layer_.m),
-               static_cast<unsigned>(divide(layer_.centroids, kRowThreads))),
-          kRowThreads);
+    work_.start(measure_kernel<kVecLen>, measure,
+                dim3(static_cast<unsigned>(width / kVecLen), static_cast<unsigned>(layer_.m),
+                     static_cast<unsigned>(divide(layer_.centroids, kRowThreads))),
+                kRowThreads);
     SearchArgs args;
     args.layer = layer_;
     args.books = books_.data();
@@ -427,23 +390,22 @@ class DeviceSteps {
     args.rebuild = rebuild;
     const auto shared =
         static_cast<std::size_t>(SearchLayout(kVecLen, layer_.m, beam).floats) * sizeof(float);
-    if (shared > static_cast<std::size_t>(device_.shared_bytes)) {
-      return keep(codegemm::error(StatusCode::kUnsupported, "quantize_calibrated: ", layer_.m,
-                                  " codebooks and a beam of ", beam, " take ", shared,
-                                  " bytes of shared memory, the card has ", device_.shared_bytes));
+    if (shared > static_cast<std::size_t>(work_.device().shared_bytes)) {
+      return work_.keep(codegemm::error(
+          StatusCode::kUnsupported, "quantize_calibrated: ", layer_.m, " codebooks and a beam of ", beam,
+          " take ", shared, " bytes of shared memory, the card has ", work_.device().shared_bytes));
     }
     const int threads = std::clamp(layer_.centroids / 32 * 32, 32, kSearchThreads);
-    start(search_kernel<kVecLen>, args, dim3(static_cast<unsigned>(rows)), threads, shared);
+    work_.start(search_kernel<kVecLen>, args, dim3(static_cast<unsigned>(rows)), threads, shared);
   }
 
-  Device device_;
-  cudaStream_t stream_ = nullptr;
-  std::shared_ptr<Cublas> cublas_;
-  Status status_;
+  DeviceWork work_;
   AdditiveState* s_ = nullptr;
   LayerArgs layer_;
   DeviceArray<float> weights_, gram_, factor_, scales_, books_;
   DeviceArray<std::uint16_t> codes_;
+  DeviceArray<std::int32_t> failed_;  // of factor()
+  KMeansMemory kmeans_;
   DeviceArray<float> error_, product_;       // [rows][cols]
   DeviceArray<double> row_sums_;             // [rows]
   DeviceArray<float> gradient_, curvature_;  // [rows][columns of a group]

@@ -17,13 +17,15 @@
 #include <utility>
 #include <vector>
 
+#include <codegemm/quantize/cuda/corrected.cuh>
 #include <prefillshare/model/calibrate.hpp>
+#include <prefillshare/train/cuda/kernels/gram.cuh>
 #include <prefillshare/train/cuda/pass.cuh>
 
 namespace prefillshare::cuda {
 
-/// CalibrationRun on the GPU, in fp32: the same order, the same H and C up to the order of sums, weights
-/// corrected on the host. A BlockFinisher is not asked. One thread, one stream.
+/// CalibrationRun on the GPU, in fp32: the same order, the same H, C and corrected weights up to the order of
+/// sums. A BlockFinisher is not asked. One thread, one stream.
 class DeviceCalibrationRun {
  public:
   /// Sequences of up to context_length tokens, none empty, computed pass_tokens at once. `stream` must
@@ -50,8 +52,11 @@ class DeviceCalibrationRun {
     Result<DeviceTrainPass<float>> pass = DeviceTrainPass<float>::create(
         c, longest, std::min(longest, c.context_length), Activations::kRecomputed, device, stream);
     if (!pass.ok()) return pass.status();
+    Result<codegemm::cuda::DeviceCorrection> correction =
+        codegemm::cuda::DeviceCorrection::create(device, stream);
+    if (!correction.ok()) return correction.status();
     try {
-      DeviceCalibrationRun out(std::move(model), *std::move(pass), options);
+      DeviceCalibrationRun out(std::move(model), *std::move(pass), *std::move(correction), options);
       if (Status s = out.take(sequences, longest); !s.ok()) return s;
       out.read_ = std::move(read);
       return out;
@@ -88,8 +93,11 @@ class DeviceCalibrationRun {
   };
 
   DeviceCalibrationRun(std::shared_ptr<const LlamaModel<DenseLinear>> model, DeviceTrainPass<float> pass,
-                       const CalibrationRunOptions& options)
-      : model_(std::move(model)), pass_(std::move(pass)), options_(options) {}
+                       codegemm::cuda::DeviceCorrection correction, const CalibrationRunOptions& options)
+      : model_(std::move(model)),
+        pass_(std::move(pass)),
+        correction_(std::move(correction)),
+        options_(options) {}
 
   [[nodiscard]] const ModelConfig& c() const noexcept { return model_->config; }
   [[nodiscard]] std::int64_t width(Inputs inputs) const {
@@ -174,9 +182,14 @@ class DeviceCalibrationRun {
       found.push_back(*std::move(replacement));
     }
     std::vector<float> gram;
-    std::vector<float> cross;
     if (!all) {
-      if (Status s = measure(inputs, gram, cross); !s.ok()) return s;
+      if (Status s = measure(inputs, gram); !s.ok()) return s;
+      if (options_.correct) {
+        if (Status s =
+                correction_.prepare(gram_.data(), cross_.data(), width(inputs), options_.correction_damping);
+            !s.ok())
+          return s.with_prefix(prefix + parts.front().first);
+      }
     }
     for (std::size_t i = 0; i < parts.size(); ++i) {
       DenseLinear& linear = *parts[i].second;
@@ -186,9 +199,7 @@ class DeviceCalibrationRun {
         const MatrixView<const float> view(gram.data(), k, k);
         DenseLinear target = linear;
         if (options_.correct) {
-          Result<std::vector<float>> weights =
-              codegemm::corrected_weights(linear.weights(), view, MatrixView<const float>(cross.data(), k, k),
-                                          options_.correction_damping, executor);
+          Result<std::vector<float>> weights = corrected(inputs, i, linear);
           if (!weights.ok()) return weights.status().with_prefix(name);
           target = DenseLinear(std::make_shared<const std::vector<float>>(*std::move(weights)), linear.rows(),
                                k, std::vector<float>(linear.bias().begin(), linear.bias().end()));
@@ -204,6 +215,28 @@ class DeviceCalibrationRun {
       linear = *std::move(found[i]);
     }
     return {};
+  }
+
+  /// Layer `part` of those with these inputs, after correction_.prepare().
+  [[nodiscard]] Result<std::vector<float>> corrected(Inputs inputs, std::size_t part,
+                                                     const DenseLinear& linear) {
+    constexpr int kFirst[] = {0, 3, 4, 6};  // of a block's layers
+    const detail::WeightsLayout at(c());
+    const float* const weights =
+        dense_.matrices.data() + at.linear(0, kFirst[inputs] + static_cast<int>(part)) - at.block(0);
+    const std::int64_t size = linear.rows() * linear.cols();
+    if (static_cast<std::int64_t>(corrected_.size()) < size) {
+      detail::Allocations memory;
+      memory.make(corrected_, size);
+      if (Status s = memory.finish(); !s.ok()) return s;
+    }
+    if (Status s = correction_.correct(weights, linear.rows(), corrected_.data()); !s.ok()) return s;
+    std::vector<float> out(static_cast<std::size_t>(size));
+    detail::TrainStream& ts = pass_.train_stream();
+    ts.copy(out.data(), corrected_.data(), out.size() * sizeof(float), cudaMemcpyDeviceToHost);
+    ts.synchronize();
+    if (Status s = ts.take(); !s.ok()) return s;
+    return out;
   }
 
   [[nodiscard]] Status upload(const Layer& layer, Block& block) {
@@ -255,8 +288,9 @@ class DeviceCalibrationRun {
     return of[inputs];
   }
 
-  /// H of the inputs that layers have now and, to correct weights, C with those of the dense model.
-  [[nodiscard]] Status measure(Inputs inputs, std::vector<float>& gram, std::vector<float>& cross) {
+  /// H of the inputs that layers have now and, to correct weights, C with those of the dense model, means
+  /// over the tokens: in gram_ and cross_, H on the host too.
+  [[nodiscard]] Status measure(Inputs inputs, std::vector<float>& gram) {
     detail::TrainStream& ts = pass_.train_stream();
     const std::int64_t k = width(inputs);
     const auto bytes = static_cast<std::size_t>(k * k) * sizeof(float);
@@ -281,19 +315,16 @@ class DeviceCalibrationRun {
       first += rows;
     }
     gram.resize(static_cast<std::size_t>(k * k));
-    cross.resize(gram.size());
+    detail::MeanGramArgs mean;
+    mean.gram = gram_.data();
+    mean.cross = cross_.data();
+    mean.size = k;
+    mean.scale = 1.0F / static_cast<float>(tokens_);
+    ts.start(detail::mean_gram_kernel<0>, mean, (k * k + detail::kGramThreads - 1) / detail::kGramThreads,
+             detail::kGramThreads);
     ts.copy(gram.data(), gram_.data(), bytes, cudaMemcpyDeviceToHost);
-    ts.copy(cross.data(), cross_.data(), bytes, cudaMemcpyDeviceToHost);
     ts.synchronize();
-    if (Status s = ts.take(); !s.ok()) return s;
-    const float scale = 1.0F / static_cast<float>(tokens_);
-    for (float& value : gram) value *= scale;
-    for (float& value : cross) value *= scale;
-    for (std::int64_t i = 0; i < k; ++i) {
-      for (std::int64_t j = 0; j < i; ++j)
-        gram[static_cast<std::size_t>(j * k + i)] = gram[static_cast<std::size_t>(i * k + j)];
-    }
-    return {};
+    return ts.take();
   }
 
   [[nodiscard]] Status advance(const Block& block, float* hidden) {
@@ -314,6 +345,7 @@ class DeviceCalibrationRun {
   std::shared_ptr<const LlamaModel<DenseLinear>> model_;
   BlockReader read_;  // may be empty
   DeviceTrainPass<float> pass_;
+  codegemm::cuda::DeviceCorrection correction_;
   CalibrationRunOptions options_;
   std::vector<DeviceLossBatch<float>> batches_;
   std::int64_t tokens_ = 0;
@@ -321,7 +353,7 @@ class DeviceCalibrationRun {
   DeviceArray<float> hidden_;        // [tokens][hidden], behind the blocks replaced so far
   DeviceArray<float> dense_hidden_;  // the same of the dense model
   Block replaced_, dense_;
-  DeviceArray<float> inputs_, gram_, cross_;
+  DeviceArray<float> inputs_, gram_, cross_, corrected_;
 };
 
 }  // namespace prefillshare::cuda

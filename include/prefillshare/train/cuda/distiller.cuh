@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // prefillshare/train/cuda/distiller.cuh - trains a quantized model on what the dense one says about a text,
-// end to end: codebooks, scales and norms, the codes as they are.
+// end to end: codebooks, scales and norms, and codes if asked to.
 // Layer: train/cuda (host, needs nvcc and cuBLAS).
 // See: Hinton, Vinyals and Dean (arXiv 1503.02531); AQLM (arXiv 2401.06118), appendix A (end-to-end
 // fine-tuning)
@@ -14,11 +14,13 @@
 #include <functional>
 #include <memory>
 #include <new>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
 
 #include <prefillshare/train/cuda/adamw.cuh>
+#include <prefillshare/train/cuda/code_moves.cuh>
 #include <prefillshare/train/cuda/device_step.cuh>
 #include <prefillshare/train/cuda/pass.cuh>
 #include <prefillshare/train/trainer.hpp>
@@ -26,11 +28,11 @@
 namespace prefillshare::cuda {
 
 /// Minimizes the Kullback-Leibler divergence of the student's next-token distribution from the teacher's,
-/// mean over the tokens of sequences, by AdamW. Each tensor learns at options.rate times its root mean square
-/// at the beginning. The teacher runs once over all sequences; its last hidden states are kept (hidden_size
-/// numbers a token). Of TrainOptions `sharing` and `max_tokens` have no meaning here. The same bits for the
-/// same seed on the same card, so that a run that was killed is run again. One read back from the device a
-/// step. S: TrainStorage.
+/// mean over the tokens of sequences, by AdamW. Each tensor learns at options.rate times its root mean
+/// square at the beginning. Codes stay, or move with the gradient (CodeMoveOptions). The teacher runs once
+/// over all sequences; its last hidden states are kept (hidden_size numbers a token). Of TrainOptions
+/// `sharing` and `max_tokens` have no meaning here. The same bits for the same seed on the same card, so
+/// that a run that was killed is run again. One read back from the device a step. S: TrainStorage.
 template <TrainStorage S>
 class DeviceDistiller {
  public:
@@ -38,12 +40,10 @@ class DeviceDistiller {
   /// Errors: kInvalidArgument for options and for a sequence of fewer than 2 tokens or more than
   /// context_length, with its number; kShapeMismatch for a teacher of another config; those of
   /// DeviceTrainPass.
-  [[nodiscard]] static Result<DeviceDistiller> create(TrainableModel<float>& student,
-                                                      std::shared_ptr<const DeviceFrozenWeights<S>> teacher,
-                                                      std::vector<std::vector<std::int32_t>> sequences,
-                                                      const TrainOptions& options, const Device& device,
-                                                      cudaStream_t stream,
-                                                      Activations activations = Activations::kKept) {
+  [[nodiscard]] static Result<DeviceDistiller> create(
+      TrainableModel<float>& student, std::shared_ptr<const DeviceFrozenWeights<S>> teacher,
+      std::vector<std::vector<std::int32_t>> sequences, const TrainOptions& options, const Device& device,
+      cudaStream_t stream, Activations activations = Activations::kKept, const CodeMoveOptions& moves = {}) {
     if (teacher == nullptr) return codegemm::error(StatusCode::kNullPointer, "DeviceDistiller: no teacher");
     if (Status s = prefillshare::detail::check_train_options(options); !s.ok()) return s;
     const ModelConfig& c = student.config();
@@ -54,6 +54,12 @@ class DeviceDistiller {
     if (sequences.empty())
       return codegemm::error(StatusCode::kInvalidArgument, "DeviceDistiller: no sequences");
     if (Status s = check(sequences, c); !s.ok()) return s;
+    if (!(moves.rate >= 0.0) || !std::isfinite(moves.rate) || moves.every < 1 ||
+        !(moves.until >= 0.0 && moves.until <= 1.0)) {
+      return codegemm::error(StatusCode::kInvalidArgument, "DeviceDistiller: codes move at a rate of ",
+                             moves.rate, " every ", moves.every, " steps until ", moves.until,
+                             " of them: must be 0 or more, 1 or more and in 0..1");
+    }
     std::int64_t longest = 0;
     for (const auto& tokens : sequences) longest = std::max(longest, std::ssize(tokens));
     const std::int64_t rows = std::max(options.pass_tokens, longest);
@@ -73,6 +79,13 @@ class DeviceDistiller {
       out.order_ =
           prefillshare::detail::ExampleOrder(static_cast<std::int64_t>(out.sequences_.size()), options);
       if (Status s = out.allocate(rows); !s.ok()) return s.with_prefix("DeviceDistiller");
+      if (moves.rate > 0.0) {
+        Result<detail::DeviceCodeMoves> made =
+            detail::DeviceCodeMoves::create(out.weights_.code_layers(), moves);
+        if (!made.ok()) return made.status().with_prefix("DeviceDistiller");
+        out.moves_ = *std::move(made);
+        out.move_options_ = moves;
+      }
       if (Status s = out.ask_teacher(); !s.ok()) return s;
       return out;
     } catch (const std::bad_alloc&) {
@@ -113,6 +126,7 @@ class DeviceDistiller {
                                ") or the gradient is not finite in step ", number + 1,
                                "; the parameters are those after ", number, " steps");
       }
+      if (Status s = follow(taken->progress); !s.ok()) return s;
       return taken->progress;
     } catch (const std::bad_alloc&) {
       return codegemm::error(StatusCode::kOutOfMemory, "DeviceDistiller: no memory for a step of ",
@@ -131,7 +145,13 @@ class DeviceDistiller {
   }
 
   /// The parameters as they are, to the student on the host. kCudaError.
-  [[nodiscard]] Status download() { return weights_.download(*student_, pass_.train_stream()); }
+  [[nodiscard]] Status download() {
+    if (Status s = weights_.download(*student_, pass_.train_stream()); !s.ok() || !moves_.has_value())
+      return s;
+    return weights_.download_codes(*student_, pass_.train_stream());
+  }
+  /// How often a code has changed so far.
+  [[nodiscard]] std::int64_t codes_moved() const noexcept { return codes_moved_; }
 
   /// Mean divergence in nats over the tokens of other sequences, none longer than the longest to train on;
   /// waits. Errors as create() and step().
@@ -233,6 +253,21 @@ class DeviceDistiller {
     batch_.labels.insert(batch_.labels.end(), tokens.begin() + 1, tokens.end());
   }
 
+  /// After a step: the free weights, and now and then the codes.
+  [[nodiscard]] Status follow(const TrainProgress& now) {
+    const auto last = static_cast<std::int64_t>(move_options_.until * static_cast<double>(options_.steps));
+    if (!moves_.has_value() || now.step > last) return {};
+    detail::TrainStream& ts = pass_.train_stream();
+    moves_->follow(weights_.code_layers(), now.rate / options_.rate, optimizer_.state(), ts);
+    if (now.step % move_options_.every != 0 && now.step != last) return {};
+    const Result<std::int64_t> moved = moves_->move(weights_.code_layers(), ts);
+    if (!moved.ok()) return moved.status();
+    codes_moved_ += *moved;
+    weights_.codes_changed(ts);
+    ts.synchronize();
+    return ts.take();
+  }
+
   /// Where a sequence's rows of the teacher lie.
   [[nodiscard]] S* hidden_of(std::size_t sequence) const {
     return hidden_.data() + first_[sequence] * pass_config().hidden_size;
@@ -281,6 +316,9 @@ class DeviceDistiller {
   DeviceAdamW optimizer_;
   detail::DeviceStepper stepper_;
   TrainOptions options_;
+  CodeMoveOptions move_options_;
+  std::optional<detail::DeviceCodeMoves> moves_;
+  std::int64_t codes_moved_ = 0;
   Sequences sequences_;
   std::vector<std::int64_t> first_;  // [sequences]: its first row in hidden_
   prefillshare::detail::ExampleOrder order_;

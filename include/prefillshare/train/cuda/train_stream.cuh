@@ -46,6 +46,9 @@ class TrainStream {
     if (!ok()) return;
     static_cast<void>(status_ = cublas_->in(stream_).status());
   }
+  void keep(Status status) {
+    if (ok()) static_cast<void>(status_ = std::move(status));
+  }
   /// The first failure since the last call.
   [[nodiscard]] Status take() { return std::exchange(status_, Status()); }
 

@@ -93,6 +93,22 @@ class DeviceTrainable {
     return ts.take();
   }
 
+  /// Gives the codes to `model`, which has the same layers of codes, and waits. kCudaError.
+  [[nodiscard]] Status download_codes(TrainableModel<float>& model, detail::TrainStream& ts) const {
+    for (std::size_t i = 0; i < code_names_.size(); ++i) {
+      const detail::CodesTask& task = codes_.tasks()[i];
+      std::vector<std::uint16_t> codes(static_cast<std::size_t>(task.rows) *
+                                       static_cast<std::size_t>(task.m * (task.cols / task.v)));
+      ts.copy(codes.data(), codes_.codes(i), codes.size() * sizeof(std::uint16_t), cudaMemcpyDeviceToHost);
+      ts.synchronize();
+      if (Status s = ts.take(); !s.ok()) return s;
+      if (Status s = model.set_codes(code_names_[i], codes); !s.ok()) return s;
+    }
+    return {};
+  }
+  /// The layers of codes. After a change of codes, codes_changed() makes what is made of them.
+  [[nodiscard]] const detail::CodesLayers& code_layers() const noexcept { return codes_; }
+
   /// What is not trained any more needs none. Nothing that writes them may be called then.
   void free_gradients() {
     gradients_ = {};
@@ -115,6 +131,11 @@ class DeviceTrainable {
   void refresh(detail::TrainStream& ts, bool all = false) {
     if (full_ && all) detail::round_to(ts, values_.data(), matrices_.data(), decayed_);
     low_rank_.template materialize<S>(ts);
+    codes_.template materialize<S>(ts);
+  }
+
+  void codes_changed(detail::TrainStream& ts) {
+    codes_.list(ts);
     codes_.template materialize<S>(ts);
   }
 
@@ -269,13 +290,17 @@ class DeviceTrainable {
             task.dw = matrix_gradients() + matrix;
             task.dscales = gradients_.data() + scales;
             static_cast<void>(status = codes_.add(task, found->second, gradients_.data() + books));
+            code_names_.push_back(name);
             if (name == "lm_head") head_composed_ = true;
           }
         });
     if (!status.ok()) return status;
     if (keep_dense) dense_ = std::move(dense);
     if (Status s = low_rank_.upload(); !s.ok()) return s;
-    return codes_.upload();
+    if (Status s = codes_.upload(); !s.ok()) return s;
+    codes_.list(ts);
+    ts.synchronize();
+    return ts.take();
   }
 
   std::unique_ptr<ModelConfig> config_;  // keeps its address
@@ -296,6 +321,7 @@ class DeviceTrainable {
   DeviceArray<float> dense_;  // what deltas are added to
   detail::LowRankLayers low_rank_;
   detail::CodesLayers codes_;
+  std::vector<std::string> code_names_;  // of their layers
 };
 
 }  // namespace prefillshare::cuda

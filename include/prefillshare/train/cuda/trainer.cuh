@@ -113,20 +113,7 @@ class DeviceTrainer {
   /// All steps that are left, saving as Trainer::run() does.
   [[nodiscard]] Status run(const std::string& path, std::int64_t save_every,
                            const std::function<void(const TrainProgress&)>& progress = {}) {
-    while (!done()) {
-      const Result<TrainProgress> now = step();
-      if (!now.ok()) {
-        if (!path.empty() && now.status().code() == StatusCode::kInvalidArgument) {
-          if (Status s = save(path); !s.ok()) return s;
-        }
-        return now.status();
-      }
-      if (progress) progress(*now);
-      if (!path.empty() && (done() || (save_every > 0 && now->step % save_every == 0))) {
-        if (Status s = save(path); !s.ok()) return s;
-      }
-    }
-    return {};
+    return prefillshare::detail::run_steps(*this, path, save_every, progress);
   }
 
   /// The parameters as they are, to the model on the host. kCudaError.

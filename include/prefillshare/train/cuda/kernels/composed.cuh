@@ -47,18 +47,16 @@ struct CodesTask {
   std::int32_t groups = 0;  // scales of a row
 };
 
-// Places [begin, end) of the vectors that some codes of one centroid stand for.
-struct CentroidPart {
-  std::int32_t task = 0;
-  std::int32_t begin = 0;  // into places
-  std::int32_t end = 0;
-};
-// A centroid's gradient is the sum of the parts [begin, end).
-struct CentroidSum {
-  float* to = nullptr;  // [v], added to
-  std::int32_t begin = 0;
-  std::int32_t end = 0;
-  std::int32_t v = 0;
+// One codebook of a layer: where its vectors are listed, and its centroids' gradients.
+struct BookTask {
+  float* to = nullptr;        // [centroids][v], added to
+  std::int32_t task = 0;      // the layer
+  std::int32_t book = 0;      // of the layer
+  std::int32_t first = 0;     // place of its vectors in the lists
+  std::int32_t count = 0;     // vectors
+  std::int32_t centroid = 0;  // its first, of all centroids
+  std::int32_t parts = 0;     // of each centroid
+  std::int32_t part = 0;      // its first, of all parts
 };
 
 template <class Task>
@@ -230,12 +228,63 @@ __global__ void __launch_bounds__(kComposeThreads)
   }
 }
 
+struct ListArgs {
+  const CodesTask* tasks = nullptr;
+  const BookTask* books = nullptr;  // [gridDim.y]
+  std::uint16_t* codes = nullptr;   // by vector, books one after the other
+  std::int32_t* places = nullptr;   // the same: the vector's first element, in [rows][cols] of its layer
+  const std::uint16_t* sorted = nullptr;  // codes, ascending within a book
+  std::int32_t* begins = nullptr;         // [centroids of all books + 1 for each book]
+};
+
+// The vectors of all books in the order of rows; a grid of (blocks, books).
+template <int>
+__global__ void __launch_bounds__(kComposeThreads) list_codes_kernel(const __grid_constant__ ListArgs args) {
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const BookTask b = args.books[blockIdx.y];
+  const CodesTask t = args.tasks[b.task];
+  const int vectors = t.cols / t.v;
+  for (int i = static_cast<int>(blockIdx.x) * kComposeThreads + static_cast<int>(threadIdx.x); i < b.count;
+       i += static_cast<int>(gridDim.x) * kComposeThreads) {
+    const int row = i / vectors;
+    const int j = i - row * vectors;
+    args.codes[b.first + i] = t.codes[(static_cast<std::int64_t>(row) * t.m + b.book) * vectors + j];
+    args.places[b.first + i] = row * t.cols + j * t.v;
+  }
+}
+
+// Where each centroid's vectors begin among the sorted ones; a grid of (blocks, books).
+template <int>
+__global__ void __launch_bounds__(kComposeThreads)
+    list_centroids_kernel(const __grid_constant__ ListArgs args) {
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const BookTask b = args.books[blockIdx.y];
+  const int code = static_cast<int>(blockIdx.x) * kComposeThreads + static_cast<int>(threadIdx.x);
+  if (code > args.tasks[b.task].centroids) return;
+  const std::uint16_t* const codes = args.sorted + b.first;
+  int low = 0;
+  int high = b.count;
+  while (low < high) {  // the first that is not below
+    const int middle = low + (high - low) / 2;
+    if (codes[middle] < code) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  args.begins[b.centroid + static_cast<int>(blockIdx.y) + code] = b.first + low;
+}
+
 inline constexpr int kCentroidThreads = 128;
 
 struct CentroidPartsArgs {
   const CodesTask* tasks = nullptr;
-  const CentroidPart* parts = nullptr;   // [gridDim.x]
-  const std::int32_t* places = nullptr;  // first elements of vectors, in [rows][cols] of their layers
+  const BookTask* books = nullptr;
+  const std::int32_t* blocks = nullptr;  // [gridDim.x][2]: book, part of the book
+  const std::int32_t* places = nullptr;  // sorted by code within a book
+  const std::int32_t* begins = nullptr;  // as ListArgs
   float* sums = nullptr;                 // [gridDim.x][kVectorMost]
 };
 
@@ -246,10 +295,17 @@ __global__ void __launch_bounds__(kCentroidThreads)
   wait_for_previous_kernel();
   allow_next_kernel();
   __shared__ float shared[kCentroidThreads / 32][kVectorMost];
-  const CentroidPart part = args.parts[blockIdx.x];
-  const CodesTask t = args.tasks[part.task];
+  const int number = args.blocks[2 * blockIdx.x];
+  const BookTask b = args.books[number];
+  const int part = args.blocks[2 * blockIdx.x + 1] - b.part;
+  const CodesTask t = args.tasks[b.task];
+  const std::int32_t* const begins = args.begins + b.centroid + number + part / b.parts;
+  const std::int64_t first = begins[0];
+  const std::int64_t uses = begins[1] - first;
+  const auto begin = static_cast<int>(first + uses * (part % b.parts) / b.parts);
+  const auto end = static_cast<int>(first + uses * (part % b.parts + 1) / b.parts);
   float sums[kVectorMost] = {};
-  for (int i = part.begin + static_cast<int>(threadIdx.x); i < part.end; i += kCentroidThreads) {
+  for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kCentroidThreads) {
     const int place = args.places[i];
     const int row = place / t.cols;
     const int k = place - row * t.cols;
@@ -276,26 +332,27 @@ __global__ void __launch_bounds__(kCentroidThreads)
 }
 
 struct CentroidSumsArgs {
-  const CentroidSum* centroids = nullptr;  // [count]
-  const float* sums = nullptr;             // as CentroidPartsArgs
-  std::int64_t count = 0;
+  const CodesTask* tasks = nullptr;
+  const BookTask* books = nullptr;  // [gridDim.y]
+  const float* sums = nullptr;      // as CentroidPartsArgs
 };
 
-// kVectorMost threads a centroid.
+// kVectorMost threads a centroid; a grid of (blocks, books).
 template <int>
 __global__ void __launch_bounds__(kComposeThreads)
     centroid_sums_kernel(const __grid_constant__ CentroidSumsArgs args) {
   wait_for_previous_kernel();
   allow_next_kernel();
-  const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * kComposeThreads + threadIdx.x;
-  if (number / kVectorMost >= args.count) return;
-  const CentroidSum c = args.centroids[number / kVectorMost];
-  const int e = static_cast<int>(number % kVectorMost);
-  if (e >= c.v) return;
+  const BookTask b = args.books[blockIdx.y];
+  const CodesTask t = args.tasks[b.task];
+  const int number = static_cast<int>(blockIdx.x) * kComposeThreads + static_cast<int>(threadIdx.x);
+  const int centroid = number / kVectorMost;
+  const int e = number % kVectorMost;
+  if (centroid >= t.centroids || e >= t.v) return;
   float sum = 0.0F;
-  for (int part = c.begin; part < c.end; ++part)
-    sum += args.sums[static_cast<std::int64_t>(part) * kVectorMost + e];
-  c.to[e] += sum;
+  for (int part = 0; part < b.parts; ++part)
+    sum += args.sums[(static_cast<std::int64_t>(b.part) + centroid * b.parts + part) * kVectorMost + e];
+  b.to[centroid * t.v + e] += sum;
 }
 
 }  // namespace prefillshare::cuda::detail
