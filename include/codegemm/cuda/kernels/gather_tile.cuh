@@ -110,6 +110,14 @@ template <class Book, bool Half>
     return 0;
   }
 }
+template <class Book, bool Half>
+[[nodiscard]] __device__ __forceinline__ auto no_words() {
+  if constexpr (Half) {
+    return typename Book::Words{};
+  } else {
+    return 0;
+  }
+}
 template <class Book, int Steps, bool Half>
 [[nodiscard]] __device__ __forceinline__ auto ones_of() {
   if constexpr (Half) {

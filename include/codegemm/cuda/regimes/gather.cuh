@@ -18,7 +18,8 @@ namespace codegemm::cuda::detail {
 /// The regime over a config_list of gather configurations, see configs.cuh.
 template <class Configs>
 struct GatherRegime {
-  // Calls fn(Config{}) for the configuration that serves a packed matrix on a device.
+  // Calls fn(Config{}) for the configuration that serves a packed matrix on a
+  // device.
   template <class Fn>
   [[nodiscard]] static bool match(const DevicePackedView& w, const Device& device, Fn&& fn) {
     return first_match(
@@ -26,7 +27,7 @@ struct GatherRegime {
         [&](auto c) {
           using Config = decltype(c);
           const auto shared = static_cast<std::size_t>(BookOf<Config, 1>::bytes(w.format.b)) +
-                              (kHalfPsumbook<Config> ? kHalfTableAt : 64);
+                              (kHalfPsumbook<Config> ? kWindowStart + kHalfStagedBytes + 64 : 64);
           return w.layout.code_bytes == 1 && c.kCodebooks == w.format.m && c.kSets == w.layout.sets &&
                  (c.kVecLen == 0 || c.kVecLen == w.format.v) &&
                  (c.kCodeBits == 0 || c.kCodeBits == w.format.b) &&
@@ -56,7 +57,8 @@ struct GatherRegime {
   template <class X, class Y>
   [[nodiscard]] static bool serves(const GemmProblem<X, Y>& p, const Device& device) {
     bool fits = false;
-    return match(p.weights, device,
+    return granule_bytes(p.weights) < (std::int64_t{1} << 32) &&
+           match(p.weights, device,
                  [&](auto c) {
                    fits = plan<decltype(c), 1>(p.weights, device, gated(p), p.tuning).splits > 0;
                  }) &&
@@ -100,6 +102,7 @@ struct GatherRegime {
     args.row_tiles = static_cast<int>(w.layout.row_tiles);
     args.granules = static_cast<int>(w.layout.granules);
     args.tile_bytes = w.layout.tile_bytes;
+    args.granule_bytes = static_cast<unsigned>(granule_bytes(w));
     args.scale_steps = w.layout.scale_steps;
     args.v = w.format.v;
     args.code_bits = w.format.b;
@@ -127,6 +130,10 @@ struct GatherRegime {
   }
 
  private:
+  [[nodiscard]] static std::int64_t granule_bytes(const DevicePackedView& w) {
+    return static_cast<std::int64_t>(w.layout.row_tiles) * w.layout.tile_bytes;
+  }
+
   template <class Config, int Tokens, class Problem>
   [[nodiscard]] static Status launch_pass(GatherArgs args, const Problem& p, const Device& device,
                                           void* workspace, cudaStream_t stream) {
@@ -134,14 +141,17 @@ struct GatherRegime {
     const PackedLayout& layout = p.weights.layout;
     args.granules_per_block = plan.granules_per_block;
     args.rows = cut_rows(layout.first_tile, layout.parts, plan.tiles_per_block, gated(p));
+    args.splits = plan.splits;
     args.tables = plan.tables;
     args.sums_at = static_cast<int>(plan.sums_at);
-    args.warps_per_owner = (Config::kThreads / 32 + plan.ranks - 1) / plan.ranks;
     args.ranks_inverse =
         (65536U + static_cast<unsigned>(plan.ranks) - 1U) / static_cast<unsigned>(plan.ranks);
-    const int warps = Config::kThreads / 32;
-    const unsigned most = static_cast<unsigned>((plan.tiles_per_block + warps - 1) / warps);
-    args.most_inverse = (65536U + most - 1U) / most;
+    constexpr int kWarps = Config::kThreads / 32;
+    args.most = (plan.tiles_per_block + kWarps - 1) / kWarps;
+    args.most_inverse = (65536U + static_cast<unsigned>(args.most) - 1U) / static_cast<unsigned>(args.most);
+    args.slots = (kWarps + plan.ranks - 1) / plan.ranks * args.most;
+    args.pushed_at = args.sums_at + Tokens * plan.tiles_per_block * kTileRows * 4;
+    args.barrier_at = args.pushed_at + plan.ranks * Tokens * args.slots * kTileRows * 4;
     args.rounds_ahead = p.tuning.rounds_ahead;
     args.counters = static_cast<unsigned*>(workspace);
     args.partials = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + kCounterBytes);
