@@ -7,7 +7,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <span>
 #include <type_traits>
 
 #include <cuda_bf16.h>
@@ -79,9 +78,6 @@ struct GemmProblem {
   MatrixView<const Y> residual;  ///< as y, to be added, or null data; may be y itself
   Activation activation = Activation::kNone;  ///< what is done to the sums
   NormedRow normed;  ///< one token in place of x, whose data is not read, where normalizes() says yes
-  /// Device memory, aligned to 16 bytes, that a later kernel reads, say the next product's weights: one
-  /// token's kernel asks the second-level cache for it, as it leaves much of the memory's time unused.
-  std::span<const std::byte> ahead;
   /// The kernel may start while the one before it in the stream still runs, and then reads weights only. Set
   /// to false where that kernel writes the weights.
   bool overlap = true;
@@ -204,7 +200,6 @@ template <class X, class Y>
   if (p.y.data == nullptr) return error(StatusCode::kNullPointer, "cuda gemm: y is null");
   if (Status s = check_pointer("x", p.x.data, sizeof(X)); !s.ok()) return s;
   if (Status s = check_pointer("y", p.y.data, sizeof(Y)); !s.ok()) return s;
-  if (Status s = check_pointer("what is read ahead", p.ahead.data(), 16); !s.ok()) return s;
   if (Status s = check_pointer("bias", p.bias, sizeof(Y)); !s.ok()) return s;
   return check_pointer("residual", p.residual.data, sizeof(Y));
 }

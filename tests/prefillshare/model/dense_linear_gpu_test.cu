@@ -137,8 +137,6 @@ void check_layer(std::int64_t rows, std::int64_t cols, const cuda::Device& devic
     cuda::LinearCall call;
     call.device = device;
     call.scratch = {scratch->data(), scratch->bytes()};
-    call.ahead = made->weight_bytes();
-    call.gap = tokens == 1;
     const MatrixView<const T> x_view(x_device.data(), tokens, cols, x_stride);
     // Sums in fp32, an addition more for each column in the worst order; then one rounding.
     const double exact = static_cast<double>(cols) * 0x1p-24;

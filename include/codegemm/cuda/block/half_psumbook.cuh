@@ -122,7 +122,6 @@ struct HalfPsumbook {
 
   /// Leaves them in `staged` (kStagedBytes, at a multiple of 16) as build() wants them. One warp.
   static __device__ __forceinline__ void stage(char* staged, Words words, bool bf16) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
     unsigned most = 0;
 #pragma unroll
     for (int f = 0; f < 8; ++f) most = __vmaxu2(most, words.of[f] & 0x7FFF7FFFU);

@@ -23,8 +23,6 @@ struct GatherArgs {
   const std::uint16_t* codebooks = nullptr;  // fp16 [parts][m][2^b][v]
   const std::uint16_t* x = nullptr;          // [tokens][x_stride]
   NormedRow normed;                          // in place of x: one token, with Psumbooks of fp16
-  const unsigned char* ahead = nullptr;      // what the second-level cache is asked for meanwhile, or null
-  std::int64_t ahead_bytes = 0;
   float* partials = nullptr;     // [groups][tokens][row_tiles * 16], where there are several groups
   unsigned* counters = nullptr;  // [chunks][splits of a group], zero before and after
   std::int64_t x_stride = 0;
@@ -242,7 +240,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
       const float sum = detail::warp_sum(squares);
       if (lane == 0) row_sums[warp - static_cast<int>(kSquaresBytes / sizeof(float))] = sum;
     }
-    detail::ask_ahead<kWarps>(a.ahead, a.ahead_bytes, warp, lane);
   }
 
   if constexpr (kHalf) {

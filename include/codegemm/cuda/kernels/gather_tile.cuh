@@ -77,19 +77,6 @@ __device__ __forceinline__ float reduce_with(float (&sums)[N], const unsigned* s
   }
 }
 
-// Each warp of the grid asks for an even share of `bytes`, long before the kernel that reads them: what a
-// block waits for here leaves the memory idle.
-template <int Warps>
-__device__ __forceinline__ void ask_ahead(const unsigned char* from, std::int64_t bytes, int warp, int lane) {
-  if (from == nullptr || lane != 0) return;
-  const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-  const std::int64_t warps = std::int64_t{gridDim.x} * gridDim.y * gridDim.z * Warps;
-  const std::int64_t share = (bytes + warps * 128 - 1) / (warps * 128) * 128;
-  const std::int64_t begin = (std::int64_t{block} * Warps + warp) * share;
-  const std::int64_t size = min(share, bytes - begin) / 16 * 16;
-  if (size > 0) prefetch_l2(from + begin, static_cast<unsigned>(size));
-}
-
 // What one of the two kinds of Psumbooks has alone.
 template <class Book, int Tokens, bool Half>
 [[nodiscard]] __device__ __forceinline__ auto no_segments() {

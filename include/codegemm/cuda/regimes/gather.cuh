@@ -96,8 +96,6 @@ struct GatherRegime {
     args.codebooks = reinterpret_cast<const std::uint16_t*>(base + w.layout.codebooks_at);
     args.x_stride = p.x.stride;
     args.normed = p.normed;
-    args.ahead = reinterpret_cast<const unsigned char*>(p.ahead.data());
-    args.ahead_bytes = static_cast<std::int64_t>(p.ahead.size());
     args.cols = static_cast<int>(w.cols);
     args.row_tiles = static_cast<int>(w.layout.row_tiles);
     args.granules = static_cast<int>(w.layout.granules);

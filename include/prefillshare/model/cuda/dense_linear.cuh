@@ -88,12 +88,6 @@ class DeviceDenseLinear {
   }
   /// [rows][cols], device memory.
   [[nodiscard]] const std::shared_ptr<const DeviceArray<T>>& weights() const noexcept { return weights_; }
-  /// The weights as LinearCall::ahead has them.
-  [[nodiscard]] std::span<const std::byte> weight_bytes() const noexcept {
-    return weights_ ? std::as_bytes(std::span(weights_->data(), weights_->size()))
-                    : std::span<const std::byte>();
-  }
-
   /// Before the first call.
   void set_one_token(OneToken kernel) noexcept { one_token_ = kernel; }
 
@@ -163,8 +157,6 @@ class DeviceDenseLinear {
   }
 
  private:
-  // Of the second-level cache, at most: the rest is for what the kernels in between read.
-  static constexpr int kAheadBytes = 24 << 20;
   static constexpr cudaDataType_t kType = std::is_same_v<T, __half> ? CUDA_R_16F : CUDA_R_16BF;
 
   template <class Args>
@@ -215,11 +207,6 @@ class DeviceDenseLinear {
     args.rows = static_cast<int>(rows_);
     args.cols = static_cast<int>(cols_);
     args.stages = ring_stages(call.device);
-    if (call.gap) {  // else the next product's own rings are there as early
-      args.ahead = call.ahead.data();
-      args.ahead_bytes = static_cast<std::int64_t>(call.ahead.size());
-    }
-    args.ahead_most = kAheadBytes / (call.device.multiprocessors * kStreamWarps) / 16 * 16;
     codegemm::cuda::LaunchShape shape;
     shape.grid = dim3(static_cast<unsigned>(std::min<std::int64_t>(call.device.multiprocessors, rows_ / 2)));
     shape.threads = kStreamThreads;

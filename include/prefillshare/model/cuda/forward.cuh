@@ -181,8 +181,7 @@ class DeviceForward {
   /// Q, K and V of one layer; K and V to the cache.
   [[nodiscard]] Status write_cache(int index) {
     const DeviceLlamaLayer<Linear>& l = layer(index);
-    const LinearCall call = before(l.o, true);
-    const auto to_qkv = [&](const auto& x) { return l.qkv.forward(x, qkv(), call); };
+    const auto to_qkv = [&](const auto& x) { return l.qkv.forward(x, qkv(), call_); };
     if (Status s = normalized(l.qkv, l.input_norm, batch_.count, nullptr, to_qkv); !s.ok()) return s;
     if (c_.qk_norm) {
       HeadNormArgs args;
@@ -230,19 +229,17 @@ class DeviceForward {
                       : cuda::run(p, call_.device, call_.stream);
       if (!s.ok()) return s;
     }
-    const DeviceLlamaLayer<Linear>& l = layer(index);
-    return l.o.add(MatrixView<const T>(ws_.attended.data(), batch_.count, c_.q_size()), hidden(),
-                   before(l.gate_up));
+    return layer(index).o.add(MatrixView<const T>(ws_.attended.data(), batch_.count, c_.q_size()), hidden(),
+                              call_);
   }
 
   [[nodiscard]] Status feed_forward(int index) {
     const DeviceLlamaLayer<Linear>& l = layer(index);
     const MatrixView<T> gated(ws_.gated.data(), batch_.count, c_.intermediate_size);
-    const LinearCall call = before(l.down);
-    const auto to_gated = [&](const auto& x) { return l.gate_up.gated(x, gated, call); };
+    const auto to_gated = [&](const auto& x) { return l.gate_up.gated(x, gated, call_); };
     if (Status s = normalized(l.gate_up, l.post_attention_norm, batch_.count, nullptr, to_gated); !s.ok())
       return s;
-    return l.down.add(gated, hidden(), index + 1 < c_.layers ? before(layer(index + 1).qkv) : call_);
+    return l.down.add(gated, hidden(), call_);
   }
 
   /// Those of each sequence's last token.
@@ -291,14 +288,6 @@ class DeviceForward {
     p.heads = static_cast<int>(c_.heads);
     p.overlap = true;
     return p;
-  }
-
-  // A call in front of that of `next`.
-  [[nodiscard]] LinearCall before(const Linear& next, bool gap = false) const {
-    LinearCall call = call_;
-    if constexpr (requires { next.weight_bytes(); }) call.ahead = next.weight_bytes();
-    call.gap = gap;
-    return call;
   }
 
   // multiply(the normalized rows of hidden, or each sequence's last): a layer that can normalizes one itself.

@@ -74,9 +74,6 @@ struct LinearCall {
   cudaStream_t stream = nullptr;  ///< where the work is put
   std::span<std::byte> zeroed;    ///< device memory
   std::span<std::byte> scratch;   ///< device memory
-  /// Weights of the next product: a layer may ask the second-level cache for them.
-  std::span<const std::byte> ahead;
-  bool gap = false;  ///< kernels that read little lie in between
 };
 
 /// A linear layer on the device: weights of N = rows() x K = cols(), activations of type L::Scalar. Calls put
@@ -161,11 +158,6 @@ class DeviceCodeGemmLinear {
   [[nodiscard]] const codegemm::cuda::DevicePackedView& weights() const noexcept {
     return view_;
   }  ///< packed
-  /// The weights as LinearCall::ahead has them.
-  [[nodiscard]] std::span<const std::byte> weight_bytes() const noexcept {
-    return {bytes_.data(), bytes_.size()};
-  }
-
   /// As DeviceLinearLayer says.
   [[nodiscard]] LinearMemory memory(std::int64_t tokens, const Device& device) const {
     LinearMemory out;
@@ -250,10 +242,7 @@ class DeviceCodeGemmLinear {
     return p;
   }
   template <class Problem>
-  [[nodiscard]] static Status run(Problem p, const LinearCall& call) {
-    // What does not fit beside the rest is not there any more when it is read.
-    constexpr std::size_t kMost = std::size_t{32} << 20;
-    p.ahead = call.ahead.first(std::min(call.ahead.size(), kMost));
+  [[nodiscard]] static Status run(const Problem& p, const LinearCall& call) {
     return codegemm::cuda::run<Configs>(p, call.device, call.zeroed.data(), call.zeroed.size(), call.stream);
   }
 

@@ -34,11 +34,6 @@ struct StreamProductArgs {
   int rows = 0;    // even
   int cols = 0;    // a multiple of 8
   int stages = 0;  // of a warp's ring
-  // Weights of a later product, which the second-level cache is asked to have: the kernels in between leave
-  // the memory alone. Each block asks for the beginning of its even share.
-  const void* ahead = nullptr;
-  std::int64_t ahead_bytes = 0;  // of all
-  int ahead_most = 0;            // bytes that a warp asks for at most, a multiple of 16
 };
 
 inline constexpr int kStreamWarps = 8;
@@ -281,12 +276,6 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
             make_float2(before.x + sum.x, before.y + sum.y);
         break;
     }
-  }
-  if (a.ahead != nullptr && lane == 0) {
-    const std::int64_t share = a.ahead_bytes / (gridDim.x * kStreamWarps) / 16 * 16;
-    const auto* const from = static_cast<const char*>(a.ahead) + blockIdx.x * kStreamWarps * share;
-    const std::int64_t bytes = min(share, static_cast<std::int64_t>(a.ahead_most));
-    if (bytes > 0) codegemm::cuda::detail::prefetch_l2(from + warp * bytes, static_cast<unsigned>(bytes));
   }
 #endif
 }
