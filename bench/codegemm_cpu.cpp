@@ -34,6 +34,7 @@
 #include <codegemm/reference.hpp>
 #include <support/random.hpp>
 
+#include "support/contender.hpp"
 #include "support/cpu_peers.hpp"
 #include "support/machine.hpp"
 #include "support/pinning.hpp"

@@ -29,6 +29,7 @@ readonly packages_programs=(libcli11-dev libpcre2-dev)
 readonly packages_tests=(catch2 git)
 readonly packages_mpi=(libopenmpi-dev openmpi-bin)
 readonly packages_clang=(clang libclang-rt-dev clang-format)
+readonly packages_bench=(libbenchmark-dev)
 readonly packages_lint=(clang-format clang-tidy)
 readonly packages_docs=(doxygen)
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/support/permuted_model.hpp - the same decoder with its channels in another order: neighbours in a block
-// of weights are others, what the model says is not.
+// bench/support/permuted_model.hpp - the same decoder with its channels in another order: neighbours in a
+// block of weights are others, what the model says is not.
 #pragma once
 
 #include <cstddef>

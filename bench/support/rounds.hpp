@@ -1,69 +1,75 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/support/rounds.hpp - contenders that take turns: what disturbs the machine for a while then disturbs
-// all of them, in some of the rounds, and their medians still compare.
+// bench/support/rounds.hpp - contenders that take turns, by Google Benchmark: what disturbs the machine for a
+// while then disturbs all of them, in some of the turns, and their medians still compare.
 #pragma once
 
 #include <algorithm>
-#include <chrono>
-#include <cstddef>
 #include <cstdint>
-#include <functional>
-#include <string>
+#include <exception>
 #include <thread>
-#include <utility>
 #include <vector>
 
+#include <benchmark/benchmark.h>
+
+#include "contender.hpp"
 #include "machine.hpp"
 
 namespace codegemm::bench {
 
-/// One of those that are compared: does `calls` calls and returns the seconds of each.
-struct Contender {
-  std::string name;
-  std::function<std::vector<double>(std::int64_t calls)> turn;
-  /// How long after a turn its threads go on polling, which the next one is not to feel.
-  std::chrono::milliseconds rest{0};
-  std::vector<double> seconds = {};
-
-  [[nodiscard]] double median_us() const { return median(seconds) * 1e6; }
+/// Prints nothing: contenders keep their times.
+class SilentReporter : public benchmark::BenchmarkReporter {
+ public:
+  bool ReportContext(const Context&) override { return true; }
+  void ReportRuns(const std::vector<Run>&) override {}
 };
 
-/// Times call(i) for i = 0, 1, 2 ... over all turns, so that copies of the data can take turns, too.
-template <class Call>
-[[nodiscard]] Contender timed(std::string name, Call call) {
-  return {std::move(name), [call, next = std::size_t{0}](std::int64_t calls) mutable {
-            std::vector<double> out;
-            for (std::int64_t i = 0; i < calls; ++i, ++next) {
-              const auto start = std::chrono::steady_clock::now();
-              call(next);
-              out.push_back(seconds_since(start));
-            }
-            return out;
-          }};
+/// Google Benchmark with the repetitions of all registered in a random order.
+inline void initialize_rounds() {
+  static const bool once = [] {
+    char program[] = "rounds";
+    char interleaving[] = "--benchmark_enable_random_interleaving=true";
+    char* arguments[] = {program, interleaving, nullptr};
+    int count = 2;
+    benchmark::Initialize(&count, arguments);
+    return true;
+  }();
+  static_cast<void>(once);
 }
 
-/// `rounds` rounds in which each has a turn of about `turn_seconds`, one call at least. A turn before the
-/// first tells how many calls that are and is not counted. Every round begins with another one.
+/// Each has `rounds` turns of about `turn_seconds`, one call at least, in a random order of all. A turn
+/// before them tells how many calls that are and is not counted.
 inline void run_rounds(std::vector<Contender>& contenders, std::int64_t rounds, double turn_seconds) {
-  const auto count = contenders.size();
-  std::vector<std::int64_t> calls(count);
-  const auto take_turn = [](const Contender& c, std::int64_t times) {
-    std::vector<double> out = c.turn(times);
+  initialize_rounds();
+  benchmark::ClearRegisteredBenchmarks();
+  const auto take_turn = [](const Contender& c, std::int64_t calls) {
+    std::vector<double> times = c.turn(calls);
     std::this_thread::sleep_for(c.rest);
-    return out;
+    return times;
   };
-  for (std::size_t i = 0; i < count; ++i) {
-    const double one = median(take_turn(contenders[i], 2));
-    calls[i] = static_cast<std::int64_t>(std::clamp(turn_seconds / std::max(one, 1e-7), 1.0, 1e5));
+  std::exception_ptr failure;
+  for (Contender& c : contenders) {
+    const double one = median(take_turn(c, 2));
+    const auto calls = static_cast<std::int64_t>(std::clamp(turn_seconds / std::max(one, 1e-7), 1.0, 1e5));
+    benchmark::RegisterBenchmark(c.name.c_str(),
+                                 [&c, &failure, take_turn](benchmark::State& state) {
+                                   try {
+                                     const std::vector<double> times = take_turn(c, state.max_iterations);
+                                     auto next = times.begin();
+                                     for ([[maybe_unused]] auto _ : state) state.SetIterationTime(*next++);
+                                     c.seconds.insert(c.seconds.end(), times.begin(), times.end());
+                                   } catch (...) {
+                                     failure = std::current_exception();
+                                     state.SkipWithError("failed");
+                                   }
+                                 })
+        ->UseManualTime()
+        ->Iterations(calls)
+        ->Repetitions(static_cast<int>(rounds));
   }
-  for (std::int64_t round = 0; round < rounds; ++round) {
-    for (std::size_t i = 0; i < count; ++i) {
-      const std::size_t at = (i + static_cast<std::size_t>(round)) % count;
-      const std::vector<double> times = take_turn(contenders[at], calls[at]);
-      contenders[at].seconds.insert(contenders[at].seconds.end(), times.begin(), times.end());
-    }
-  }
+  SilentReporter reporter;
+  benchmark::RunSpecifiedBenchmarks(&reporter);
+  if (failure != nullptr) std::rethrow_exception(failure);
 }
 
 }  // namespace codegemm::bench

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include <codegemm/base/executor.hpp>
 #include <codegemm/base/matrix_view.hpp>
@@ -118,12 +119,26 @@ inline void run_psumbook_task(const CpuKernels& kernels, const GemmArgs& args, c
   }
 }
 
+/// The codes of a task in a tile, some of which were asked for. While tables are made, which would leave the
+/// memory without work, the next ones are.
+struct TileCodes {
+  const std::uint8_t* first;
+  std::int64_t bytes;
+  std::int64_t asked;
+
+  /// Where `count` more begin; null if there are none.
+  [[nodiscard]] const std::uint8_t* ask(std::int64_t count) noexcept {
+    if (asked >= bytes) return nullptr;
+    return first + std::exchange(asked, asked + count);
+  }
+};
+
 /// Builds the tables of vectors [j, next) of a tile with activations x, which share a scale, encodes them
 /// flush by flush while they are in the first-level cache, and appends the flushes; false where one of them
 /// needs more than 16 bits: then all tables are there in fp32.
 inline bool encode_segment(const CpuKernels& kernels, const PackedView& w, const float* x, std::int64_t j,
                            std::int64_t next, const Half* scales, const PsumbookScratch& scratch,
-                           std::int64_t& flush_count) {
+                           TileCodes& codes, std::int64_t& flush_count) {
   const std::int64_t most = flush_entries(w.format.b);
   const std::int64_t m = w.format.m;
   const std::int64_t end = next * m;
@@ -139,7 +154,8 @@ inline bool encode_segment(const CpuKernels& kernels, const PackedView& w, const
     const std::int64_t some = std::min(most, end - first);
     build_until(ceil_div(first + some, m));
     const float step = kernels.lookup.encode({scratch.tables + first * w.format.centroids(), some,
-                                              scratch.encoded + first * encoded_bytes(w.format.b)});
+                                              scratch.encoded + first * encoded_bytes(w.format.b),
+                                              codes.ask(some * w.format.centroids())});
     if (step < 0.0F) {
       build_until(next);
       return false;
@@ -185,6 +201,8 @@ inline void run_lookup_task(const CpuKernels& kernels, const GemmArgs& args, con
     const std::int64_t count = w.vectors_in(tile);
     const std::int64_t stride = block_words(w, tile);
     const std::uint64_t* const codes = task_codes(w, task, tile);
+    TileCodes asked{reinterpret_cast<const std::uint8_t*>(codes), task.blocks * stride * 8,
+                    kernels.lookup.ahead_bytes};
     for (std::int64_t t = 0; t < task.tokens; ++t) {
       const float* const x = args.x.row(task.first_token + t) + first * w.format.v;
       float* const y = sums + t * sum_stride;
@@ -194,7 +212,7 @@ inline void run_lookup_task(const CpuKernels& kernels, const GemmArgs& args, con
         next = std::min(count, (group + 1) * segment - first);
         const std::int64_t entries = (next - j) * m;
         const Half* const scales = w.scales + group * w.padded_rows() + task.first_block * kBlockRows;
-        if (encode_segment(kernels, w, x, j, next, scales, scratch, flush_count)) continue;
+        if (encode_segment(kernels, w, x, j, next, scales, scratch, asked, flush_count)) continue;
         kernels.gather1({codes + j * m * words, stride, words, scratch.tables + j * m * w.format.centroids(),
                          entries, scales, nullptr, y, task.blocks * kBlockRows / kWordRows, true, true});
       }

@@ -39,7 +39,8 @@ struct Flush {
 struct EncodeArgs {
   const float* sums;  // [entries][2^b], 32-byte aligned
   std::int64_t entries;
-  std::uint8_t* tables;  // out: [entries][table bytes], aligned to a table or 64 bytes
+  std::uint8_t* tables;                 // out: [entries][table bytes], aligned to a table or 64 bytes
+  const std::uint8_t* ahead = nullptr;  // codes to ask for meanwhile, a byte a centroid
 };
 
 /// y[n] += sum over flushes f of step_f * scales_f[n] * sum over the entries e of f of tables[e][code(n, e)].

@@ -76,11 +76,23 @@ inline simde__m512i madd_epi16(simde__m512i a, simde__m512i b) {
   });
 }
 
+struct Quarter {
+  float lanes[4];
+};
+inline simde__m512 shuffle_f32x4(simde__m512 a, simde__m512 b, int order) {
+  return each<simde__m512>(a, [&b, order](const auto& v, std::size_t i) {
+    const auto from = static_cast<std::size_t>(order >> (2 * i) & 3);
+    return i < 2 ? lane<Quarter>(v, from) : lane<Quarter>(b, from);
+  });
+}
+
 }  // namespace emulated
 
 // NOLINTBEGIN(bugprone-reserved-identifier): they stand in for the compiler's own
 #undef _mm512_madd_epi16  // SIMDe's has too many arguments
 #define _mm512_madd_epi16(a, b) emulated::madd_epi16(a, b)
+#undef _mm512_shuffle_f32x4
+#define _mm512_shuffle_f32x4(a, b, order) emulated::shuffle_f32x4(a, b, order)
 #define _mm512_cvtps_epi32(v) emulated::cvtps_epi32(v)
 #define _mm512_cvtepi32_ps(v) emulated::cvtepi32_ps(v)
 #define _mm512_cvtepi16_epi32(v) emulated::cvtepi16_epi32(v)

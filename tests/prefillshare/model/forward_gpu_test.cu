@@ -109,7 +109,7 @@ void check_model(const cuda::DeviceLlama<Linear, Head>& model, const LlamaModel<
     tokens.push_back(random_tokens(rng, length, c.vocab_size));
     std::vector<ReferenceCache> cache;
     want.push_back(reference_forward(host, tokens.back(), cache));
-    sequences.push_back(rig.take(rig.allocator->open(CacheKey{"m", "1", ""}, {})));
+    sequences.push_back(take(rig.allocator->open(CacheKey{"m", "1", ""}, {})));
     require_ok(rig.allocator->reserve(sequences.back(), length));
   }
   std::vector<const Sequence*> pointers;
@@ -148,9 +148,9 @@ void check_model(const cuda::DeviceLlama<Linear, Head>& model, const LlamaModel<
     CAPTURE(step);
     CHECK(worst_relative(got, rows_wanted) < kTolerance<T>);
   }
-  auto graph = rig.take(cuda::DecodeGraph<Linear, Head>::capture(model, rig.storage, rig.workspace,
-                                                                 static_cast<int>(lengths.size()), 32, false,
-                                                                 device, rig.stream.get));
+  auto graph = take(cuda::DecodeGraph<Linear, Head>::capture(model, rig.storage, rig.workspace,
+                                                             static_cast<int>(lengths.size()), 32, false,
+                                                             device, rig.stream.get));
   PageTable table;
   for (int k = 0; k < kDecoded; ++k) {
     std::vector<std::int32_t> next;
@@ -327,7 +327,7 @@ TEST_CASE("decode modules of codes read one base cache, as the double reference 
   Rng rng(seed + 1);
   const std::vector<std::int32_t> context = random_tokens(rng, 53, config.vocab_size);
   // All but the last token are the base's (design: the decode module runs that one itself).
-  Sequence cache = rig.take(rig.allocator->open(base.key(), {}));
+  Sequence cache = take(rig.allocator->open(base.key(), {}));
   require_ok(base.prefill(std::span(context).first(52), *rig.allocator, rig.storage, cache, rig.input,
                           rig.workspace, device, rig.stream.get));
   REQUIRE(cache.length() == 52);
@@ -338,16 +338,16 @@ TEST_CASE("decode modules of codes read one base cache, as the double reference 
     CAPTURE(which);
     const CodedModel models =
         coded_model(config, codegemm::parse_format("m1v4g64").value(), seed + 100 * (which + 1));
-    const auto decode = rig.take(cuda::factorize(base.config(), upload_coded<__half>(*models.coded)));
+    const auto decode = take(cuda::factorize(base.config(), upload_coded<__half>(*models.coded)));
     // Three agents' forks of the context, which differ from their first own token on.
     std::vector<Sequence> forks(3);
     require_ok(rig.allocator->fork_all(cache, forks, 8));
     std::vector<const Sequence*> pointers;
     for (const Sequence& fork : forks) pointers.push_back(&fork);
-    auto workspace = rig.take(cuda::DeviceWorkspace<__half>::create(decode.model(), 3, 3, device));
+    auto workspace = take(cuda::DeviceWorkspace<__half>::create(decode.model(), 3, 3, device));
     using Graph = cuda::DecodeGraph<Coded<__half>, Coded<__half>>;
     auto graph =
-        rig.take(Graph::capture(decode.model(), rig.storage, workspace, 3, 32, true, device, rig.stream.get));
+        take(Graph::capture(decode.model(), rig.storage, workspace, 3, 32, true, device, rig.stream.get));
     std::vector<std::vector<std::int32_t>> own(3);
     PageTable table;
     for (int k = 0; k < 6; ++k) {
@@ -381,7 +381,7 @@ TEST_CASE("decode modules of codes read one base cache, as the double reference 
   }
   // The base's cache is as it was: the same context is found, and its next token comes out the same.
   CHECK(cache.length() == 52);
-  Sequence again = rig.take(rig.allocator->open(base.key(), std::span(context).first(52)));
+  Sequence again = take(rig.allocator->open(base.key(), std::span(context).first(52)));
   CHECK(again.length() == 48);
   const std::span<const std::int32_t> rest = std::span(context).subspan(48);
   require_ok(rig.allocator->reserve(again, 5));
@@ -408,12 +408,12 @@ TEST_CASE("a graph that goes on with its own tokens generates what single steps 
     Rig<__half> rig(*model, device, 8);
     std::vector<Sequence> sequences;
     for (int i = 0; i < 2; ++i) {
-      sequences.push_back(rig.take(rig.allocator->open(CacheKey{"m", codegemm::concat(i), ""}, {})));
+      sequences.push_back(take(rig.allocator->open(CacheKey{"m", codegemm::concat(i), ""}, {})));
       require_ok(rig.allocator->reserve(sequences.back(), 40));
     }
     const std::vector<const Sequence*> pointers{&sequences[0], &sequences[1]};
     auto graph =
-        rig.take(Graph::capture(*model, rig.storage, rig.workspace, 2, 16, false, device, rig.stream.get));
+        take(Graph::capture(*model, rig.storage, rig.workspace, 2, 16, false, device, rig.stream.get));
     std::vector<std::int32_t> last{5, 9};
     std::vector<std::int32_t> out;
     PageTable table;
@@ -509,7 +509,7 @@ TEST_CASE("the GPU's forward pass refuses what does not fit, with the numbers") 
   const auto model = upload_dense<__half>(*host);
   Rig<__half> rig(*model, device, 8);
   const auto text = [](const Status& s) { return std::string(s.message()); };
-  Sequence sequence = rig.take(rig.allocator->open(CacheKey{"m", "1", ""}, {}));
+  Sequence sequence = take(rig.allocator->open(CacheKey{"m", "1", ""}, {}));
   const Sequence* const one = &sequence;
   const std::vector<std::int32_t> bad{1, 203};
   std::span<const std::int32_t> chunk(bad);

@@ -134,6 +134,7 @@ class DeviceTrainable {
     codes_.template materialize<S>(ts);
   }
 
+  /// After codes were exchanged: which weights each centroid has, and the weights.
   void codes_changed(detail::TrainStream& ts) {
     codes_.list(ts);
     codes_.template materialize<S>(ts);
