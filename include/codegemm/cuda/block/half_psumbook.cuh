@@ -57,32 +57,35 @@ struct HalfPsumbook {
 
   /// What a thread holds of 8 centroids (of each codebook).
   struct Centroids {
-    uint2 fours[Codebooks];  ///< four values each
+    unsigned pairs[2];  ///< two values each: of one centroid (V = 4), or of one of each codebook
   };
 
   /// Centroids 8 * block .. 8 * block + 7.
   [[nodiscard]] static __device__ __forceinline__ Centroids load_centroids(const std::uint16_t* codebooks,
                                                                            int block) {
     const unsigned lane = threadIdx.x % 32;
+    const unsigned centroid = static_cast<unsigned>(block * 8) + lane / 4;
+    const auto* const words = reinterpret_cast<const unsigned*>(codebooks);
     Centroids out;
+    if constexpr (V == 4) {
+      const uint2 both = __ldg(reinterpret_cast<const uint2*>(words) + centroid);
+      out.pairs[0] = both.x, out.pairs[1] = both.y;
+    } else {
 #pragma unroll
-    for (int c = 0; c < Codebooks; ++c) {
-      const std::uint16_t* const centroid =
-          codebooks + (static_cast<unsigned>((c << 8) + block * 8) + lane / 4) * V;
-      out.fours[c] = __ldg(reinterpret_cast<const uint2*>(centroid) + (V == 4 ? 0 : lane % 2));
+      for (unsigned c = 0; c < 2; ++c) out.pairs[c] = __ldg(words + (c * 256 + centroid) * 4 + lane % 4);
     }
     return out;
   }
 
   /// The first of the two activations of a granule in word `f` of a lane, 0 <= f < 8: words 0 .. 3 and 4 .. 7
-  /// are A fragments. Their rows g and g + 8 are segments of one owner, whose inner products share a word; their
-  /// k are those segments of other owners, of one in each lane (V = 4) or in two.
+  /// are A fragments. Their rows g and g + 8 are two segments of an owner, whose inner products share a word;
+  /// their k are those segments of other owners, of one in each lane (V = 4) or in each half of k.
   [[nodiscard]] static __device__ __forceinline__ int activation_of(int lane, int f) {
     const int g = lane / 4;
     const int q = lane % 4;
     const int r = f % 4;
     return V == 4 ? (g + q * 8) * 16 + r % 2 * 8 + f / 4 * 4 + r / 2 * 2
-                  : (g + q / 2 * 8 + f / 4 * 16) * 16 + r % 2 * 8 + q % 2 * 4 + r / 2 * 2;
+                  : (g + r / 2 * 8 + f / 4 * 16) * 16 + r % 2 * 8 + q * 2;
   }
 
   /// A warp's 512 activations, as pairs of the type that they have in memory.
@@ -93,22 +96,19 @@ struct HalfPsumbook {
   [[nodiscard]] static __device__ __forceinline__ Words load(const Activations& x, int k0) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     Words out;
-    if (k0 + kActivations <= x.cols && (reinterpret_cast<std::uintptr_t>(x.x) + k0 * 2ULL) % 16 == 0) {
-      const std::uint16_t* const from = x.x + k0 + activation_of(lane, 0);
-      // Words f and f + 2 lie together; for V = 4 so do those of f + 4.
+    constexpr unsigned kBytes = V == 4 ? 16 : 4;  // of a load
+    if (k0 + kActivations <= x.cols && (reinterpret_cast<std::uintptr_t>(x.x) + k0 * 2ULL) % kBytes == 0) {
+      const std::uint16_t* const from = x.x + k0;
+      if constexpr (V == 4) {
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        if constexpr (V == 4) {
-          const uint4 eight = *reinterpret_cast<const uint4*>(from + row * 8);
-          out.of[row] = eight.x, out.of[row + 2] = eight.y, out.of[row + 4] = eight.z,
-          out.of[row + 6] = eight.w;
-        } else {
-#pragma unroll
-          for (int f = row; f < 8; f += 4) {
-            const uint2 four = *reinterpret_cast<const uint2*>(from + row * 8 + f / 4 * 256);
-            out.of[f] = four.x, out.of[f + 2] = four.y;
-          }
+        for (int f = 0; f < 2; ++f) {  // and f + 2, f + 4, f + 6
+          const uint4 eight = *reinterpret_cast<const uint4*>(from + activation_of(lane, f));
+          out.of[f] = eight.x, out.of[f + 2] = eight.y, out.of[f + 4] = eight.z, out.of[f + 6] = eight.w;
         }
+      } else {
+#pragma unroll
+        for (int f = 0; f < 8; ++f)
+          out.of[f] = *reinterpret_cast<const unsigned*>(from + activation_of(lane, f));
       }
     } else {
 #pragma unroll
@@ -211,22 +211,21 @@ struct HalfPsumbook {
     const unsigned a[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
     char* const rows = table + block * 2048 + q * 512 + g * 4;
     // In product i centroid g is multiplied with owners 8 ((g / 2 + i) % 4) and up.
-    const unsigned own = ((V == 4 ? q : q / 2) - g / 2) % 4;  // the product in which this lane has these
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const auto step = static_cast<unsigned>(i);
+      const unsigned owners = (g / 2 + static_cast<unsigned>(i)) % 4;
       float d[2][4];
 #pragma unroll
       for (int p = 0; p < 2; ++p) {
-        const uint2 four = centroids.fours[V == 4 ? 0 : p];
         if constexpr (V == 4) {
-          detail::mma_pairs<PairType::kHalf>(d[p], a[p], own == step ? four.x : 0U, own == step ? four.y : 0U,
-                                             true);
+          detail::mma_pairs<PairType::kHalf>(d[p], a[p], owners == q ? centroids.pairs[0] : 0U,
+                                             owners == q ? centroids.pairs[1] : 0U, true);
         } else {
-          detail::mma_pairs<PairType::kHalf>(d[p], a[0], own == step ? four.x : 0U, own == step ? four.y : 0U,
+          const unsigned pair = centroids.pairs[p];
+          detail::mma_pairs<PairType::kHalf>(d[p], a[0], owners == 0 ? pair : 0U, owners == 1 ? pair : 0U,
                                              true);
-          detail::mma_pairs<PairType::kHalf>(d[p], a[1], own == (step ^ 2U) ? four.x : 0U,
-                                             own == (step ^ 2U) ? four.y : 0U, false);
+          detail::mma_pairs<PairType::kHalf>(d[p], a[1], owners == 2 ? pair : 0U, owners == 3 ? pair : 0U,
+                                             false);
         }
       }
       char* const to = rows + (q + static_cast<unsigned>(i)) % 4 * 32;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cuda/kernels/gather.cuh - y = x W^T for one or two tokens by
-// gathering from Psumbooks. Layer: cuda/kernels (device).
+// codegemm/cuda/kernels/gather.cuh - y = x W^T for one or two tokens by gathering from Psumbooks.
+// Layer: cuda/kernels (device).
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ struct GatherArgs {
   int granules = 0;
   RowBlocks rows;  // chunks; its halves are those of SwiGLU
   int granules_per_block = 0;
-  int splits = 0;
+  int splits = 0;  // of a group
   // In a block's shared memory, from its first Psumbook on: the sums of its rows, kSquaresBytes before them;
   // for a cluster what its blocks push here, and the barrier.
   int sums_at = 0;
@@ -47,23 +47,18 @@ struct GatherArgs {
   int scale_steps = 0;         // log2 of the lanes that share a scale; 5: no scales in the tiles
   int v = 0;
   int code_bits = 0;
-  int rounds_ahead = 0;  // in a round each warp sums a tile; how far the
-                         // second-level cache is ahead
+  int rounds_ahead = 0;  // in a round each warp sums a tile; how far the second-level cache is ahead
   ScalarType x_type = ScalarType::kHalf;
   Output out;
 };
 
-/// Block (split, chunk, group) sums granules_per_block granules, from number
-/// (group * splits + split) * granules_per_block on, over the row tiles of its
-/// chunk. Then the sums of a chunk are added, always in their order:
-/// - Cluster: the splits are the blocks of one cluster. They push their sums
-/// into each other's shared memory,
-///   and each ends with a share of the rows. Else there is one split, and its
-///   share is all rows.
-/// - SwiGLU: a cluster has the splits of a chunk of the first half, then those
-/// of its partner in the second.
-/// - Several groups: each block writes its share to `partials`, and the last to
-/// come, by `counters`, adds
+/// Block (split, chunk, group) sums granules_per_block granules, from number (group * splits + split) *
+/// granules_per_block on, over the row tiles of its chunk. Then the sums of a chunk are added, always in
+/// their order:
+/// - Cluster: the splits are the blocks of one cluster. They push their sums into each other's shared memory,
+///   and each ends with a share of the rows. Else there is one split, and its share is all rows.
+/// - SwiGLU: a cluster has the splits of a chunk of the first half, then those of its partner in the second.
+/// - Several groups: each block writes its share to `partials`, and the last to come, by `counters`, adds
 ///   them up.
 template <class Config, int Tokens, bool Cluster>
 __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __grid_constant__ GatherArgs a) {
@@ -79,18 +74,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   constexpr int kSteps = Config::kScaleSteps;
   constexpr int kSums = detail::sums_of<Book, kSteps, kHalf>();
   using Tile = detail::TileRegisters<kSets, kSteps>;
-  // The Psumbook (of fp16: one or two from kWindowStart in the shared window
-  // on, and the activations); the sums of the block's rows
-  // [Tokens][tiles_per_block][16]; for a cluster, what its blocks push here,
-  // [ranks][Tokens] [warps owned][tiles of a warp][16], and the barrier. The
-  // tiles of warp w (of every block) are summed by the block of rank w % ranks.
+  // The Psumbook (of fp16: one or two from kWindowStart in the shared window on, and the activations); the sums
+  // of the block's rows [Tokens][tiles_per_block][16]; for a cluster, what its blocks push here, [ranks][Tokens]
+  // [warps owned][tiles of a warp][16], and the barrier. The tiles of warp w (of every block) are summed by the
+  // block of rank w % ranks.
   extern __shared__ __align__(1024) char shared[];
 
   detail::allow_next_kernel();
   [[maybe_unused]] const int code_bits = Config::kCodeBits != 0 ? Config::kCodeBits : a.code_bits;
   const int v = Config::kVecLen != 0 ? Config::kVecLen : a.v;
-  const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x / 32),
-                               0);  // known to be uniform
+  const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
   const int lane = static_cast<int>(threadIdx.x % 32);
   [[maybe_unused]] const int ranks = kCluster ? static_cast<int>(gridDim.x) : 1;
   const bool gated = kCluster && a.rows.half_tiles > 0;
@@ -103,10 +96,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   const int tile0 = rows.tile;
   const int tiles = rows.tiles;
 
-  // Weights do not depend on the kernel before: they are on their way while it
-  // still runs. In each round a warp sums one tile; its next one comes into the
-  // same registers in the meantime, and one warp asks for the tiles of a later
-  // round into the second-level cache.
+  // Weights do not depend on the kernel before: they are on their way while it still runs. In each round a
+  // warp sums one tile; its next one comes into the same registers in the meantime, and one warp asks for the
+  // tiles of a later round into the second-level cache.
   const auto tile_bytes = static_cast<unsigned>(a.tile_bytes);
   const unsigned char* const first_tile =
       a.tiles + static_cast<std::uint64_t>(static_cast<unsigned>(granule0)) * a.granule_bytes +
@@ -116,17 +108,24 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   Tile tile;
   if (warp < tiles) tile.load(at, lane);
 
-  // With a fixed format each warp keeps its share of the centroids and builds
-  // one position of the table.
+  // With a fixed format each warp keeps its share of the centroids and builds one position of the table.
   constexpr bool kFixed = Config::kVecLen != 0 && Config::kCodeBits != 0 && kWarps % kSets == 0;
-  constexpr int kShare = kHalf ? 32 / kWarps : kFixed ? (1 << (Config::kCodeBits - 3)) * kSets / kWarps : 1;
+  constexpr int kShare = kHalf    ? (Book::kCodeBlocks + kWarps - 1) / kWarps
+                         : kFixed ? (1 << (Config::kCodeBits - 3)) * kSets / kWarps
+                                  : 1;
   static_assert(!kFixed || kShare >= 1,
                 "codegemm: Config kThreads must not be more than the Psumbook can use");
   const std::uint16_t* const codebooks = a.codebooks + rows.part * ((Config::kCodebooks * v) << code_bits);
   typename Book::Centroids centroids[kShare];
+  // HalfPsumbook: of its 32 blocks of centroids.
+  [[maybe_unused]] const auto has_share = [&](int i) {
+    return (i + 1) * kWarps <= 32 || warp + i * kWarps < 32;
+  };
   if constexpr (kHalf) {
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) centroids[i] = Book::load_centroids(codebooks, warp + i * kWarps);
+    for (int i = 0; i < kShare; ++i) {
+      if (has_share(i)) centroids[i] = Book::load_centroids(codebooks, warp + i * kWarps);
+    }
   } else if constexpr (kFixed) {
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
@@ -144,6 +143,27 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   };
   if (warp > 0 && warp <= a.rounds_ahead) prefetch_round(first_tile, warp);
 
+  // Of an address in the shared window the highest byte is the block's rank in its cluster.
+  const auto start = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const unsigned window = start & 0xFF000000U;
+  char* const table = kHalf ? shared + (window + static_cast<unsigned>(kWindowStart) - start) : shared;
+#if __CUDA_ARCH__ >= 900
+  [[maybe_unused]] const auto turn_of = [&](int w) {  // w / ranks
+    return static_cast<int>(static_cast<unsigned>(w) * a.ranks_inverse >> 16);
+  };
+  const int rank = kCluster ? static_cast<int>(detail::cluster_rank()) : 0;
+  const unsigned table_at = kHalf ? window + static_cast<unsigned>(kWindowStart) : start;
+  const unsigned barrier = table_at + static_cast<unsigned>(a.barrier_at);
+  if constexpr (kCluster) {
+    if (warp == kWarps - 1) {
+      const bool owned = lane < kWarps && lane < tiles && lane - turn_of(lane) * ranks == rank;
+      const unsigned expected = __reduce_add_sync(
+          0xFFFFFFFFU, owned ? static_cast<unsigned>(tiles - lane + kWarps - 1) / kWarps : 0U);
+      if (lane == 0) detail::expect_pushes(barrier, expected * static_cast<unsigned>(ranks * Tokens) * 64U);
+    }
+    detail::cluster_arrive();
+  }
+#endif
   [[maybe_unused]] auto factors = detail::no_factors<Book, kHalf>();
   if constexpr (kHalf) {
     if (a.normed.x != nullptr && warp < granule1 - granule0) {
@@ -169,32 +189,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     }
   }
 
-  // What follows needs neither weights nor activations and is done while they
-  // come. Of an address in the shared window the highest byte is the block's
-  // rank in its cluster.
-  const auto start = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  const unsigned window = start & 0xFF000000U;
-  char* const table = kHalf ? shared + (window + static_cast<unsigned>(kWindowStart) - start) : shared;
+  // What follows is done while they come.
   float* const row_sums = reinterpret_cast<float*>(table + a.sums_at);
   const int rounds = static_cast<int>(static_cast<unsigned>(tiles + kWarps - 1) / kWarps);
   const int mine = static_cast<int>(static_cast<unsigned>(max(tiles - warp, 0) + kWarps - 1) / kWarps);
 #if __CUDA_ARCH__ >= 900
-  const int rank = kCluster ? static_cast<int>(detail::cluster_rank()) : 0;
-  const unsigned table_at = kHalf ? window + static_cast<unsigned>(kWindowStart) : start;
-  const unsigned barrier = table_at + static_cast<unsigned>(a.barrier_at);
   unsigned push_at = 0;  // where the next sum of this warp goes, in the owner's memory
   unsigned push_barrier = 0;
   if constexpr (kCluster) {
-    const auto turn_of = [&](int w) {  // w / ranks
-      return static_cast<int>(static_cast<unsigned>(w) * a.ranks_inverse >> 16);
-    };
-    if (warp == kWarps - 1) {
-      const bool owned = lane < kWarps && lane < tiles && lane - turn_of(lane) * ranks == rank;
-      const unsigned expected = __reduce_add_sync(
-          0xFFFFFFFFU, owned ? static_cast<unsigned>(tiles - lane + kWarps - 1) / kWarps : 0U);
-      if (lane == 0) detail::expect_pushes(barrier, expected * static_cast<unsigned>(ranks * Tokens) * 64U);
-    }
-    detail::cluster_arrive();
+    if (warp == kWarps - 1) detail::cluster_wait();  // every barrier of the cluster is ready
     const int turn = turn_of(warp);
     const unsigned owner = static_cast<unsigned>(warp - turn * ranks);
     push_barrier = detail::address_in(barrier, owner);
@@ -219,8 +222,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   const auto build_half = [&](int granule) {
     if constexpr (kHalf) {
 #pragma unroll
-      for (int i = 0; i < kShare; ++i)
-        Book::build(table + table_offset(granule), staged(granule), centroids[i], warp + i * kWarps);
+      for (int i = 0; i < kShare; ++i) {
+        if (has_share(i))
+          Book::build(table + table_offset(granule), staged(granule), centroids[i], warp + i * kWarps);
+      }
     }
   };
   if constexpr (kHalf) {
@@ -248,8 +253,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     build_half(granule0);
   }
 
-  // Sums a tile in registers; `next`, if there is one, then comes into the same
-  // registers.
+  // Sums a tile in registers; `next`, if there is one, then comes into the same registers.
   [[maybe_unused]] unsigned column = 0;  // see HalfPsumbook::gather()
   float unscale = 1.0F;
   float* so_far = nullptr;  // the lane's row of the warp's next tile
@@ -311,19 +315,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     }
     const bool last = granule + 1 == granule1;
     const unsigned char* const next_granule = at + a.granule_bytes;
-#if __CUDA_ARCH__ >= 900
-    if constexpr (kCluster) {
-      if (last && warp == kWarps - 1) detail::cluster_wait();  // every barrier of the cluster is ready
-    }
-#endif
+    const unsigned char* const block_tiles = at - static_cast<unsigned>(warp) * tile_bytes;
     __syncthreads();
     const bool first = granule == granule0;
     so_far = row_sums + warp * 16 + row_slot(lane, 0);
     for (int i = 0; i < mine; ++i) {
-      if ((i & (kWarps - 1)) == warp) {
+      if ((i & 15) == warp) {
         const int round = i + 1 + a.rounds_ahead;
-        const unsigned char* const block_tiles =
-            first_tile + static_cast<std::uint64_t>(granule - granule0) * a.granule_bytes;
         if (a.rounds_ahead == 0) {  // nothing is asked for ahead of time
         } else if (round < rounds) {
           prefetch_round(block_tiles, round);
@@ -343,8 +341,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     }
   }
 
-  // Calls fn(token, row, sum, sum of the row's partner) for the rows of this
-  // block's share; with SwiGLU these are of the first half.
+  // Calls fn(token, row, sum, sum of the row's partner) for the rows of this block's share; with SwiGLU these
+  // are of the first half.
   const int first_row = (tile0 - half * a.rows.half_tiles) * 16;
   const auto for_share = [&](auto&& fn) {
     if constexpr (kCluster) {

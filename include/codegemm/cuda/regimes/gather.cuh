@@ -18,8 +18,7 @@ namespace codegemm::cuda::detail {
 /// The regime over a config_list of gather configurations, see configs.cuh.
 template <class Configs>
 struct GatherRegime {
-  // Calls fn(Config{}) for the configuration that serves a packed matrix on a
-  // device.
+  // Calls fn(Config{}) for the configuration that serves a packed matrix on a device.
   template <class Fn>
   [[nodiscard]] static bool match(const DevicePackedView& w, const Device& device, Fn&& fn) {
     return first_match(
@@ -120,6 +119,13 @@ struct GatherRegime {
             continue;
           }
         }
+        if constexpr (kHalfPsumbook<Config>) {
+          if (narrow<Config>(p, device)) {
+            static_cast<void>(status = launch_pass<Narrow<Config>, 1>(args, p, device, workspace, stream));
+            ++token;
+            continue;
+          }
+        }
         static_cast<void>(status = launch_pass<Config, 1>(args, p, device, workspace, stream));
         ++token;
       }
@@ -130,6 +136,13 @@ struct GatherRegime {
  private:
   [[nodiscard]] static std::int64_t granule_bytes(const DevicePackedView& w) {
     return static_cast<std::int64_t>(w.layout.row_tiles) * w.layout.tile_bytes;
+  }
+
+  // Whether each warp of a smaller block has a row tile at most.
+  template <class Config, class Problem>
+  [[nodiscard]] static bool narrow(const Problem& p, const Device& device) {
+    const GatherPlan plan = GatherRegime::plan<Narrow<Config>, 1>(p.weights, device, gated(p), p.tuning);
+    return plan.cluster && plan.groups == 1 && plan.tiles_per_block <= Narrow<Config>::kThreads / 32;
   }
 
   template <class Config, int Tokens, class Problem>
@@ -160,8 +173,12 @@ struct GatherRegime {
     shape.shared_bytes = plan.shared_bytes;
     shape.cluster = plan.cluster ? static_cast<unsigned>(plan.ranks) : 0;
     shape.overlap = p.overlap && device.arch >= 90;
-    return plan.cluster ? launch(gather_kernel<Config, Tokens, true>, shape, args, stream)
-                        : launch(gather_kernel<Config, Tokens, false>, shape, args, stream);
+    if constexpr (Config::kThreads == Narrow<Config>::kThreads) {
+      return launch(gather_kernel<Config, Tokens, true>, shape, args, stream);
+    } else {
+      return plan.cluster ? launch(gather_kernel<Config, Tokens, true>, shape, args, stream)
+                          : launch(gather_kernel<Config, Tokens, false>, shape, args, stream);
+    }
   }
 };
 
