@@ -360,14 +360,19 @@ class Bench {
 
   void add_aqlm(Shape shape, const std::vector<const Problem*>& problems, std::list<Aqlm>& all,
                 std::vector<Contender>& contenders) {
+    std::vector<Format> formats;
+    unpin(allowed_);  // their processes may use all of them
     for (const Problem* problem : problems) {
       if (problem->format.b != 8) continue;
-      unpin(allowed_);  // its process may use all of them
-      Aqlm& aqlm = all.emplace_back(shape, problem->format, pool_.workers());
-      pin_workers(pool_, allowed_);
+      formats.push_back(problem->format);
+      all.emplace_back(shape, problem->format, pool_.workers());
+    }
+    pin_workers(pool_, allowed_);
+    auto format = formats.begin();
+    for (Aqlm& aqlm : all) {
+      const std::string name = aqlm_name(*format++);
       if (!aqlm.ready()) continue;
-      contenders.push_back(
-          {aqlm_name(problem->format), [&](std::int64_t calls) { return aqlm.time(calls); }, kPeerRest});
+      contenders.push_back({name, [&aqlm](std::int64_t calls) { return aqlm.time(calls); }, kPeerRest});
     }
   }
 

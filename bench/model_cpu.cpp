@@ -127,7 +127,7 @@ class LlamaRounds {
       : server_(
             "", "llama_peer.py",
             codegemm::concat("'", options.model, "' ", threads, ' ', options.prefill, ' ', options.decode)) {}
-  [[nodiscard]] bool installed() const { return server_.ready(); }
+  [[nodiscard]] bool installed() { return server_.ready(); }
 
   void run(bool counted) {
     const std::vector<double> out = server_.ask(1, 2);
@@ -201,6 +201,7 @@ int run(const Options& options) {
   codegemm::bench::pin_workers(pool, allowed);
   const std::unique_ptr<TensorSource> source = unwrap(open_model(options.model));
   const LoadedModel loaded = unwrap(load_model(*source));
+  const bool with_llama = llama.installed();  // loaded, too
   Suite suite(options, pool);
   std::vector<std::shared_ptr<const QuantizedModel>> models;
   std::list<ModelRounds> ours;
@@ -213,7 +214,7 @@ int run(const Options& options) {
     ours.emplace_back(*models.back(), options, pool);
   }
   for (std::int64_t round = 0; round <= options.rounds; ++round) {  // the first is not counted
-    if (llama.installed()) llama.run(round > 0);
+    if (with_llama) llama.run(round > 0);
     for (ModelRounds& model : ours) model.run(round > 0);
   }
   auto rounds = ours.begin();

@@ -293,7 +293,7 @@ class Aqlm {
       : server_(concat("NUMBA_NUM_THREADS=", threads), "aqlm_peer.py",
                 concat(shape.rows, ' ', shape.cols, ' ', f.v, ' ', f.m)) {}
   /// Not where it is not installed or its result is wrong.
-  [[nodiscard]] bool ready() const { return server_.ready(); }
+  [[nodiscard]] bool ready() { return server_.ready(); }
   /// The seconds of so many calls; throws if it has failed.
   [[nodiscard]] std::vector<double> time(std::int64_t calls) {
     std::vector<double> out = server_.ask(calls, static_cast<std::size_t>(calls));

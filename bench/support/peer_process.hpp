@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <codegemm/base/text.hpp>
@@ -68,8 +69,6 @@ class PeerServer {
     close(from[1]);
     to_ = fdopen(to[1], "w");
     from_ = fdopen(from[0], "r");
-    double number = 0.0;
-    ready_ = process_ > 0 && std::fscanf(from_, "%lf", &number) == 1;
   }
   PeerServer(const PeerServer&) = delete;
   PeerServer& operator=(const PeerServer&) = delete;
@@ -79,13 +78,19 @@ class PeerServer {
     if (process_ > 0) waitpid(process_, nullptr, 0);
   }
 
-  /// Whether the script is there and has what it needs.
-  [[nodiscard]] bool ready() const { return ready_; }
+  /// Whether the script is there and has what it needs: waits for it the first time.
+  [[nodiscard]] bool ready() {
+    double number = 0.0;
+    if (!std::exchange(waited_, true)) {
+      ready_ = process_ > 0 && from_ != nullptr && std::fscanf(from_, "%lf", &number) == 1;
+    }
+    return ready_;
+  }
 
   /// Its `count` numbers to `question`; fewer if it has ended.
   [[nodiscard]] std::vector<double> ask(long long question, std::size_t count) {
     std::vector<double> out;
-    if (!ready_ || std::fprintf(to_, "%lld\n", question) < 0 || std::fflush(to_) != 0) return out;
+    if (!ready() || std::fprintf(to_, "%lld\n", question) < 0 || std::fflush(to_) != 0) return out;
     for (double number = 0.0; out.size() < count && std::fscanf(from_, "%lf", &number) == 1;) {
       out.push_back(number);
     }
@@ -97,6 +102,7 @@ class PeerServer {
   pid_t process_ = -1;
   FILE* to_ = nullptr;
   FILE* from_ = nullptr;
+  bool waited_ = false;
   bool ready_ = false;
 };
 

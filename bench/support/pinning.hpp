@@ -7,6 +7,7 @@
 #include <sched.h>
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 
 #include <codegemm/base/executor.hpp>
@@ -31,7 +32,7 @@ inline void pin_workers(Executor& executor, const cpu_set_t& allowed) {
     arrived.fetch_add(1);
     while (arrived.load() < workers) sched_yield();
     int left = worker;
-    for (int processor = 0; processor < CPU_SETSIZE; ++processor) {
+    for (std::size_t processor = 0; processor < CPU_SETSIZE; ++processor) {
       if (!CPU_ISSET(processor, &allowed) || left-- > 0) continue;
       cpu_set_t one;
       CPU_ZERO(&one);

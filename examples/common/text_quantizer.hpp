@@ -68,7 +68,7 @@ struct QuantizedLayers {
                           ", codebook steps ", q.codebook_steps, ", corrected ", options.correct,
                           ", tune steps ", t.steps, ", rate ", t.rate, ", tune tokens ", t.tokens,
                           ", held out ", t.held_out, options.backend.name.empty() ? "" : ", on ",
-                          options.backend.name, ", version 3");
+                          options.backend.name, ", version 4");
 }
 
 /// "4:07 left", or nothing where the time is not known (negative).

@@ -165,123 +165,101 @@ CODEGEMM_TARGET_AVX2 void gather1_avx2(const GatherArgs& a) {
   }
 }
 
-CODEGEMM_TARGET_AVX2 inline void add_scaled8_avx2(float* y, float scale, __m256 sum) {
-  _mm256_store_ps(y, _mm256_fmadd_ps(_mm256_set1_ps(scale), sum, _mm256_load_ps(y)));
-}
+// The sums of kLanes tokens of a row.
+template <int kLanes>
+struct LanesAvx2;
 
-CODEGEMM_TARGET_AVX2 inline void add_scaled4_avx2(float* y, float scale, __m128 sum) {
-  _mm_store_ps(y, _mm_fmadd_ps(_mm_set1_ps(scale), sum, _mm_load_ps(y)));
-}
+template <>
+struct LanesAvx2<4> {
+  __m128 sums;
 
-// Eight tokens in the lanes: an entry is one 32-byte load. Named sums, since an array might end up in memory.
-template <int kCodeBits, int kWords>
-CODEGEMM_TARGET_AVX2 void gather8_avx2(const GatherArgs& a) {
-  constexpr std::int64_t kTable = std::int64_t{8} << kCodeBits;
-  alignas(32) float scales[8];
-  for (std::int64_t octet = 0; octet < a.octets; ++octet) {
-    const OctetCodes<kCodeBits, kWords> codes(a, octet);
-    float* const part = a.part + octet * 64;
-    __m256 s0 = _mm256_setzero_ps();
-    __m256 s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
-    if (!a.first) {
-      s0 = _mm256_load_ps(part);
-      s1 = _mm256_load_ps(part + 8);
-      s2 = _mm256_load_ps(part + 16);
-      s3 = _mm256_load_ps(part + 24);
-      s4 = _mm256_load_ps(part + 32);
-      s5 = _mm256_load_ps(part + 40);
-      s6 = _mm256_load_ps(part + 48);
-      s7 = _mm256_load_ps(part + 56);
-    }
-    const float* table = a.tables;
-    for (std::int64_t e = 0; e < a.entries; ++e, table += kTable) {
-      const std::uint64_t word = codes[e];
-      s0 = _mm256_add_ps(s0, _mm256_load_ps(table + (word & 255U) * 8));
-      s1 = _mm256_add_ps(s1, _mm256_load_ps(table + ((word >> 8) & 255U) * 8));
-      s2 = _mm256_add_ps(s2, _mm256_load_ps(table + ((word >> 16) & 255U) * 8));
-      s3 = _mm256_add_ps(s3, _mm256_load_ps(table + ((word >> 24) & 255U) * 8));
-      s4 = _mm256_add_ps(s4, _mm256_load_ps(table + ((word >> 32) & 255U) * 8));
-      s5 = _mm256_add_ps(s5, _mm256_load_ps(table + ((word >> 40) & 255U) * 8));
-      s6 = _mm256_add_ps(s6, _mm256_load_ps(table + ((word >> 48) & 255U) * 8));
-      s7 = _mm256_add_ps(s7, _mm256_load_ps(table + (word >> 56) * 8));
-    }
-    if (!a.last) {
-      _mm256_store_ps(part, s0);
-      _mm256_store_ps(part + 8, s1);
-      _mm256_store_ps(part + 16, s2);
-      _mm256_store_ps(part + 24, s3);
-      _mm256_store_ps(part + 32, s4);
-      _mm256_store_ps(part + 40, s5);
-      _mm256_store_ps(part + 48, s6);
-      _mm256_store_ps(part + 56, s7);
-      continue;
-    }
-    _mm256_store_ps(scales, load_halves_avx2(a.scales + octet * 8));
-    float* const y = a.y + octet * 64;
-    add_scaled8_avx2(y, scales[0], s0);
-    add_scaled8_avx2(y + 8, scales[1], s1);
-    add_scaled8_avx2(y + 16, scales[2], s2);
-    add_scaled8_avx2(y + 24, scales[3], s3);
-    add_scaled8_avx2(y + 32, scales[4], s4);
-    add_scaled8_avx2(y + 40, scales[5], s5);
-    add_scaled8_avx2(y + 48, scales[6], s6);
-    add_scaled8_avx2(y + 56, scales[7], s7);
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void load(const float* from) { sums = _mm_load_ps(from); }
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void clear() { sums = _mm_setzero_ps(); }
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add(const float* from) {
+    sums = _mm_add_ps(sums, _mm_load_ps(from));
   }
-}
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void store(float* to) const { _mm_store_ps(to, sums); }
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add_scaled_to(float* y, float scale) const {
+    _mm_store_ps(y, _mm_fmadd_ps(_mm_set1_ps(scale), sums, _mm_load_ps(y)));
+  }
+};
 
-// Four tokens in the lanes: an entry is one 16-byte load. Named sums, since an array might end up in memory.
-template <int kCodeBits, int kWords>
-CODEGEMM_TARGET_AVX2 void gather4_avx2(const GatherArgs& a) {
-  constexpr std::int64_t kTable = std::int64_t{4} << kCodeBits;
+template <>
+struct LanesAvx2<8> {
+  __m256 sums;
+
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void load(const float* from) { sums = _mm256_load_ps(from); }
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void clear() { sums = _mm256_setzero_ps(); }
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add(const float* from) {
+    sums = _mm256_add_ps(sums, _mm256_load_ps(from));
+  }
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void store(float* to) const { _mm256_store_ps(to, sums); }
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add_scaled_to(float* y, float scale) const {
+    _mm256_store_ps(y, _mm256_fmadd_ps(_mm256_set1_ps(scale), sums, _mm256_load_ps(y)));
+  }
+};
+
+// Tokens in the lanes: an entry is one load. Named sums, since an array might end up in memory.
+template <int kLanes, int kCodeBits, int kWords>
+CODEGEMM_TARGET_AVX2 void gather_lanes_avx2(const GatherArgs& a) {
+  constexpr std::int64_t kTable = std::int64_t{kLanes} << kCodeBits;
   alignas(32) float scales[8];
   for (std::int64_t octet = 0; octet < a.octets; ++octet) {
     const OctetCodes<kCodeBits, kWords> codes(a, octet);
-    float* const part = a.part + octet * 32;
-    __m128 s0 = _mm_setzero_ps();
-    __m128 s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
-    if (!a.first) {
-      s0 = _mm_load_ps(part);
-      s1 = _mm_load_ps(part + 4);
-      s2 = _mm_load_ps(part + 8);
-      s3 = _mm_load_ps(part + 12);
-      s4 = _mm_load_ps(part + 16);
-      s5 = _mm_load_ps(part + 20);
-      s6 = _mm_load_ps(part + 24);
-      s7 = _mm_load_ps(part + 28);
+    float* const part = a.part + octet * 8 * kLanes;
+    LanesAvx2<kLanes> s0, s1, s2, s3, s4, s5, s6, s7;
+    if (a.first) {
+      s0.clear();
+      s1.clear();
+      s2.clear();
+      s3.clear();
+      s4.clear();
+      s5.clear();
+      s6.clear();
+      s7.clear();
+    } else {
+      s0.load(part);
+      s1.load(part + kLanes);
+      s2.load(part + 2 * kLanes);
+      s3.load(part + 3 * kLanes);
+      s4.load(part + 4 * kLanes);
+      s5.load(part + 5 * kLanes);
+      s6.load(part + 6 * kLanes);
+      s7.load(part + 7 * kLanes);
     }
     const float* table = a.tables;
     for (std::int64_t e = 0; e < a.entries; ++e, table += kTable) {
       const std::uint64_t word = codes[e];
-      s0 = _mm_add_ps(s0, _mm_load_ps(table + (word & 255U) * 4));
-      s1 = _mm_add_ps(s1, _mm_load_ps(table + ((word >> 8) & 255U) * 4));
-      s2 = _mm_add_ps(s2, _mm_load_ps(table + ((word >> 16) & 255U) * 4));
-      s3 = _mm_add_ps(s3, _mm_load_ps(table + ((word >> 24) & 255U) * 4));
-      s4 = _mm_add_ps(s4, _mm_load_ps(table + ((word >> 32) & 255U) * 4));
-      s5 = _mm_add_ps(s5, _mm_load_ps(table + ((word >> 40) & 255U) * 4));
-      s6 = _mm_add_ps(s6, _mm_load_ps(table + ((word >> 48) & 255U) * 4));
-      s7 = _mm_add_ps(s7, _mm_load_ps(table + (word >> 56) * 4));
+      s0.add(table + (word & 255U) * kLanes);
+      s1.add(table + ((word >> 8) & 255U) * kLanes);
+      s2.add(table + ((word >> 16) & 255U) * kLanes);
+      s3.add(table + ((word >> 24) & 255U) * kLanes);
+      s4.add(table + ((word >> 32) & 255U) * kLanes);
+      s5.add(table + ((word >> 40) & 255U) * kLanes);
+      s6.add(table + ((word >> 48) & 255U) * kLanes);
+      s7.add(table + (word >> 56) * kLanes);
     }
     if (!a.last) {
-      _mm_store_ps(part, s0);
-      _mm_store_ps(part + 4, s1);
-      _mm_store_ps(part + 8, s2);
-      _mm_store_ps(part + 12, s3);
-      _mm_store_ps(part + 16, s4);
-      _mm_store_ps(part + 20, s5);
-      _mm_store_ps(part + 24, s6);
-      _mm_store_ps(part + 28, s7);
+      s0.store(part);
+      s1.store(part + kLanes);
+      s2.store(part + 2 * kLanes);
+      s3.store(part + 3 * kLanes);
+      s4.store(part + 4 * kLanes);
+      s5.store(part + 5 * kLanes);
+      s6.store(part + 6 * kLanes);
+      s7.store(part + 7 * kLanes);
       continue;
     }
     _mm256_store_ps(scales, load_halves_avx2(a.scales + octet * 8));
-    float* const y = a.y + octet * 32;
-    add_scaled4_avx2(y, scales[0], s0);
-    add_scaled4_avx2(y + 4, scales[1], s1);
-    add_scaled4_avx2(y + 8, scales[2], s2);
-    add_scaled4_avx2(y + 12, scales[3], s3);
-    add_scaled4_avx2(y + 16, scales[4], s4);
-    add_scaled4_avx2(y + 20, scales[5], s5);
-    add_scaled4_avx2(y + 24, scales[6], s6);
-    add_scaled4_avx2(y + 28, scales[7], s7);
+    float* const y = a.y + octet * 8 * kLanes;
+    s0.add_scaled_to(y, scales[0]);
+    s1.add_scaled_to(y + kLanes, scales[1]);
+    s2.add_scaled_to(y + 2 * kLanes, scales[2]);
+    s3.add_scaled_to(y + 3 * kLanes, scales[3]);
+    s4.add_scaled_to(y + 4 * kLanes, scales[4]);
+    s5.add_scaled_to(y + 5 * kLanes, scales[5]);
+    s6.add_scaled_to(y + 6 * kLanes, scales[6]);
+    s7.add_scaled_to(y + 7 * kLanes, scales[7]);
   }
 }
 
@@ -291,8 +269,7 @@ template <Isa kIsa, int kLanes, int kCodeBits, int kWords>
 void gather_words(const GatherArgs& a) {
 #if CODEGEMM_HAS_AVX2
   if constexpr (has_avx2(kIsa) && kLanes == 1) return gather1_avx2<kCodeBits, kWords>(a);
-  if constexpr (has_avx2(kIsa) && kLanes == 4) return gather4_avx2<kCodeBits, kWords>(a);
-  if constexpr (has_avx2(kIsa) && kLanes == 8) return gather8_avx2<kCodeBits, kWords>(a);
+  if constexpr (has_avx2(kIsa) && kLanes > 1) return gather_lanes_avx2<kLanes, kCodeBits, kWords>(a);
 #endif
   if constexpr (!has_avx2(kIsa)) gather_portable<kLanes, kCodeBits, kWords>(a);
 }

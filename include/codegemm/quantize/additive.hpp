@@ -87,18 +87,26 @@ inline void encode(const std::vector<SearchBook>& books, bool fresh, int rounds,
   }
 }
 
-/// The squared distances of points[v][count] from a centroid, weighted, and the least so far of each.
+inline constexpr std::int64_t kSeedLanes = 8;     // points whose distances are computed together
+inline constexpr std::int64_t kSeedStretch = 64;  // points whose chances have a sum of their own
+
+/// Lowers least[count] to the weighted squared distances of points[v][count] from a centroid; `first`: sets
+/// them. count: a multiple of kSeedLanes.
 template <int kVecLen>
 void lower_distances(const float* points, std::int64_t count, const float* centroid, const float* weights,
                      bool first, float* least) {
-  for (std::int64_t n = 0; n < count; ++n) {
-    float d2 = 0.0F;
+  for (std::int64_t n = 0; n < count; n += kSeedLanes) {
+    float d2[kSeedLanes] = {};
     for (int d = 0; d < kVecLen; ++d) {
-      const float off = points[d * count + n] - centroid[d];
-      d2 += off * off;
+      const float* const values = points + d * count + n;
+      for (std::int64_t l = 0; l < kSeedLanes; ++l) {
+        const float off = values[l] - centroid[d];
+        d2[l] += off * off;
+      }
     }
-    d2 *= weights[n];
-    least[n] = first || d2 < least[n] ? d2 : least[n];
+    for (std::int64_t l = 0; l < kSeedLanes; ++l) d2[l] *= weights[n + l];
+    for (std::int64_t l = 0; l < kSeedLanes; ++l)
+      least[n + l] = first || d2[l] < least[n + l] ? d2[l] : least[n + l];
   }
 }
 
@@ -112,34 +120,54 @@ inline void lower_distances(int v, const float* points, std::int64_t count, cons
   }
 }
 
+/// sums[i] of each kSeedStretch chances, and of all.
+inline double sum_chances(const std::vector<float>& chances, std::vector<double>& sums) {
+  double total = 0.0;
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    const float* const own = chances.data() + static_cast<std::int64_t>(i) * kSeedStretch;
+    double lanes[kSeedLanes] = {};
+    for (std::int64_t n = 0; n < kSeedStretch; n += kSeedLanes) {
+      for (std::int64_t l = 0; l < kSeedLanes; ++l) lanes[l] += static_cast<double>(own[n + l]);
+    }
+    double sum = 0.0;
+    for (const double lane : lanes) sum += lane;
+    sums[i] = sum;
+    total += sum;
+  }
+  return total;
+}
+
 /// k-means++: each next centroid is drawn with a chance that grows with its weighted distance to the ones so
 /// far.
 inline void seed_plus_plus(const float* x, const TrainingSet& set, SplitMix& random, SearchBook& book) {
   const std::int64_t v = set.v;
   const std::int64_t step = std::max<std::int64_t>(1, set.count / (32 * book.centroids));
   const std::int64_t count = (set.count + step - 1) / step;
-  std::vector<float> points(static_cast<std::size_t>(count * v));  // [v][count]: distances by vectors
-  std::vector<float> weights(static_cast<std::size_t>(count));
-  double total = 0.0;
+  const std::int64_t stretches = (count + kSeedStretch - 1) / kSeedStretch;
+  const std::int64_t padded = stretches * kSeedStretch;             // with points that have no weight
+  std::vector<float> points(static_cast<std::size_t>(padded * v));  // [v][padded]: distances by vectors
+  std::vector<float> weights(static_cast<std::size_t>(padded));
+  std::vector<double> sums(static_cast<std::size_t>(stretches));
   for (std::int64_t n = 0; n < count; ++n) {
     for (std::int64_t d = 0; d < v; ++d)
-      points[static_cast<std::size_t>(d * count + n)] = x[n * step * v + d];
+      points[static_cast<std::size_t>(d * padded + n)] = x[n * step * v + d];
     weights[static_cast<std::size_t>(n)] = set.weights[static_cast<std::size_t>(n * step)];
-    total += static_cast<double>(weights[static_cast<std::size_t>(n)]);
   }
   std::vector<float> chances = weights;
+  double total = sum_chances(chances, sums);
   for (std::int64_t i = 0; i < book.centroids; ++i) {
     double left = random.uniform() * total;
-    std::int64_t pick = 0;
-    while (pick + 1 < count && left >= static_cast<double>(chances[static_cast<std::size_t>(pick)])) {
-      left -= static_cast<double>(chances[static_cast<std::size_t>(pick)]);
-      ++pick;
-    }
+    std::int64_t stretch = 0;
+    while (stretch + 1 < stretches && left >= sums[static_cast<std::size_t>(stretch)])
+      left -= sums[static_cast<std::size_t>(stretch++)];
+    std::int64_t pick = stretch * kSeedStretch;
+    const std::int64_t last = std::min(count, pick + kSeedStretch) - 1;
+    while (pick < last && left >= static_cast<double>(chances[static_cast<std::size_t>(pick)]))
+      left -= static_cast<double>(chances[static_cast<std::size_t>(pick++)]);
     float* const centroid = book.values.data() + i * v;
-    for (std::int64_t d = 0; d < v; ++d) centroid[d] = points[static_cast<std::size_t>(d * count + pick)];
-    lower_distances(set.v, points.data(), count, centroid, weights.data(), i == 0, chances.data());
-    total = 0.0;
-    for (const float chance : chances) total += static_cast<double>(chance);
+    for (std::int64_t d = 0; d < v; ++d) centroid[d] = points[static_cast<std::size_t>(d * padded + pick)];
+    lower_distances(set.v, points.data(), padded, centroid, weights.data(), i == 0, chances.data());
+    total = sum_chances(chances, sums);
   }
   book.refresh();
 }
