@@ -8,8 +8,8 @@
 
 namespace codegemm::cuda {
 
-/// Bytes of a HalfPsumbook. It lies kWindowStart behind a multiple of that in the shared window: the byte of a
-/// code and the byte of a lane are an address then, and what is to be added is part of the instruction.
+/// Bytes of a HalfPsumbook. It lies kWindowStart behind a multiple of that in the shared window: the byte of
+/// a code and the byte of a lane are an address then, and what is to be added is part of the instruction.
 inline constexpr std::size_t kHalfTableBytes = 65536;
 /// What the system has of the shared window at most, before the block's own. There a block's first table
 /// begins, then comes a second, then what else the block keeps.

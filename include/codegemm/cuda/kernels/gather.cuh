@@ -74,10 +74,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   constexpr int kSteps = Config::kScaleSteps;
   constexpr int kSums = detail::sums_of<Book, kSteps, kHalf>();
   using Tile = detail::TileRegisters<kSets, kSteps>;
-  // The Psumbook (of fp16: one or two from kWindowStart in the shared window on, and the activations); the sums
-  // of the block's rows [Tokens][tiles_per_block][16]; for a cluster, what its blocks push here, [ranks][Tokens]
-  // [warps owned][tiles of a warp][16], and the barrier. The tiles of warp w (of every block) are summed by the
-  // block of rank w % ranks.
+  // The Psumbook (of fp16: one or two from kWindowStart in the shared window on, and the activations); the
+  // sums of the block's rows [Tokens][tiles_per_block][16]; for a cluster, what its blocks push here,
+  // [ranks][Tokens][warps owned][tiles of a warp][16], and the barrier. The tiles of warp w (of every block)
+  // are summed by the block of rank w % ranks.
   extern __shared__ __align__(1024) char shared[];
 
   detail::allow_next_kernel();
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
 
   // With a fixed format each warp keeps its share of the centroids and builds one position of the table.
   constexpr bool kFixed = Config::kVecLen != 0 && Config::kCodeBits != 0 && kWarps % kSets == 0;
-  constexpr int kShare = kHalf    ? (Book::kCodeBlocks + kWarps - 1) / kWarps
+  constexpr int kShare = kHalf    ? (32 + kWarps - 1) / kWarps  // of 32 blocks of centroids
                          : kFixed ? (1 << (Config::kCodeBits - 3)) * kSets / kWarps
                                   : 1;
   static_assert(!kFixed || kShare >= 1,

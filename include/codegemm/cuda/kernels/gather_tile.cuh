@@ -23,8 +23,8 @@ inline constexpr bool kHalfPsumbook = requires {
 
 namespace detail {
 
-// A configuration with fewer warps, for blocks of few row tiles: what every warp does before its first look-up
-// is then done by fewer of them, and all of it is issued sooner.
+// A configuration with fewer warps, for blocks of few row tiles: what every warp does before its first
+// look-up is then done by fewer of them, and issued sooner.
 template <class Config>
 struct Narrow : Config {
   static constexpr int kThreads = 640;
