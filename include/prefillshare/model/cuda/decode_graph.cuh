@@ -180,6 +180,7 @@ class DecodeGraph {
     how.steps = input_.device<std::uint64_t>(at_.steps);
     how.best = best_.data();
     how.arrived = arrived_.data();
+    how.copy = chosen_;
     const MatrixView<float> logits(workspace.logits.data(), sequences_, model.config.vocab_size);
 
     if (Status s = cuda_ok(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal),
@@ -189,13 +190,6 @@ class DecodeGraph {
     }
     Status status = forward(model, batch, storage, logits, workspace, device, stream_);
     if (status.ok()) static_cast<void>(status = sample(logits, how, tokens, device, stream_));
-    if (status.ok()) {
-      static_cast<void>(
-          status = cuda_ok(
-              cudaMemcpyAsync(chosen_, tokens, static_cast<std::size_t>(sequences_) * sizeof(std::int32_t),
-                              cudaMemcpyDeviceToHost, stream_),
-              "cudaMemcpyAsync"));
-    }
     cudaGraph_t graph = nullptr;
     const Status ended = cuda_ok(cudaStreamEndCapture(stream_, &graph), "cudaStreamEndCapture");
     if (status.ok()) static_cast<void>(status = ended);

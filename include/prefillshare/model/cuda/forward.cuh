@@ -190,8 +190,8 @@ class DeviceForward {
   /// Q, K and V of one layer; K and V to the cache.
   [[nodiscard]] Status write_cache(int index) {
     const DeviceLlamaLayer<Linear>& l = layer(index);
-    if (Status s = norm(l.input_norm, batch_.count, nullptr); !s.ok()) return s;
-    if (Status s = l.qkv.forward(normed(batch_.count), qkv(), call_); !s.ok()) return s;
+    const auto to_qkv = [&](const auto& x) { return l.qkv.forward(x, qkv(), call_); };
+    if (Status s = normalized(l.qkv, l.input_norm, batch_.count, nullptr, to_qkv); !s.ok()) return s;
     if (c_.qk_norm) {
       HeadNormArgs args;
       args.x = ws_.qkv.data();
@@ -220,6 +220,7 @@ class DeviceForward {
     p.heads = static_cast<int>(c_.heads);
     p.rope.frequencies = model_.rope_frequencies.data();
     p.rope.layout = c_.rope.layout;
+    p.overlap = true;
     return cuda::run(p, call_.device, call_.stream);
   }
 
@@ -243,16 +244,17 @@ class DeviceForward {
 
   [[nodiscard]] Status feed_forward(int index) {
     const DeviceLlamaLayer<Linear>& l = layer(index);
-    if (Status s = norm(l.post_attention_norm, batch_.count, nullptr); !s.ok()) return s;
     const MatrixView<T> gated(ws_.gated.data(), batch_.count, c_.intermediate_size);
-    if (Status s = l.gate_up.gated(normed(batch_.count), gated, call_); !s.ok()) return s;
+    const auto to_gated = [&](const auto& x) { return l.gate_up.gated(x, gated, call_); };
+    if (Status s = normalized(l.gate_up, l.post_attention_norm, batch_.count, nullptr, to_gated); !s.ok())
+      return s;
     return l.down.add(gated, hidden(), call_);
   }
 
   /// Those of each sequence's last token.
   [[nodiscard]] Status head(MatrixView<float> logits) {
-    if (Status s = norm(model_.final_norm, batch_.table.sequences, batch_.query_indptr); !s.ok()) return s;
-    return model_.head.project(normed(batch_.table.sequences), logits, call_);
+    return normalized(model_.head, model_.final_norm, batch_.table.sequences, batch_.query_indptr,
+                      [&](const auto& x) { return model_.head.project(x, logits, call_); });
   }
 
  private:
@@ -298,6 +300,19 @@ class DeviceForward {
     p.heads = static_cast<int>(c_.heads);
     p.overlap = true;
     return p;
+  }
+
+  // multiply(the normalized rows of hidden, or each sequence's last): a layer that can normalizes one itself.
+  template <class Layer, class Fn>
+  [[nodiscard]] Status normalized(const Layer& layer, const DeviceArray<float>& weight, std::int64_t rows,
+                                  const std::int32_t* row_ends, Fn&& multiply) {
+    if constexpr (NormalizingLayer<Layer>) {
+      if (row_ends == nullptr && layer.normalizes(rows, call_.device)) {
+        return multiply(NormedRow{ws_.hidden.data(), weight.data(), static_cast<float>(c_.rms_epsilon)});
+      }
+    }
+    if (Status s = norm(weight, rows, row_ends); !s.ok()) return s;
+    return multiply(normed(rows));
   }
 
   // normed[i] = the normalized row i of hidden, or the last row of sequence i.
@@ -388,6 +403,7 @@ struct DeviceSampling {
   const std::uint64_t* steps = nullptr;  ///< a number that no other draw with this seed has; null: 0
   std::uint64_t* best = nullptr;         ///< scratch, zeroed once
   unsigned* arrived = nullptr;           ///< the same
+  std::int32_t* copy = nullptr;          ///< page-locked host memory that gets the tokens too, or null
 };
 
 /// Puts into the stream: tokens[i] = a draw from softmax(logits[i] / temperature), or the largest logit's id
@@ -411,10 +427,11 @@ struct DeviceSampling {
   args.best = how.best;
   args.arrived = how.arrived;
   args.tokens = tokens;
+  args.copy = how.copy;
   args.stride = logits.stride;
   args.vocab = static_cast<int>(logits.cols);
-  return detail::start(sample_kernel<0>, args, dim3(kSampleSlices, static_cast<unsigned>(logits.rows)),
-                       kSampleThreads, device, stream);
+  const dim3 grid(static_cast<unsigned>(sample_slices(logits.rows)), static_cast<unsigned>(logits.rows));
+  return detail::start(sample_kernel<0>, args, grid, kSampleThreads, device, stream);
 }
 
 }  // namespace prefillshare::cuda
