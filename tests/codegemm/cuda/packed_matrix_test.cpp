@@ -57,7 +57,10 @@ TEST_CASE("cuda pack: every code and scale lies where the layout says, the rest 
             for (int c = 0; c < format.m; ++c) {
               for (int byte = 0; byte < l.code_bytes; ++byte) {
                 const int p = (static_cast<int>(j) % per_lane * format.m + c) * l.code_bytes + byte;
-                const int at = cuda::tile_offset(lane, cuda::stream_offset(l.row_bytes(), slot, p));
+                const int offset = cuda::stream_offset(l.row_bytes(), slot, p);
+                const cuda::StreamPlace place = cuda::stream_place(l.row_bytes(), offset);
+                REQUIRE((place.slot == slot && place.byte == p));
+                const int at = cuda::tile_offset(lane, offset);
                 std::byte& code = rest[tile_at(granule, n) + static_cast<std::size_t>(at)];
                 REQUIRE(code == static_cast<std::byte>(w.view().code(c, n, j) >> (8 * byte)));
                 code = std::byte{0};
@@ -131,7 +134,8 @@ TEST_CASE("cuda plan: covers every granule and tile once, within the card") {
       const int pushed = owned * ((p.tiles_per_block + limits.warps - 1) / limits.warps);
       REQUIRE(p.tables <= std::min(2, p.granules_per_block));
       REQUIRE(p.sums_at == static_cast<std::size_t>(p.tables) * limits.table_bytes +
-                               static_cast<std::size_t>(p.granules_per_block) * cuda::kHalfStagedBytes);
+                               static_cast<std::size_t>(p.granules_per_block) * cuda::kHalfStagedBytes +
+                               cuda::kSquaresBytes);
       const std::size_t sums = static_cast<std::size_t>(p.tiles_per_block + pushed) * 64;
       REQUIRE(cuda::kWindowStart + p.sums_at + sums + (p.cluster ? 8 : 0) <= p.shared_bytes);
     }

@@ -122,7 +122,6 @@ struct HalfPsumbook {
 
   /// Leaves them in `staged` (kStagedBytes, at a multiple of 16) as build() wants them. One warp.
   static __device__ __forceinline__ void stage(char* staged, Words words, bool bf16) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
     unsigned most = 0;
 #pragma unroll
     for (int f = 0; f < 8; ++f) most = __vmaxu2(most, words.of[f] & 0x7FFF7FFFU);
@@ -146,10 +145,52 @@ struct HalfPsumbook {
 #pragma unroll
       for (unsigned& word : words.of) word = detail::scale_pair(word, factor);
     }
-    uint4* const to = reinterpret_cast<uint4*>(staged) + lane;
-    to[0] = make_uint4(words.of[0], words.of[1], words.of[2], words.of[3]);
-    to[32] = make_uint4(words.of[4], words.of[5], words.of[6], words.of[7]);
-    if (lane == 0) *reinterpret_cast<float*>(staged + 1024) = __int_as_float((127 - exponent) << 23);
+    keep(staged, words.of, exponent);
+  }
+  /// What a lane holds of RMSNorm's weights for stage_products().
+  struct Factors {
+    float2 pairs[8];  ///< as the words of stage()
+  };
+  /// Those of the 512 columns from number `k0` on, of `cols`, an even number.
+  [[nodiscard]] static __device__ __forceinline__ Factors load_factors(const float* weight, int cols,
+                                                                       int k0) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    Factors out;
+#pragma unroll
+    for (int f = 0; f < 8; ++f) {
+      const int k = k0 + activation_of(lane, f);
+      out.pairs[f] = k < cols ? __ldg(reinterpret_cast<const float2*>(weight + k)) : make_float2(0.0F, 0.0F);
+    }
+    return out;
+  }
+  /// The same as stage() of fp32 activations times these.
+  static __device__ __forceinline__ void stage_products(char* staged, const float* x, const Factors& factors,
+                                                        int cols, int k0) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    float2 pairs[8];
+#pragma unroll
+    for (int f = 0; f < 8; ++f) {
+      const int k = k0 + activation_of(lane, f);
+      pairs[f] = k < cols ? *reinterpret_cast<const float2*>(x + k) : make_float2(0.0F, 0.0F);
+    }
+    unsigned most = 0;
+#pragma unroll
+    for (int f = 0; f < 8; ++f) {
+      pairs[f].x *= factors.pairs[f].x;
+      pairs[f].y *= factors.pairs[f].y;
+      most = max(most,
+                 max(__float_as_uint(pairs[f].x) & 0x7FFFFFFFU, __float_as_uint(pairs[f].y) & 0x7FFFFFFFU));
+    }
+    const int largest = static_cast<int>(__reduce_max_sync(0xFFFFFFFFU, most));
+    const int exponent = min(135 - kLogV - (largest >> 23), 126);
+    const float factor = __int_as_float((127 + exponent) << 23);
+    unsigned words[8];
+#pragma unroll
+    for (int f = 0; f < 8; ++f) {
+      const __half2 pair = __floats2half2_rn(pairs[f].x * factor, pairs[f].y * factor);
+      words[f] = *reinterpret_cast<const unsigned*>(&pair);
+    }
+    keep(staged, words, exponent);
   }
   /// What sums of the granule are to be multiplied by.
   [[nodiscard]] static __device__ __forceinline__ float unscale(const char* staged) {
@@ -269,6 +310,16 @@ struct HalfPsumbook {
 #pragma unroll
       for (int i = 0; i < 8; ++i) sums[i % 2 * 4 + i / 4 * 2 + i % 4 / 2] = d[i / 4][i % 4];
     }
+  }
+
+ private:
+  // Activations times 2^exponent.
+  static __device__ __forceinline__ void keep(char* staged, const unsigned (&words)[8], int exponent) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    uint4* const to = reinterpret_cast<uint4*>(staged) + lane;
+    to[0] = make_uint4(words[0], words[1], words[2], words[3]);
+    to[32] = make_uint4(words[4], words[5], words[6], words[7]);
+    if (lane == 0) *reinterpret_cast<float*>(staged + 1024) = __int_as_float((127 - exponent) << 23);
   }
 };
 

@@ -10,6 +10,7 @@
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <codegemm/cuda/block/row_parts.hpp>
 #include <codegemm/cuda/kernels/gather_tile.cuh>
+#include <codegemm/cuda/kernels/normed_row.cuh>
 #include <codegemm/cuda/kernels/output.cuh>
 
 namespace codegemm::cuda {
@@ -21,6 +22,7 @@ struct GatherArgs {
   const unsigned char* tiles = nullptr;      // [granules][row_tiles][tile_bytes], see packed_matrix.hpp
   const std::uint16_t* codebooks = nullptr;  // fp16 [parts][m][2^b][v]
   const std::uint16_t* x = nullptr;          // [tokens][x_stride]
+  NormedRow normed;                          // in place of x: one token, with Psumbooks of fp16
   float* partials = nullptr;     // [groups][tokens][row_tiles * 16], where there are several groups
   unsigned* counters = nullptr;  // [chunks][splits of a group], zero before and after
   std::int64_t x_stride = 0;
@@ -30,8 +32,8 @@ struct GatherArgs {
   RowBlocks rows;  // chunks; its halves are those of SwiGLU
   int granules_per_block = 0;
   int splits = 0;  // of a group
-  // In a block's shared memory, from its first Psumbook on: the sums of its rows; for a cluster, what its
-  // blocks push here, and the barrier.
+  // In a block's shared memory, from its first Psumbook on: the sums of its rows, kSquaresBytes before them;
+  // for a cluster what its blocks push here, and the barrier.
   int sums_at = 0;
   int pushed_at = 0;
   int barrier_at = 0;
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
 
   // With a fixed format each warp keeps its share of the centroids and builds one position of the table.
   constexpr bool kFixed = Config::kVecLen != 0 && Config::kCodeBits != 0 && kWarps % kSets == 0;
-  constexpr int kShare = kHalf    ? (32 + kWarps - 1) / kWarps
+  constexpr int kShare = kHalf    ? (32 + kWarps - 1) / kWarps  // of 32 blocks of centroids
                          : kFixed ? (1 << (Config::kCodeBits - 3)) * kSets / kWarps
                                   : 1;
   static_assert(!kFixed || kShare >= 1,
@@ -162,6 +164,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     detail::cluster_arrive();
   }
 #endif
+  [[maybe_unused]] auto factors = detail::no_factors<Book, kHalf>();
+  if constexpr (kHalf) {
+    if (a.normed.x != nullptr && warp < granule1 - granule0) {
+      factors = Book::load_factors(a.normed.weight, a.cols, (granule0 + warp) * Book::kActivations);
+    }
+  }
 
   detail::wait_for_previous_kernel();
   Activations x[Tokens];
@@ -172,7 +180,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   auto segments = detail::no_segments<Book, Tokens, kHalf>();
   [[maybe_unused]] auto words = detail::no_words<Book, kHalf>();
   if constexpr (kHalf) {
-    if (granule0 + warp < granule1) words = Book::load(x[0], (granule0 + warp) * Book::kActivations);
+    if (a.normed.x == nullptr && granule0 + warp < granule1)
+      words = Book::load(x[0], (granule0 + warp) * Book::kActivations);
   } else if constexpr (kFixed) {
 #pragma unroll
     for (int t = 0; t < Tokens; ++t) {
@@ -220,10 +229,21 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     }
   };
   if constexpr (kHalf) {
-    for (int i = granule0 + warp; i < granule1;) {
-      Book::stage(staged(i), words, x[0].bf16);
-      i += kWarps;
-      if (i < granule1) words = Book::load(x[0], i * Book::kActivations);
+    if (a.normed.x == nullptr) {
+      for (int i = granule0 + warp; i < granule1;) {
+        Book::stage(staged(i), words, x[0].bf16);
+        i += kWarps;
+        if (i < granule1) words = Book::load(x[0], i * Book::kActivations);
+      }
+    } else {
+      const float squares = detail::squares_of<Config::kThreads>(a.normed, a.cols);
+      for (int i = granule0 + warp; i < granule1; i += kWarps) {
+        const int first = i * Book::kActivations;
+        if (i != granule0 + warp) factors = Book::load_factors(a.normed.weight, a.cols, first);
+        Book::stage_products(staged(i), a.normed.x, factors, a.cols, first);
+      }
+      const float sum = detail::warp_sum(squares);
+      if (lane == 0) row_sums[warp - static_cast<int>(kSquaresBytes / sizeof(float))] = sum;
     }
   }
 
@@ -365,11 +385,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
       }
     }
   };
+  Output out = a.out;
+  if constexpr (kHalf) {
+    if (a.normed.x != nullptr) {
+      const float squares = detail::warp_sum(
+          lane < kWarps ? row_sums[lane - static_cast<int>(kSquaresBytes / sizeof(float))] : 0.0F);
+      out.unscale *= rsqrtf(squares / static_cast<float>(a.cols) + a.normed.epsilon);
+    }
+  }
   const auto store = [&](int t, int row, float sum, float partner) {
     if (gated) {
-      detail::store_gated(a.out, t, row, sum, partner);
-    } else if (row < a.out.rows) {
-      detail::store_output(a.out, t, row, sum);
+      detail::store_gated(out, t, row, sum, partner);
+    } else if (row < out.rows) {
+      detail::store_output(out, t, row, sum);
     }
   };
 

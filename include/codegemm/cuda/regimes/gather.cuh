@@ -75,6 +75,12 @@ struct GatherRegime {
     return suits;
   }
 
+  /// Whether the kernel for such weights can normalize a row: with a Psumbook of fp16.
+  [[nodiscard]] static bool normalizes(const DevicePackedView& w, const Device& device) {
+    bool half = false;
+    return w.cols % 4 == 0 && match(w, device, [&](auto c) { half = kHalfPsumbook<decltype(c)>; }) && half;
+  }
+
   template <class X, class Y>
   [[nodiscard]] static std::size_t workspace_bytes(const GemmProblem<X, Y>& p, const Device& device) {
     const DevicePackedView& w = p.weights;
@@ -99,6 +105,7 @@ struct GatherRegime {
     args.tiles = base + w.layout.tiles_at;
     args.codebooks = reinterpret_cast<const std::uint16_t*>(base + w.layout.codebooks_at);
     args.x_stride = p.x.stride;
+    args.normed = p.normed;
     args.cols = static_cast<int>(w.cols);
     args.row_tiles = static_cast<int>(w.layout.row_tiles);
     args.granules = static_cast<int>(w.layout.granules);
