@@ -69,6 +69,16 @@ struct GatherRegime {
     bool half = false;
     return w.cols % 4 == 0 && match(w, device, [&](auto c) { half = kHalfPsumbook<decltype(c)>; }) && half;
   }
+  /// Whether this is faster than mma.sync although there is at most a row tile for each multiprocessor: where
+  /// each block builds one Psumbook of fp16.
+  [[nodiscard]] static bool suits_few_rows(const DevicePackedView& w, const Device& device) {
+    bool suits = false;
+    static_cast<void>(match(w, device, [&](auto c) {
+      using Config = decltype(c);
+      suits = kHalfPsumbook<Config> && plan<Config, 1>(w, device, false, {}).granules_per_block == 1;
+    }));
+    return suits;
+  }
 
   template <class X, class Y>
   [[nodiscard]] static std::size_t workspace_bytes(const GemmProblem<X, Y>& p, const Device& device) {
@@ -163,7 +173,8 @@ struct GatherRegime {
     args.slots = (kWarps + plan.ranks - 1) / plan.ranks * args.most;
     args.pushed_at = args.sums_at + Tokens * plan.tiles_per_block * kTileRows * 4;
     args.barrier_at = args.pushed_at + plan.ranks * Tokens * args.slots * kTileRows * 4;
-    args.rounds_ahead = p.tuning.rounds_ahead;
+    // In many rounds the loads of the next tiles keep the memory busy, and asking ahead gets in their way.
+    args.rounds_ahead = args.most >= 4 ? 0 : p.tuning.rounds_ahead;
     args.counters = static_cast<unsigned*>(workspace);
     args.partials = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + kCounterBytes);
     LaunchShape shape;
