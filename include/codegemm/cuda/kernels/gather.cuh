@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
 
   // With a fixed format each warp keeps its share of the centroids and builds one position of the table.
   constexpr bool kFixed = Config::kVecLen != 0 && Config::kCodeBits != 0 && kWarps % kSets == 0;
-  constexpr int kShare = kHalf    ? (32 + kWarps - 1) / kWarps
+  constexpr int kShare = kHalf    ? (32 + kWarps - 1) / kWarps  // of 32 blocks of centroids
                          : kFixed ? (1 << (Config::kCodeBits - 3)) * kSets / kWarps
                                   : 1;
   static_assert(!kFixed || kShare >= 1,

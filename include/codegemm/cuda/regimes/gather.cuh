@@ -64,11 +64,6 @@ struct GatherRegime {
            fits;
   }
 
-  /// Whether the kernel for such weights can normalize a row: with a Psumbook of fp16.
-  [[nodiscard]] static bool normalizes(const DevicePackedView& w, const Device& device) {
-    bool half = false;
-    return w.cols % 4 == 0 && match(w, device, [&](auto c) { half = kHalfPsumbook<decltype(c)>; }) && half;
-  }
   /// Whether this is faster than mma.sync although there is at most a row tile for each multiprocessor: where
   /// each block builds one Psumbook of fp16.
   [[nodiscard]] static bool suits_few_rows(const DevicePackedView& w, const Device& device) {
@@ -78,6 +73,12 @@ struct GatherRegime {
       suits = kHalfPsumbook<Config> && plan<Config, 1>(w, device, false, {}).granules_per_block == 1;
     }));
     return suits;
+  }
+
+  /// Whether the kernel for such weights can normalize a row: with a Psumbook of fp16.
+  [[nodiscard]] static bool normalizes(const DevicePackedView& w, const Device& device) {
+    bool half = false;
+    return w.cols % 4 == 0 && match(w, device, [&](auto c) { half = kHalfPsumbook<decltype(c)>; }) && half;
   }
 
   template <class X, class Y>
