@@ -331,8 +331,10 @@ struct Program {
       int context;
     };
     for (const Model& model : kModels) {
-      for (const Point point : {Point{2048, 2048}, Point{4096, 4096}, Point{8192, 8192}, Point{512, 8192},
-                                Point{16, 32768}, Point{64, 8192}, Point{64, 32768}, Point{256, 32768}}) {
+      for (const Point point :
+           {Point{2048, 2048}, Point{4096, 4096}, Point{8192, 8192}, Point{512, 8192}, Point{16, 1024},
+            Point{16, 2048}, Point{16, 4096}, Point{16, 32768}, Point{64, 1024}, Point{64, 2048},
+            Point{64, 4096}, Point{64, 8192}, Point{64, 32768}, Point{256, 32768}}) {
         const Bench<> b(model, 1, point.context, 0, 0.0);
         const std::int64_t cols = std::int64_t{model.heads} * model.head_dim;
         const auto elements = static_cast<std::size_t>(point.tokens * cols);

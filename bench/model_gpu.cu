@@ -2,10 +2,11 @@
 //
 // bench/model_gpu.cu - suite model-gpu: whole decoders at the shapes of Llama-3.1 8B and 70B on the GPU, with
 // random weights: decode steps as CUDA graphs behind a context, and prefill. Layers of codes beside the same
-// weights dense, multiplied by cuBLAS; and steps of sequences whose contexts begin alike, with that beginning
-// read for each and once for all.
+// weights dense, multiplied by cuBLAS, and one token by our own kernel too; and steps of sequences whose
+// contexts begin alike, with that beginning read for each and once for all.
 //
-// First the logits of one prompt by both are compared. A step is timed over many replays behind a full
+// First the logits of one prompt by both are compared, then those of a step of one token by each. A step is
+// timed over many replays behind a full
 // context: a model's weights are many times what the caches hold. bytes are those that a step has to read:
 // weights, K and V.
 //
@@ -58,7 +59,7 @@ struct Cache {
     allocator = std::move(made).value();
     fill(storage.layer(0),
          static_cast<std::size_t>(storage.blocks() * storage.bytes_per_block()) / sizeof(__half), 1.0F, 0.0F,
-         next_seed());
+         static_cast<std::uint64_t>(count));  // the same for every model
     sequences.resize(static_cast<std::size_t>(count));
     for (int i = 0; i < count; ++i) {
       auto opened = allocator->open(CacheKey{"bench", codegemm::concat(i), ""}, {});
@@ -93,6 +94,14 @@ DeviceWorkspace<__half> workspace_of(const DeviceLlama<Linear, Head>& model, std
   return std::move(made).value();
 }
 
+// Those of a pass that has ended, of its first sequence.
+std::vector<float> first_logits(const DeviceWorkspace<__half>& workspace, std::int64_t vocab) {
+  std::vector<float> out(static_cast<std::size_t>(vocab));
+  check(cudaMemcpy(out.data(), workspace.logits.data(), out.size() * sizeof(float), cudaMemcpyDeviceToHost),
+        "cudaMemcpy");
+  return out;
+}
+
 // The logits behind a prompt, from a fresh cache.
 template <class Model>
 std::vector<float> logits_of(const Model& model, std::span<const std::int32_t> prompt, const Device& device,
@@ -108,9 +117,7 @@ std::vector<float> logits_of(const Model& model, std::span<const std::int32_t> p
                 codegemm::MatrixView<float>(workspace.logits.data(), 1, model.config.vocab_size), workspace,
                 device, stream));
   check(cudaStreamSynchronize(stream), "forward");
-  std::vector<float> out(static_cast<std::size_t>(model.config.vocab_size));
-  check(cudaMemcpy(out.data(), workspace.logits.data(), out.size() * sizeof(float), cudaMemcpyDeviceToHost),
-        "cudaMemcpy");
+  std::vector<float> out = first_logits(workspace, model.config.vocab_size);
   check(cache.allocator->release_reserved(cache.sequences[0]));
   return out;
 }
@@ -127,9 +134,10 @@ double relative(const std::vector<float>& a, const std::vector<float>& b) {
 }
 
 struct Measured {
-  double step_us = 0.0;  // of steps put into the stream one after the other
-  double loop_us = 0.0;  // the same, each waited for by the host
-  double bytes = 0.0;    // that a step reads
+  double step_us = 0.0;       // of steps put into the stream one after the other
+  double loop_us = 0.0;       // the same, each waited for by the host
+  double bytes = 0.0;         // that a step reads
+  std::vector<float> logits;  // of the first sequence
 };
 
 template <class Model>
@@ -153,6 +161,7 @@ Measured measure_decode(const Model& model, int batch, const Options& options, c
   step.tokens = first;
   check(graph.launch(step));
   check(graph.wait().status());
+  out.logits = first_logits(workspace, c.vocab_size);
   step.tokens = {};
   if (!options.once) {
     const auto timed = [&](bool wait) {
@@ -268,7 +277,7 @@ class Suite {
     check(format.status());
     auto cublas = Cublas::create();
     check(cublas.status());
-    const CodedModel coded = coded_model(c, *format, *cublas);
+    CodedModel coded = coded_model(c, *format, *cublas);
     std::printf("%s: %s, %.2f GB of linear layers, of which the fp16 head %.2f\n", name.c_str(),
                 options_.format.c_str(), static_cast<double>(linear_bytes(coded)) * 1e-9,
                 static_cast<double>(coded.head.parameter_bytes()) * 1e-9);
@@ -277,16 +286,21 @@ class Suite {
     if (dense) beside = std::make_unique<DenseModel>(dense_model(coded, *cublas, device_));
     if (dense && !options_.once) {
       const std::vector<std::int32_t> prompt = prompt_of(100, c.vocab_size);
-      const double off =
-          relative(logits_of(coded, prompt, device_, stream_), logits_of(*beside, prompt, device_, stream_));
-      std::printf("%s: logits of %s are off by %.2e of those of the dense weights\n", name.c_str(),
-                  options_.format.c_str(), off);
-      if (!(off < 0.05)) throw std::runtime_error("the logits do not agree");
+      compare(name, logits_of(coded, prompt, device_, stream_), logits_of(*beside, prompt, device_, stream_));
     }
     for (const int batch : {1, 8, 32}) {
       if (options_.once && batch > 1) break;
-      decode(name, options_.format, coded, batch);
-      if (dense) decode(name, "fp16", *beside, batch);
+      const std::vector<float> logits = decode(name, options_.format, coded, batch);
+      if (dense) compare(name, logits, decode(name, "fp16", *beside, batch));
+      if (batch > 1) continue;
+      // The same with cuBLAS's products.
+      set_one_token(coded, OneToken::kCublas);
+      compare(name, logits, decode(name, options_.format + ", head by cuBLAS", coded, batch));
+      set_one_token(coded, OneToken::kStream);
+      if (!dense) continue;
+      set_one_token(*beside, OneToken::kCublas);
+      compare(name, logits, decode(name, "fp16 by cuBLAS", *beside, batch));
+      set_one_token(*beside, OneToken::kStream);
     }
     if (options_.once) return;
     for (const int batch : {8, 32}) {
@@ -300,6 +314,11 @@ class Suite {
   }
 
  private:
+  static void compare(const std::string& name, const std::vector<float>& a, const std::vector<float>& b) {
+    const double off = relative(a, b);
+    std::printf("%s: logits are off by %.2e\n", name.c_str(), off);
+    if (!(off < 0.05)) throw std::runtime_error("the logits do not agree");
+  }
   // After each row: a run that is cut short keeps what it has.
   void write() const {
     if (options_.json.empty()) return;
@@ -308,9 +327,10 @@ class Suite {
         codegemm::bench::write_text(codegemm::bench::frame_json(frame, rows_).dump(2) + '\n', options_.json));
   }
   template <class Model>
-  void decode(const std::string& name, const std::string& weights, const Model& model, int batch) {
+  std::vector<float> decode(const std::string& name, const std::string& weights, const Model& model,
+                            int batch) {
     const Measured m = measure_decode(model, batch, options_, device_, stream_);
-    if (options_.once) return;
+    if (options_.once) return m.logits;
     const double share = m.bytes / m.step_us * 1e-3 / memory_.read_gb_per_s;
     std::printf(
         "%-4s %-10s decode, batch %2d, context %d: %8.1f us a step (%8.1f waited for), %7.1f tokens/s, "
@@ -329,6 +349,7 @@ class Suite {
                      {"gigabytes", m.bytes * 1e-9},
                      {"share_of_read", share}});
     write();
+    return m.logits;
   }
   template <class Model>
   void shared(const std::string& name, const std::string& weights, const Model& model, int batch) {

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/plot.cpp - no suite of its own: draws what codegemm-cpu or codegemm-gpu kept.
+// bench/plot.cpp - no suite of its own: draws what codegemm-cpu, codegemm-gpu or serve-gpu kept.
 //
-// usage: plot FILE.json... [--peer NAME] --out FILE.svg
+// usage: plot FILE.json... [--peer NAME] [--pattern react|reflexion] --out FILE.svg
 //
-// By tokens, how many times faster than the peer each format is (cublas or eigen, where nothing else is
-// named); and the time of one token by the size of the matrix, beside all peers.
+// serve-gpu: throughput and latency by rate, of the pattern's runs of 24 sessions (reflexion: 12). Else, by
+// tokens, how many times faster than the peer each format is (cublas or eigen, where nothing else is named),
+// and the time of one token by the size of the matrix, beside all peers.
 #include <cstdio>
 #include <fstream>
 #include <string>
@@ -16,17 +17,20 @@
 #include "support/line_plot.hpp"
 #include "support/product_plot.hpp"
 #include "support/report.hpp"
+#include "support/serve_gpu_report.hpp"
 
 int main(int argc, char** argv) {
   using namespace codegemm;
   std::vector<std::string> from;
   std::string peer;
+  std::string pattern = "react";
   std::string out;
-  CLI::App app{"Draws the kept results of codegemm-cpu or codegemm-gpu."};
+  CLI::App app{"Draws the kept results of codegemm-cpu, codegemm-gpu or serve-gpu."};
   app.add_option("FILE", from, "the suite's JSON files, of one machine")
       ->required()
       ->check(CLI::ExistingFile);
   app.add_option("--peer", peer, "whom to compare with (default: cublas on a GPU, eigen on a CPU)");
+  app.add_option("--pattern", pattern, "of serve-gpu's sessions: react or reflexion");
   app.add_option("--out", out, "the SVG file to write")->required();
   CLI11_PARSE(app, argc, argv);
   nlohmann::json results = {{"rows", nlohmann::json::array()}};
@@ -42,7 +46,13 @@ int main(int argc, char** argv) {
   if (peer.empty()) {
     peer = results["suite"] == "codegemm-gpu" ? "cublas" : "eigen";
   }
-  const auto diagrams = bench::product_diagrams(results, peer);
+  const auto drawn = [&]() -> Result<std::vector<bench::Diagram>> {
+    if (results["suite"] != "serve-gpu") return bench::product_diagrams(results, peer);
+    auto lines = bench::serve_diagrams(results["rows"], pattern, pattern == "reflexion" ? 12 : 24);
+    if (lines.empty()) return error(StatusCode::kNotFound, "no runs of ", pattern);
+    return lines;
+  };
+  const auto diagrams = drawn();
   const Status status =
       diagrams.ok() ? bench::write_text(bench::plot_lines(*diagrams), out) : diagrams.status();
   if (status.ok()) return 0;

@@ -10,6 +10,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -164,6 +165,17 @@ void add_norms(DeviceLlama<Linear, Head>& model) {
 
 using CodedModel = DeviceLlama<Coded, Dense>;  // the head stays fp16
 using DenseModel = DeviceLlama<Dense, Dense>;
+
+/// What multiplies one token by the dense weights of a model: those of all layers, or of the head alone.
+template <class Linear>
+void set_one_token(DeviceLlama<Linear, Dense>& model, OneToken kernel) {
+  model.head.set_one_token(kernel);
+  if constexpr (std::is_same_v<Linear, Dense>) {
+    for (auto& l : model.layers) {
+      for (Dense* layer : {&l.qkv, &l.o, &l.gate_up, &l.down}) layer->set_one_token(kernel);
+    }
+  }
+}
 
 inline CodedModel coded_model(const ModelConfig& c, Format format, const std::shared_ptr<Cublas>& cublas) {
   CodedModel out;

@@ -99,40 +99,43 @@ namespace codegemm::bench {
   return ratios;
 }
 
-/// PREFIX-PATTERN.svg of each pattern: throughput and latency by rate, of runs of so many sessions.
+/// Throughput and latency by rate, of a pattern's runs of so many sessions: no diagram where there are none.
+[[nodiscard]] inline std::vector<Diagram> serve_diagrams(const nlohmann::json& rows,
+                                                         const std::string& pattern, std::int64_t sessions) {
+  using Points = std::vector<std::pair<double, double>>;
+  std::map<std::string, Points> speed, latency, simulated;
+  for (const nlohmann::json& row : rows) {
+    if (!row.contains("system") || row["name"] != pattern || row["seed"] != 1 ||
+        row["sessions"] != sessions || !row["admission"].get<bool>()) {
+      continue;
+    }
+    const double rate = row["sessions_per_s"].get<double>();
+    speed[system_label(row)].emplace_back(rate, row["tokens_per_s"].get<double>());
+    latency[system_label(row)].emplace_back(rate, row["session_s"]["p95"].get<double>());
+    simulated[system_label(row)].emplace_back(rate, row["simulated"]["session_s"]["p95"].get<double>());
+  }
+  if (speed.empty()) return {};
+  const auto diagram = [](const std::string& title, std::map<std::string, Points>& lines) {
+    Diagram out{title, "sessions/s that arrive", {}};
+    for (auto& [name, points] : lines) {
+      std::sort(points.begin(), points.end());
+      out.lines.push_back({name, points});
+    }
+    return out;
+  };
+  Diagram late = diagram("p95 of a session from its arrival, s", latency);
+  Diagram later = diagram("the same, simulated with the measured step times", simulated);
+  late.logarithmic = later.logarithmic = true;
+  return {diagram(pattern + ": generated tokens/s", speed), late, later};
+}
+
+/// PREFIX-PATTERN.svg of each pattern.
 [[nodiscard]] inline Status plot_serve_rows(const nlohmann::json& rows, const std::string& prefix,
                                             std::int64_t sessions) {
-  using Points = std::vector<std::pair<double, double>>;
   for (const char* const pattern : {"react", "reflexion"}) {
-    std::map<std::string, Points> speed, latency, simulated;
-    for (const nlohmann::json& row : rows) {
-      if (!row.contains("system") || row["name"] != pattern || row["seed"] != 1 ||
-          row["sessions"] != sessions || !row["admission"].get<bool>()) {
-        continue;
-      }
-      const double rate = row["sessions_per_s"].get<double>();
-      speed[system_label(row)].emplace_back(rate, row["tokens_per_s"].get<double>());
-      latency[system_label(row)].emplace_back(rate, row["session_s"]["p95"].get<double>());
-      simulated[system_label(row)].emplace_back(rate, row["simulated"]["session_s"]["p95"].get<double>());
-    }
-    if (speed.empty()) continue;
-    const auto diagram = [](const std::string& title, std::map<std::string, Points>& lines) {
-      Diagram out{title, "sessions/s that arrive", {}};
-      for (auto& [name, points] : lines) {
-        std::sort(points.begin(), points.end());
-        out.lines.push_back({name, points});
-      }
-      return out;
-    };
-    Diagram late = diagram("p95 of a session from its arrival, s", latency);
-    Diagram later = diagram("the same, simulated with the measured step times", simulated);
-    late.logarithmic = later.logarithmic = true;
-    if (Status s = write_text(
-            plot_lines({diagram(std::string(pattern) + ": generated tokens/s", speed), late, later}),
-            prefix + "-" + pattern + ".svg");
-        !s.ok()) {
-      return s;
-    }
+    const std::vector<Diagram> diagrams = serve_diagrams(rows, pattern, sessions);
+    if (diagrams.empty()) continue;
+    if (Status s = write_text(plot_lines(diagrams), prefix + "-" + pattern + ".svg"); !s.ok()) return s;
   }
   return {};
 }

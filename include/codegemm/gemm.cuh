@@ -52,13 +52,22 @@ template <class Configs = DefaultConfigs, class X, class Y>
   const bool mma = may(Regime::kFusedMma) && FusedMma::serves(p, device);
   const bool wgmma = may(Regime::kFusedWgmma) && FusedWgmma::serves(p, device);
   // With at most a row tile for each multiprocessor, building Psumbooks is most of the work.
-  const bool few_rows = w.layout.row_tiles <= device.multiprocessors;
+  const bool few_rows =
+      w.layout.row_tiles <= device.multiprocessors && !(gather && Gather::suits_few_rows(w, device));
   const LastTokens last =
       last_tokens(w.format, w.rows * w.cols, {device.arch, device.multiprocessors, device.memory_bits});
   if (gather && !(few_rows && mma) && p.x.rows <= last.gather) return Regime::kGather;
   if (wgmma && (!mma || p.x.rows > last.mma)) return Regime::kFusedWgmma;
   if (mma) return Regime::kFusedMma;
   return gather ? Regime::kGather : Regime::kAuto;
+}
+
+/// Whether run() can take a NormedRow in place of x: one token, gathered from a Psumbook of fp16. Looks at no
+/// pointer.
+template <class Configs = DefaultConfigs, class X, class Y>
+[[nodiscard]] bool normalizes(const GemmProblem<X, Y>& p, const Device& device) {
+  return p.x.rows == 1 && p.weights.rows > 0 && regime_of<Configs>(p, device) == Regime::kGather &&
+         detail::GatherRegime<typename Configs::Gather>::normalizes(p.weights, device);
 }
 
 /// Whether run() takes this problem: kNullPointer, kMisaligned, kShapeMismatch, kInvalidArgument,
@@ -77,6 +86,11 @@ template <class Configs = DefaultConfigs, class X, class Y>
     return error(StatusCode::kUnsupported, "cuda gemm: no configuration for ", format_name(w.format), ", ",
                  w.rows, " x ", w.cols, ", with ", w.layout.sets, " columns a lane on a GPU with ",
                  device.shared_bytes, " bytes of shared memory a block");
+  }
+  if (p.normed.x != nullptr && !normalizes<Configs>(p, device)) {
+    return error(StatusCode::kUnsupported, "cuda gemm: a normed row for ", p.x.rows, " tokens of ",
+                 format_name(p.weights.format), ", ", p.weights.rows, " x ", p.weights.cols,
+                 ": only one token's kernel with a Psumbook of fp16 normalizes");
   }
   return {};
 }

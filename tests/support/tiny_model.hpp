@@ -138,10 +138,13 @@ inline void ref_position(std::vector<double>& x, std::span<const float> norm, co
 }  // namespace detail
 
 /// Logits of every token, [tokens][vocab], by the textbook and in double. `caches` (one for each layer) holds
-/// the past and grows by the tokens; it may come from another model, as a base cache does.
-[[nodiscard]] inline std::vector<std::vector<double>> reference_forward(const LlamaModel<DenseLinear>& model,
-                                                                        std::span<const std::int32_t> tokens,
-                                                                        std::vector<ReferenceCache>& caches) {
+/// the past and grows by the tokens; it may come from another model, as a base cache does. stored(x, layer,
+/// is_v) is what the cache makes of an element of K, after RoPE, or of V.
+template <class Stored>
+[[nodiscard]] std::vector<std::vector<double>> reference_forward(const LlamaModel<DenseLinear>& model,
+                                                                 std::span<const std::int32_t> tokens,
+                                                                 std::vector<ReferenceCache>& caches,
+                                                                 const Stored& stored) {
   using namespace detail;
   const ModelConfig& c = model.config;
   caches.resize(model.layers.size());
@@ -159,8 +162,11 @@ inline void ref_position(std::vector<double>& x, std::span<const float> norm, co
       std::vector<double> k = ref_linear(layer.k, normed);
       ref_position(q, layer.q_norm, c, at);
       ref_position(k, layer.k_norm, c, at);
+      std::vector<double> v = ref_linear(layer.v, normed);
+      for (double& value : k) value = stored(value, i, false);
+      for (double& value : v) value = stored(value, i, true);
       cache.k.push_back(std::move(k));
-      cache.v.push_back(ref_linear(layer.v, normed));
+      cache.v.push_back(std::move(v));
       std::vector<double> attended(q.size(), 0.0);
       for (std::size_t head = 0; head < static_cast<std::size_t>(c.heads); ++head) {
         const std::size_t kv = head / static_cast<std::size_t>(c.heads / c.kv_heads);
@@ -189,6 +195,13 @@ inline void ref_position(std::vector<double>& x, std::span<const float> norm, co
     all.push_back(ref_linear(model.head, ref_norm(x, model.final_norm, c.rms_epsilon)));
   }
   return all;
+}
+
+/// The same with a cache that holds everything exactly.
+[[nodiscard]] inline std::vector<std::vector<double>> reference_forward(const LlamaModel<DenseLinear>& model,
+                                                                        std::span<const std::int32_t> tokens,
+                                                                        std::vector<ReferenceCache>& caches) {
+  return reference_forward(model, tokens, caches, [](double value, std::size_t, bool) { return value; });
 }
 
 /// Largest |got - want| over rows, relative to the largest |want|; NaN counts as infinite.

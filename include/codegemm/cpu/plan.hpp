@@ -74,8 +74,9 @@ struct EntryCosts {
   if (can_look_up(w, isa)) {
     const bool slow = isa == Isa::kAvx512Vbmi && w.format.b == 8 && two_register_lookups_are_slow();
     const double cost = slow ? CpuCosts::kLookupOneRegister : lookup_cost(isa, w.format.b);
-    const double encode = chunks * CpuCosts::kEncode * static_cast<double>(w.format.centroids());
-    out.lookup1 = blocks * cost + build / 8 + encode;
+    const double encode = isa == Isa::kAvx512Vbmi ? CpuCosts::kEncodeVbmi : CpuCosts::kEncode;
+    const double build1 = has_avx512(isa) ? chunks * CpuCosts::kBuildAvx512 * elements : build / 8;
+    out.lookup1 = blocks * cost + build1 + chunks * encode * static_cast<double>(w.format.centroids());
   }
   return out;
 }

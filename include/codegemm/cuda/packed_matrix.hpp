@@ -247,11 +247,30 @@ inline void store_scales(const QuantizedMatrixView& w, const PackedLayout& l, st
 
 }  // namespace detail
 
-/// Packs canonical matrices, merged along N in their order: Q, K and V, or gate and up. All have the same K
-/// and format. Errors as packed_layout() and validate() of a view (every code is checked), kInvalidArgument
-/// for different formats, kShapeMismatch for different K, and kOutOfMemory.
-[[nodiscard]] inline Result<PackedMatrix> pack(std::span<const QuantizedMatrixView> parts,
-                                               PackOptions options = {}) {
+namespace detail {
+
+// What is known of packed weights before any is moved.
+struct PackPlan {
+  Format format;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  PackedLayout layout;
+  float codebook_factor = 1.0F;  // powers of two
+  float scale_factor = 1.0F;
+  float unscale = 1.0F;
+
+  // Of one matrix.
+  [[nodiscard]] std::size_t codebook_values() const {
+    return static_cast<std::size_t>(format.m * format.centroids() * format.v);
+  }
+  [[nodiscard]] std::span<const Half> scales_of(const QuantizedMatrixView& w) const {
+    return {w.scales, static_cast<std::size_t>(format.scale_groups(cols) * w.rows)};
+  }
+};
+
+// The checks of pack().
+[[nodiscard]] inline Result<PackPlan> plan_pack(std::span<const QuantizedMatrixView> parts,
+                                                PackOptions options) {
   std::array<std::int64_t, kMaxParts> part_rows = {};
   for (std::size_t i = 0; i < parts.size() && i < part_rows.size(); ++i) {
     const QuantizedMatrixView& w = parts[i];
@@ -270,56 +289,75 @@ inline void store_scales(const QuantizedMatrixView& w, const PackedLayout& l, st
     return error(StatusCode::kUnsupported, "cuda pack: ", parts.size(), " parts, but 1 to ", kMaxParts,
                  " can be merged");
   }
-  const Format format = parts[0].format;
-  const std::int64_t cols = parts[0].cols;
-  const auto layout = packed_layout(format, {part_rows.data(), parts.size()}, cols, options);
+  PackPlan out;
+  out.format = parts[0].format;
+  out.cols = parts[0].cols;
+  for (const QuantizedMatrixView& w : parts) out.rows += w.rows;
+  const auto layout = packed_layout(out.format, {part_rows.data(), parts.size()}, out.cols, options);
   if (!layout.ok()) return layout.status();
-  PackedMatrix out;
-  out.format_ = format;
-  for (const QuantizedMatrixView& w : parts) out.rows_ += w.rows;
-  out.cols_ = cols;
-  out.layout_ = *layout;
-  const PackedLayout& l = out.layout_;
-  if (!out.buffer_.reserve(l.bytes)) {
-    return error(StatusCode::kOutOfMemory, "cuda pack: ", out.rows_, " x ", cols, " as ", format_name(format),
-                 " needs ", l.bytes, " bytes");
-  }
-  std::byte* const base = out.buffer_.data();
-  std::memset(base, 0, l.bytes);
-  const auto values = static_cast<std::size_t>(format.m * format.centroids() * format.v);
-  const auto scales_of = [&](const QuantizedMatrixView& w) {
-    return std::span<const Half>(w.scales, static_cast<std::size_t>(format.scale_groups(cols) * w.rows));
-  };
+  out.layout = *layout;
   float largest_centroid = 0.0F;
   float largest_scale = 0.0F;
   for (const QuantizedMatrixView& w : parts) {
-    largest_centroid = detail::largest({w.codebooks, values}, largest_centroid);
-    largest_scale = detail::largest(scales_of(w), largest_scale);
+    largest_centroid = largest({w.codebooks, out.codebook_values()}, largest_centroid);
+    largest_scale = largest(out.scales_of(w), largest_scale);
   }
-  const int codebook_exponent = detail::exponent_to_fill(largest_centroid);
-  const int scale_exponent = detail::exponent_to_fill(largest_scale);
-  const float codebook_factor = std::ldexp(1.0F, codebook_exponent);
-  const float scale_factor = std::ldexp(1.0F, scale_exponent);
-  out.unscale_ = std::ldexp(1.0F, -codebook_exponent - scale_exponent);
+  const int codebook_exponent = exponent_to_fill(largest_centroid);
+  const int scale_exponent = exponent_to_fill(largest_scale);
+  out.codebook_factor = std::ldexp(1.0F, codebook_exponent);
+  out.scale_factor = std::ldexp(1.0F, scale_exponent);
+  out.unscale = std::ldexp(1.0F, -codebook_exponent - scale_exponent);
+  return out;
+}
+
+// The codebooks of all parts to where packed weights have them.
+inline void store_codebooks(const PackPlan& plan, std::span<const QuantizedMatrixView> parts, std::byte* to) {
+  const std::size_t values = plan.codebook_values();
+  for (std::size_t part = 0; part < parts.size(); ++part) {
+    for (std::size_t i = 0; i < values; ++i) {
+      store_scaled(to + (part * values + i) * sizeof(Half), parts[part].codebooks[i], plan.codebook_factor);
+    }
+  }
+}
+
+}  // namespace detail
+
+/// Packs canonical matrices, merged along N in their order: Q, K and V, or gate and up. All have the same K
+/// and format. Errors as packed_layout() and validate() of a view (every code is checked), kInvalidArgument
+/// for different formats, kShapeMismatch for different K, and kOutOfMemory.
+[[nodiscard]] inline Result<PackedMatrix> pack(std::span<const QuantizedMatrixView> parts,
+                                               PackOptions options = {}) {
+  const auto plan = detail::plan_pack(parts, options);
+  if (!plan.ok()) return plan.status();
+  PackedMatrix out;
+  out.format_ = plan->format;
+  out.rows_ = plan->rows;
+  out.cols_ = plan->cols;
+  out.layout_ = plan->layout;
+  out.unscale_ = plan->unscale;
+  const PackedLayout& l = out.layout_;
+  if (!out.buffer_.reserve(l.bytes)) {
+    return error(StatusCode::kOutOfMemory, "cuda pack: ", out.rows_, " x ", out.cols_, " as ",
+                 format_name(out.format_), " needs ", l.bytes, " bytes");
+  }
+  std::byte* const base = out.buffer_.data();
+  std::memset(base, 0, l.bytes);
+  detail::store_codebooks(*plan, parts, base + l.codebooks_at);
   for (std::size_t part = 0; part < parts.size(); ++part) {
     const QuantizedMatrixView& w = parts[part];
     const std::int64_t first_tile = l.first_tile[part];
-    for (std::size_t i = 0; i < values; ++i) {
-      detail::store_scaled(base + l.codebooks_at + (part * values + i) * sizeof(Half), w.codebooks[i],
-                           codebook_factor);
-    }
     for (std::int64_t granule = 0; granule < l.granules; ++granule) {
       std::byte* const tiles =
           base + l.tiles_at + (granule * l.row_tiles + first_tile) * std::int64_t{l.tile_bytes};
       for (int lane = 0; lane < 32; ++lane) detail::store_codes(w, l, tiles, granule, lane);
-      if (l.scale_steps < 5) detail::store_scales(w, l, tiles, granule, scale_factor);
+      if (l.scale_steps < 5) detail::store_scales(w, l, tiles, granule, plan->scale_factor);
     }
     if (l.scale_steps == 5) {
-      const auto scales = scales_of(w);
+      const auto scales = plan->scales_of(w);
       std::byte* const to =
           base + l.row_scales_at + static_cast<std::size_t>(first_tile * kTileRows) * sizeof(Half);
       for (std::size_t n = 0; n < scales.size(); ++n)
-        detail::store_scaled(to + n * sizeof(Half), scales[n], scale_factor);
+        detail::store_scaled(to + n * sizeof(Half), scales[n], plan->scale_factor);
     }
   }
   return out;

@@ -16,6 +16,7 @@
 #include <codegemm/base/numerics.hpp>
 #include <codegemm/base/status.hpp>
 #include <codegemm/cuda/device.cuh>
+#include <codegemm/cuda/kernels/normed_row.cuh>
 #include <codegemm/cuda/kernels/output.cuh>
 #include <codegemm/cuda/packed_matrix.hpp>
 #include <codegemm/cuda/tuning.hpp>
@@ -76,6 +77,7 @@ struct GemmProblem {
   const Y* bias = nullptr;       ///< [N], or null
   MatrixView<const Y> residual;  ///< as y, to be added, or null data; may be y itself
   Activation activation = Activation::kNone;  ///< what is done to the sums
+  NormedRow normed;  ///< one token in place of x, whose data is not read, where normalizes() says yes
   /// The kernel may start while the one before it in the stream still runs, and then reads weights only. Set
   /// to false where that kernel writes the weights.
   bool overlap = true;
@@ -186,7 +188,15 @@ template <class X, class Y>
     if (aligned(at, to)) return {};
     return error(StatusCode::kMisaligned, "cuda gemm: ", name, " is not aligned to ", to, " bytes");
   };
-  if (p.x.data == nullptr && w.cols > 0) return error(StatusCode::kNullPointer, "cuda gemm: x is null");
+  if (p.normed.x != nullptr) {
+    if (p.normed.weight == nullptr) {
+      return error(StatusCode::kNullPointer, "cuda gemm: the weight of a normed row is null");
+    }
+    if (Status s = check_pointer("a normed row", p.normed.x, 16); !s.ok()) return s;
+    if (Status s = check_pointer("the weight of a normed row", p.normed.weight, 16); !s.ok()) return s;
+  } else if (p.x.data == nullptr && w.cols > 0) {
+    return error(StatusCode::kNullPointer, "cuda gemm: x is null");
+  }
   if (p.y.data == nullptr) return error(StatusCode::kNullPointer, "cuda gemm: y is null");
   if (Status s = check_pointer("x", p.x.data, sizeof(X)); !s.ok()) return s;
   if (Status s = check_pointer("y", p.y.data, sizeof(Y)); !s.ok()) return s;

@@ -208,7 +208,8 @@ class HostVectors {
       for (std::int64_t n = set_.count * part / parts; n < set_.count * (part + 1) / parts; ++n) {
         const auto weight = static_cast<double>(set_.weights[static_cast<std::size_t>(n)]);
         double* const sum = sums.data() + part * part_size + std::int64_t{own(c)[n]} * (v + 1);
-        for (std::int64_t d = 0; d < v; ++d) sum[d] += weight * static_cast<double>(left_.data()[n * v + d]);
+        const float* const left = left_.data() + n * v;
+        for (std::int64_t d = 0; d < v; ++d) sum[d] += weight * static_cast<double>(left[d]);
         sum[v] += weight;
       }
     });

@@ -42,6 +42,10 @@ struct AppendProblem {
   MatrixView<const T> v;                       ///< the same
   int heads = 0;                               ///< of Q
   DeviceRope rope;                             ///< how K and Q are turned
+  /// Set where a kernel lies between run() and all that the table, and DecodeProblem's prepare(), come from:
+  /// places and angles are then found, and the kernel behind may begin, while that one, which may write q, k
+  /// and v, still runs.
+  bool overlap = false;
 };
 
 /// Everything that run() refuses, with the numbers; looks at no device memory. head_dim: any multiple of 16
@@ -125,6 +129,7 @@ template <class T, class C>
   args.pages = p.kv.pages;
   args.positions = static_cast<int>(p.rope.positions);
   args.interleaved = p.rope.layout == RopeLayout::kInterleaved;
+  args.overlap = p.overlap && device.arch >= 90;
   const std::int64_t heads = (args.q != nullptr ? args.heads : 0) + std::int64_t{2} * args.kv_heads;
   const std::int64_t threads = p.k.rows * heads * (args.head_dim / 16);
   codegemm::cuda::LaunchShape shape;

@@ -29,9 +29,9 @@ struct SharedPrefixes {
 };
 
 /// out[i][h] = softmax(scale * q[i][h] . K) V over all keys of sequence i, zeros if there are none. Scores
-/// and sums are fp32; weights are rounded to bf16 only where more than 64 query rows share keys, to fp16 with
-/// fp16 queries. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y: these or float; C, the cache's
-/// type: T, or Fp8E4M3 with a scale for K and one for V.
+/// and sums are fp32; weights are rounded to bf16 only where keys are shared and a K/V head has more than 256
+/// query rows in all, to fp16 with fp16 queries. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y:
+/// these or float; C, the cache's type: T, or Fp8E4M3 with a scale for K and one for V.
 template <class T, class Y = T, class C = T>
 struct DecodeProblem {
   static_assert(detail::kIsCacheType<T>,
@@ -86,9 +86,10 @@ struct DecodeLayout {
   std::size_t bytes = 0;
 };
 
+// causal: the problem's sequences are tokens, see DecodeSort.
 template <class T, class Y, class C>
-[[nodiscard]] bool shares(const DecodeProblem<T, Y, C>& p) {
-  return p.prefixes.groups > 0 && p.tuning.shared != SharedPath::kNever;
+[[nodiscard]] bool shares(const DecodeProblem<T, Y, C>& p, bool causal) {
+  return p.prefixes.groups > 0 && p.tuning.shared != SharedPath::kNever && (causal || p.table.sequences > 1);
 }
 
 // Two blocks a multiprocessor where the shared memory allows.
@@ -102,6 +103,12 @@ template <class T, class C>
   return device.multiprocessors * std::clamp((device.shared_bytes + 1024) / bytes, 1, 2);
 }
 
+// No group can have more query rows of a K/V head than the kernel of few takes.
+template <class T, class Y, class C>
+[[nodiscard]] bool has_few_rows(const DecodeProblem<T, Y, C>& p) {
+  return std::int64_t{p.table.sequences} * (p.heads / p.kv.kv_heads) <= kMostFewRows;
+}
+
 // As many K/V heads side by side as leave no more than one block in 32 without work.
 [[nodiscard]] inline int decode_lanes(int kv_heads, int blocks) {
   int best = 1;
@@ -111,7 +118,6 @@ template <class T, class C>
   return best;
 }
 
-// causal: the problem's sequences are tokens, see DecodeSort.
 template <class T, class Y, class C>
 [[nodiscard]] DecodeLayout decode_layout(const DecodeProblem<T, Y, C>& p, const Device& device,
                                          bool causal = false) {
@@ -126,10 +132,10 @@ template <class T, class Y, class C>
   const std::int64_t all_blocks = std::int64_t{out.superblocks} * out.lanes;
   const std::int64_t tail_items = causal ? 0 : sequences * p.kv.kv_heads * row_tiles;
   if (!causal) out.tail_parts = all_blocks + tail_items;
-  if (shares(p)) {
+  if (shares(p, causal)) {
     // Each group may have a tile that is partly filled.
-    const std::int64_t tiles =
-        sequences * group / kManyRows + std::min<std::int64_t>(p.prefixes.groups, sequences);
+    const std::int64_t tiles = sequences * group / rows_of(WorkKind::kSomeRows) +
+                               std::min<std::int64_t>(p.prefixes.groups, sequences);
     out.shared_parts = all_blocks + tiles * p.kv.kv_heads;
   }
   std::size_t at = 0;
@@ -138,7 +144,7 @@ template <class T, class Y, class C>
     at += (static_cast<std::size_t>(count) * size + kWorkspaceAlignment - 1) / kWorkspaceAlignment *
           kWorkspaceAlignment;
   };
-  const std::int64_t groups = shares(p) ? p.prefixes.groups : 0;
+  const std::int64_t groups = shares(p, causal) ? p.prefixes.groups : 0;
   const auto row = static_cast<std::size_t>(p.kv.head_dim) * sizeof(float);
   place(out.arrivals, tail_items, sizeof(unsigned));
   place(out.starts, out.superblocks, sizeof(BlockStart));
@@ -166,7 +172,7 @@ template <class T, class Y, class C>
   args.shared = reinterpret_cast<KeyFamily*>(base + at.shared_families);
   args.arrivals = reinterpret_cast<unsigned*>(base + at.arrivals);
   args.sequences = p.table.sequences;
-  if (shares(p)) {
+  if (shares(p, causal)) {
     args.group_indptr = p.prefixes.group_indptr;
     args.shared_pages = p.prefixes.shared_pages;
     args.groups = p.prefixes.groups;
@@ -176,6 +182,7 @@ template <class T, class Y, class C>
   args.group = p.heads / p.kv.kv_heads;
   args.lanes = at.lanes;
   args.superblocks = at.superblocks;
+  args.few = !causal && has_few_rows(p);
   args.min_tiles = p.tuning.min_tiles;
   args.many_rows_cost = p.tuning.many_rows_cost;
   args.tail_item_cost = p.tuning.tail_item_cost;
@@ -235,6 +242,7 @@ template <DecodeSort Sort, class T, class Y, class C>
   merge.kv_heads = args.kv_heads;
   merge.group = args.group;
   merge.lanes = at.lanes;
+  merge.few = Sort == DecodeSort::kSharedFew;
 
   Status status;
   codegemm::cuda::LaunchShape shape;
@@ -255,14 +263,17 @@ template <DecodeSort Sort, class T, class Y, class C>
         const auto attend = decode_kernel<Tail, Few, Some, Many, Sort>;
         static_cast<void>(status = codegemm::cuda::launch(attend, shape, args, stream));
         if (!status.ok() || (Sort == DecodeSort::kAlone && merge.shared_only)) return;
-        // Few rows: each has many parts, and the warps to share them.
+        // The fewer rows, the more parts each has, and the more warps to share them.
         const std::int64_t rows = std::int64_t{p.table.sequences} * p.heads;
-        const bool few = rows < std::int64_t{16} * device.multiprocessors;
-        const std::int64_t block_rows = few ? 1 : kMergeThreads / 32;
+        const std::int64_t block_rows = rows <= std::int64_t{2} * device.multiprocessors   ? 1
+                                        : rows < std::int64_t{16} * device.multiprocessors ? 2
+                                                                                           : 4;
         shape.grid = dim3(static_cast<unsigned>((rows + block_rows - 1) / block_rows));
         shape.threads = kMergeThreads;
         shape.shared_bytes = 0;
-        const auto kernel = few ? decode_merge_kernel<c.kHeadDim, 4> : decode_merge_kernel<c.kHeadDim, 1>;
+        const auto kernel = block_rows == 1   ? decode_merge_kernel<c.kHeadDim, 4>
+                            : block_rows == 2 ? decode_merge_kernel<c.kHeadDim, 2>
+                                              : decode_merge_kernel<c.kHeadDim, 1>;
         static_cast<void>(status = codegemm::cuda::launch(kernel, shape, merge, stream));
       }));
   return status;
@@ -339,8 +350,9 @@ template <class T, class Y, class C>
   if (p.table.sequences == 0) return {};
   const detail::DecodeLayout at = detail::decode_layout(p, device);
   if (Status s = detail::check_workspace("cuda decode", workspace, size, at.bytes); !s.ok()) return s;
-  const auto launch = detail::shares(p) ? detail::launch_decode<DecodeSort::kShared, T, Y, C>
-                                        : detail::launch_decode<DecodeSort::kAlone, T, Y, C>;
+  const auto launch = !detail::shares(p, false) ? detail::launch_decode<DecodeSort::kAlone, T, Y, C>
+                      : detail::has_few_rows(p) ? detail::launch_decode<DecodeSort::kSharedFew, T, Y, C>
+                                                : detail::launch_decode<DecodeSort::kShared, T, Y, C>;
   return launch(p, at, device, workspace, stream);
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 #include <utility>
+#include <vector>
 
 #include <cuda_runtime.h>
 
@@ -16,12 +17,13 @@
 #include <prefillshare/kv/block_pool.hpp>
 #include <prefillshare/kv/shape.hpp>
 #include <prefillshare/kv/storage.hpp>
+#include <prefillshare/kv/try_allocate.hpp>
 
 namespace prefillshare::cuda {
 
 /// The pages of all layers, [layer][block][2: K, V][block_tokens][kv_heads][head_dim], on the device that was
-/// current at create(). T: __half or __nv_bfloat16. Copies are put into one stream: kernels that read or
-/// write the pages run in it, or wait for it.
+/// current at create(). T: __half, __nv_bfloat16 or Fp8E4M3, which has a scale for K and one for V in each
+/// layer. Copies are put into one stream: kernels that read or write the pages run in it, or wait for it.
 template <class T>
 class DeviceKvStorage {
  public:
@@ -39,6 +41,9 @@ class DeviceKvStorage {
         codegemm::cuda::DeviceArray<T>::create(static_cast<std::size_t>(blocks * per_block) / sizeof(T));
     if (!data.ok()) return data.status().with_prefix("DeviceKvStorage");
     DeviceKvStorage out;
+    const bool allocated = prefillshare::detail::try_allocate(
+        [&] { out.scales_.resize(static_cast<std::size_t>(shape.layers)); });
+    if (!allocated) return codegemm::error(codegemm::StatusCode::kOutOfMemory, "DeviceKvStorage: no memory");
     out.shape_ = shape;
     out.blocks_ = blocks;
     out.stream_ = stream;
@@ -56,6 +61,25 @@ class DeviceKvStorage {
   [[nodiscard]] T* layer(int index) const noexcept {
     return data_.data() + index * blocks_ * page_elements();
   }
+  /// What K and V of a layer were divided by when they were written: 1 unless set.
+  struct Scales {
+    float k = 1.0F;  ///< of K
+    float v = 1.0F;  ///< of V
+  };
+  /// Of one layer.
+  [[nodiscard]] Scales scales(int index) const noexcept { return scales_[static_cast<std::size_t>(index)]; }
+  /// For fp8, before anything is written and before a pass is captured: their largest magnitudes over 448.
+  /// kInvalidArgument unless both are positive and finite.
+  [[nodiscard]] codegemm::Status set_scales(int index, Scales scales) {
+    const auto good = [](float x) { return x > 0.0F && x <= std::numeric_limits<float>::max(); };
+    if (index < 0 || index >= shape_.layers || !good(scales.k) || !good(scales.v)) {
+      return codegemm::error(codegemm::StatusCode::kInvalidArgument, "DeviceKvStorage: scales ", scales.k,
+                             " and ", scales.v, " of layer ", index);
+    }
+    scales_[static_cast<std::size_t>(index)] = scales;
+    return {};
+  }
+
   /// K and V of a page: 2 * block_tokens * kv_heads * head_dim.
   [[nodiscard]] std::int64_t page_elements() const noexcept {
     return std::int64_t{2} * shape_.block_tokens * shape_.kv_heads * shape_.head_dim;
@@ -95,6 +119,7 @@ class DeviceKvStorage {
   std::int64_t blocks_ = 0;
   cudaStream_t stream_ = nullptr;
   codegemm::cuda::DeviceArray<T> data_;
+  std::vector<Scales> scales_;  // of the layers
 };
 
 }  // namespace prefillshare::cuda

@@ -27,6 +27,8 @@ TEST_CASE("cuda gemm: a small one of each kind", "[gpu]") {
   check<Half, Half>({{4, 1, 8, 128}, 77, 1096, 1, true, 1}, device, seed++);
   check<BFloat16, float>({{8, 2, 8, 128}, 33, 2048, 1, false, 0}, device, seed++);
   check<Half, Half>({{4, 1, 8, 32}, 700, 544, 1}, device, seed++);
+  check<Half, Half>({{4, 1, 8, 32}, 400, 5000, 1}, device, seed++);
+  check<Half, Half>({{8, 2, 8, 128}, 5200, 4096, 1}, device, seed++);  // blocks of more than 20 row tiles
   check<Half, float>({{16, 3, 6, 48}, 40, 1600, 1}, device, seed++);
   check<Half, Half>({{4, 1, 8, 128}, 40, 16384, 1, false, 0, alone}, device, seed++);
 }
@@ -110,6 +112,7 @@ TEST_CASE("cuda gemm: tunings change the speed, not the answer", "[gpu]") {
     for (const int rounds_ahead : {0, 1, 15}) {
       const cuda::GemmTuning tuning{cluster, rounds_ahead, rounds_ahead * 10000};
       check<Half, Half>({{4, 1, 8, 128}, 4099, 2560, 2, false, 0, tuning}, device, seed++);
+      check<Half, Half>({{8, 2, 8, 128}, 2100, 6144, 1, false, 0, tuning}, device, seed++);
     }
   }
 }

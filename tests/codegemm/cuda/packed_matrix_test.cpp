@@ -57,7 +57,10 @@ TEST_CASE("cuda pack: every code and scale lies where the layout says, the rest 
             for (int c = 0; c < format.m; ++c) {
               for (int byte = 0; byte < l.code_bytes; ++byte) {
                 const int p = (static_cast<int>(j) % per_lane * format.m + c) * l.code_bytes + byte;
-                const int at = cuda::tile_offset(lane, cuda::stream_offset(l.row_bytes(), slot, p));
+                const int offset = cuda::stream_offset(l.row_bytes(), slot, p);
+                const cuda::StreamPlace place = cuda::stream_place(l.row_bytes(), offset);
+                REQUIRE((place.slot == slot && place.byte == p));
+                const int at = cuda::tile_offset(lane, offset);
                 std::byte& code = rest[tile_at(granule, n) + static_cast<std::size_t>(at)];
                 REQUIRE(code == static_cast<std::byte>(w.view().code(c, n, j) >> (8 * byte)));
                 code = std::byte{0};
@@ -107,9 +110,12 @@ TEST_CASE("cuda plan: covers every granule and tile once, within the card") {
     limits.shared_bytes = 232448;
     if (round % 4 != 0) limits.clusters = {0, 132, 66, 40, 30, 22, 16, 16, 15};
     const bool half = round % 7 < 3;  // a HalfPsumbook
-    if (half) limits.staged_bytes = cuda::kHalfStagedBytes;
+    if (half) {
+      limits.staged_bytes = cuda::kHalfStagedBytes;
+      if (round % 2 == 0) limits.shared_bytes = 115712;  // two blocks a multiprocessor
+    }
     limits.table_bytes = half ? cuda::kHalfTableBytes : static_cast<std::size_t>(layout->sets) * 32768;
-    limits.warps = round % 5 == 0 ? 16 : 32;
+    limits.warps = round % 5 == 0 ? 16 : round % 5 == 1 ? 20 : 32;
     const cuda::GemmTuning tuning{static_cast<int>(1 + rng.below(8)), 1, 0};
     const cuda::GatherPlan p = cuda::plan_gather(*layout, limits, tuning);
     CAPTURE(round, rows, cols, p.splits, p.groups, p.chunks, p.granules_per_block, p.tiles_per_block);
@@ -123,13 +129,15 @@ TEST_CASE("cuda plan: covers every granule and tile once, within the card") {
     REQUIRE(static_cast<std::int64_t>(p.chunks - 1) * p.tiles_per_block < layout->row_tiles);
     REQUIRE(p.shared_bytes <= limits.shared_bytes);
     REQUIRE((p.workspace_bytes(*layout, 1) > 0) == (p.groups > 1));
-    if (half) {  // all but the tables lies before them
+    if (half) {  // tables, activations, and the sums: own and pushed ones
       const int owned = p.cluster ? p.ranks * ((limits.warps + p.ranks - 1) / p.ranks) : 0;
       const int pushed = owned * ((p.tiles_per_block + limits.warps - 1) / limits.warps);
-      REQUIRE(p.sums_at == static_cast<std::size_t>(p.granules_per_block) * cuda::kHalfStagedBytes);
-      REQUIRE(p.sums_at + static_cast<std::size_t>(p.tiles_per_block + pushed) * 64 + 8 <=
-              cuda::kHalfTableAt - cuda::kWindowStart);
-      REQUIRE(p.shared_bytes >= cuda::kHalfTableAt + static_cast<std::size_t>(p.tables) * limits.table_bytes);
+      REQUIRE(p.tables <= std::min(2, p.granules_per_block));
+      REQUIRE(p.sums_at == static_cast<std::size_t>(p.tables) * limits.table_bytes +
+                               static_cast<std::size_t>(p.granules_per_block) * cuda::kHalfStagedBytes +
+                               cuda::kSquaresBytes);
+      const std::size_t sums = static_cast<std::size_t>(p.tiles_per_block + pushed) * 64;
+      REQUIRE(cuda::kWindowStart + p.sums_at + sums + (p.cluster ? 8 : 0) <= p.shared_bytes);
     }
   }
 }

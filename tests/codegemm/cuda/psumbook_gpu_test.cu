@@ -27,6 +27,40 @@ __global__ void build_kernel(const std::uint16_t* codebooks, cuda::Activations x
   }
 }
 
+// What a table of words [token][code][position][lane] was built from.
+struct Table {
+  int v, codebooks, sets, bits;
+  int k0;    // its first activation
+  int cols;  // activations of a token
+};
+
+// The largest of off(word, inner product, sum of the products' sizes) over a table.
+template <class X, class Off>
+double furthest_word(const Table& t, const std::vector<float>& words, const std::vector<Half>& codebooks,
+                     const X* x, Off&& off) {
+  double furthest = 0.0;
+  for (std::size_t i = 0; i < words.size(); ++i) {
+    const int lane = static_cast<int>(i) % 32;
+    const int p = static_cast<int>(i) / 32 % t.sets;
+    const int code = static_cast<int>(i) / (32 * t.sets) % (1 << t.bits);
+    const int token = static_cast<int>(i) / (32 * t.sets << t.bits);
+    double want = 0.0;
+    double size = 1e-30;
+    for (int k = 0; k < t.v; ++k) {
+      const int at = t.k0 + (lane * (t.sets / t.codebooks) + p / t.codebooks) * t.v + k;
+      const double a = at < t.cols ? static_cast<double>(as_float(x[token * t.cols + at])) : 0.0;
+      const int centroid = (p % t.codebooks << t.bits) + code;
+      const double c =
+          static_cast<double>(codebooks[static_cast<std::size_t>(centroid * t.v + k)].to_float());
+      want += a * c;
+      size += std::abs(a * c);
+    }
+    const double one = off(static_cast<double>(words[i]), want, size);
+    furthest = one <= furthest ? furthest : (one > furthest ? one : HUGE_VAL);
+  }
+  return furthest;
+}
+
 template <class X, int V, int Codebooks, int Sets>
 void check_build(int v, int bits, int threads) {
   using Book = cuda::Psumbook<V, Codebooks, Sets, 2>;
@@ -50,28 +84,9 @@ void check_build(int v, int bits, int threads) {
   REQUIRE_CUDA(cudaGetLastError());
   REQUIRE_CUDA(cudaDeviceSynchronize());
   REQUIRE(out.guards_intact());
-  const auto got = out.download();
-  double furthest = 0.0;
-  for (std::size_t i = 0; i < got.size(); ++i) {
-    const int lane = static_cast<int>(i) % 32;
-    const int p = static_cast<int>(i) / 32 % Sets;
-    const int code = static_cast<int>(i) / Book::kColumns % (1 << bits);
-    const int token = static_cast<int>(i) / (Book::kColumns << bits);
-    double want = 0.0;
-    double size = 1e-30;
-    for (int k = 0; k < v; ++k) {
-      const int at = k0 + (lane * Book::kSegmentsPerLane + p / Codebooks) * v + k;
-      const double a =
-          at < cols ? static_cast<double>(as_float(x[static_cast<std::size_t>(token * cols + at)])) : 0.0;
-      const double c = static_cast<double>(
-          codebooks[static_cast<std::size_t>(((p % Codebooks << bits) + code) * v + k)].to_float());
-      want += a * c;
-      size += std::abs(a * c);
-    }
-    const double off = std::abs(static_cast<double>(got[i]) - want) / size;
-    furthest = off <= furthest ? furthest : (off > furthest ? off : HUGE_VAL);
-  }
-  CHECK(furthest <= 0x1p-21);
+  const auto off = [](double got, double want, double size) { return std::abs(got - want) / size; };
+  CHECK(furthest_word({v, Codebooks, Sets, bits, k0, cols}, out.download(), codebooks, x.data(), off) <=
+        0x1p-21);
 }
 
 TEST_CASE("cuda psumbook: every word is the inner product of its centroid and segment", "[gpu]") {
@@ -130,10 +145,10 @@ TEST_CASE("cuda psumbook: the sum over lanes, with and without scales", "[gpu]")
 template <class Book>
 __global__ void half_kernel(const std::uint16_t* codebooks, cuda::Activations x, int k0, float* out) {
   extern __shared__ __align__(1024) char shared[];
-  char* const table = shared + (65536U - static_cast<unsigned>(__cvta_generic_to_shared(shared)));
+  char* const table = shared + Book::kStagedBytes;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
-  if (warp == 0) Book::stage(shared, x, k0);
+  if (warp == 0) Book::stage(shared, Book::load(x, k0), x.bf16);
   __syncthreads();
   for (int i = warp; i < Book::kCodeBlocks; i += warps)
     Book::build(table, shared, Book::load_centroids(codebooks, i), i);
@@ -160,38 +175,22 @@ void check_half(double size_of_x, bool aligned) {
   DeviceBuffer<float> out(256 * 4 * 32);
   const std::size_t first = aligned ? 0 : 1;
   const auto* const bits = reinterpret_cast<const std::uint16_t*>(x_device.data()) + first;
-  REQUIRE_CUDA(
-      cudaFuncSetAttribute(half_kernel<Book>, cudaFuncAttributeMaxDynamicSharedMemorySize, 2 * 65536));
+  REQUIRE_CUDA(cudaFuncSetAttribute(half_kernel<Book>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    Book::kBytes + Book::kStagedBytes));
   for (const int k0 : {0, Book::kActivations}) {
     out.poison();
-    half_kernel<Book><<<1, 512, 2 * 65536>>>(reinterpret_cast<const std::uint16_t*>(codebooks_device.data()),
-                                             {bits, cols, std::is_same_v<X, BFloat16>}, k0, out.data());
+    half_kernel<Book><<<1, 512, Book::kBytes + Book::kStagedBytes>>>(
+        reinterpret_cast<const std::uint16_t*>(codebooks_device.data()),
+        {bits, cols, std::is_same_v<X, BFloat16>}, k0, out.data());
     REQUIRE_CUDA(cudaGetLastError());
     REQUIRE_CUDA(cudaDeviceSynchronize());
     REQUIRE(out.guards_intact());
-    const auto got = out.download();
-    double furthest = 0.0;
-    for (std::size_t i = 0; i < got.size(); ++i) {
-      const int lane = static_cast<int>(i) % 32;
-      const int p = static_cast<int>(i) / 32 % 4;
-      const int code = static_cast<int>(i) / 128;
-      double want = 0.0;
-      double size = 1e-30 * size_of_x;
-      for (int k = 0; k < V; ++k) {
-        const int at = k0 + (lane * 4 / Codebooks + p / Codebooks) * V + k;
-        const double a =
-            at < cols ? static_cast<double>(as_float(x[static_cast<std::size_t>(at) + first])) : 0.0;
-        const double c = static_cast<double>(
-            codebooks[static_cast<std::size_t>(((p % Codebooks << 8) + code) * V + k)].to_float());
-        want += a * c;
-        size += std::abs(a * c);
-      }
-      // One rounding to fp16, the sum, and what is lost below 2^-30 of the largest activation (some 5).
-      const double bound = 0x1p-11 * std::abs(want) + 0x1p-21 * size + 0x1p-25 * size_of_x;
-      const double off = std::abs(static_cast<double>(got[i]) - want) / bound;
-      furthest = off <= furthest ? furthest : (off > furthest ? off : HUGE_VAL);
-    }
-    CHECK(furthest <= 1.0);
+    // One rounding to fp16, the sum, and what is lost below 2^-30 of the largest activation (some 5).
+    const auto off = [&](double got, double want, double size) {
+      return std::abs(got - want) / (0x1p-11 * std::abs(want) + 0x1p-21 * size + 0x1p-25 * size_of_x);
+    };
+    const Table table{V, Codebooks, Book::kSets, 8, k0, cols};
+    CHECK(furthest_word(table, out.download(), codebooks, x.data() + first, off) <= 1.0);
   }
 }
 

@@ -179,6 +179,11 @@ TEST_CASE("cuda decode: shared prefixes") {
     lengths[7] = 520;
     check<Half, float>({{64, cuda::KvLayout::kHnd, 1, 5, 96}, lengths, {{0, 20, 8}}, path}, seed);
     check<Half, Half>({{1, cuda::KvLayout::kNhd, 3, 3, 64}, lengths, {{0, 20, 515}}, path}, seed);
+    // Tails of no key, and of many parts beside many of what is shared; more heads than a tile of a tail has.
+    const std::vector<int> uneven{640, 4000, 641, 2900, 700};
+    check<Half, Half>({{16, cuda::KvLayout::kNhd, 1, 20, 64}, uneven, {{0, 5, 40}}, path}, seed);
+    check<BFloat16, float>({{16, cuda::KvLayout::kHnd, 8, 16, 128}, uneven, {{0, 3, 40}, {3, 2, 43}}, path},
+                           seed);
     // Groups of few, some and many query rows, the first two sharing more than the crossover.
     std::vector<int> mixed(50, 1100);
     std::fill(mixed.begin() + 11, mixed.end(), 333);
@@ -197,11 +202,11 @@ TEST_CASE("cuda decode: a cache of fp8 with scales") {
                                        kNoGroups},
                                       seed);
       // Groups of few, some and many query rows.
-      std::vector<int> mixed(40, 400);
+      std::vector<int> mixed(50, 400);
       std::fill(mixed.begin() + 11, mixed.end(), 333);
       const int pages = 320 / page_size;
       check<BFloat16, float, Fp8E4M3>(
-          {{page_size, layout, 2, 6, head_dim}, mixed, {{0, 3, pages}, {3, 8, pages}, {11, 29, pages}}},
+          {{page_size, layout, 2, 6, head_dim}, mixed, {{0, 3, pages}, {3, 8, pages}, {11, 39, pages}}},
           seed);
     }
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/prefillshare/model/dense_linear_gpu_test.cu - a dense layer's four products against plain double
+// tests/prefillshare/model/dense_linear_gpu_test.cu - a dense layer's products against plain double
 // loops.
 
 // What nvcc's front end remarks on in Eigen and in the CPU's kernels.
@@ -39,9 +39,61 @@ double at(const std::vector<T>& values, std::int64_t i) {
   return static_cast<double>(static_cast<float>(values[static_cast<std::size_t>(i)]));
 }
 
+// A row that the layer normalizes: as the products of that row, of which each value was rounded to T.
+template <class T>
+void check_normed(const cuda::DeviceDenseLinear<T>& layer, const std::vector<T>& weights,
+                  const std::vector<float>& bias, Rng& rng, const cuda::LinearCall& call) {
+  constexpr double kUlp = std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8;
+  constexpr float kEpsilon = 1e-5F;
+  const std::int64_t cols = layer.cols();
+  const std::int64_t rows = layer.rows();
+  const auto x = random_values<float>(rng, cols, 30.0F);
+  const auto factors = random_values<float>(rng, cols, 1.0F);
+  double squares = 0.0;
+  for (const float value : x) squares += static_cast<double>(value) * static_cast<double>(value);
+  const double scale = 1.0 / std::sqrt(squares / static_cast<double>(cols) + static_cast<double>(kEpsilon));
+  const auto product = [&](std::int64_t n) {  // and what it may be off
+    double sum = 0.0;
+    double all = 0.0;
+    for (std::int64_t k = 0; k < cols; ++k) {
+      const double part = scale * at(x, k) * at(factors, k) * at(weights, n * cols + k);
+      sum += part;
+      all += std::abs(part);
+    }
+    return std::pair(sum, (1.01 * kUlp + static_cast<double>(cols) * 0x1p-24) * all + 1e-6);
+  };
+  DeviceBuffer<float> x_device(x);
+  DeviceBuffer<float> factors_device(factors);
+  const cuda::NormedRow row{x_device.data(), factors_device.data(), kEpsilon};
+  DeviceBuffer<T> y(std::vector<T>(static_cast<std::size_t>(rows)));
+  DeviceBuffer<float> full(std::vector<float>(static_cast<std::size_t>(rows)));
+  DeviceBuffer<T> gated(std::vector<T>(static_cast<std::size_t>(rows)));
+  require_ok(layer.forward(row, MatrixView<T>(y.data(), 1, rows), call));
+  require_ok(layer.project(row, MatrixView<float>(full.data(), 1, rows), call));
+  require_ok(layer.gated(row, MatrixView<T>(gated.data(), 1, rows / 2), call));
+  REQUIRE_CUDA(cudaDeviceSynchronize());
+  const auto got = y.download();
+  const auto got_full = full.download();
+  const auto got_gated = gated.download();
+  int wrong = 0;
+  for (std::int64_t n = 0; n < rows; ++n) {
+    const auto [sum, bound] = product(n);
+    const double biased = sum + static_cast<double>(bias[static_cast<std::size_t>(n)]);
+    wrong += std::abs(at(got_full, n) - sum) <= bound ? 0 : 1;
+    wrong += std::abs(at(got, n) - biased) <= bound + kUlp * std::abs(biased) ? 0 : 1;
+    if (n >= rows / 2) continue;
+    const auto [up, up_bound] = product(n + rows / 2);
+    const double open = sum / (1.0 + std::exp(-sum));
+    const double off = 1.1 * bound * (std::abs(up) + up_bound) + up_bound * std::abs(open);
+    wrong += std::abs(at(got_gated, n) - open * up) <= off + (kUlp + 0x1p-20) * std::abs(open * up) ? 0 : 1;
+  }
+  CHECK(wrong == 0);
+}
+
 // Rows of x and y lie apart from each other, and what lies between is not to be touched.
 template <class T>
-void check_layer(std::int64_t rows, std::int64_t cols, const cuda::Device& device) {
+void check_layer(std::int64_t rows, std::int64_t cols, const cuda::Device& device,
+                 cuda::OneToken one_token = cuda::OneToken::kStream) {
   Rng rng(static_cast<std::uint64_t>(rows + cols));
   const std::vector<T> weights =
       random_values<T>(rng, rows * cols, 1.0F / std::sqrt(static_cast<float>(cols)));
@@ -54,6 +106,10 @@ void check_layer(std::int64_t rows, std::int64_t cols, const cuda::Device& devic
   auto made = cuda::DeviceDenseLinear<T>::create(
       *cublas, std::make_shared<const cuda::DeviceArray<T>>(std::move(on_device).value()), rows, cols, bias);
   require_ok(made.status());
+  made->set_one_token(one_token);
+  const bool streams = one_token == cuda::OneToken::kStream && device.arch >= 90;
+  CHECK(made->normalizes(1, device) == streams);
+  CHECK_FALSE(made->normalizes(2, device));
   constexpr double kUlp = std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8;
   for (const std::int64_t tokens : {1, 2, 9, 33}) {
     CAPTURE(rows, cols, tokens);
@@ -130,6 +186,7 @@ void check_layer(std::int64_t rows, std::int64_t cols, const cuda::Device& devic
           return std::pair(2.0 * value, 2.0 * bound + 0x1p-22 * std::abs(value));
         },
         3.0);
+    if (streams && tokens == 1) check_normed(*made, weights, bias, rng, call);
     if (rows % 16 != 0) continue;
     DeviceBuffer<T> gated(std::vector<T>(cells, static_cast<T>(7.0F)));
     require_ok(made->gated(x_view, MatrixView<T>(gated.data(), tokens, rows / 2, y_stride), call));
@@ -157,6 +214,11 @@ TEST_CASE("a dense layer's products of few and many tokens equal double loops") 
   check_layer<__half>(80, 1088, device);
   check_layer<__half>(24, 72, device);
   check_layer<__nv_bfloat16>(48, 576, device);
+  check_layer<__half>(48, 1032, device, cuda::OneToken::kCublas);
+  // More rows than the blocks of one token's kernel; more pieces than their rings hold, and a row that does
+  // not fit into registers when it is normalized.
+  check_layer<__half>(2080, 136, device);
+  check_layer<__nv_bfloat16>(16, 14344, device);
 }
 
 }  // namespace prefillshare::test

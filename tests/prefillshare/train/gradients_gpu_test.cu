@@ -12,6 +12,7 @@
 #include <prefillshare/train/cuda/trainer.cuh>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -21,6 +22,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -592,6 +594,64 @@ TEST_CASE("a run on the GPU that was killed goes on to the same bits", "[train][
     auto other = make(second);
     CHECK(other.load(folder / "state").code() == StatusCode::kIncompatible);
     options.seed = 1;
+  }
+}
+
+TEST_CASE("a run on the GPU without graphs takes the same steps, beside others too", "[train][gpu]") {
+  const Device device = gpu_or_skip();
+  const Stream stream;
+  using S = __nv_bfloat16;
+  const auto base = random_model(small_config(), 1071);
+  const auto examples = some_examples(1072, 13);
+  const auto held_out = some_examples(1073, 5);
+  TrainOptions options = quick_options();
+  options.steps = 6;
+  options.sharing = 0.5;
+  struct Run {
+    Status status;
+    std::vector<float> values;
+    std::vector<double> losses;
+    double judged = 0.0;
+  };
+  const auto frozen = on_device<S>(*base, device, stream.get);
+  // In several threads: no assertions in it.
+  const auto train = [&](TrainableModel<float>& model, bool graphs, cudaStream_t in, Run& out) {
+    auto trainer = DeviceTrainer<S>::create(model, frozen, examples, options, "x", device, in);
+    static_cast<void>(out.status = trainer.status());
+    if (!out.status.ok()) return;
+    trainer->use_graphs(graphs);
+    for (int step = 0; step < options.steps; ++step) {
+      const auto progress = trainer->step();
+      static_cast<void>(out.status = progress.status());
+      if (!out.status.ok()) return;
+      out.losses.push_back(progress->loss);
+    }
+    const auto judged = trainer->evaluate(held_out, 1.0);
+    if (judged.ok()) out.judged = *judged;
+    static_cast<void>(out.status = judged.ok() ? trainer->download() : judged.status());
+    if (out.status.ok()) out.values = values_of(model);
+  };
+  for (const Kind kind : {Kind::kFull, Kind::kLowRank, Kind::kCodebooks}) {
+    CAPTURE(static_cast<int>(kind));
+    auto models =
+        std::array{trainable<float>(base, kind), trainable<float>(base, kind), trainable<float>(base, kind)};
+    Run want;
+    train(models[0], true, stream.get, want);
+    require_ok(want.status);
+    CHECK(want.losses.front() != want.losses.back());
+    // Two at once, each in a stream and a thread of its own, as the fine-tuning suite runs them.
+    const Stream other;
+    Run first;
+    Run second;
+    std::thread beside([&] { train(models[1], false, other.get, second); });
+    train(models[2], false, stream.get, first);
+    beside.join();
+    for (const Run* got : {&first, &second}) {
+      require_ok(got->status);
+      CHECK(same_bits(got->values, want.values));
+      CHECK(got->losses == want.losses);
+      CHECK(got->judged == want.judged);
+    }
   }
 }
 

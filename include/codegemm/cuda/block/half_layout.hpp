@@ -8,14 +8,15 @@
 
 namespace codegemm::cuda {
 
-/// Bytes of a HalfPsumbook, which lies at a multiple of that in the shared window: the byte of a code and the
-/// byte of a lane are an address then, with nothing to add.
+/// Bytes of a HalfPsumbook. It lies kWindowStart behind a multiple of that in the shared window: the byte of
+/// a code and the byte of a lane are an address then, and what is to be added is part of the instruction.
 inline constexpr std::size_t kHalfTableBytes = 65536;
-/// Where a block's first table begins in the shared window. What else the block keeps lies before it.
-inline constexpr std::size_t kHalfTableAt = 65536;
-/// What the system has of the shared window at most, before the block's own.
+/// What the system has of the shared window at most, before the block's own. There a block's first table
+/// begins, then comes a second, then what else the block keeps.
 inline constexpr std::size_t kWindowStart = 1024;
 /// A granule's activations as HalfPsumbook::stage() leaves them.
 inline constexpr std::size_t kHalfStagedBytes = 1040;
+/// What a block keeps of a row that it normalizes: each warp's sum of squares.
+inline constexpr std::size_t kSquaresBytes = 128;
 
 }  // namespace codegemm::cuda

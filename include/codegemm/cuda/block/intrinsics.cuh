@@ -163,11 +163,12 @@ __device__ __forceinline__ void push8(unsigned address, const float (&values)[8]
         : "memory");
   }
 }
+// What was pushed lies in shared memory, of which no cache holds a copy: the scope of the block is enough.
 __device__ __forceinline__ void wait_for_pushes(unsigned barrier) {
   asm volatile(
       "{\n\t.reg .pred done;\n\t"
       "again:\n\t"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n\t"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n\t"
       "@!done bra again;\n\t}" ::"r"(barrier)
       : "memory");
 }

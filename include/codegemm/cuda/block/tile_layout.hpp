@@ -29,6 +29,22 @@ inline constexpr int kTileRows = 16;  ///< rows of a tile
   return kTileRows * first + ((slot & 7) * 2 + (slot >> 3)) * width + (byte - first);
 }
 
+/// A byte of a row of a lane.
+struct StreamPlace {
+  int slot = 0;  ///< of the row
+  int byte = 0;  ///< of the row's `row_bytes`
+};
+/// The inverse of stream_offset().
+[[nodiscard]] CODEGEMM_HOST_DEVICE constexpr StreamPlace stream_place(int row_bytes, int offset) {
+  const int fours = row_bytes / 4 * 4;
+  const int twos = row_bytes / 2 * 2;
+  int first = offset / kTileRows;  // byte of a row that the part begins with
+  const int width = first < fours ? 4 : first < twos ? 2 : 1;
+  first = first < fours ? first / 4 * 4 : first < twos ? fours : twos;
+  const int pair = (offset - kTileRows * first) / width;
+  return {(pair & 1) * 8 + pair / 2, first + offset % width};
+}
+
 /// Position in a tile of byte `offset` of a lane's stream. 16 bytes of a lane lie together, and beside them
 /// those of the next lane: the loads of a warp are whole lines.
 [[nodiscard]] CODEGEMM_HOST_DEVICE constexpr int tile_offset(int lane, int offset) {

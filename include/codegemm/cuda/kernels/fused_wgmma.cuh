@@ -292,9 +292,10 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
           detail::wgmma_fence();
 #pragma unroll
           for (int step = 0; step < kGroup; ++step) {
-            detail::wgmma_pairs<Type>(d, weights[g % 2][step],
-                                      tokens + static_cast<std::uint64_t>((g % kOfStage * kGroup + step) * 2),
-                                      s > 0 || g > 0 || step > 0);
+            detail::wgmma<Type, TokenTile / 2>(
+                d, weights[g % 2][step],
+                tokens + static_cast<std::uint64_t>((g % kOfStage * kGroup + step) * 2),
+                s > 0 || g > 0 || step > 0);
           }
           detail::wgmma_commit();
           if (last_of_stage) {

@@ -10,15 +10,19 @@
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <codegemm/cuda/block/row_parts.hpp>
 #include <codegemm/cuda/kernels/gather_tile.cuh>
+#include <codegemm/cuda/kernels/normed_row.cuh>
 #include <codegemm/cuda/kernels/output.cuh>
 
 namespace codegemm::cuda {
+
+inline constexpr int kMostRanks = 8;  ///< blocks of a cluster
 
 /// Everything that the kernel reads, by value. Pointers are to device memory.
 struct GatherArgs {
   const unsigned char* tiles = nullptr;      // [granules][row_tiles][tile_bytes], see packed_matrix.hpp
   const std::uint16_t* codebooks = nullptr;  // fp16 [parts][m][2^b][v]
   const std::uint16_t* x = nullptr;          // [tokens][x_stride]
+  NormedRow normed;                          // in place of x: one token, with Psumbooks of fp16
   float* partials = nullptr;     // [groups][tokens][row_tiles * 16], where there are several groups
   unsigned* counters = nullptr;  // [chunks][splits of a group], zero before and after
   std::int64_t x_stride = 0;
@@ -27,13 +31,20 @@ struct GatherArgs {
   int granules = 0;
   RowBlocks rows;  // chunks; its halves are those of SwiGLU
   int granules_per_block = 0;
-  int sums_at = 0;             // in a block's shared memory: the sums of its rows
+  int splits = 0;  // of a group
+  // In a block's shared memory, from its first Psumbook on: the sums of its rows, kSquaresBytes before them;
+  // for a cluster what its blocks push here, and the barrier.
+  int sums_at = 0;
+  int pushed_at = 0;
+  int barrier_at = 0;
   int tables = 1;              // Psumbooks of a block
-  int warps_per_owner = 0;     // ceil(warps of a block / blocks of a cluster)
+  int most = 0;                // tiles of a warp
+  int slots = 0;               // tiles that are pushed to a block by each
   unsigned ranks_inverse = 0;  // 65536 / blocks of a cluster, rounded up
   unsigned most_inverse = 0;   // 65536 / tiles of a warp, rounded up
   int tile_bytes = 0;
-  int scale_steps = 0;  // log2 of the lanes that share a scale; 5: no scales in the tiles
+  unsigned granule_bytes = 0;  // row_tiles * tile_bytes
+  int scale_steps = 0;         // log2 of the lanes that share a scale; 5: no scales in the tiles
   int v = 0;
   int code_bits = 0;
   int rounds_ahead = 0;  // in a round each warp sums a tile; how far the second-level cache is ahead
@@ -63,52 +74,58 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   constexpr int kSteps = Config::kScaleSteps;
   constexpr int kSums = detail::sums_of<Book, kSteps, kHalf>();
   using Tile = detail::TileRegisters<kSets, kSteps>;
-  // The Psumbook (of fp16: the activations here, and one or two Psumbooks behind everything else, from
-  // kHalfTableAt in the shared window on); the sums of the block's rows [Tokens][tiles_per_block][16]; for a
-  // cluster, what its blocks push here, [ranks][Tokens][warps owned][tiles of a warp][16], and the barrier.
-  // The tiles of warp w (of every block) are summed by the block of rank w % ranks.
-  extern __shared__ __align__(1024) char table[];
+  // The Psumbook (of fp16: one or two from kWindowStart in the shared window on, and the activations); the
+  // sums of the block's rows [Tokens][tiles_per_block][16]; for a cluster, what its blocks push here,
+  // [ranks][Tokens][warps owned][tiles of a warp][16], and the barrier. The tiles of warp w (of every block)
+  // are summed by the block of rank w % ranks.
+  extern __shared__ __align__(1024) char shared[];
 
   detail::allow_next_kernel();
   [[maybe_unused]] const int code_bits = Config::kCodeBits != 0 ? Config::kCodeBits : a.code_bits;
   const int v = Config::kVecLen != 0 ? Config::kVecLen : a.v;
-  const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / 32, 0);  // known to be uniform
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
+  const int lane = static_cast<int>(threadIdx.x % 32);
   [[maybe_unused]] const int ranks = kCluster ? static_cast<int>(gridDim.x) : 1;
   const bool gated = kCluster && a.rows.half_tiles > 0;
-  const int splits = gated ? ranks / 2 : ranks;
-  const int half = gated && static_cast<int>(blockIdx.x) >= splits ? 1 : 0;
+  const int splits = kCluster ? a.splits : 1;
+  const int half = kCluster && static_cast<int>(blockIdx.x) >= splits ? 1 : 0;
   const int split = static_cast<int>(blockIdx.x) - half * splits;
   const int granule0 = (static_cast<int>(blockIdx.z) * splits + split) * a.granules_per_block;
   const int granule1 = min(granule0 + a.granules_per_block, a.granules);
   const RowBlocks::Block rows = a.rows.block(static_cast<int>(blockIdx.y), half);
   const int tile0 = rows.tile;
   const int tiles = rows.tiles;
-  float* const row_sums = reinterpret_cast<float*>(table + a.sums_at);
 
   // Weights do not depend on the kernel before: they are on their way while it still runs. In each round a
   // warp sums one tile; its next one comes into the same registers in the meantime, and one warp asks for the
   // tiles of a later round into the second-level cache.
-  const std::int64_t granule_bytes = static_cast<std::int64_t>(a.row_tiles) * a.tile_bytes;
+  const auto tile_bytes = static_cast<unsigned>(a.tile_bytes);
   const unsigned char* const first_tile =
-      a.tiles + granule0 * granule_bytes + static_cast<std::int64_t>(tile0) * a.tile_bytes;
-  const int rounds = (tiles + kWarps - 1) / kWarps;
-  const int mine = warp < tiles ? (tiles - warp + kWarps - 1) / kWarps : 0;
-  const int step = kWarps * a.tile_bytes;
-  const unsigned char* at = first_tile + warp * a.tile_bytes;
+      a.tiles + static_cast<std::uint64_t>(static_cast<unsigned>(granule0)) * a.granule_bytes +
+      static_cast<unsigned>(tile0) * tile_bytes;
+  const unsigned char* at = first_tile + static_cast<unsigned>(warp) * tile_bytes;
+  const unsigned step = kWarps * tile_bytes;
   Tile tile;
-  if (mine > 0) tile.load(at, lane);
+  if (warp < tiles) tile.load(at, lane);
 
   // With a fixed format each warp keeps its share of the centroids and builds one position of the table.
   constexpr bool kFixed = Config::kVecLen != 0 && Config::kCodeBits != 0 && kWarps % kSets == 0;
-  constexpr int kShare = kHalf ? 32 / kWarps : kFixed ? (1 << (Config::kCodeBits - 3)) * kSets / kWarps : 1;
+  constexpr int kShare = kHalf    ? (32 + kWarps - 1) / kWarps  // of 32 blocks of centroids
+                         : kFixed ? (1 << (Config::kCodeBits - 3)) * kSets / kWarps
+                                  : 1;
   static_assert(!kFixed || kShare >= 1,
                 "codegemm: Config kThreads must not be more than the Psumbook can use");
   const std::uint16_t* const codebooks = a.codebooks + rows.part * ((Config::kCodebooks * v) << code_bits);
   typename Book::Centroids centroids[kShare];
+  // HalfPsumbook: of its 32 blocks of centroids.
+  [[maybe_unused]] const auto has_share = [&](int i) {
+    return (i + 1) * kWarps <= 32 || warp + i * kWarps < 32;
+  };
   if constexpr (kHalf) {
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) centroids[i] = Book::load_centroids(codebooks, warp + i * kWarps);
+    for (int i = 0; i < kShare; ++i) {
+      if (has_share(i)) centroids[i] = Book::load_centroids(codebooks, warp + i * kWarps);
+    }
   } else if constexpr (kFixed) {
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
@@ -120,11 +137,39 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   const auto prefetch_round = [&](const unsigned char* block_tiles, int round) {
     const int first = round * kWarps;
     if (first < tiles && lane == 0) {
-      detail::prefetch_l2(block_tiles + first * a.tile_bytes,
-                          static_cast<unsigned>(min(kWarps, tiles - first) * a.tile_bytes));
+      detail::prefetch_l2(block_tiles + static_cast<unsigned>(first) * tile_bytes,
+                          static_cast<unsigned>(min(kWarps, tiles - first)) * tile_bytes);
     }
   };
   if (warp > 0 && warp <= a.rounds_ahead) prefetch_round(first_tile, warp);
+
+  // Of an address in the shared window the highest byte is the block's rank in its cluster.
+  const auto start = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const unsigned window = start & 0xFF000000U;
+  char* const table = kHalf ? shared + (window + static_cast<unsigned>(kWindowStart) - start) : shared;
+#if __CUDA_ARCH__ >= 900
+  [[maybe_unused]] const auto turn_of = [&](int w) {  // w / ranks
+    return static_cast<int>(static_cast<unsigned>(w) * a.ranks_inverse >> 16);
+  };
+  const int rank = kCluster ? static_cast<int>(detail::cluster_rank()) : 0;
+  const unsigned table_at = kHalf ? window + static_cast<unsigned>(kWindowStart) : start;
+  const unsigned barrier = table_at + static_cast<unsigned>(a.barrier_at);
+  if constexpr (kCluster) {
+    if (warp == kWarps - 1) {
+      const bool owned = lane < kWarps && lane < tiles && lane - turn_of(lane) * ranks == rank;
+      const unsigned expected = __reduce_add_sync(
+          0xFFFFFFFFU, owned ? static_cast<unsigned>(tiles - lane + kWarps - 1) / kWarps : 0U);
+      if (lane == 0) detail::expect_pushes(barrier, expected * static_cast<unsigned>(ranks * Tokens) * 64U);
+    }
+    detail::cluster_arrive();
+  }
+#endif
+  [[maybe_unused]] auto factors = detail::no_factors<Book, kHalf>();
+  if constexpr (kHalf) {
+    if (a.normed.x != nullptr && warp < granule1 - granule0) {
+      factors = Book::load_factors(a.normed.weight, a.cols, (granule0 + warp) * Book::kActivations);
+    }
+  }
 
   detail::wait_for_previous_kernel();
   Activations x[Tokens];
@@ -132,27 +177,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   for (int t = 0; t < Tokens; ++t) {
     x[t] = Activations{a.x + t * a.x_stride, a.cols, a.x_type == ScalarType::kBFloat16};
   }
-  // HalfPsumbook. Of an address in the shared window the highest byte is the block's rank in its cluster.
-  const auto start = static_cast<unsigned>(__cvta_generic_to_shared(table));
-  const unsigned window = start & 0xFF000000U;
-  const auto table_address = [&](int granule) {
-    const int second = a.tables == 2 ? (granule - granule0) % 2 : 0;
-    return window + static_cast<unsigned>(kHalfTableAt + static_cast<std::size_t>(second) * kHalfTableBytes);
-  };
-  const auto build_half = [&](int granule) {
-    if constexpr (kHalf) {
-      char* const half_table = table + (table_address(granule) - start);
-      const char* const activations = table + (granule - granule0) * Book::kStagedBytes;
-#pragma unroll
-      for (int i = 0; i < kShare; ++i) Book::build(half_table, activations, centroids[i], warp + i * kWarps);
-    }
-  };
   auto segments = detail::no_segments<Book, Tokens, kHalf>();
-  auto ones = detail::ones_of<Book, kSteps, kHalf>();
+  [[maybe_unused]] auto words = detail::no_words<Book, kHalf>();
   if constexpr (kHalf) {
-    for (int i = warp; i < granule1 - granule0; i += kWarps) {
-      Book::stage(table + i * Book::kStagedBytes, x[0], (granule0 + i) * Book::kActivations);
-    }
+    if (a.normed.x == nullptr && granule0 + warp < granule1)
+      words = Book::load(x[0], (granule0 + warp) * Book::kActivations);
   } else if constexpr (kFixed) {
 #pragma unroll
     for (int t = 0; t < Tokens; ++t) {
@@ -160,32 +189,63 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     }
   }
 
+  // What follows is done while they come.
+  float* const row_sums = reinterpret_cast<float*>(table + a.sums_at);
+  const int rounds = static_cast<int>(static_cast<unsigned>(tiles + kWarps - 1) / kWarps);
+  const int mine = static_cast<int>(static_cast<unsigned>(max(tiles - warp, 0) + kWarps - 1) / kWarps);
 #if __CUDA_ARCH__ >= 900
-  const int rank = kCluster ? static_cast<int>(detail::cluster_rank()) : 0;
-  const int most = (a.rows.tiles_per_block + kWarps - 1) / kWarps;  // tiles of a warp
-  const int slots = a.warps_per_owner * most;  // tiles that are pushed here by each block
-  const unsigned pushed_at =
-      static_cast<unsigned>(__cvta_generic_to_shared(row_sums + Tokens * a.rows.tiles_per_block * 16));
-  const unsigned barrier = pushed_at + static_cast<unsigned>(ranks * Tokens * slots) * 64U;
   unsigned push_at = 0;  // where the next sum of this warp goes, in the owner's memory
   unsigned push_barrier = 0;
   if constexpr (kCluster) {
-    if (threadIdx.x == Config::kThreads - 32) {  // not of a warp that waits for x
-      int expected = 0;
-      for (int w = rank; w < kWarps; w += ranks)
-        expected += w < tiles ? (tiles - w + kWarps - 1) / kWarps : 0;
-      detail::expect_pushes(barrier, static_cast<unsigned>(expected * ranks * Tokens) * 64U);
-    }
-    detail::cluster_arrive();
-    const int turn = static_cast<int>(static_cast<unsigned>(warp) * a.ranks_inverse >> 16);  // warp / ranks
+    if (warp == kWarps - 1) detail::cluster_wait();  // every barrier of the cluster is ready
+    const int turn = turn_of(warp);
     const unsigned owner = static_cast<unsigned>(warp - turn * ranks);
     push_barrier = detail::address_in(barrier, owner);
     push_at = detail::address_in(
-        pushed_at +
-            static_cast<unsigned>((rank * Tokens * slots + turn * most) * 16 + row_slot(lane, 0)) * 4U,
+        table_at + static_cast<unsigned>(a.pushed_at) +
+            static_cast<unsigned>((rank * Tokens * a.slots + turn * a.most) * 16 + row_slot(lane, 0)) * 4U,
         owner);
+    asm volatile("" : "+r"(push_barrier), "+r"(push_at));  // not later
   }
 #endif
+  auto ones = detail::ones_of<Book, kSteps, kHalf>();
+  if constexpr (kHalf) asm volatile("" : "+r"(ones.bytes[0]), "+r"(ones.bytes[1]));  // not later
+
+  // HalfPsumbook.
+  const auto table_offset = [&](int granule) {
+    return a.tables == 2 ? static_cast<unsigned>(granule - granule0) % 2U << 16 : 0U;
+  };
+  const auto staged = [&](int granule) {
+    return table + static_cast<unsigned>(a.tables) * kHalfTableBytes +
+           static_cast<unsigned>((granule - granule0) * detail::BookOf<Config, Tokens>::kStagedBytes);
+  };
+  const auto build_half = [&](int granule) {
+    if constexpr (kHalf) {
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) {
+        if (has_share(i))
+          Book::build(table + table_offset(granule), staged(granule), centroids[i], warp + i * kWarps);
+      }
+    }
+  };
+  if constexpr (kHalf) {
+    if (a.normed.x == nullptr) {
+      for (int i = granule0 + warp; i < granule1;) {
+        Book::stage(staged(i), words, x[0].bf16);
+        i += kWarps;
+        if (i < granule1) words = Book::load(x[0], i * Book::kActivations);
+      }
+    } else {
+      const float squares = detail::squares_of<Config::kThreads>(a.normed, a.cols);
+      for (int i = granule0 + warp; i < granule1; i += kWarps) {
+        const int first = i * Book::kActivations;
+        if (i != granule0 + warp) factors = Book::load_factors(a.normed.weight, a.cols, first);
+        Book::stage_products(staged(i), a.normed.x, factors, a.cols, first);
+      }
+      const float sum = detail::warp_sum(squares);
+      if (lane == 0) row_sums[warp - static_cast<int>(kSquaresBytes / sizeof(float))] = sum;
+    }
+  }
 
   if constexpr (kHalf) {
     if (start - window > kWindowStart) __trap();  // the plan counts on it
@@ -224,7 +284,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
           *sum = total;
         } else {
 #if __CUDA_ARCH__ >= 900
-          detail::push(push_at + static_cast<unsigned>(t * slots) * 64U, total, push_barrier);
+          detail::push(push_at + static_cast<unsigned>(t * a.slots) * 64U, total, push_barrier);
 #endif
         }
       }
@@ -237,8 +297,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
 
   for (int granule = granule0; granule < granule1; ++granule) {
     if constexpr (kHalf) {
-      column = table_address(granule) + static_cast<unsigned>(lane) * 4U;
-      unscale = Book::unscale(table + (granule - granule0) * Book::kStagedBytes);
+      column = window + table_offset(granule) + static_cast<unsigned>(lane) * 4U;
+      unscale = Book::unscale(staged(granule));
     } else if constexpr (kFixed) {
 #pragma unroll
       for (int t = 0; t < Tokens; ++t) {
@@ -254,24 +314,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
       Book::build(table, codebooks, x, granule * Book::kSegments * v, v, code_bits);
     }
     const bool last = granule + 1 == granule1;
-    const unsigned char* const next_granule = at + granule_bytes;
+    const unsigned char* const next_granule = at + a.granule_bytes;
+    const unsigned char* const block_tiles = at - static_cast<unsigned>(warp) * tile_bytes;
     __syncthreads();
-#if __CUDA_ARCH__ >= 900
-    if constexpr (kCluster) {
-      if (last) detail::cluster_wait();  // every barrier of the cluster is ready
-    }
-#endif
     const bool first = granule == granule0;
     so_far = row_sums + warp * 16 + row_slot(lane, 0);
     for (int i = 0; i < mine; ++i) {
-      if ((i & (kWarps - 1)) == warp) {
+      if ((i & 15) == warp) {
         const int round = i + 1 + a.rounds_ahead;
-        const unsigned char* const block_tiles = first_tile + (granule - granule0) * granule_bytes;
         if (a.rounds_ahead == 0) {  // nothing is asked for ahead of time
         } else if (round < rounds) {
           prefetch_round(block_tiles, round);
         } else if (!last) {
-          prefetch_round(block_tiles + granule_bytes, round - rounds);
+          prefetch_round(block_tiles + a.granule_bytes, round - rounds);
         }
       }
       const unsigned char* const next = i + 1 < mine ? at + step : last ? nullptr : next_granule;
@@ -292,25 +347,32 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   const auto for_share = [&](auto&& fn) {
     if constexpr (kCluster) {
 #if __CUDA_ARCH__ >= 900
-      const float* const pushed = row_sums + Tokens * a.rows.tiles_per_block * 16;
+      const float* const pushed = reinterpret_cast<const float*>(table + a.pushed_at);
+      const int slots = a.slots;
 #pragma unroll 1
-      for (int i = static_cast<int>(threadIdx.x); i < slots * 16; i += Config::kThreads) {
-        const int turn =
-            static_cast<int>(static_cast<unsigned>(i / 16) * a.most_inverse >> 16);  // i / 16 / most
+      for (int i = warp * 32 + lane; i < slots * 16; i += Config::kThreads) {
+        const int slot = static_cast<int>(static_cast<unsigned>(i) / 16U);
+        const int turn = static_cast<int>(static_cast<unsigned>(slot) * a.most_inverse >> 16);  // slot / most
         const int w = rank + turn * ranks;
-        const int index = w + (i / 16 - turn * most) * kWarps;
+        const int index = w + (slot - turn * a.most) * kWarps;
         if (w >= kWarps || index >= tiles) continue;
 #pragma unroll
         for (int t = 0; t < Tokens; ++t) {
+          float of[kMostRanks];  // on their way together
+#pragma unroll
+          for (int s = 0; s < kMostRanks; ++s)
+            of[s] = s < ranks ? pushed[(s * Tokens + t) * slots * 16 + i] : 0.0F;
           float sum = 0.0F;
           float partner = 0.0F;
-#pragma unroll 8
-          for (int s = 0; s < splits; ++s) sum += pushed[(s * Tokens + t) * slots * 16 + i];
-          if (gated) {
-#pragma unroll 4
-            for (int s = splits; s < ranks; ++s) partner += pushed[(s * Tokens + t) * slots * 16 + i];
+#pragma unroll
+          for (int s = 0; s < kMostRanks; ++s) {
+            if (s < splits) {
+              sum += of[s];
+            } else {
+              partner += of[s];
+            }
           }
-          fn(t, first_row + index * 16 + i % 16, sum, partner);
+          fn(t, first_row + index * 16 + (i & 15), sum, partner);
         }
       }
 #endif
@@ -323,11 +385,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
       }
     }
   };
+  Output out = a.out;
+  if constexpr (kHalf) {
+    if (a.normed.x != nullptr) {
+      const float squares = detail::warp_sum(
+          lane < kWarps ? row_sums[lane - static_cast<int>(kSquaresBytes / sizeof(float))] : 0.0F);
+      out.unscale *= rsqrtf(squares / static_cast<float>(a.cols) + a.normed.epsilon);
+    }
+  }
   const auto store = [&](int t, int row, float sum, float partner) {
     if (gated) {
-      detail::store_gated(a.out, t, row, sum, partner);
-    } else if (row < a.out.rows) {
-      detail::store_output(a.out, t, row, sum);
+      detail::store_gated(out, t, row, sum, partner);
+    } else if (row < out.rows) {
+      detail::store_output(out, t, row, sum);
     }
   };
 

@@ -23,6 +23,13 @@ inline constexpr bool kHalfPsumbook = requires {
 
 namespace detail {
 
+// A configuration with fewer warps, for blocks of few row tiles: what every warp does before its first
+// look-up is then done by fewer of them, and issued sooner.
+template <class Config>
+struct Narrow : Config {
+  static constexpr int kThreads = 640;
+};
+
 // The Psumbook of a configuration.
 template <class Config, int Tokens, bool Half = kHalfPsumbook<Config>>
 struct BookOf {
@@ -87,6 +94,22 @@ template <class Book, int Tokens, bool Half>
       typename Book::Segments of[Tokens];
     } out = {};
     return out;
+  }
+}
+template <class Book, bool Half>
+[[nodiscard]] __device__ __forceinline__ auto no_factors() {
+  if constexpr (Half) {
+    return typename Book::Factors{};
+  } else {
+    return 0;
+  }
+}
+template <class Book, bool Half>
+[[nodiscard]] __device__ __forceinline__ auto no_words() {
+  if constexpr (Half) {
+    return typename Book::Words{};
+  } else {
+    return 0;
   }
 }
 template <class Book, int Steps, bool Half>

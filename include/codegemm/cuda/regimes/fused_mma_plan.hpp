@@ -35,6 +35,7 @@ struct FusedMmaLimits {
   int tokens = 0;                    ///< of a pass, padded
   int warps = 0;                     ///< of a block
   bool halves = false;               ///< SwiGLU
+  int window_cycles = 900;           ///< until x is in registers
   int slab_cycles = 0;               ///< of a warp's slab of a tile: wavefronts of 128 bytes of shared memory
 };
 
@@ -43,7 +44,6 @@ struct FusedMmaLimits {
 [[nodiscard]] inline FusedMmaPlan plan_fused_mma(const PackedLayout& l, const FusedMmaLimits& limits,
                                                  const GemmTuning& tuning) {
   constexpr double kTileLatency = 900.0;     // of one warp alone
-  constexpr double kWindowCycles = 900.0;    // x comes into registers
   constexpr double kClusterCycles = 2200.0;  // two barriers of a cluster and reading between them
   const auto divide_up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const std::int64_t slabs = 2 * l.granules;
@@ -76,7 +76,7 @@ struct FusedMmaLimits {
     double work = 0.0;
     for (std::int64_t slab = 0; slab < slabs_per_split; slab += limits.warps) {
       const double active = static_cast<double>(std::min<std::int64_t>(limits.warps, slabs_per_split - slab));
-      work += kWindowCycles +
+      work += limits.window_cycles +
               static_cast<double>(per_block) * std::max(active * limits.slab_cycles, kTileLatency);
     }
     p.cost =

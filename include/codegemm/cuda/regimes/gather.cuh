@@ -26,7 +26,7 @@ struct GatherRegime {
         [&](auto c) {
           using Config = decltype(c);
           const auto shared = static_cast<std::size_t>(BookOf<Config, 1>::bytes(w.format.b)) +
-                              (kHalfPsumbook<Config> ? kHalfTableAt : 64);
+                              (kHalfPsumbook<Config> ? kWindowStart + kHalfStagedBytes + 64 : 64);
           return w.layout.code_bytes == 1 && c.kCodebooks == w.format.m && c.kSets == w.layout.sets &&
                  (c.kVecLen == 0 || c.kVecLen == w.format.v) &&
                  (c.kCodeBits == 0 || c.kCodeBits == w.format.b) &&
@@ -56,11 +56,29 @@ struct GatherRegime {
   template <class X, class Y>
   [[nodiscard]] static bool serves(const GemmProblem<X, Y>& p, const Device& device) {
     bool fits = false;
-    return match(p.weights, device,
+    return granule_bytes(p.weights) < (std::int64_t{1} << 32) &&
+           match(p.weights, device,
                  [&](auto c) {
                    fits = plan<decltype(c), 1>(p.weights, device, gated(p), p.tuning).splits > 0;
                  }) &&
            fits;
+  }
+
+  /// Whether this is faster than mma.sync although there is at most a row tile for each multiprocessor: where
+  /// each block builds one Psumbook of fp16.
+  [[nodiscard]] static bool suits_few_rows(const DevicePackedView& w, const Device& device) {
+    bool suits = false;
+    static_cast<void>(match(w, device, [&](auto c) {
+      using Config = decltype(c);
+      suits = kHalfPsumbook<Config> && plan<Config, 1>(w, device, false, {}).granules_per_block == 1;
+    }));
+    return suits;
+  }
+
+  /// Whether the kernel for such weights can normalize a row: with a Psumbook of fp16.
+  [[nodiscard]] static bool normalizes(const DevicePackedView& w, const Device& device) {
+    bool half = false;
+    return w.cols % 4 == 0 && match(w, device, [&](auto c) { half = kHalfPsumbook<decltype(c)>; }) && half;
   }
 
   template <class X, class Y>
@@ -87,10 +105,12 @@ struct GatherRegime {
     args.tiles = base + w.layout.tiles_at;
     args.codebooks = reinterpret_cast<const std::uint16_t*>(base + w.layout.codebooks_at);
     args.x_stride = p.x.stride;
+    args.normed = p.normed;
     args.cols = static_cast<int>(w.cols);
     args.row_tiles = static_cast<int>(w.layout.row_tiles);
     args.granules = static_cast<int>(w.layout.granules);
     args.tile_bytes = w.layout.tile_bytes;
+    args.granule_bytes = static_cast<unsigned>(granule_bytes(w));
     args.scale_steps = w.layout.scale_steps;
     args.v = w.format.v;
     args.code_bits = w.format.b;
@@ -110,6 +130,13 @@ struct GatherRegime {
             continue;
           }
         }
+        if constexpr (kHalfPsumbook<Config>) {
+          if (narrow<Config>(p, device)) {
+            static_cast<void>(status = launch_pass<Narrow<Config>, 1>(args, p, device, workspace, stream));
+            ++token;
+            continue;
+          }
+        }
         static_cast<void>(status = launch_pass<Config, 1>(args, p, device, workspace, stream));
         ++token;
       }
@@ -118,6 +145,17 @@ struct GatherRegime {
   }
 
  private:
+  [[nodiscard]] static std::int64_t granule_bytes(const DevicePackedView& w) {
+    return static_cast<std::int64_t>(w.layout.row_tiles) * w.layout.tile_bytes;
+  }
+
+  // Whether each warp of a smaller block has a row tile at most.
+  template <class Config, class Problem>
+  [[nodiscard]] static bool narrow(const Problem& p, const Device& device) {
+    const GatherPlan plan = GatherRegime::plan<Narrow<Config>, 1>(p.weights, device, gated(p), p.tuning);
+    return plan.cluster && plan.groups == 1 && plan.tiles_per_block <= Narrow<Config>::kThreads / 32;
+  }
+
   template <class Config, int Tokens, class Problem>
   [[nodiscard]] static Status launch_pass(GatherArgs args, const Problem& p, const Device& device,
                                           void* workspace, cudaStream_t stream) {
@@ -125,15 +163,19 @@ struct GatherRegime {
     const PackedLayout& layout = p.weights.layout;
     args.granules_per_block = plan.granules_per_block;
     args.rows = cut_rows(layout.first_tile, layout.parts, plan.tiles_per_block, gated(p));
+    args.splits = plan.splits;
     args.tables = plan.tables;
     args.sums_at = static_cast<int>(plan.sums_at);
-    args.warps_per_owner = (Config::kThreads / 32 + plan.ranks - 1) / plan.ranks;
     args.ranks_inverse =
         (65536U + static_cast<unsigned>(plan.ranks) - 1U) / static_cast<unsigned>(plan.ranks);
-    const int warps = Config::kThreads / 32;
-    const unsigned most = static_cast<unsigned>((plan.tiles_per_block + warps - 1) / warps);
-    args.most_inverse = (65536U + most - 1U) / most;
-    args.rounds_ahead = p.tuning.rounds_ahead;
+    constexpr int kWarps = Config::kThreads / 32;
+    args.most = (plan.tiles_per_block + kWarps - 1) / kWarps;
+    args.most_inverse = (65536U + static_cast<unsigned>(args.most) - 1U) / static_cast<unsigned>(args.most);
+    args.slots = (kWarps + plan.ranks - 1) / plan.ranks * args.most;
+    args.pushed_at = args.sums_at + Tokens * plan.tiles_per_block * kTileRows * 4;
+    args.barrier_at = args.pushed_at + plan.ranks * Tokens * args.slots * kTileRows * 4;
+    // In many rounds the loads of the next tiles keep the memory busy, and asking ahead gets in their way.
+    args.rounds_ahead = args.most >= 4 ? 0 : p.tuning.rounds_ahead;
     args.counters = static_cast<unsigned*>(workspace);
     args.partials = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + kCounterBytes);
     LaunchShape shape;
@@ -143,8 +185,12 @@ struct GatherRegime {
     shape.shared_bytes = plan.shared_bytes;
     shape.cluster = plan.cluster ? static_cast<unsigned>(plan.ranks) : 0;
     shape.overlap = p.overlap && device.arch >= 90;
-    return plan.cluster ? launch(gather_kernel<Config, Tokens, true>, shape, args, stream)
-                        : launch(gather_kernel<Config, Tokens, false>, shape, args, stream);
+    if constexpr (Config::kThreads == Narrow<Config>::kThreads) {
+      return launch(gather_kernel<Config, Tokens, true>, shape, args, stream);
+    } else {
+      return plan.cluster ? launch(gather_kernel<Config, Tokens, true>, shape, args, stream)
+                          : launch(gather_kernel<Config, Tokens, false>, shape, args, stream);
+    }
   }
 };
 

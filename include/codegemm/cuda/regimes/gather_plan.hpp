@@ -46,8 +46,8 @@ struct GatherLimits {
   std::array<int, 9> clusters =
       {};  ///< [size]: how many clusters of that size run at once, one block a multiprocessor
   std::size_t table_bytes = 0;  ///< a Psumbook
-  /// What a block keeps of each granule beside the table: HalfPsumbook, whose tables, one or two, lie behind
-  /// the rest at multiples of 65,536 of the shared window. 0: one table, before the rest.
+  /// What a block keeps of each granule beside the table: HalfPsumbook, of which there are one or two, behind
+  /// the first kWindowStart bytes of the shared window. 0: one table.
   std::size_t staged_bytes = 0;
   int tokens = 1;       ///< of a pass
   int warps = 1;        ///< of a block
@@ -82,19 +82,22 @@ struct GatherLimits {
     // the tiles of its share of the warps.
     const std::int64_t owned =
         cluster ? ranks * divide_up(limits.warps, ranks) : 0;  // warps, over all blocks of the cluster
-    p.tables = half && granules_per_block > 1 && kHalfTableAt + 2 * limits.table_bytes <= limits.shared_bytes
-                   ? 2
-                   : 1;
-    p.sums_at =
-        half ? limits.staged_bytes * static_cast<std::size_t>(granules_per_block) : limits.table_bytes;
-    const std::size_t fixed = p.sums_at + static_cast<std::size_t>(owned) * tile_sums + 8;
-    const std::size_t space = half ? kHalfTableAt - kWindowStart : limits.shared_bytes;
-    if (fixed >= space) return;
-    const auto room = static_cast<std::int64_t>((space - fixed) / tile_sums);
-    const std::int64_t most = room * limits.warps / (limits.warps + owned);
+    const std::size_t head = half ? kWindowStart : 0;
+    const auto place = [&](int tables) {  // the most row tiles a block
+      p.tables = tables;
+      p.sums_at = limits.table_bytes * static_cast<std::size_t>(tables) +
+                  limits.staged_bytes * static_cast<std::size_t>(granules_per_block) +
+                  (half ? kSquaresBytes : 0);
+      const std::size_t fixed = head + p.sums_at + static_cast<std::size_t>(owned) * tile_sums + 8;
+      if (fixed >= limits.shared_bytes) return std::int64_t{0};
+      const auto room = static_cast<std::int64_t>((limits.shared_bytes - fixed) / tile_sums);
+      return room * limits.warps / (limits.warps + owned);
+    };
+    const std::int64_t wanted = least_tiles_per_block(l.first_tile, l.parts, slots / groups, limits.halves);
+    std::int64_t most = half && granules_per_block > 1 ? place(2) : 0;
+    if (most < wanted) most = place(1);
     if (most < 1) return;
-    const std::int64_t tiles =
-        std::min(least_tiles_per_block(l.first_tile, l.parts, slots / groups, limits.halves), most);
+    const std::int64_t tiles = std::min(wanted, most);
     const std::int64_t chunks =
         cut_rows(l.first_tile, l.parts, static_cast<int>(tiles), limits.halves).blocks();
     if (groups > 65535 || chunks > 65535) return;  // limits of a grid
@@ -105,10 +108,9 @@ struct GatherLimits {
     p.chunks = static_cast<int>(chunks);
     p.granules_per_block = static_cast<int>(granules_per_block);
     p.tiles_per_block = static_cast<int>(tiles);
-    p.shared_bytes = p.sums_at + static_cast<std::size_t>(tiles) * tile_sums;
+    p.shared_bytes = head + p.sums_at + static_cast<std::size_t>(tiles) * tile_sums;
     if (cluster)
       p.shared_bytes += static_cast<std::size_t>(owned * divide_up(tiles, limits.warps)) * tile_sums + 8;
-    if (half) p.shared_bytes = kHalfTableAt + static_cast<std::size_t>(p.tables) * limits.table_bytes;
     p.shared_bytes = std::max(p.shared_bytes,
                               std::min(static_cast<std::size_t>(tuning.shared_bytes), limits.shared_bytes));
     const double sets = static_cast<double>(l.sets * limits.tokens);

@@ -39,10 +39,11 @@ class DecodeGraph {
   using T = typename Linear::Scalar;  ///< of activations
 
   /// Captures a step of `sequences` sequences with up to `max_pages` pages in all. `share`: sequences may
-  /// share prefixes. The stream must not be the default one, and holds no work of another thread. Errors as
-  /// forward(), kOutOfMemory, kCudaError.
+  /// share prefixes. C: as forward() has it. The stream must not be the default one, and holds no work of
+  /// another thread. Errors as forward(), kOutOfMemory, kCudaError.
+  template <class C>
   [[nodiscard]] static Result<std::unique_ptr<DecodeGraph>> capture(const DeviceLlama<Linear, Head>& model,
-                                                                    const DeviceKvStorage<T>& storage,
+                                                                    const DeviceKvStorage<C>& storage,
                                                                     DeviceWorkspace<T>& workspace,
                                                                     int sequences, std::int64_t max_pages,
                                                                     bool share, const Device& device,
@@ -160,7 +161,8 @@ class DecodeGraph {
     return {};
   }
 
-  [[nodiscard]] Status record(const DeviceLlama<Linear, Head>& model, const DeviceKvStorage<T>& storage,
+  template <class C>
+  [[nodiscard]] Status record(const DeviceLlama<Linear, Head>& model, const DeviceKvStorage<C>& storage,
                               DeviceWorkspace<T>& workspace, const Device& device) {
     DeviceBatch batch;
     auto* const tokens = input_.device<std::int32_t>(at_.tokens);
@@ -178,6 +180,7 @@ class DecodeGraph {
     how.steps = input_.device<std::uint64_t>(at_.steps);
     how.best = best_.data();
     how.arrived = arrived_.data();
+    how.copy = chosen_;
     const MatrixView<float> logits(workspace.logits.data(), sequences_, model.config.vocab_size);
 
     if (Status s = cuda_ok(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal),
@@ -187,13 +190,6 @@ class DecodeGraph {
     }
     Status status = forward(model, batch, storage, logits, workspace, device, stream_);
     if (status.ok()) static_cast<void>(status = sample(logits, how, tokens, device, stream_));
-    if (status.ok()) {
-      static_cast<void>(
-          status = cuda_ok(
-              cudaMemcpyAsync(chosen_, tokens, static_cast<std::size_t>(sequences_) * sizeof(std::int32_t),
-                              cudaMemcpyDeviceToHost, stream_),
-              "cudaMemcpyAsync"));
-    }
     cudaGraph_t graph = nullptr;
     const Status ended = cuda_ok(cudaStreamEndCapture(stream_, &graph), "cudaStreamEndCapture");
     if (status.ok()) static_cast<void>(status = ended);

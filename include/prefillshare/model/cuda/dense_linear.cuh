@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/model/cuda/dense_linear.cuh - a linear layer on fp16 or bf16 weights, multiplied by cuBLAS:
-// the base model's, and what CodeGEMM is measured against.
+// prefillshare/model/cuda/dense_linear.cuh - a linear layer on fp16 or bf16 weights, multiplied by cuBLAS,
+// one token by a kernel of its own: the base model's, and what CodeGEMM is measured against.
 // Layer: model/cuda (host, needs nvcc and cuBLAS).
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -17,6 +18,7 @@
 #include <cuda_runtime.h>
 
 #include <codegemm/cuda/cublas.cuh>
+#include <prefillshare/model/cuda/kernels/stream_product.cuh>
 #include <prefillshare/model/cuda/kernels/tokens.cuh>
 #include <prefillshare/model/cuda/linear.cuh>
 
@@ -24,8 +26,15 @@ namespace prefillshare::cuda {
 
 using codegemm::cuda::Cublas;
 
+/// What multiplies one token by dense weights.
+enum class OneToken {
+  kStream,  ///< stream_product_kernel, where it serves: compute capability 9.0, an even N
+  kCublas,  ///< as more tokens
+};
+
 /// A linear layer on dense weights; sums are fp32. The weights may be shared: a tied head is the embedding
-/// table. Merged matrices simply follow one another. T: __half or __nv_bfloat16.
+/// table. Merged matrices simply follow one another. One token's product reads weights before the kernel in
+/// front has ended: that must not be the one that writes them. T: __half or __nv_bfloat16.
 template <class T>
 class DeviceDenseLinear {
  public:
@@ -79,6 +88,13 @@ class DeviceDenseLinear {
   }
   /// [rows][cols], device memory.
   [[nodiscard]] const std::shared_ptr<const DeviceArray<T>>& weights() const noexcept { return weights_; }
+  /// Before the first call.
+  void set_one_token(OneToken kernel) noexcept { one_token_ = kernel; }
+
+  /// As NormalizingLayer says.
+  [[nodiscard]] bool normalizes(std::int64_t tokens, const Device& device) const {
+    return tokens == 1 && streams(device);
+  }
 
   /// As DeviceLinearLayer says: gated() keeps both halves.
   [[nodiscard]] LinearMemory memory(std::int64_t tokens, const Device& /*device*/) const {
@@ -87,6 +103,7 @@ class DeviceDenseLinear {
 
   /// As DeviceLinearLayer says.
   [[nodiscard]] Status forward(MatrixView<const T> x, MatrixView<T> y, const LinearCall& call) const {
+    if (is_one(x, y.rows, y.cols, call)) return stream(x.data, {}, y.data, StreamOutput::kStore, call);
     if (Status s = multiply(x, y.data, y.rows, y.cols, y.stride, kType, 0.0F, call); !s.ok()) return s;
     if (bias_.size() == 0 || x.rows == 0) return {};
     const AddBiasArgs args{y.data, bias_.data(), y.rows, y.stride, static_cast<int>(rows_)};
@@ -94,10 +111,12 @@ class DeviceDenseLinear {
   }
   /// The same.
   [[nodiscard]] Status project(MatrixView<const T> x, MatrixView<float> y, const LinearCall& call) const {
+    if (is_one(x, y.rows, y.cols, call)) return stream(x.data, {}, y.data, StreamOutput::kStoreF32, call);
     return multiply(x, y.data, y.rows, y.cols, y.stride, CUDA_R_32F, 0.0F, call);
   }
   /// The same.
   [[nodiscard]] Status add(MatrixView<const T> x, MatrixView<float> sum, const LinearCall& call) const {
+    if (is_one(x, sum.rows, sum.cols, call)) return stream(x.data, {}, sum.data, StreamOutput::kAddF32, call);
     return multiply(x, sum.data, sum.rows, sum.cols, sum.stride, CUDA_R_32F, 1.0F, call);
   }
   /// The same.
@@ -106,6 +125,7 @@ class DeviceDenseLinear {
       return codegemm::error(StatusCode::kShapeMismatch, "gated linear layer of ", rows_, " x ", cols_,
                              ": y is ", y.rows, " x ", y.cols);
     }
+    if (is_one(x, y.rows, rows_, call)) return stream(x.data, {}, y.data, StreamOutput::kGated, call);
     const std::size_t needed = static_cast<std::size_t>(x.rows * rows_) * sizeof(T);
     if (call.scratch.size() < needed) {
       return codegemm::error(StatusCode::kWorkspaceTooSmall, "gated linear layer: scratch of ",
@@ -123,6 +143,19 @@ class DeviceDenseLinear {
     return start_columns(swiglu_kernel<T>, args, y.rows * (y.cols / 8), call);
   }
 
+  /// As NormalizingLayer says; kUnsupported where normalizes() says no.
+  [[nodiscard]] Status forward(const NormedRow& x, MatrixView<T> y, const LinearCall& call) const {
+    return stream_normed(x, y.data, y.rows, y.cols, StreamOutput::kStore, call);
+  }
+  /// The same.
+  [[nodiscard]] Status project(const NormedRow& x, MatrixView<float> y, const LinearCall& call) const {
+    return stream_normed(x, y.data, y.rows, y.cols, StreamOutput::kStoreF32, call);
+  }
+  /// The same.
+  [[nodiscard]] Status gated(const NormedRow& x, MatrixView<T> y, const LinearCall& call) const {
+    return stream_normed(x, y.data, y.rows, y.cols * 2, StreamOutput::kGated, call);
+  }
+
  private:
   static constexpr cudaDataType_t kType = std::is_same_v<T, __half> ? CUDA_R_16F : CUDA_R_16BF;
 
@@ -131,6 +164,56 @@ class DeviceDenseLinear {
                                             const LinearCall& call) {
     const dim3 grid(static_cast<unsigned>((threads + kColumnThreads - 1) / kColumnThreads));
     return detail::start(kernel, args, grid, kColumnThreads, call.device, call.stream);
+  }
+
+  // Stages of a warp's ring; below 2 the columns are too many.
+  [[nodiscard]] int ring_stages(const Device& device) const {
+    constexpr int kSystem = 1024;  // static shared memory, and what aligns the dynamic
+    const std::int64_t room =
+        device.shared_bytes - kSystem - kStreamBarrierBytes - stream_x_bytes(static_cast<int>(cols_));
+    return static_cast<int>(
+        std::min<std::int64_t>(room / (kStreamWarps * kStreamStageBytes), kStreamMostStages));
+  }
+  [[nodiscard]] bool streams(const Device& device) const {
+    return one_token_ == OneToken::kStream && device.arch >= 90 && rows_ % 2 == 0 && ring_stages(device) >= 2;
+  }
+  // What multiply() would refuse is left to it.
+  [[nodiscard]] bool is_one(const MatrixView<const T>& x, std::int64_t y_rows, std::int64_t y_cols,
+                            const LinearCall& call) const {
+    return x.rows == 1 && y_rows == 1 && x.cols == cols_ && y_cols == rows_ && streams(call.device) &&
+           reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
+  }
+  [[nodiscard]] Status stream_normed(const NormedRow& x, void* y, std::int64_t y_rows, std::int64_t y_cols,
+                                     StreamOutput output, const LinearCall& call) const {
+    if (y_rows != 1 || y_cols != rows_) {
+      return codegemm::error(StatusCode::kShapeMismatch, "dense linear layer of ", rows_, " x ", cols_,
+                             ": y is ", y_rows, " x ", y_cols, " for a normed row");
+    }
+    if (!normalizes(1, call.device)) {
+      return codegemm::error(StatusCode::kUnsupported, "dense linear layer of ", rows_, " x ", cols_,
+                             ": its kernel for one token normalizes no row");
+    }
+    return stream(nullptr, x, y, output, call);
+  }
+  [[nodiscard]] Status stream(const T* x, const NormedRow& norm, void* y, StreamOutput output,
+                              const LinearCall& call) const {
+    StreamProductArgs args;
+    args.weights = weights_->data();
+    args.x = x;
+    args.norm = norm;
+    args.bias = bias_.size() == 0 ? nullptr : bias_.data();
+    args.y = y;
+    args.output = output;
+    args.rows = static_cast<int>(rows_);
+    args.cols = static_cast<int>(cols_);
+    args.stages = ring_stages(call.device);
+    codegemm::cuda::LaunchShape shape;
+    shape.grid = dim3(static_cast<unsigned>(std::min<std::int64_t>(call.device.multiprocessors, rows_ / 2)));
+    shape.threads = kStreamThreads;
+    shape.shared_bytes = static_cast<std::size_t>(stream_x_bytes(args.cols) + kStreamBarrierBytes +
+                                                  args.stages * kStreamWarps * kStreamStageBytes);
+    shape.overlap = true;
+    return codegemm::cuda::launch(stream_product_kernel<T>, shape, args, call.stream);
   }
 
   // cuBLAS counts columns first: y^T[N][T] = W[N][K] x^T, each row-major matrix being a column-major
@@ -159,6 +242,7 @@ class DeviceDenseLinear {
   DeviceArray<T> bias_;                            // [rows] or empty
   std::int64_t rows_ = 0;
   std::int64_t cols_ = 0;
+  OneToken one_token_ = OneToken::kStream;
 };
 
 }  // namespace prefillshare::cuda

@@ -61,17 +61,8 @@ class DeviceWorkspace {
       for (const Linear* layer : {&l.qkv, &l.o, &l.gate_up, &l.down})
         linear = larger(linear, layer->memory(max_tokens, device));
     }
-    // As many groups as sequences is the most that decoding needs.
-    DecodeProblem<T> decode;
-    decode.heads = static_cast<int>(c.heads);
-    decode.kv.kv_heads = static_cast<int>(c.kv_heads);
-    decode.kv.head_dim = static_cast<int>(c.head_dim);
-    decode.kv.page_size = 1;
-    decode.table.sequences = static_cast<int>(max_sequences);
-    std::size_t attention = workspace_bytes(decode, device);
-    decode.prefixes.groups = static_cast<int>(max_sequences);
-    attention = std::max(attention, workspace_bytes(decode, device));
-    attention = std::max(attention, most_split_workspace(decode, max_tokens, device));
+    const std::size_t attention = std::max(attention_bytes<T>(c, max_tokens, max_sequences, device),
+                                           attention_bytes<Fp8E4M3>(c, max_tokens, max_sequences, device));
 
     DeviceWorkspace out;
     out.max_tokens_ = max_tokens;
@@ -117,10 +108,28 @@ class DeviceWorkspace {
  private:
   DeviceWorkspace() = default;
 
+  // Of decode and of prefill with keys split, over a cache of type C.
+  template <class C>
+  [[nodiscard]] static std::size_t attention_bytes(const ModelConfig& c, std::int64_t max_tokens,
+                                                   std::int64_t max_sequences, const Device& device) {
+    DecodeProblem<T, T, C> decode;
+    decode.heads = static_cast<int>(c.heads);
+    decode.kv.kv_heads = static_cast<int>(c.kv_heads);
+    decode.kv.head_dim = static_cast<int>(c.head_dim);
+    decode.kv.page_size = 1;
+    decode.table.sequences = static_cast<int>(max_sequences);
+    const std::size_t plain = workspace_bytes(decode, device);
+    // As many groups as sequences is the most that decoding needs.
+    decode.prefixes.groups = static_cast<int>(max_sequences);
+    return std::max(
+        {plain, workspace_bytes(decode, device), most_split_workspace(decode, max_tokens, device)});
+  }
+
   // Of any pass that splits keys: the more tokens and sequences, the more; few of them are split.
-  [[nodiscard]] static std::size_t most_split_workspace(const DecodeProblem<T>& like, std::int64_t max_tokens,
-                                                        const Device& device) {
-    PrefillProblem<T> p;
+  template <class C>
+  [[nodiscard]] static std::size_t most_split_workspace(const DecodeProblem<T, T, C>& like,
+                                                        std::int64_t max_tokens, const Device& device) {
+    PrefillProblem<T, T, C> p;
     p.kv = like.kv;
     p.heads = like.heads;
     p.table.sequences = 1;
@@ -141,14 +150,14 @@ class DeviceWorkspace {
 
 namespace detail {
 
-/// One pass on its way into a stream.
-template <class Linear, class Head>
+/// One pass on its way into a stream, over a cache of type C.
+template <class Linear, class Head, class C>
 class DeviceForward {
  public:
   using T = typename Linear::Scalar;
 
   DeviceForward(const DeviceLlama<Linear, Head>& model, const DeviceBatch& batch,
-                const DeviceKvStorage<T>& storage, DeviceWorkspace<T>& workspace, const Device& device,
+                const DeviceKvStorage<C>& storage, DeviceWorkspace<T>& workspace, const Device& device,
                 cudaStream_t stream)
       : model_(model), c_(model.config), batch_(batch), storage_(storage), ws_(workspace) {
     call_.device = device;
@@ -181,8 +190,8 @@ class DeviceForward {
   /// Q, K and V of one layer; K and V to the cache.
   [[nodiscard]] Status write_cache(int index) {
     const DeviceLlamaLayer<Linear>& l = layer(index);
-    if (Status s = norm(l.input_norm, batch_.count, nullptr); !s.ok()) return s;
-    if (Status s = l.qkv.forward(normed(batch_.count), qkv(), call_); !s.ok()) return s;
+    const auto to_qkv = [&](const auto& x) { return l.qkv.forward(x, qkv(), call_); };
+    if (Status s = normalized(l.qkv, l.input_norm, batch_.count, nullptr, to_qkv); !s.ok()) return s;
     if (c_.qk_norm) {
       HeadNormArgs args;
       args.x = ws_.qkv.data();
@@ -200,7 +209,7 @@ class DeviceForward {
           !s.ok())
         return s;
     }
-    AppendProblem<T> p;
+    AppendProblem<T, C> p;
     p.kv = pages(index);
     p.table = batch_.table;
     p.query_indptr = batch_.query_indptr;
@@ -211,6 +220,7 @@ class DeviceForward {
     p.heads = static_cast<int>(c_.heads);
     p.rope.frequencies = model_.rope_frequencies.data();
     p.rope.layout = c_.rope.layout;
+    p.overlap = true;
     return cuda::run(p, call_.device, call_.stream);
   }
 
@@ -222,7 +232,7 @@ class DeviceForward {
         return s;
       }
     } else {
-      const PrefillProblem<T> p = prefill_problem(index);
+      const PrefillProblem<T, T, C> p = prefill_problem(index);
       const Status s =
           splitting() ? run_split(p, call_.device, ws_.attention.data(), ws_.attention.size(), call_.stream)
                       : cuda::run(p, call_.device, call_.stream);
@@ -234,16 +244,17 @@ class DeviceForward {
 
   [[nodiscard]] Status feed_forward(int index) {
     const DeviceLlamaLayer<Linear>& l = layer(index);
-    if (Status s = norm(l.post_attention_norm, batch_.count, nullptr); !s.ok()) return s;
     const MatrixView<T> gated(ws_.gated.data(), batch_.count, c_.intermediate_size);
-    if (Status s = l.gate_up.gated(normed(batch_.count), gated, call_); !s.ok()) return s;
+    const auto to_gated = [&](const auto& x) { return l.gate_up.gated(x, gated, call_); };
+    if (Status s = normalized(l.gate_up, l.post_attention_norm, batch_.count, nullptr, to_gated); !s.ok())
+      return s;
     return l.down.add(gated, hidden(), call_);
   }
 
   /// Those of each sequence's last token.
   [[nodiscard]] Status head(MatrixView<float> logits) {
-    if (Status s = norm(model_.final_norm, batch_.table.sequences, batch_.query_indptr); !s.ok()) return s;
-    return model_.head.project(normed(batch_.table.sequences), logits, call_);
+    return normalized(model_.head, model_.final_norm, batch_.table.sequences, batch_.query_indptr,
+                      [&](const auto& x) { return model_.head.project(x, logits, call_); });
   }
 
  private:
@@ -258,16 +269,19 @@ class DeviceForward {
   [[nodiscard]] MatrixView<const T> normed(std::int64_t rows) const {
     return {ws_.normed.data(), rows, c_.hidden_size};
   }
-  [[nodiscard]] KvPages<T> pages(int index) const {
+  [[nodiscard]] KvPages<C> pages(int index) const {
     const KvShape& shape = storage_.shape();
-    return kv_pages(storage_.layer(index), KvLayout::kNhd, static_cast<std::int32_t>(storage_.blocks()),
-                    shape.block_tokens, shape.kv_heads, shape.head_dim);
+    auto out = kv_pages(storage_.layer(index), KvLayout::kNhd, static_cast<std::int32_t>(storage_.blocks()),
+                        shape.block_tokens, shape.kv_heads, shape.head_dim);
+    out.k_scale = storage_.scales(index).k;
+    out.v_scale = storage_.scales(index).v;
+    return out;
   }
   [[nodiscard]] bool splitting() const {
     return batch_.split_keys && !decoding() && splits_keys(prefill_problem(0), call_.device);
   }
-  [[nodiscard]] PrefillProblem<T> prefill_problem(int index) const {
-    PrefillProblem<T> p;
+  [[nodiscard]] PrefillProblem<T, T, C> prefill_problem(int index) const {
+    PrefillProblem<T, T, C> p;
     p.kv = pages(index);
     p.table = batch_.table;
     p.query_indptr = batch_.query_indptr;
@@ -276,8 +290,8 @@ class DeviceForward {
     p.heads = static_cast<int>(c_.heads);
     return p;
   }
-  [[nodiscard]] DecodeProblem<T> decode_problem(int index) const {
-    DecodeProblem<T> p;
+  [[nodiscard]] DecodeProblem<T, T, C> decode_problem(int index) const {
+    DecodeProblem<T, T, C> p;
     p.kv = pages(index);
     p.table = batch_.table;
     p.prefixes = batch_.prefixes;
@@ -286,6 +300,19 @@ class DeviceForward {
     p.heads = static_cast<int>(c_.heads);
     p.overlap = true;
     return p;
+  }
+
+  // multiply(the normalized rows of hidden, or each sequence's last): a layer that can normalizes one itself.
+  template <class Layer, class Fn>
+  [[nodiscard]] Status normalized(const Layer& layer, const DeviceArray<float>& weight, std::int64_t rows,
+                                  const std::int32_t* row_ends, Fn&& multiply) {
+    if constexpr (NormalizingLayer<Layer>) {
+      if (row_ends == nullptr && layer.normalizes(rows, call_.device)) {
+        return multiply(NormedRow{ws_.hidden.data(), weight.data(), static_cast<float>(c_.rms_epsilon)});
+      }
+    }
+    if (Status s = norm(weight, rows, row_ends); !s.ok()) return s;
+    return multiply(normed(rows));
   }
 
   // normed[i] = the normalized row i of hidden, or the last row of sequence i.
@@ -310,7 +337,7 @@ class DeviceForward {
   const DeviceLlama<Linear, Head>& model_;
   const ModelConfig& c_;
   const DeviceBatch& batch_;
-  const DeviceKvStorage<T>& storage_;
+  const DeviceKvStorage<C>& storage_;
   DeviceWorkspace<T>& ws_;
   LinearCall call_;
 };
@@ -320,17 +347,18 @@ class DeviceForward {
 /// Puts a pass into the stream: KV of all tokens into the pages and, where asked, the logits of each
 /// sequence's last token. logits.rows is 0 (none: a prefill module; the last layer then stops after its KV)
 /// or table.sequences; logits.cols = vocab_size. After a layer's KV is in the stream, after_layer(layer) ->
-/// Status is called, as IgnoreLayers says: it may record an event that a transport waits for.
+/// Status is called, as IgnoreLayers says: it may record an event that a transport waits for. C, the cache's
+/// type: the activations', or Fp8E4M3 with the storage's scales.
 ///
 /// Errors, before anything is launched: kShapeMismatch for logits or a cache of another shape,
 /// kInvalidArgument for more tokens or sequences than the workspace has room for; then those of the parts.
 /// Looks at no device memory: ids outside of the vocabulary and tables that contradict themselves are the
 /// caller's (assertions in debug builds of kernels).
-template <class Linear, class Head, class AfterLayer = IgnoreLayers>
+template <class Linear, class Head, class C, class AfterLayer = IgnoreLayers>
 [[nodiscard]] Status forward(const DeviceLlama<Linear, Head>& model, const DeviceBatch& batch,
-                             const DeviceKvStorage<typename Linear::Scalar>& storage,
-                             MatrixView<float> logits, DeviceWorkspace<typename Linear::Scalar>& workspace,
-                             const Device& device, cudaStream_t stream, AfterLayer&& after_layer = {}) {
+                             const DeviceKvStorage<C>& storage, MatrixView<float> logits,
+                             DeviceWorkspace<typename Linear::Scalar>& workspace, const Device& device,
+                             cudaStream_t stream, AfterLayer&& after_layer = {}) {
   const ModelConfig& c = model.config;
   const std::int64_t sequences = batch.table.sequences;
   if (batch.count == 0) return {};
@@ -355,7 +383,7 @@ template <class Linear, class Head, class AfterLayer = IgnoreLayers>
     return codegemm::error(StatusCode::kShapeMismatch, "logits are ", logits.rows, " x ", logits.cols,
                            ", the pass has ", sequences, " sequences and the vocabulary ", c.vocab_size);
   }
-  detail::DeviceForward<Linear, Head> pass(model, batch, storage, workspace, device, stream);
+  detail::DeviceForward<Linear, Head, C> pass(model, batch, storage, workspace, device, stream);
   if (Status s = pass.prepare(); !s.ok()) return s;
   if (Status s = pass.embed(); !s.ok()) return s;
   for (int i = 0; i < static_cast<int>(c.layers); ++i) {
@@ -375,6 +403,7 @@ struct DeviceSampling {
   const std::uint64_t* steps = nullptr;  ///< a number that no other draw with this seed has; null: 0
   std::uint64_t* best = nullptr;         ///< scratch, zeroed once
   unsigned* arrived = nullptr;           ///< the same
+  std::int32_t* copy = nullptr;          ///< page-locked host memory that gets the tokens too, or null
 };
 
 /// Puts into the stream: tokens[i] = a draw from softmax(logits[i] / temperature), or the largest logit's id
@@ -398,10 +427,11 @@ struct DeviceSampling {
   args.best = how.best;
   args.arrived = how.arrived;
   args.tokens = tokens;
+  args.copy = how.copy;
   args.stride = logits.stride;
   args.vocab = static_cast<int>(logits.cols);
-  return detail::start(sample_kernel<0>, args, dim3(kSampleSlices, static_cast<unsigned>(logits.rows)),
-                       kSampleThreads, device, stream);
+  const dim3 grid(static_cast<unsigned>(sample_slices(logits.rows)), static_cast<unsigned>(logits.rows));
+  return detail::start(sample_kernel<0>, args, grid, kSampleThreads, device, stream);
 }
 
 }  // namespace prefillshare::cuda

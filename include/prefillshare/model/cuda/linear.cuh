@@ -17,6 +17,7 @@
 
 #include <codegemm/cuda/device_array.cuh>
 #include <codegemm/cuda/launch.cuh>
+#include <codegemm/cuda/pack_on_device.cuh>
 #include <codegemm/gemm.cuh>
 #include <codegemm/quantized_matrix.hpp>
 #include <prefillshare/attention/cuda/problem.cuh>
@@ -26,6 +27,7 @@ namespace prefillshare::cuda {
 using codegemm::Result;
 using codegemm::cuda::Device;
 using codegemm::cuda::DeviceArray;
+using codegemm::cuda::NormedRow;
 
 namespace detail {
 
@@ -95,6 +97,17 @@ concept DeviceLinearLayer = requires(const L& layer, MatrixView<const typename L
   { layer.gated(x, y, call) } -> std::same_as<Status>;
 };
 
+/// A layer that can take one token's row of the residual stream and normalize it on the way, where
+/// normalizes(tokens, device) says so: forward(), project() and gated() then have NormedRow for x.
+template <class L>
+concept NormalizingLayer = requires(const L& layer, const NormedRow& x, MatrixView<typename L::Scalar> y,
+                                    MatrixView<float> sum, const LinearCall& call) {
+  { layer.normalizes(std::int64_t{}, call.device) } -> std::same_as<bool>;
+  { layer.forward(x, y, call) } -> std::same_as<Status>;
+  { layer.project(x, sum, call) } -> std::same_as<Status>;
+  { layer.gated(x, y, call) } -> std::same_as<Status>;
+};
+
 /// A linear layer on codebook-quantized weights, multiplied by codegemm::cuda::run. Owns its weights, which
 /// may be several matrices merged along N (Q, K and V; gate and up), each with its codebooks. T: __half or
 /// __nv_bfloat16. Configs: the kernels to choose from; a program that knows its formats compiles faster with
@@ -106,16 +119,13 @@ class DeviceCodeGemmLinear {
 
   DeviceCodeGemmLinear() = default;
 
-  /// Packs canonical matrices and copies them to the current device. bias: empty, or one value for each row
-  /// of all of them. Errors: as codegemm::cuda::pack(), kShapeMismatch, kOutOfMemory, kCudaError.
+  /// Packs canonical matrices on the current device. bias: empty, or one value for each row
+  /// of all of them. Errors: as codegemm::cuda::pack_on_device(), kShapeMismatch, kOutOfMemory, kCudaError.
   [[nodiscard]] static Result<DeviceCodeGemmLinear> create(
       std::span<const codegemm::QuantizedMatrixView> parts, std::span<const float> bias = {}) {
-    const auto packed = codegemm::cuda::pack(parts);
+    auto packed = codegemm::cuda::pack_on_device(parts);
     if (!packed.ok()) return packed.status();
-    auto bytes = DeviceArray<std::byte>::copy_of(packed->bytes());
-    if (!bytes.ok()) return bytes.status();
-    const codegemm::cuda::DevicePackedView view = packed->view(bytes->data());
-    return create(view, std::move(bytes).value(), bias);
+    return create(packed->view, std::move(packed->bytes), bias);
   }
   /// Weights that lie packed on the device: `view` is of `bytes`.
   [[nodiscard]] static Result<DeviceCodeGemmLinear> create(const codegemm::cuda::DevicePackedView& view,
@@ -148,7 +158,6 @@ class DeviceCodeGemmLinear {
   [[nodiscard]] const codegemm::cuda::DevicePackedView& weights() const noexcept {
     return view_;
   }  ///< packed
-
   /// As DeviceLinearLayer says.
   [[nodiscard]] LinearMemory memory(std::int64_t tokens, const Device& device) const {
     LinearMemory out;
@@ -186,7 +195,33 @@ class DeviceCodeGemmLinear {
     return run(gated_problem(x, y), call);
   }
 
+  /// As NormalizingLayer says.
+  [[nodiscard]] bool normalizes(std::int64_t tokens, const Device& device) const {
+    const MatrixView<const T> x(nullptr, tokens, cols());
+    const auto takes = [&](const auto& p) { return codegemm::cuda::normalizes<Configs>(p, device); };
+    return takes(problem(x, MatrixView<T>(nullptr, tokens, rows()))) &&
+           (rows() % 2 != 0 || takes(gated_problem(x, MatrixView<T>(nullptr, tokens, rows() / 2))));
+  }
+  /// The same.
+  [[nodiscard]] Status forward(const NormedRow& x, MatrixView<T> y, const LinearCall& call) const {
+    return run(normed(x, problem(one_row(), y)), call);
+  }
+  /// The same.
+  [[nodiscard]] Status project(const NormedRow& x, MatrixView<float> y, const LinearCall& call) const {
+    return run(normed(x, problem(one_row(), y)), call);
+  }
+  /// The same.
+  [[nodiscard]] Status gated(const NormedRow& x, MatrixView<T> y, const LinearCall& call) const {
+    return run(normed(x, gated_problem(one_row(), y)), call);
+  }
+
  private:
+  [[nodiscard]] MatrixView<const T> one_row() const { return {nullptr, 1, cols()}; }
+  template <class Problem>
+  [[nodiscard]] static Problem normed(const NormedRow& x, Problem p) {
+    p.normed = x;
+    return p;
+  }
   template <class Y>
   [[nodiscard]] codegemm::cuda::GemmProblem<T, Y> problem(MatrixView<const T> x, MatrixView<Y> y) const {
     codegemm::cuda::GemmProblem<T, Y> p;

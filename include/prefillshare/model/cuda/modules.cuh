@@ -21,7 +21,7 @@
 
 namespace prefillshare::cuda {
 
-/// The allocator over pages in device memory. T: __half or __nv_bfloat16.
+/// The allocator over pages in device memory. T: as DeviceKvStorage has it.
 template <class T>
 using DeviceKvAllocator = BasicKvAllocator<DeviceKvStorage<T>>;
 
@@ -29,7 +29,7 @@ using DeviceKvAllocator = BasicKvAllocator<DeviceKvStorage<T>>;
 template <class Linear, class Head>
 class DevicePrefillModule {
  public:
-  using T = typename Linear::Scalar;  ///< of the cache
+  using T = typename Linear::Scalar;  ///< of activations
 
   /// `key` names the model, its version and the tenant: caches are shared under equal keys only.
   DevicePrefillModule(std::shared_ptr<const DeviceLlama<Linear, Head>> model, CacheKey key)
@@ -40,12 +40,12 @@ class DevicePrefillModule {
   [[nodiscard]] const CacheKey& key() const noexcept { return key_; }  ///< of its caches
 
   /// Puts one pass over the next tokens of several base sequences into the stream and commits them: caches[i]
-  /// is extended by chunks[i], for which it has blocks reserved. after_layer: see forward(). Errors: those of
-  /// PrefillBatch::send() and forward(); then nothing is committed.
-  template <class AfterLayer = IgnoreLayers>
+  /// is extended by chunks[i], for which it has blocks reserved. C, after_layer: see forward(). Errors: those
+  /// of PrefillBatch::send() and forward(); then nothing is committed.
+  template <class C, class AfterLayer = IgnoreLayers>
   [[nodiscard]] Status prefill_chunks(std::span<const std::span<const std::int32_t>> chunks,
-                                      std::span<Sequence* const> caches, DeviceKvAllocator<T>& allocator,
-                                      const DeviceKvStorage<T>& storage, PrefillBatch& batch,
+                                      std::span<Sequence* const> caches, DeviceKvAllocator<C>& allocator,
+                                      const DeviceKvStorage<C>& storage, PrefillBatch& batch,
                                       DeviceWorkspace<T>& workspace, const Device& device,
                                       cudaStream_t stream, AfterLayer&& after_layer = {}) const {
     const std::span<const Sequence* const> tables(caches.data(), caches.size());
@@ -64,12 +64,12 @@ class DevicePrefillModule {
 
   /// Extends `cache` by `tokens`: reserves blocks, puts the passes that compute their KV into the stream, in
   /// chunks of the batch's size, and commits each. The KV stands when the stream gets there: whatever reads
-  /// it is put into the same stream, or waits for it. after_layer: see forward(). Errors: kInvalidArgument
+  /// it is put into the same stream, or waits for it. C, after_layer: see forward(). Errors: kInvalidArgument
   /// past the model's context length, kExhausted when no block can be had, those of PrefillBatch::send() and
   /// forward().
-  template <class AfterLayer = IgnoreLayers>
-  [[nodiscard]] Status prefill(std::span<const std::int32_t> tokens, DeviceKvAllocator<T>& allocator,
-                               const DeviceKvStorage<T>& storage, Sequence& cache, PrefillBatch& batch,
+  template <class C, class AfterLayer = IgnoreLayers>
+  [[nodiscard]] Status prefill(std::span<const std::int32_t> tokens, DeviceKvAllocator<C>& allocator,
+                               const DeviceKvStorage<C>& storage, Sequence& cache, PrefillBatch& batch,
                                DeviceWorkspace<T>& workspace, const Device& device, cudaStream_t stream,
                                AfterLayer&& after_layer = {}) const {
     const auto total = std::ssize(tokens);

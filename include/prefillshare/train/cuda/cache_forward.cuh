@@ -311,7 +311,9 @@ class CacheForward {
     sample.tokens = chosen;
     sample.stride = stride_;
     sample.vocab = static_cast<int>(c_.vocab_size);
-    ts_.start(sample_kernel<0>, sample, dim3(kSampleSlices, static_cast<unsigned>(count)), kSampleThreads);
+    ts_.start(sample_kernel<0>, sample,
+              dim3(static_cast<unsigned>(sample_slices(count)), static_cast<unsigned>(count)),
+              kSampleThreads);
   }
 
   TrainStream ts_;

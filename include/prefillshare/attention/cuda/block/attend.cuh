@@ -97,24 +97,10 @@ struct NothingToAwait {
 struct AwaitNewest {
   static constexpr bool kMayWait = true;  ///< if `waits`
   bool waits = false;                     ///< else the block has waited
-  int newest = 0;                         ///< key
+  int newest = 0;                         ///< key, -1: it is not among these
 };
 
 namespace detail {
-
-// Brings keys, as many as the block has threads, into the second-level cache.
-template <class Shape>
-__device__ __forceinline__ void prefetch_rows(const KvSource& kv, const std::int32_t* pages, int kv_head,
-                                              int first, int end) {
-  constexpr unsigned kBytes = Shape::kRowChunks * 16;
-  const int key = first + static_cast<int>(threadIdx.x);
-  if (key >= end) return;
-  const int slot = page_of(kv, key);
-  const std::int64_t at = __ldg(pages + slot) * kv.page_stride +
-                          (key - slot * kv.page_size) * kv.token_stride + kv_head * kv.head_stride;
-  codegemm::cuda::detail::prefetch_l2(kv.k + at, kBytes);
-  codegemm::cuda::detail::prefetch_l2(kv.v + at, kBytes);
-}
 
 // The warp's keys of the tile in `stage`, which start at first_key.
 template <class Shape, class Limit>
@@ -232,14 +218,14 @@ __device__ __forceinline__ void attend(AttendState<Shape>& state, unsigned share
   detail::Queries<Shape> queries;
   state.clear();
   detail::PageLoader<Shape> loader;
-  static_assert(!(Shape::kQueriesInShared && Await::kMayWait),
-                "prefillshare: attend() waits only where queries go to registers");
-  if constexpr (Shape::kQueriesInShared) queries.load(rows, shared);
+  bool waits = false;
+  if constexpr (Await::kMayWait) waits = await.waits;
+  if (Shape::kQueriesInShared && !waits) queries.load(rows, shared);
   loader.look_up(kv, pages, keys.begin, keys.end);
   int missing = -1;
-  if constexpr (Await::kMayWait) missing = await.waits ? await.newest : -1;
+  if constexpr (Await::kMayWait) missing = waits ? await.newest : -1;
 #pragma unroll
-  for (int s = 0; s < Shape::kStages - 1; ++s) {
+  for (int s = 0; s < Shape::kAhead; ++s) {
     if (s < tiles) {
       loader.template copy<Await::kMayWait>(kv, kv_head, shared + static_cast<unsigned>(s) * kStageBytes,
                                             missing);
@@ -248,9 +234,9 @@ __device__ __forceinline__ void attend(AttendState<Shape>& state, unsigned share
     loader.look_up(kv, pages, keys.begin + (s + 1) * kTileKeys, keys.end);
   }
   if constexpr (Await::kMayWait) {
-    if (await.waits) {
+    if (waits) {
       const int tile = (await.newest - keys.begin) / kTileKeys;
-      const bool is_here = await.newest >= keys.begin && await.newest < keys.end && tile < Shape::kStages - 1;
+      const bool is_here = await.newest >= keys.begin && await.newest < keys.end && tile < Shape::kAhead;
       const int slot = detail::page_of(kv, await.newest);
       const int page = is_here ? __ldg(pages + slot) : 0;
       codegemm::cuda::detail::wait_for_previous_kernel();
@@ -261,25 +247,35 @@ __device__ __forceinline__ void attend(AttendState<Shape>& state, unsigned share
                                   kv_head * kv.head_stride;
         detail::PageLoader<Shape>::copy_row(kv, from, (await.newest - keys.begin) % kTileKeys,
                                             shared + static_cast<unsigned>(tile) * kStageBytes);
+      }
+      queries.load(rows, shared);
+      if (Shape::kQueriesInShared || is_here) {
         detail::end_copy_group();
         detail::wait_for_copies<0>();
       }
     }
   }
-  if constexpr (!Shape::kQueriesInShared) queries.load(rows, shared);
+  if (!Shape::kQueriesInShared && !waits) queries.load(rows, shared);
   unsigned stage = 0;
   unsigned next_stage = Shape::kStages - 1;
+  constexpr bool kAllAhead = Shape::kAhead == Shape::kStages;
   for (int t = 0; t < tiles; ++t) {
-    detail::wait_for_copies<Shape::kStages - 2>();
+    if (kAllAhead && t == 0) {
+      detail::wait_for_copies<Shape::kStages - 1>();
+    } else {
+      detail::wait_for_copies<Shape::kStages - 2>();
+    }
 #if CODEGEMM_HAS_WGMMA
     if constexpr (Shape::kWgmma) detail::publish_to_products();
 #endif
     meet();
-    if (t + Shape::kStages <= tiles) {
-      loader.copy(kv, kv_head, shared + next_stage * kStageBytes);
-      loader.look_up(kv, pages, keys.begin + (t + Shape::kStages) * kTileKeys, keys.end);
+    if (!kAllAhead || t > 0) {
+      if (t + Shape::kStages <= tiles) {
+        loader.copy(kv, kv_head, shared + next_stage * kStageBytes);
+        loader.look_up(kv, pages, keys.begin + (t + Shape::kStages) * kTileKeys, keys.end);
+      }
+      detail::end_copy_group();
     }
-    detail::end_copy_group();
     const unsigned tile_at = shared + stage * kStageBytes;
     const int first_key = keys.begin + t * kTileKeys;
 #if CODEGEMM_HAS_WGMMA

@@ -40,6 +40,9 @@ struct AttendShape {
   static constexpr int kWarpKeys = kTileKeys / WarpsN;    ///< keys of a tile that one warp multiplies
   static constexpr int kSlice = kTileKeys / kWarps;       ///< keys of a tile that one warp loads
   static constexpr bool kQueriesInShared = RowTiles > 1;  ///< else in registers
+  /// Tiles that are asked for before the first is multiplied. Where each warp has its own keys of a tile
+  /// items are long, and the last stage is left to the products' pace.
+  static constexpr int kAhead = WarpsN == kWarps ? Stages - 1 : Stages;
   /// Decoding waits for memory, so that there is time to multiply by what bf16 leaves of a weight, too.
   static constexpr bool kExactWeights = Type == ScalarType::kBFloat16 && RowTiles == 1;
   static constexpr bool kWgmma = Wgmma && CODEGEMM_HAS_WGMMA != 0;  ///< never for the host's compiler

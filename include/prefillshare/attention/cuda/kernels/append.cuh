@@ -44,6 +44,7 @@ struct AppendArgs {
   int pages = 0;
   int positions = 0;  // of the table
   bool interleaved = false;
+  bool overlap = false;  // places and angles are found while the kernel in front still runs
 };
 
 inline constexpr int kAppendThreads = 256;
@@ -104,13 +105,17 @@ __device__ __forceinline__ unsigned narrow_fp8(const float2& pair, float scale) 
 /// A thread takes sixteen elements of one head of one token, of Q, K or V. Fp8: pages of e4m3.
 template <ScalarType Type, bool Fp8>
 __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_constant__ AppendArgs a) {
-  codegemm::cuda::detail::wait_for_previous_kernel();
+  if (!a.overlap) codegemm::cuda::detail::wait_for_previous_kernel();
   codegemm::cuda::detail::allow_next_kernel();
   const int parts = a.head_dim / 16;
   const int q_heads = a.q == nullptr ? 0 : a.heads;
   const std::int64_t a_token = static_cast<std::int64_t>(q_heads + 2 * a.kv_heads) * parts;
   const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * kAppendThreads + threadIdx.x;
-  if (number >= a_token * a.tokens) return;
+  // No block of the next kernel may find this grid ended while the one before still runs.
+  const auto wait = [&] {
+    if (a.overlap) codegemm::cuda::detail::wait_for_previous_kernel();
+  };
+  if (number >= a_token * a.tokens) return wait();
   const int token = static_cast<int>(number / a_token);
   const int in_token = static_cast<int>(number - token * a_token);
   const int head = in_token / parts;
@@ -127,13 +132,13 @@ __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_con
     }
     sequence = low;
     behind = a.query_indptr[sequence + 1] - 1 - token;
-    if (behind < 0) return;  // more tokens than query_indptr tells of
+    if (behind < 0) return wait();  // more tokens than query_indptr tells of
   }
   const int page_begin = a.indptr[sequence];
   const int sequence_pages = a.indptr[sequence + 1] - page_begin;
   const int position = (sequence_pages - 1) * a.page_size + a.last_page_len[sequence] - 1 - behind;
   CODEGEMM_ASSERT(sequence_pages > 0 && position >= 0);
-  if (sequence_pages <= 0 || position < 0) return;
+  if (sequence_pages <= 0 || position < 0) return wait();
 
   const bool is_q = head < q_heads;
   const bool is_k = !is_q && head < q_heads + a.kv_heads;
@@ -145,15 +150,11 @@ __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_con
       is_q   ? a.q + token * a.q_stride + static_cast<std::int64_t>(head) * a.head_dim
       : is_k ? a.k + token * a.k_stride + static_cast<std::int64_t>(kv_head) * a.head_dim
              : a.v + token * a.v_stride + static_cast<std::int64_t>(kv_head) * a.head_dim;
-  uint4 low = *reinterpret_cast<const uint4*>(from + low_at);
-  uint4 high = *reinterpret_cast<const uint4*>(from + high_at);
   const bool turns = (is_q || is_k) && (a.cos != nullptr || a.frequencies != nullptr);
-  detail::Sixteen numbers;
-  if (turns || (Fp8 && !is_q)) numbers.load<Type>(low, high, a.interleaved);
+  float cos[8];
+  float sin[8];
   if (turns) {
     CODEGEMM_ASSERT(a.cos == nullptr || position < a.positions);
-    float cos[8];
-    float sin[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int pair = part * 8 + i;
@@ -166,6 +167,19 @@ __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_con
         sincosf(static_cast<float>(position) * a.frequencies[pair], &sin[i], &cos[i]);
       }
     }
+  }
+  std::int64_t to_page = 0;
+  if (!is_q) {
+    const int page = a.indices[page_begin + position / a.page_size];
+    CODEGEMM_ASSERT(page >= 0 && page < a.pages);
+    to_page = page * a.page_stride + position % a.page_size * a.token_stride + kv_head * a.head_stride;
+  }
+  wait();
+  uint4 low = *reinterpret_cast<const uint4*>(from + low_at);
+  uint4 high = *reinterpret_cast<const uint4*>(from + high_at);
+  detail::Sixteen numbers;
+  if (turns || (Fp8 && !is_q)) numbers.load<Type>(low, high, a.interleaved);
+  if (turns) {
     numbers.turn(cos, sin);
     const auto packed = [&](int i, bool second) {
       const float2 pair = second ? numbers.high(i, a.interleaved) : numbers.low(i, a.interleaved);
@@ -178,13 +192,9 @@ __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_con
   if (is_q) {
     to = a.q + token * a.q_stride + static_cast<std::int64_t>(head) * a.head_dim;
   } else {
-    const int page = a.indices[page_begin + position / a.page_size];
-    CODEGEMM_ASSERT(page >= 0 && page < a.pages);
     void* const pages = is_k ? a.k_pages : a.v_pages;
-    const std::int64_t at =
-        page * a.page_stride + position % a.page_size * a.token_stride + kv_head * a.head_stride;
     if constexpr (Fp8) {
-      auto* const row = static_cast<std::uint8_t*>(pages) + at;
+      auto* const row = static_cast<std::uint8_t*>(pages) + to_page;
       const float scale = is_k ? a.k_scale : a.v_scale;
       const auto four = [&](int i, bool second) {
         const float2 x = second ? numbers.high(i, a.interleaved) : numbers.low(i, a.interleaved);
@@ -195,7 +205,7 @@ __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_con
       *reinterpret_cast<uint2*>(row + high_at) = make_uint2(four(0, true), four(2, true));
       return;
     }
-    to = static_cast<std::uint16_t*>(pages) + at;
+    to = static_cast<std::uint16_t*>(pages) + to_page;
   }
   *reinterpret_cast<uint4*>(to + low_at) = low;
   *reinterpret_cast<uint4*>(to + high_at) = high;

@@ -41,17 +41,8 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
   AttendState<Shape> state;
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory));
   const std::int32_t* const pages = a.indices + family.page_begin;
-  if constexpr (Kind == WorkKind::kManyRows) {  // its queries go to shared memory
-    if (waits) {
-      prefetch_rows<Shape>(a.kv, pages, item.kv_head, keys.begin, keys.end);
-      codegemm::cuda::detail::wait_for_previous_kernel();
-      codegemm::cuda::detail::allow_next_kernel();
-    }
-    attend(state, shared, a.kv, pages, item.kv_head, rows, keys, limit, a.scale_log2);
-  } else {
-    attend(state, shared, a.kv, pages, item.kv_head, rows, keys, limit, a.scale_log2,
-           AwaitNewest{waits, family.key_end - 1});
-  }
+  attend(state, shared, a.kv, pages, item.kv_head, rows, keys, limit, a.scale_log2,
+         AwaitNewest{waits, Kind == WorkKind::kTail || family.shared >= 0 ? family.key_end - 1 : -1});
   if constexpr (Shape::kWarpsN > 1) {
     __syncthreads();
     const bool is_alone = Kind == WorkKind::kTail && family.shared < 0;
@@ -69,11 +60,17 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
 
 }  // namespace detail
 
+#if CUDART_VERSION >= 12040
+#define PREFILLSHARE_DECODE_BOUNDS __launch_bounds__(Tail::kThreads) __maxnreg__(kDecodeRegisters<Sort>)
+#else  // as many as two blocks may have
+#define PREFILLSHARE_DECODE_BOUNDS __launch_bounds__(Tail::kThreads, 2)
+#endif
+
 /// Each block takes its numbers of the work, which may end one item and begin another. Items of sequences
 /// that share nothing go to the output, those of several blocks through the one that ends last, if those are
 /// few; what else there is of a row is put together by decode_merge_kernel.
 template <class Tail, class Few, class Some, class Many, DecodeSort Sort>
-__global__ void __launch_bounds__(Tail::kThreads, 2) decode_kernel(const __grid_constant__ DecodeArgs a) {
+__global__ void PREFILLSHARE_DECODE_BOUNDS decode_kernel(const __grid_constant__ DecodeArgs a) {
   static_assert(
       Tail::kThreads == Few::kThreads && Tail::kThreads == Some::kThreads && Tail::kThreads == Many::kThreads,
       "prefillshare: decode_kernel's shapes share one launch");
@@ -102,7 +99,8 @@ __global__ void __launch_bounds__(Tail::kThreads, 2) decode_kernel(const __grid_
   while (true) {
     detail::DecodeItem item;
     item.find(family, start, at, a.lanes, lane);
-    const WorkKind kind = is_shared ? shared_kind(family.rows) : WorkKind::kTail;
+    const WorkKind kind =
+        is_shared ? shared_kind(family.rows, Sort == DecodeSort::kSharedFew) : WorkKind::kTail;
     if (Sort != DecodeSort::kCausal && kind == WorkKind::kTail) {
       detail::decode_item<Tail, WorkKind::kTail, Sort>(a, family, item, waits, decode_memory);
     } else if constexpr (Sort != DecodeSort::kAlone) {
@@ -110,7 +108,7 @@ __global__ void __launch_bounds__(Tail::kThreads, 2) decode_kernel(const __grid_
         detail::decode_item<Few, WorkKind::kFewRows, Sort>(a, family, item, waits, decode_memory);
       } else if (kind == WorkKind::kSomeRows) {
         detail::decode_item<Some, WorkKind::kSomeRows, Sort>(a, family, item, waits, decode_memory);
-      } else {
+      } else if constexpr (Sort != DecodeSort::kSharedFew) {
         detail::decode_item<Many, WorkKind::kManyRows, Sort>(a, family, item, waits, decode_memory);
       }
     }
@@ -126,5 +124,6 @@ __global__ void __launch_bounds__(Tail::kThreads, 2) decode_kernel(const __grid_
   }
   if (start.family.has_empty != 0) detail::store_empty<Tail::kHeadDim>(a);
 }
+#undef PREFILLSHARE_DECODE_BOUNDS
 
 }  // namespace prefillshare::cuda

@@ -25,6 +25,7 @@ struct DecodeMergeArgs {
   int kv_heads = 0;
   int group = 0;  // query heads of a K/V head
   int lanes = 1;
+  bool few = false;          // see shared_kind()
   bool shared_only = false;  // rows of sequences that share nothing are there already
 };
 
@@ -60,9 +61,10 @@ __global__ void __launch_bounds__(kMergeThreads, RowWarps > 1 ? 6 : 8)
     decode_merge_kernel(const __grid_constant__ DecodeMergeArgs a) {
   constexpr int kRows = kMergeThreads / 32 / RowWarps;
   constexpr int kColumns = HeadDim / 32;  // of a lane
-  __shared__ float warp_out[RowWarps > 1 ? RowWarps : 1][HeadDim];
-  __shared__ float2 warp_sums[RowWarps > 1 ? RowWarps : 1];  // largest score, and the sum of weights
-  codegemm::cuda::detail::allow_next_kernel();               // it waits for this one's end before it writes
+  constexpr int kSharedRows = RowWarps > 1 ? kRows : 1;
+  __shared__ float warp_out[kSharedRows][RowWarps][HeadDim];
+  __shared__ float2 warp_sums[kSharedRows][RowWarps];  // largest score, and the sum of weights
+  codegemm::cuda::detail::allow_next_kernel();         // it waits for this one's end before it writes
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int rank = warp % RowWarps;
@@ -82,7 +84,7 @@ __global__ void __launch_bounds__(kMergeThreads, RowWarps > 1 ? 6 : 8)
   if (tail.shared >= 0) {
     const KeyFamily family = detail::load_record(a.shared + tail.shared);
     shared.find(family, kv_head, (sequence - family.first_token) * a.group + row, a.lanes,
-                rows_of(shared_kind(family.rows)), a.shared_partials.rows);
+                rows_of(shared_kind(family.rows, a.few)), a.shared_partials.rows);
   }
   codegemm::cuda::detail::wait_for_previous_kernel();
   // The blocks that had it wrote the output.
@@ -131,23 +133,23 @@ __global__ void __launch_bounds__(kMergeThreads, RowWarps > 1 ? 6 : 8)
   }
   if constexpr (RowWarps > 1) {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) warp_out[rank][c * 32 + lane] = out[c];
-    if (lane == 0) warp_sums[rank] = make_float2(top, sum);
+    for (int c = 0; c < kColumns; ++c) warp_out[warp / RowWarps][rank][c * 32 + lane] = out[c];
+    if (lane == 0) warp_sums[warp / RowWarps][rank] = make_float2(top, sum);
     __syncthreads();
     if (rank > 0) return;
     float base = -INFINITY;
 #pragma unroll
-    for (int w = 0; w < RowWarps; ++w) base = fmaxf(base, warp_sums[w].x);
+    for (int w = 0; w < RowWarps; ++w) base = fmaxf(base, warp_sums[warp / RowWarps][w].x);
     if (base == -INFINITY) base = 0.0F;
     sum = 0.0F;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) out[c] = 0.0F;
 #pragma unroll
     for (int w = 0; w < RowWarps; ++w) {
-      const float factor = detail::exp2_fast(warp_sums[w].x - base);
-      sum += factor * warp_sums[w].y;
+      const float factor = detail::exp2_fast(warp_sums[warp / RowWarps][w].x - base);
+      sum += factor * warp_sums[warp / RowWarps][w].y;
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) out[c] += factor * warp_out[w][c * 32 + lane];
+      for (int c = 0; c < kColumns; ++c) out[c] += factor * warp_out[warp / RowWarps][w][c * 32 + lane];
     }
   }
   const float inverse = sum > 0.0F ? 1.0F / sum : (sum == 0.0F ? 0.0F : sum);  // no keys: zeros; NaN stays

@@ -35,6 +35,7 @@ struct DecodePrepareArgs {
   int tail_item_cost = 0;  // of each item of a tail beside its tiles, the same
   int min_shared_sequences = 0;
   int min_shared_tokens = 0;
+  bool few = false;  // see shared_kind()
   // Group g is sequence g of the table, and what else is called a sequence is one of its last tokens.
   bool causal = false;
 };
@@ -70,10 +71,26 @@ __device__ __forceinline__ int sum_before(int value, int& total, int (&warp_sums
   return pages > 0 ? (pages - 1) * a.page_size + a.last_page_len[sequence] : 0;
 }
 
-// Numbers the families' work and returns how much it is; `cost` gets that of a tile on average, in percent,
-// with item_cost for each item.
-__device__ inline int number_work(KeyFamily* families, int count, const DecodePrepareArgs& a, int item_cost,
-                                  int& cost, int (&warp_sums)[kPrepareThreads / 32]) {
+// The work of one kind.
+struct DecodeWork {
+  int tiles = 0;
+  int items = 0;
+  int cost = 100;  // of a tile on average, in percent
+  int item_cost = 0;
+
+  // What `quota` tiles in a row take at most, items being of their average length.
+  [[nodiscard]] __device__ __forceinline__ unsigned long long time_of(int quota) const {
+    if (tiles == 0) return 0;
+    const int length = max(1, tiles / max(1, items));
+    const int touched = quota % length == 0 ? quota / length : (quota + length - 2) / length + 1;
+    return static_cast<unsigned long long>(quota) * static_cast<unsigned>(cost) +
+           static_cast<unsigned long long>(touched) * static_cast<unsigned>(item_cost);
+  }
+};
+
+// Numbers the families' work; each item is to cost item_cost beside its tiles.
+__device__ inline DecodeWork number_work(KeyFamily* families, int count, const DecodePrepareArgs& a,
+                                         int item_cost, int (&warp_sums)[kPrepareThreads / 32]) {
   const int head_groups = a.kv_heads / a.lanes;
   int all = 0;
   int items = 0;
@@ -90,16 +107,19 @@ __device__ inline int number_work(KeyFamily* families, int count, const DecodePr
       families[i].work_begin = all + before;
       families[i].item_begin = items + items_before;
     }
-    const bool is_many = mine > 0 && shared_kind(families[i].rows) == WorkKind::kManyRows;
+    const bool is_many = mine > 0 && shared_kind(families[i].rows, a.few) == WorkKind::kManyRows;
     int total_many = 0;
     sum_before(is_many ? mine : 0, total_many, warp_sums);
     all += total;
     items += total_items;
     many += total_many;
   }
-  const std::int64_t more = std::int64_t{a.many_rows_cost - 100} * many + std::int64_t{item_cost} * items;
-  cost = 100 + (all == 0 ? 0 : static_cast<int>(more / all));
-  return all;
+  DecodeWork out;
+  out.tiles = all;
+  out.items = items;
+  out.item_cost = item_cost;
+  if (all > 0) out.cost = 100 + static_cast<int>(std::int64_t{a.many_rows_cost - 100} * many / all);
+  return out;
 }
 
 [[nodiscard]] __device__ __forceinline__ int quota_of(int all, int superblocks, int least) {
@@ -132,7 +152,7 @@ template <int>
 __global__ void __launch_bounds__(kPrepareThreads)
     decode_prepare_kernel(const __grid_constant__ DecodePrepareArgs a) {
   __shared__ int warp_sums[kPrepareThreads / 32];
-  __shared__ unsigned long long best;  // the longer time, in percent of a tile's, and superblocks
+  __shared__ unsigned long long best;  // the longer and the shorter time, in percent of a tile's, superblocks
   __shared__ int has_empty;
   codegemm::cuda::detail::wait_for_previous_kernel();
   codegemm::cuda::detail::allow_next_kernel();
@@ -158,7 +178,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
         family.key_end = tokens;
         family.tiles = (tokens + kTileKeys - 1) / kTileKeys;
         family.rows = count * a.group;
-        const int rows = rows_of(shared_kind(family.rows));
+        const int rows = rows_of(shared_kind(family.rows, a.few));
+        if (a.causal) family.shared = 0;
         family.row_tiles = (family.rows + rows - 1) / rows;
         for (int i = first; i < first + count; ++i) a.tails[i].shared = g;
       }
@@ -184,12 +205,11 @@ __global__ void __launch_bounds__(kPrepareThreads)
     family.row_tiles = (a.group + kTailRows - 1) / kTailRows;
     a.tails[i] = family;
     if (family.tiles == 0 && family.shared < 0) has_empty = 1;
+    if (family.tiles == 0 && family.shared >= 0) a.shared[family.shared].shared = 0;
   }
   __syncthreads();
-  int tail_cost = 100;
-  int cost = 100;
-  const int tail_all = detail::number_work(a.tails, a.sequences, a, a.tail_item_cost, tail_cost, warp_sums);
-  const int shared_all = detail::number_work(a.shared, a.groups, a, 0, cost, warp_sums);
+  const auto tails = detail::number_work(a.tails, a.sequences, a, a.tail_item_cost, warp_sums);
+  const auto shared = detail::number_work(a.shared, a.groups, a, 0, warp_sums);
   for (int i = thread; i < a.superblocks; i += kPrepareThreads) {
     BlockStart start;
     start.family.has_empty = has_empty;
@@ -197,23 +217,27 @@ __global__ void __launch_bounds__(kPrepareThreads)
   }
   __syncthreads();
   // The two kinds run side by side: so many superblocks for each that both end at about the same time.
-  const int least = shared_all == 0 ? 0 : 1;
-  const int most = shared_all == 0 ? 0 : max(1, a.superblocks - (tail_all == 0 ? 0 : 1));
+  const int least = shared.tiles == 0 ? 0 : 1;
+  const int most = shared.tiles == 0 ? 0 : max(1, a.superblocks - (tails.tiles == 0 ? 0 : 1));
   for (int n = least + thread; n <= most; n += kPrepareThreads) {
-    const auto time_of = [&](int all, int superblocks, int tile_cost) {
-      return all == 0 ? 0ULL
-                      : static_cast<unsigned long long>(detail::quota_of(all, superblocks, a.min_tiles)) *
-                            static_cast<unsigned>(tile_cost);
-    };
-    const unsigned long long longer =
-        max(time_of(shared_all, n, cost), time_of(tail_all, a.superblocks - n, tail_cost));
-    atomicMin(&best, longer * 1024 + static_cast<unsigned>(n));
+    const unsigned long long of_shared = shared.time_of(detail::quota_of(shared.tiles, n, a.min_tiles));
+    const unsigned long long of_tails =
+        tails.time_of(detail::quota_of(tails.tiles, a.superblocks - n, a.min_tiles));
+    const unsigned long long longer = max(of_shared, of_tails);
+    const unsigned long long shorter = min(min(of_shared, of_tails), (1ULL << 20) - 1);
+    atomicMin(&best, ((longer << 20) + shorter) * 1024 + static_cast<unsigned>(n));
   }
   __syncthreads();
+  // Blocks start in their order: those that take longer first, and those without work last.
   const int superblocks_shared = static_cast<int>(best % 1024);
-  detail::deal_out(a, a.shared, a.groups, shared_all, 0, superblocks_shared, 1, has_empty);
-  detail::deal_out(a, a.tails, a.sequences, tail_all, superblocks_shared, a.superblocks - superblocks_shared,
-                   0, has_empty);
+  const int superblocks_tails = a.superblocks - superblocks_shared;
+  const int shared_quota = detail::quota_of(shared.tiles, superblocks_shared, a.min_tiles);
+  const int tail_quota = detail::quota_of(tails.tiles, superblocks_tails, a.min_tiles);
+  const bool tails_first = tails.time_of(tail_quota) > shared.time_of(shared_quota);
+  const int before_shared = tails_first ? (tails.tiles + tail_quota - 1) / tail_quota : 0;
+  const int before_tails = tails_first ? 0 : (shared.tiles + shared_quota - 1) / shared_quota;
+  detail::deal_out(a, a.shared, a.groups, shared.tiles, before_shared, superblocks_shared, 1, has_empty);
+  detail::deal_out(a, a.tails, a.sequences, tails.tiles, before_tails, superblocks_tails, 0, has_empty);
 }
 
 }  // namespace prefillshare::cuda

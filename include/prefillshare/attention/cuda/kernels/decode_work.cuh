@@ -27,7 +27,8 @@ struct alignas(16) KeyFamily {
   int rows = 0;  // query rows a K/V head
   int row_tiles = 0;
   int item_begin = 0;  // items (family, heads / lanes, row tile) before its own
-  int shared = -1;     // of a tail: the family of its sequence's shared pages, or -1
+  int shared = -1;     // of a tail: the family of its sequence's shared pages, or -1; of these: 0 if a
+                       // sequence ends with them, whose newest key they have, or -1
   int has_empty = 0;   // of a BlockStart: 1 if there are sequences without keys
   int quota = 1;       // numbers of the work of a superblock, the same for all families of its kind
 };
@@ -46,12 +47,19 @@ static_assert(sizeof(BlockStart) == 64, "BlockStart is read as four vectors of 1
 /// Kinds of work: a sequence's own keys, and shared ones for few, some or many query rows.
 enum class WorkKind { kTail, kFewRows, kSomeRows, kManyRows };
 
-/// What the work is: sequences alone; with shared pages beside their own; or several tokens of each sequence,
-/// which share its pages, each seeing those up to itself.
-enum class DecodeSort { kAlone, kShared, kCausal };
+/// What the work is: sequences alone; with shared pages beside their own, for at most kMostFewRows query rows
+/// or any number; or several tokens of each sequence, which share its pages, each seeing those up to itself.
+enum class DecodeSort { kAlone, kSharedFew, kShared, kCausal };
 
-[[nodiscard]] CODEGEMM_HOST_DEVICE constexpr WorkKind shared_kind(int rows) {
-  return rows <= 32 ? WorkKind::kFewRows : rows <= 64 ? WorkKind::kSomeRows : WorkKind::kManyRows;
+/// Registers of a thread of decode_kernel, two of whose blocks are on a multiprocessor. The rest of 216 are
+/// those of one block of decode_merge_kernel, which then waits beside them.
+template <DecodeSort Sort>
+inline constexpr int kDecodeRegisters =
+    Sort == DecodeSort::kAlone || Sort == DecodeSort::kSharedFew ? 216 : 255;
+
+/// few: there is no kernel for many rows, see DecodeSort.
+[[nodiscard]] CODEGEMM_HOST_DEVICE constexpr WorkKind shared_kind(int rows, bool few) {
+  return rows <= 32 ? WorkKind::kFewRows : rows <= 64 || few ? WorkKind::kSomeRows : WorkKind::kManyRows;
 }
 /// Query rows of an item of each kind.
 [[nodiscard]] CODEGEMM_HOST_DEVICE constexpr int rows_of(WorkKind kind) {
@@ -62,6 +70,7 @@ enum class DecodeSort { kAlone, kShared, kCausal };
 }
 inline constexpr int kTailRows = rows_of(WorkKind::kTail);
 inline constexpr int kManyRows = rows_of(WorkKind::kManyRows);
+inline constexpr int kMostFewRows = 256;  // of DecodeSort::kSharedFew, as tiles of kSomeRows
 
 /// Sums of each part of an item: part (superblock, item, lane) is number (superblock + item) * lanes + lane,
 /// which no two have in common, since the next part is of the next superblock, the next item or both.

@@ -25,17 +25,17 @@ inline constexpr int kRmsNormThreads = 512;
 
 namespace detail {
 
-// The sum over a block of kRmsNormThreads, in every thread; always in the same order.
+// The sum over a block of Warps warps (a power of two), in every thread; always in the same order.
+template <int Warps>
 __device__ __forceinline__ float block_sum(float value) {
-  __shared__ float parts[kRmsNormThreads / 32];
+  __shared__ float parts[Warps];
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xFFFFFFFFU, value, step);
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
   __syncthreads();
-  value = parts[threadIdx.x % (kRmsNormThreads / 32)];
+  value = parts[threadIdx.x % Warps];
 #pragma unroll
-  for (int step = kRmsNormThreads / 64; step > 0; step /= 2)
-    value += __shfl_xor_sync(0xFFFFFFFFU, value, step);
+  for (int step = Warps / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xFFFFFFFFU, value, step);
   return value;
 }
 
@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kRmsNormThreads) rms_norm_kernel(const __grid_
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum += more[j] * more[j];
   }
-  const float scale = rsqrtf(detail::block_sum(sum) / static_cast<float>(a.width) + a.epsilon);
+  const float scale =
+      rsqrtf(detail::block_sum<kRmsNormThreads / 32>(sum) / static_cast<float>(a.width) + a.epsilon);
   T* const out = static_cast<T*>(a.out) + row * a.width;
 #pragma unroll
   for (int i = 0; i < Held; ++i) {

@@ -120,13 +120,17 @@ struct SampleArgs {
   std::uint64_t* best = nullptr;         // [rows], 0 before and after
   unsigned* arrived = nullptr;           // [rows], 0 before and after
   std::int32_t* tokens = nullptr;        // [rows], what is chosen
+  std::int32_t* copy = nullptr;          // [rows], the same in page-locked host memory; null: no copy
   std::int64_t stride = 0;
   int vocab = 0;
   const std::uint64_t* steps = nullptr;  // [rows], a number that no other draw with this seed has; null: 0
 };
 
 inline constexpr int kSampleThreads = 256;
-inline constexpr int kSampleSlices = 16;  // blocks that share a row
+/// Blocks that share a row: some two a multiprocessor where rows are few.
+[[nodiscard]] constexpr int sample_slices(std::int64_t rows) {
+  return rows <= 2 ? 128 : rows <= 16 ? 256 / static_cast<int>(rows) : 16;
+}
 
 namespace detail {
 
@@ -163,7 +167,7 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(const __grid_con
   const std::uint64_t step = a.steps == nullptr ? 0 : a.steps[row];
   std::uint64_t best = 0;
   for (int id = static_cast<int>(blockIdx.x * kSampleThreads + threadIdx.x); id < a.vocab;
-       id += kSampleSlices * kSampleThreads) {
+       id += static_cast<int>(gridDim.x) * kSampleThreads) {
     float value = logits[id];
     if (temperature > 0.0F) value = value / temperature + detail::gumbel(seed, step, id);
     const std::uint64_t key = detail::sample_key(value, id);
@@ -174,16 +178,22 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(const __grid_con
     const std::uint64_t other = __shfl_xor_sync(0xFFFFFFFFU, best, lane);
     best = other > best ? other : best;
   }
-  // The order in which maxima arrive does not matter.
-  if (threadIdx.x % 32 == 0) atomicMax(reinterpret_cast<unsigned long long*>(a.best + row), best);
+  __shared__ std::uint64_t of_warps[kSampleThreads / 32];
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = best;
   __syncthreads();
   if (threadIdx.x != 0) return;
+#pragma unroll
+  for (const std::uint64_t other : of_warps) best = other > best ? other : best;
+  // The order in which maxima arrive does not matter.
+  atomicMax(reinterpret_cast<unsigned long long*>(a.best + row), best);
   __threadfence();
   if (atomicAdd(a.arrived + row, 1U) + 1U < gridDim.x) return;
   __threadfence();
   const std::uint64_t chosen = atomicExch(reinterpret_cast<unsigned long long*>(a.best + row), 0ULL);
   a.arrived[row] = 0;
-  a.tokens[row] = static_cast<std::int32_t>(0xFFFFFFFFU - static_cast<unsigned>(chosen & 0xFFFFFFFFU));
+  const auto token = static_cast<std::int32_t>(0xFFFFFFFFU - static_cast<unsigned>(chosen & 0xFFFFFFFFU));
+  a.tokens[row] = token;
+  if (a.copy != nullptr) a.copy[row] = token;
 }
 
 }  // namespace prefillshare::cuda
