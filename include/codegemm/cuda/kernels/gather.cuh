@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   unsigned push_at = 0;  // where the next sum of this warp goes, in the owner's memory
   unsigned push_barrier = 0;
   if constexpr (kCluster) {
-    if (warp == kWarps - 1) detail::cluster_wait();  // every barrier of the cluster is ready
+    detail::cluster_wait();  // every barrier of the cluster is ready
     const int turn = turn_of(warp);
     const unsigned owner = static_cast<unsigned>(warp - turn * ranks);
     push_barrier = detail::address_in(barrier, owner);
