@@ -15,7 +15,8 @@
 
 namespace prefillshare::examples {
 
-/// Shows "LABEL  42% (1.3 s)" on stderr: rewritten in place on a terminal, a few lines in a log file.
+/// Shows "LABEL  42% (1.3 s)" on stderr: rewritten in place on a terminal; in a log file a line each quarter,
+/// and each minute that something was done.
 class ProgressLine {
  public:
   explicit ProgressLine(std::string label)
@@ -30,10 +31,12 @@ class ProgressLine {
   void update(std::int64_t done, std::int64_t total, const std::string& detail = {}) {
     const int percent = total > 0 ? static_cast<int>(done * 100 / total) : 100;
     const int step = terminal_ ? 1 : 25;
-    if (done < total && percent / step == shown_ / step) return;
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    const bool due = !terminal_ && seconds - shown_at_ >= 60.0;
+    if (done < total && percent / step == shown_ / step && !due) return;
     if (finished_) return;
     shown_ = percent;
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    shown_at_ = seconds;
     std::string line = codegemm::concat(label_, "  ", done, "/", total, "  ", percent, "%");
     if (seconds >= 0.05) {
       char text[32];
@@ -57,6 +60,7 @@ class ProgressLine {
   bool open_ = false;
   bool finished_ = false;
   int shown_ = -1000;
+  double shown_at_ = 0.0;
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
