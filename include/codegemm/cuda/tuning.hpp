@@ -24,7 +24,8 @@ inline constexpr std::size_t kCounterBytes = 16384;
 struct GemmTuning {
   /// Most blocks that add their sums through each other's shared memory, 1 (none) to 8. Gather and fused mma.
   int cluster = 8;
-  /// How far the second-level cache is ahead, in tiles of a warp, 0 to 15. Gather and fused mma.
+  /// How far the second-level cache is ahead, in tiles of a warp, 0 to 15. Gather (where a warp has at most
+  /// three tiles) and fused mma.
   int rounds_ahead = 1;
   int shared_bytes = 0;           ///< gather: shared memory of a block at least
   Regime regime = Regime::kAuto;  ///< which kernel
