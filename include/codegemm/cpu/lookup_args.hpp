@@ -23,10 +23,6 @@ namespace codegemm::detail {
   return code_bits == 4 ? kBlockRows / 2 : kBlockRows;
 }
 
-[[nodiscard]] constexpr std::int64_t flush_entries(int code_bits) noexcept {
-  return code_bits == 4 ? CpuTiles::kFlushEntries4 : CpuTiles::kFlushEntries;
-}
-
 /// Entries whose sums are added in 16 bits; they share a scale group.
 struct Flush {
   std::int64_t first;  // counted from the first entry of the tile
@@ -41,6 +37,19 @@ struct EncodeArgs {
   std::int64_t entries;
   std::uint8_t* tables;                 // out: [entries][table bytes], aligned to a table or 64 bytes
   const std::uint8_t* ahead = nullptr;  // codes to ask for meanwhile, a byte a centroid
+};
+
+/// Tables of a flush to make of integers.
+struct IntegerTableArgs {
+  const std::int32_t* pairs;  // [m][v / 2][2^b]
+  float pair_step;            // of them
+  const float* x;             // from the vector of the first entry on
+  std::int64_t vectors;       // that the entries belong to
+  std::int64_t m;             // codebooks
+  std::int64_t codebook;      // of the first entry
+  std::int64_t entries;       // at most flush_entries()
+  std::uint8_t* tables;       // out: [entries][table bytes], as the look-ups take them
+  const std::uint8_t* ahead;  // codes to ask for meanwhile, a byte a centroid; null: none
 };
 
 /// y[n] += sum over flushes f of step_f * scales_f[n] * sum over the entries e of f of tables[e][code(n, e)].

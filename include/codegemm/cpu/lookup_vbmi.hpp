@@ -220,14 +220,16 @@ CODEGEMM_TARGET_AVX512_VBMI void lookup_planes_by_vbmi(const LookupArgs& a) {
   // Three sums a block (six of 4-bit codes) beside the tables: with more, GCC keeps some in memory.
   constexpr int kBlocks = kCodeBits == 4 ? 2 : 4;
   // Where two blocks of 8-bit codes share a page, Intel's cores read ahead of only one of them: every other
-  // block first, and then the others.
-  constexpr std::int64_t kApart = kCodeBits == 8 && kPermutes == Permutes::kOneRegister ? 2 : 1;
-  constexpr std::int64_t kGroup = kApart * kBlocks;
+  // block first, and then the others, if there are many.
+  constexpr std::int64_t kManyBlocks = 32;
+  const std::int64_t apart =
+      kCodeBits == 8 && kPermutes == Permutes::kOneRegister && a.blocks >= kManyBlocks ? 2 : 1;
+  const std::int64_t group = apart * kBlocks;
   std::int64_t block = 0;
-  for (; block + kGroup <= a.blocks; block += kGroup) {
-    const std::int64_t ahead = bytes_ahead(a, block, kGroup);
-    for (std::int64_t i = 0; i < kApart; ++i) {
-      look_up_group_vbmi<kCodeBits, kBlocks, kPermutes>(a, block + i, kApart, ahead);
+  for (; block + group <= a.blocks; block += group) {
+    const std::int64_t ahead = bytes_ahead(a, block, group);
+    for (std::int64_t i = 0; i < apart; ++i) {
+      look_up_group_vbmi<kCodeBits, kBlocks, kPermutes>(a, block + i, apart, ahead);
     }
   }
   for (; block + kBlocks <= a.blocks; block += kBlocks) {
