@@ -209,6 +209,8 @@ struct CpuCosts {
   static constexpr double kEncode = 0.6;                         ///< encoding one centroid
   static constexpr double kEncodeVbmi = 0.21;    ///< the same with AVX-512 and VBMI, on a Xeon
   static constexpr double kBuildAvx512 = 0.036;  ///< one element of a centroid x 1 token with AVX-512
+  static constexpr double kMakeEntry = 0.09;     ///< making one centroid's entry of integers, on a Xeon
+  static constexpr double kMakeElement = 0.017;  ///< and one element of it
 };
 
 namespace detail {

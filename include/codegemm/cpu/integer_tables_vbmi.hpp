@@ -18,16 +18,19 @@ CODEGEMM_AVX512_CODE_BEGIN
 
 namespace codegemm::detail {
 
+// x[0..16), of which only `count` are there; 0 beyond.
+CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE __m512 load_some_avx512(const float* x, std::int64_t count) {
+  if (count >= 16) return _mm512_loadu_ps(x);
+  alignas(64) float some[16] = {};
+  for (std::int64_t i = 0; i < count; ++i) some[i] = x[i];
+  return _mm512_load_ps(some);
+}
+
 // The sum of x[i]^2.
 CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE float sum_squares_avx512(const float* x, std::int64_t count) {
   __m512 sum = _mm512_setzero_ps();
-  std::int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    const __m512 v = _mm512_loadu_ps(x + i);
-    sum = _mm512_fmadd_ps(v, v, sum);
-  }
-  if (i < count) {
-    const __m512 v = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1U << (count - i)) - 1U), x + i);
+  for (std::int64_t i = 0; i < count; i += 16) {
+    const __m512 v = load_some_avx512(x + i, count - i);
     sum = _mm512_fmadd_ps(v, v, sum);
   }
   return add_lanes_avx512(sum);
@@ -37,8 +40,7 @@ CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE float sum_squares_avx512(const flo
 CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void round_vectors_avx512(const float* x, std::int64_t count,
                                                                         float factor, std::int16_t* out) {
   for (std::int64_t i = 0; i < count; i += 16) {
-    const __mmask16 some = static_cast<__mmask16>(count - i < 16 ? (1U << (count - i)) - 1U : 0xFFFFU);
-    const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, x + i), _mm512_set1_ps(factor));
+    const __m512 v = _mm512_mul_ps(load_some_avx512(x + i, count - i), _mm512_set1_ps(factor));
     _mm256_store_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
   }
 }

@@ -75,8 +75,12 @@ struct EntryCosts {
     const bool slow = isa == Isa::kAvx512Vbmi && w.format.b == 8 && two_register_lookups_are_slow();
     const double cost = slow ? CpuCosts::kLookupOneRegister : lookup_cost(isa, w.format.b);
     const double encode = isa == Isa::kAvx512Vbmi ? CpuCosts::kEncodeVbmi : CpuCosts::kEncode;
-    const double build1 = has_avx512(isa) ? chunks * CpuCosts::kBuildAvx512 * elements : build / 8;
-    out.lookup1 = blocks * cost + build1 + chunks * encode * static_cast<double>(w.format.centroids());
+    const double build1 = has_avx512(isa) ? CpuCosts::kBuildAvx512 * elements : build / chunks / 8;
+    const auto centroids = static_cast<double>(w.format.centroids());
+    const double tables = w.codebooks_pairs != nullptr
+                              ? CpuCosts::kMakeElement * elements + CpuCosts::kMakeEntry * centroids
+                              : build1 + encode * centroids;
+    out.lookup1 = blocks * cost + chunks * tables;
   }
   return out;
 }
