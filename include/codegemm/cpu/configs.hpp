@@ -137,7 +137,8 @@ struct CpuTiles {
   /// How far ahead codes are asked for where they are looked up with VBMI, which is faster than memory. Twice
   /// as far is no better, and many bytes asked for at once hold up what comes after them.
   static constexpr std::int64_t kLookupAheadBytes = 8192;
-  /// How many bytes of codes are asked for before the first table is made, which has to wait for what is asked.
+  /// How many bytes of codes are asked for before the first table is made, which has to wait for what is
+  /// asked.
   static constexpr std::int64_t kLookupFirstBytes = 1024;
   /// Tokens in the lanes: 32 KiB of tables, that is 4 entries of 256 centroids x 8 tokens. Fewer entries cost
   /// more passes over the partial sums; with 8 entries the tables fall out of the cache.
