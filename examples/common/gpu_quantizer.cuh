@@ -78,10 +78,11 @@ class GpuQuantizer {
     std::int64_t codes_moved = 0;
   };
   /// Trains codebooks, scales and norms, and codes where `moves` says so, on what `dense` says about
-  /// `sequences`, in bf16. `layers` becomes the result, its norms replaced.
+  /// `sequences`, and with a share of labels on what they say themselves, in bf16. `layers` becomes the
+  /// result, its norms replaced.
   Distilled distill(const std::shared_ptr<const Model>& dense, QuantizedLayers& layers,
                     const Sequences& sequences, const Sequences& judged, const TrainOptions& options,
-                    const cuda::CodeMoveOptions& moves,
+                    const cuda::CodeMoveOptions& moves, double label_share,
                     const std::function<void(const TrainProgress&)>& progress) {
     using S = __nv_bfloat16;
     std::map<std::string, codegemm::QuantizedMatrix> matrices;
@@ -92,7 +93,7 @@ class GpuQuantizer {
         unwrap(cuda::DeviceFrozenWeights<S>::create(*dense, device_, stream_.get())));
     auto distiller =
         unwrap(cuda::DeviceDistiller<S>::create(student, std::move(teacher), sequences, options, device_,
-                                                stream_.get(), cuda::Activations::kKept, moves));
+                                                stream_.get(), cuda::Activations::kKept, moves, label_share));
     Distilled out;
     out.before = unwrap(distiller.divergence(judged));
     check(distiller.run(progress));
@@ -111,36 +112,38 @@ class GpuQuantizer {
   [[nodiscard]] PerplexitySums score(const Model& model, const Sequences& windows) {
     PerplexitySums sums;
     if (windows.empty()) return sums;
-    const std::int64_t length = std::ssize(windows.front());
-    if (judge_ == nullptr || judge_->max_rows() < length) {
-      judge_ = nullptr;
-      judge_ = std::make_unique<cuda::DeviceTrainPass<float>>(unwrap(cuda::DeviceTrainPass<float>::create(
-          model.config, length, length, cuda::Activations::kRecomputed, device_, stream_.get())));
-      losses_ = unwrap(codegemm::cuda::DeviceArray<float>::create(static_cast<std::size_t>(length)));
-    }
-    const auto weights = unwrap(cuda::DeviceFrozenWeights<float>::create(model, device_, stream_.get()));
-    std::vector<float> losses;
+    const Frozen weights = upload(model);
     for (const std::vector<std::int32_t>& window : windows) {
-      cuda::DeviceLossBatch<float> batch;
-      batch.tokens = window;
-      batch.segments.push_back({length, 0});
-      for (std::int64_t i = length / 2; i + 1 < length; ++i) {
-        batch.loss_rows.push_back(static_cast<std::int32_t>(i));
-        batch.labels.push_back(window[static_cast<std::size_t>(i + 1)]);
-      }
-      check(judge_->evaluate(weights.view(), batch, losses_.data()));
-      losses.resize(batch.labels.size());
-      auto& ts = judge_->train_stream();
-      ts.copy(losses.data(), losses_.data(), losses.size() * sizeof(float), cudaMemcpyDeviceToHost);
-      ts.synchronize();
-      check(ts.take());
-      for (const float loss : losses) {
+      cuda::DeviceLossBatch<float> batch = second_half(window);
+      for (const float loss : losses_of(weights, batch)) {
         sums.loss += static_cast<double>(loss);
         sums.squares += static_cast<double>(loss) * static_cast<double>(loss);
         ++sums.tokens;
       }
     }
     return sums;
+  }
+  /// How far the model's next-token distributions are from the dense one's where score() looks: the mean
+  /// Kullback-Leibler divergence in nats, in fp32.
+  [[nodiscard]] double divergence(const Model& model, const Model& dense, const Sequences& windows) {
+    if (windows.empty()) return 0.0;
+    const Frozen weights = upload(model);
+    const Frozen teacher = upload(dense);
+    auto hidden = unwrap(codegemm::cuda::DeviceArray<float>::create(
+        windows.front().size() * static_cast<std::size_t>(model.config.hidden_size)));
+    double sum = 0.0;
+    std::int64_t tokens = 0;
+    for (const std::vector<std::int32_t>& window : windows) {
+      cuda::DeviceLossBatch<float> batch = second_half(window);
+      check(judge_of(model.config, std::ssize(window)).hidden(teacher.view(), batch, hidden.data()));
+      batch.teacher = hidden.data();
+      batch.teacher_head = teacher.view().head();
+      for (const float loss : losses_of(weights, batch)) {
+        sum += static_cast<double>(loss);
+        ++tokens;
+      }
+    }
+    return sum / static_cast<double>(tokens);
   }
 
   /// The dense model with its layers as their codes say, and their norms.
@@ -176,6 +179,46 @@ class GpuQuantizer {
  private:
   static constexpr std::int64_t kPassTokens = 8192;
 
+  using Frozen = cuda::DeviceFrozenWeights<float>;
+
+  [[nodiscard]] Frozen upload(const Model& model) {
+    return unwrap(Frozen::create(model, device_, stream_.get()));
+  }
+  /// What predicts the tokens of a window's second half.
+  [[nodiscard]] static cuda::DeviceLossBatch<float> second_half(const std::vector<std::int32_t>& window) {
+    const auto length = std::ssize(window);
+    cuda::DeviceLossBatch<float> batch;
+    batch.tokens = window;
+    batch.segments.push_back({length, 0});
+    for (std::int64_t i = length / 2; i + 1 < length; ++i) {
+      batch.loss_rows.push_back(static_cast<std::int32_t>(i));
+      batch.labels.push_back(window[static_cast<std::size_t>(i + 1)]);
+    }
+    return batch;
+  }
+  /// A pass over windows of `length` tokens.
+  [[nodiscard]] cuda::DeviceTrainPass<float>& judge_of(const ModelConfig& config, std::int64_t length) {
+    if (judge_ == nullptr || judge_->max_rows() < length) {
+      judge_ = nullptr;
+      judge_ = std::make_unique<cuda::DeviceTrainPass<float>>(unwrap(cuda::DeviceTrainPass<float>::create(
+          config, length, length, cuda::Activations::kRecomputed, device_, stream_.get())));
+      losses_ = unwrap(codegemm::cuda::DeviceArray<float>::create(static_cast<std::size_t>(length)));
+    }
+    return *judge_;
+  }
+  /// Of each of the batch's labels; waits.
+  [[nodiscard]] std::vector<float> losses_of(const Frozen& weights,
+                                             const cuda::DeviceLossBatch<float>& batch) {
+    auto& judge = judge_of(weights.config(), std::ssize(batch.tokens));
+    check(judge.evaluate(weights.view(), batch, losses_.data()));
+    std::vector<float> losses(batch.labels.size());
+    auto& ts = judge.train_stream();
+    ts.copy(losses.data(), losses_.data(), losses.size() * sizeof(float), cudaMemcpyDeviceToHost);
+    ts.synchronize();
+    check(ts.take());
+    return losses;
+  }
+
   struct DestroyStream {
     void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
   };
@@ -183,7 +226,7 @@ class GpuQuantizer {
   codegemm::cuda::Device device_;
   std::unique_ptr<std::remove_pointer_t<cudaStream_t>, DestroyStream> stream_;
   std::unique_ptr<codegemm::cuda::DeviceQuantizer> layers_;
-  std::unique_ptr<cuda::DeviceTrainPass<float>> judge_;  // of score()
+  std::unique_ptr<cuda::DeviceTrainPass<float>> judge_;  // of score() and divergence()
   codegemm::cuda::DeviceArray<float> losses_;
 };
 
