@@ -439,7 +439,7 @@ class QuantizeSuite {
         sums.perplexity(), sums.error());
     std::fflush(stdout);
     row["distill_steps"] = options.steps;
-    row["distill_rate"] = rate;
+    row["distill_rate"] = how.rate;
     row["distill_batch"] = options.batch;
     row["code_rate"] = how.code_rate;
     row["label_share"] = how.label_share;
