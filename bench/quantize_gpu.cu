@@ -132,7 +132,7 @@ class QuantizeSuite {
       : options_(options),
         pool_(options.threads),
         source_(unwrap(open_model(options.model))),
-        loaded_(unwrap(load_model(*source_))) {
+        loaded_(unwrap(load(*source_, options))) {
     if (options.permute > 0) {
       loaded_.model = permuted_model(*loaded_.model, options.permute);
       loaded_.fingerprint += concat("-permuted-", options.permute);
@@ -161,7 +161,11 @@ class QuantizeSuite {
   }
 
   void run() {
-    dense_ = gpu_.score(*loaded_.model, windows_);
+    if (!options_.out.empty()) {
+      for (const std::string& name : options_.formats)
+        check(check_writable(CheckpointKind::kCodeGemm, unwrap(parse_format(name)), *loaded_.model));
+    }
+    dense_ = gpu_.score(loaded_, windows_);
     const PerplexitySums& dense = dense_;
     std::printf("%zu windows of %zu tokens of %s: perplexity of the model as given %.3f +- %.3f\n",
                 windows_.size(), windows_.front().size(), file_name(options_.text).c_str(),
@@ -303,9 +307,10 @@ class QuantizeSuite {
     const auto model = with_weights(*loaded_.model, [&](const std::string& layer, const DenseLinear&) {
       return replacer.made.at(layer);
     });
-    const PerplexitySums sums = gpu_.score(*model, windows_);
+    const LoadedModel in_blocks{model};
+    const PerplexitySums sums = gpu_.score(in_blocks, windows_);
     const double bits = 8.0 * type->bytes / type->block;
-    const double held_out = gpu_.divergence(*model, *loaded_.model, windows_);
+    const double held_out = gpu_.divergence(in_blocks, loaded_, windows_);
     std::printf("%s blocks, %.2f bits: held out divergence %.4f, perplexity %.3f +- %.3f\n", name.c_str(),
                 bits, held_out, sums.perplexity(), sums.error());
     std::fflush(stdout);
@@ -316,6 +321,14 @@ class QuantizeSuite {
                      {"perplexity", sums.perplexity()},
                      {"perplexity_error", sums.error()}});
     write(dense_);
+  }
+
+  /// A block at a time, unless all of it is needed at once.
+  [[nodiscard]] static Result<LoadedModel> load(TensorSource& source, const Options& options) {
+    if (options.permute > 0) return load_model(source);
+    Result<LoadedModel> loaded = load_model_by_blocks(source);
+    if (!loaded.ok() || loaded->model->config.tied_embeddings) return loaded;
+    return load_model(source);
   }
 
   void add_format(Format format) {
@@ -355,13 +368,13 @@ class QuantizeSuite {
       bits += count * bits_per_weight(format, matrix.rows(), matrix.cols());
       weights += count;
     }
-    const PerplexitySums calibrated = gpu_.score(GpuQuantizer::with_layers(*loaded_.model, layers), windows_);
+    const PerplexitySums calibrated = gpu_.score(GpuQuantizer::with_layers(loaded_, layers, pool_), windows_);
     std::printf(
         "%-11s %.2f bits: quantized in %.1f s, layers' error %.4f (k-means %.4f), perplexity %.3f +- %.3f\n",
         name.c_str(), bits / weights, seconds, made > 0 ? layer_error / made : 0.0,
         made > 0 ? kmeans_error / made : 0.0, calibrated.perplexity(), calibrated.error());
     std::fflush(stdout);
-    QuantizedLayers best = layers;
+    QuantizedLayers best;     // to be written
     double least = HUGE_VAL;  // the held-out text does not choose
     for (const Distillation& how : distillations()) {
       json row = {{"name", name},
@@ -376,8 +389,8 @@ class QuantizeSuite {
                   {"calibrated_perplexity_error", calibrated.error()}};
       QuantizedLayers tuned = layers;
       if (how.steps > 0) distill(name, how, tuned, row);
-      if (row.value("divergence", least) < least) {
-        least = row.at("divergence").get<double>();
+      if (!options_.out.empty() && (best.names.empty() || row.value("divergence", least) < least)) {
+        least = row.value("divergence", least);
         best = std::move(tuned);
       }
       rows_.push_back(std::move(row));
@@ -427,9 +440,9 @@ class QuantizeSuite {
                                      static_cast<long long>(now.step), now.loss, now.tokens_per_second);
                      });
     const double seconds = seconds_since(start);
-    const LlamaModel<DenseLinear> model = GpuQuantizer::with_layers(*loaded_.model, layers);
+    const LoadedModel model = GpuQuantizer::with_layers(loaded_, layers, pool_);
     const PerplexitySums sums = gpu_.score(model, windows_);
-    const double held_out = gpu_.divergence(model, *loaded_.model, windows_);
+    const double held_out = gpu_.divergence(model, loaded_, windows_);
     std::printf(
         "%-11s rate %g, codes' %g, labels %g: %lld steps in %.1f s, %lld codes moved, divergence %.4f to "
         "%.4f, "

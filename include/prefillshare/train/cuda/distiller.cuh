@@ -28,19 +28,20 @@
 namespace prefillshare::cuda {
 
 /// Minimizes the Kullback-Leibler divergence of the student's next-token distribution from the teacher's,
-/// mean over the tokens of sequences, by AdamW; with a share s of the labels (1 - s) of it and s times the
-/// cross-entropy of the text's own next token (section 2 of arXiv 1503.02531, at temperature 1). Each tensor learns at options.rate times its root mean
-/// square at the beginning. Codes stay, or move with the gradient (CodeMoveOptions). The teacher runs once
-/// over all sequences; its last hidden states are kept (hidden_size numbers a token). Of TrainOptions
-/// `sharing` and `max_tokens` have no meaning here. The same bits for the same seed on the same card, so
-/// that a run that was killed is run again. One read back from the device a step. S: TrainStorage.
+/// mean over the tokens of sequences, by AdamW; with a share s of labels (1 - s) of it and s times the
+/// cross-entropy of the text's own next token (section 2 of arXiv 1503.02531, at temperature 1). Each tensor
+/// learns at options.rate times its root mean square at the beginning. Codes stay, or move with the gradient
+/// (CodeMoveOptions). The teacher runs once over all sequences; its last hidden states are kept (hidden_size
+/// numbers a token). Of TrainOptions `sharing` and `max_tokens` have no meaning here. The same bits for the
+/// same seed on the same card, so that a run that was killed is run again. One read back from the device a
+/// step. S: TrainStorage.
 template <TrainStorage S>
 class DeviceDistiller {
  public:
   /// Trains `student`, which must outlive the distiller, as must the stream; the teacher has its config.
-  /// Errors: kInvalidArgument for options, a share of labels outside 0..1, and for a sequence of fewer than 2 tokens or more than
-  /// context_length, with its number; kShapeMismatch for a teacher of another config; those of
-  /// DeviceTrainPass.
+  /// Errors: kInvalidArgument for options, for a share of labels outside 0..1, and for a sequence of fewer
+  /// than 2 tokens or more than context_length, with its number; kShapeMismatch for a teacher of another
+  /// config; those of DeviceTrainPass.
   [[nodiscard]] static Result<DeviceDistiller> create(
       TrainableModel<float>& student, std::shared_ptr<const DeviceFrozenWeights<S>> teacher,
       std::vector<std::vector<std::int32_t>> sequences, const TrainOptions& options, const Device& device,
