@@ -431,14 +431,13 @@ class QuantizeSuite {
     options.rate = how.rate;
     const auto start = Clock::now();
     TrainProgress last;
-    const GpuQuantizer::Distilled done =
-        gpu_.distill(loaded_.model, layers, taught_, judged_, options, moves, how.label_share,
-                     [&](const TrainProgress& now) {
-                       last = now;
-                       if (now.step == 1 || now.step % 200 == 0)
-                         std::printf("  step %lld: loss %.4f, %.0f tokens/s\n",
-                                     static_cast<long long>(now.step), now.loss, now.tokens_per_second);
-                     });
+    const GpuQuantizer::Distilled done = gpu_.distill(
+        loaded_, layers, taught_, judged_, options, moves, how.label_share, [&](const TrainProgress& now) {
+          last = now;
+          if (now.step == 1 || now.step % 200 == 0)
+            std::printf("  step %lld: loss %.4f, %.0f tokens/s\n", static_cast<long long>(now.step), now.loss,
+                        now.tokens_per_second);
+        });
     const double seconds = seconds_since(start);
     const LoadedModel model = GpuQuantizer::with_layers(loaded_, layers, pool_);
     const PerplexitySums sums = gpu_.score(model, windows_);

@@ -65,7 +65,7 @@ codegemm::CheckpointKind kind_of(const Options& options, codegemm::Format format
 codegemm::Format stored_format(const Options& options, codegemm::Format format, const LoadedModel& loaded,
                                const TensorSource& source) {
   const codegemm::CheckpointKind kind = kind_of(options, format);
-  unwrap(source_config(source));
+  check(source_config(source).status());
   const codegemm::Status fits = check_writable(kind, format, *loaded.model);
   if (fits.ok()) return format;
   const Result<codegemm::Format> other = writable_format(kind, format, *loaded.model);

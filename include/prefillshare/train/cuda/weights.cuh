@@ -183,31 +183,31 @@ struct DeviceWeightsView {
   LlamaLayer<DenseLinear> block;  // as it was read
   std::int64_t at_hand = -1;
   std::int64_t number = 0;
-  at.for_each_matrix(model,
-                     [&](const std::string& name, const DenseLinear& own, std::int64_t offset, std::int64_t) {
-                       const std::int64_t i = number++;
-                       if (!status.ok() || skipped.count(name) > 0) return;
-                       const DenseLinear* layer = &own;
-                       if (read && i < 7 * model.config.layers) {
-                         if (at_hand != i / 7) {
-                           Result<LlamaLayer<DenseLinear>> next = read(i / 7);
-                           if (!next.ok()) {
-                             status = next.status();
-                             return;
-                           }
-                           block = *std::move(next);
-                           at_hand = i / 7;
-                         }
-                         const DenseLinear* const parts[] = {&block.q,    &block.k,  &block.v,   &block.o,
-                                                             &block.gate, &block.up, &block.down};
-                         layer = parts[i % 7];
-                       }
-                       if (layer->weights().data == nullptr) {
-                         status = codegemm::error(StatusCode::kNullPointer, name, " has no weights");
-                         return;
-                       }
-                       upload(offset, layer->weights().data, own.rows() * own.cols());
-                     });
+  at.for_each_matrix(
+      model, [&](const std::string& name, const DenseLinear& own, std::int64_t offset, std::int64_t) {
+        const std::int64_t i = number++;
+        if (!status.ok() || skipped.count(name) > 0) return;
+        const DenseLinear* layer = &own;
+        if (read && i < 7 * model.config.layers) {
+          if (at_hand != i / 7) {
+            Result<LlamaLayer<DenseLinear>> next = read(i / 7);
+            if (!next.ok()) {
+              static_cast<void>(status = next.status());
+              return;
+            }
+            block = *std::move(next);
+            at_hand = i / 7;
+          }
+          const DenseLinear* const parts[] = {&block.q,    &block.k,  &block.v,   &block.o,
+                                              &block.gate, &block.up, &block.down};
+          layer = parts[i % 7];
+        }
+        if (layer->weights().data == nullptr) {
+          static_cast<void>(status = codegemm::error(StatusCode::kNullPointer, name, " has no weights"));
+          return;
+        }
+        upload(offset, layer->weights().data, own.rows() * own.cols());
+      });
   // cudaMemcpy from pageable memory may return before the device has the last of it, and what reads it runs
   // in another stream.
   if (status.ok()) {
