@@ -444,8 +444,7 @@ class QuantizeSuite {
     const double held_out = gpu_.divergence(model, loaded_, windows_);
     std::printf(
         "%-11s rate %g, codes' %g, labels %g: %lld steps in %.1f s, %lld codes moved, divergence %.4f to "
-        "%.4f, "
-        "held out %.4f, perplexity %.3f +- %.3f\n",
+        "%.4f, held out %.4f, perplexity %.3f +- %.3f\n",
         name.c_str(), how.rate, how.code_rate, how.label_share, static_cast<long long>(options.steps),
         seconds, static_cast<long long>(done.codes_moved), done.before, done.after, held_out,
         sums.perplexity(), sums.error());
