@@ -18,7 +18,6 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
-#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -30,7 +29,6 @@
 #include <codegemm/io/temporary_folder.hpp>
 #include <prefillshare/train/trainer.hpp>
 #include <support/catch.hpp>
-#include <support/quantized.hpp>
 #include <support/tiny_training.hpp>
 
 #include "../gpu_model.cuh"
@@ -150,25 +148,6 @@ struct Problem {
     return out;
   }
 };
-
-std::map<std::string, codegemm::QuantizedMatrix> random_matrices(const LlamaModel<DenseLinear>& model,
-                                                                 std::uint64_t seed) {
-  codegemm::test::Rng rng(seed);
-  const codegemm::Format formats[] = {{8, 2, 4, -1}, {4, 1, 5, 8}, {2, 3, 4, 16}};
-  std::map<std::string, codegemm::QuantizedMatrix> out;
-  std::size_t i = 0;
-  for_each_linear(model, [&](const std::string& name, const DenseLinear& layer) {
-    if (name == "lm_head" && model.config.tied_embeddings) return;
-    if (name == "model.layers.1.mlp.gate_proj") return;  // one stays dense
-    codegemm::QuantizedMatrix matrix =
-        codegemm::test::random_matrix(formats[i++ % 3], layer.rows(), layer.cols(), rng);
-    for (codegemm::Half& value : matrix.scales())
-      value =
-          codegemm::Half::from_float(rng.uniform(0.5F, 1.0F) / std::sqrt(static_cast<float>(layer.cols())));
-    out.emplace(name, std::move(matrix));
-  });
-  return out;
-}
 
 enum class Kind { kFull, kLowRank, kCodebooks };
 
@@ -374,17 +353,6 @@ std::shared_ptr<const DeviceFrozenWeights<S>> on_device(const LlamaModel<DenseLi
   auto made = DeviceFrozenWeights<S>::create(base, device, stream);
   require_ok(made.status());
   return std::make_shared<const DeviceFrozenWeights<S>>(std::move(made).value());
-}
-
-std::vector<float> values_of(const TrainableModel<float>& model) {
-  std::vector<float> out;
-  for (const Parameter<float>& p : model.parameters())
-    out.insert(out.end(), p.value.span().begin(), p.value.span().end());
-  return out;
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 }  // namespace
