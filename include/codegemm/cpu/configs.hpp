@@ -205,7 +205,7 @@ struct CpuCosts {
   static constexpr double kLookupAvx2[] = {6, 12, 18, 32, 0};
   static constexpr double kLookupAvx512[] = {6, 6, 9, 16, 30};              ///< AVX-512 without VBMI
   static constexpr double kLookupAvx512Vbmi[] = {5.5, 5.5, 5.5, 6.5, 7.5};  ///< AVX-512 with VBMI
-  static constexpr double kLookupOneRegister = 14;  ///< 8 bits by permutes of one register, on a Xeon
+  static constexpr double kLookupOneRegister = 13;  ///< 8 bits by permutes of one register, on a Xeon
   static constexpr double kLookupNeon[] = {12, 14, 18, 34, 66};  ///< NEON
   static constexpr double kEncode = 0.6;                         ///< encoding one centroid
   static constexpr double kEncodeVbmi = 0.21;    ///< the same with AVX-512 and VBMI, on a Xeon
