@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_fp16.h>
 
@@ -46,7 +47,8 @@ struct FusedMmaShape {
   static constexpr int kLaneSpan = Config::kSets / Config::kCodebooks * Config::kVecLen;  // k of a lane
   static constexpr int kWarps = kFusedMmaThreads / 32;
   static constexpr int kSlabSpan = 16 * kLaneSpan;  // k of a slab
-  static constexpr int kGroup = 4;                  // row tiles between two barriers
+  // Row tiles between two barriers. Where centroids lie in memory, the first-level cache has what is left.
+  static constexpr int kGroup = Config::kCodeBytes == 2 ? 1 : 4;
   using Table = CentroidTable<Config::kVecLen, Config::kCodebooks>;
 
   [[nodiscard]] static __host__ __device__ constexpr int table_bytes(int bits) {
@@ -201,6 +203,24 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   };
   fill_table(0);
   [[maybe_unused]] const std::uint16_t* codebooks = Config::kCodeBytes == 1 ? nullptr : codebooks_of(0);
+  [[maybe_unused]] const auto load_wide = [&](unsigned row, int p, int c, unsigned(&vector)[V / 2]) {
+    const unsigned code = p == 0 ? row & 0xFFFFU : row >> 16;
+    detail::load_centroid<V>(codebooks + ((static_cast<unsigned>(c) << a.code_bits) + code) * V, vector);
+  };
+  // Codebooks in memory are far away: what the first tile takes of them comes while the kernel before ends.
+  constexpr bool kLooksAhead = Config::kCodeBytes == 2 && Tokens == 8;
+  constexpr int kOfRow = Config::kSets;  // centroids
+  [[maybe_unused]] unsigned first_centroids[kLooksAhead ? 8 * kOfRow : 1][V / 2];
+  if constexpr (kLooksAhead) {
+    if (slab0 + warp < slab1) {
+#pragma unroll
+      for (int i = 0; i < 8 * kOfRow; ++i) {
+        const int p = i % kOfRow;
+        load_wide(codes[i / kOfRow / 2].row(i / kOfRow % 2 == 0 ? select0 : select1), p, p % kCodebooks,
+                  first_centroids[i]);
+      }
+    }
+  }
   detail::wait_for_previous_kernel();
 
   int stage = 0;
@@ -209,7 +229,8 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   // Of 16 tokens ptxas would keep them in the order of the loads, and move four words in front of every
   // product; of 8, half of them are zeros that it need not keep.
   const unsigned zero = Tokens == 16 ? static_cast<unsigned>(a.tokens) >> 31 : 0U;
-  for (int window = slab0; window < slab1;) {
+  int window = slab0;
+  const auto multiply_window = [&](auto first) {
     const int slab = window + warp;
     const int warps = min(kWarps, slab1 - window);  // that have a slab
     const bool last_window = window + kWarps >= slab1;
@@ -223,8 +244,11 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
         for (int i = 0; i < 2; ++i) {
           unsigned words[kOf * 2] = {};
           if (i < kHalves) {
-            detail::load_fours<kOf>(a.x + (r + 8 * i) * a.x_stride + k,
-                                    r + 8 * i < a.tokens ? min(a.cols - k, 4 * kOf) : 0, a.x_aligned, words);
+            // Of eight, tokens that are not there are the last one again, whose sums go nowhere.
+            const int token = kHalves == 1 ? min(r, a.tokens - 1) : r + 8 * i;
+            detail::load_fours<kOf>(a.x + token * a.x_stride + k,
+                                    kHalves == 1 || token < a.tokens ? min(a.cols - k, 4 * kOf) : 0,
+                                    a.x_aligned, words);
           }
 #pragma unroll
           for (int s = 0; s < kOf; ++s) {
@@ -238,7 +262,7 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
 
     const int half_tile = half * a.rows.half_tiles;
     float* const half_sums = block_sums + half * (Tokens * block_rows);
-    for (int group = 0; group < tiles; group += Shape::kGroup) {
+    const auto multiply_group = [&](auto looked_up, int group) {
       float* const of_stage = warp_sums + stage * (Shape::kSumBytes / 8);
       const int end = min(group + Shape::kGroup, tiles);
       if (slab < slab1) {
@@ -280,10 +304,12 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
                     unsigned vector[V / 2];
                     if constexpr (Config::kCodeBytes == 1) {
                       Table::lookup(table, Table::address(rows[e], p, lane_bytes), c, a.code_bits, vector);
+                    } else if constexpr (decltype(looked_up)::value) {
+#pragma unroll
+                      for (int w = 0; w < V / 2; ++w)
+                        vector[w] = first_centroids[(j * 2 + e) * kOfRow + p][w];
                     } else {
-                      const unsigned code = p == 0 ? rows[e] & 0xFFFFU : rows[e] >> 16;
-                      detail::load_centroid<V>(
-                          codebooks + ((static_cast<unsigned>(c) << a.code_bits) + code) * V, vector);
+                      load_wide(rows[e], p, c, vector);
                     }
 #pragma unroll
                     for (int w = 0; w < V / 2; ++w) {
@@ -360,7 +386,13 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
         }
       }
       stage ^= 1;  // the other half of the sums: nobody still reads it
+    };
+    int group = 0;
+    if constexpr (decltype(first)::value) {
+      multiply_group(first, group);
+      group += Shape::kGroup;
     }
+    for (; group < tiles; group += Shape::kGroup) multiply_group(std::false_type{}, group);
     window += kWarps;
     if (last_window && Gated && half == 0) {
       half = 1;
@@ -370,7 +402,9 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
         if constexpr (Config::kCodeBytes == 2) codebooks = codebooks_of(1);
       }
     }
-  }
+  };
+  if constexpr (kLooksAhead) multiply_window(std::true_type{});
+  while (window < slab1) multiply_window(std::false_type{});
   if (direct) return;
   __syncthreads();
 
