@@ -10,6 +10,7 @@
 
 #include <codegemm/cuda/block/piece_schedule.hpp>
 #include <codegemm/cuda/block/row_parts.hpp>
+#include <codegemm/cuda/block/wgmma_groups.hpp>
 #include <codegemm/cuda/packed_matrix.hpp>
 #include <codegemm/cuda/tuning.hpp>
 
@@ -70,7 +71,8 @@ struct FusedWgmmaLimits {
               static_cast<std::size_t>(code_stages) * limits.code_stage_bytes;
       if (code_stages == 2 || fixed + 6 * stage <= limits.shared_bytes) break;
     }
-    if (fixed + 3 * stage > limits.shared_bytes) continue;
+    const int least_stages = wgmma_least_stages(wgmma_group(limits.lane_span, tile));
+    if (fixed + static_cast<std::size_t>(least_stages) * stage > limits.shared_bytes) continue;
     const auto x_stages = static_cast<int>(
         std::min((limits.shared_bytes - fixed) / stage, static_cast<std::size_t>(limits.max_stages)));
     const std::int64_t token_blocks = divide_up(tokens, tile);
