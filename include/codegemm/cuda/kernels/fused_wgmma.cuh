@@ -16,7 +16,6 @@
 #include <codegemm/cuda/block/row_parts.hpp>
 #include <codegemm/cuda/block/wgmma.cuh>
 #include <codegemm/cuda/block/wgmma_fragments.cuh>
-#include <codegemm/cuda/block/wgmma_groups.hpp>
 #include <codegemm/cuda/kernels/fused_wgmma_args.cuh>
 #include <codegemm/cuda/kernels/output.cuh>
 #include <codegemm/cuda/kernels/piece_sums.cuh>
@@ -51,7 +50,9 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
   using Shape = FusedWgmmaShape<Config, TokenTile>;
   using Table = typename Shape::Table;
   constexpr int kStagesOfSlab = Shape::kLaneSpan / 4;
-  constexpr int kGroup = wgmma_group(Shape::kLaneSpan, TokenTile);
+  // Steps of 16 k whose weights are looked up at once: the more, the less of a look-up's latency is seen.
+  // Where there are registers, and an even number of groups in a slab.
+  constexpr int kGroup = TokenTile < 256 && kStagesOfSlab > 1 ? 4 : 2;
   constexpr int kGroups = 4 * kStagesOfSlab / kGroup;  // of a slab
   constexpr int kRowTiles = Shape::kRowTiles;
   // The table, whose size is a multiple of 1024 bytes; x of the stages, which the swizzle wants at such ones;
@@ -238,20 +239,7 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
         // The sums of the piece before are not the ones of this one, which ptxas does not see.
 #pragma unroll
       for (int e = 0; e < TokenTile / 2; ++e) asm volatile("" : "=f"(d[e]));
-      constexpr int kOfStage = kGroup < 4 ? 4 / kGroup : 1;  // groups of a stage
-      constexpr int kInGroup = kGroup < 4 ? 1 : kGroup / 4;  // stages of a group
-      int held[2][kInGroup];  // stages whose products may still run, of the latest group first
-#pragma unroll
-      for (int i = 0; i < kInGroup; ++i) held[0][i] = held[1][i] = -1;
-      const auto release_group = [&](int which) {
-#pragma unroll
-        for (int i = 0; i < kInGroup; ++i) release_x(held[which][i]);
-      };
-      const auto next = [&](int& of, unsigned& of_phase) {
-        const bool wraps = of + 1 == a.x_stages;
-        of = wraps ? 0 : of + 1;
-        of_phase ^= wraps ? 1U : 0U;
-      };
+      int held[2] = {-1, -1};  // stages whose products may still run, the latest first
       unsigned weights[2][kGroup][4];
       typename detail::WgmmaFragments<Config, Type>::Pairs pairs[kGroup];
       const char* codes = nullptr;
@@ -277,56 +265,46 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
       open_codes();
       lookup(0);
       for (int s = 0; s < p.slabs; ++s) {
-        std::uint64_t tokens[kInGroup] = {};
+        std::uint64_t tokens = 0;
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
+          constexpr int kOfStage = 4 / kGroup;  // groups of a stage
           const bool first_of_stage = g % kOfStage == 0;
           const bool last_of_stage = g % kOfStage == kOfStage - 1;
           detail::wgmma_wait<1>();  // the weights of the group before the last are free
-          if (last_of_stage) release_group(kOfStage == 1 ? 1 : 0);
+          if (last_of_stage) release_x(held[kOfStage == 1 ? 1 : 0]);
 #pragma unroll
           for (int step = 0; step < kGroup; ++step) {
             fragments.finish(pairs[step], weights[g % 2][step]);
             detail::keep_before(weights[g % 2][step]);
           }
-          // For the stages of two groups at once: a wait in every group is one of the branches that
-          // keep_before() tells of.
+          // With two groups in a stage, or in two stages for both: a wait in every group is one of the
+          // branches that keep_before() tells of.
           if (g % 2 == 0) {
-            int of = stage;
-            unsigned of_phase = phase;
-#pragma unroll
-            for (int i = 0; i < kGroup / 2; ++i) {
-              detail::wait_for_phase(full_x(of), of_phase);
-              next(of, of_phase);
+            detail::wait_for_phase(full_x(stage), phase);
+            if (kOfStage == 1) {
+              const bool wraps = stage + 1 == a.x_stages;
+              detail::wait_for_phase(full_x(wraps ? 0 : stage + 1), wraps ? phase ^ 1U : phase);
             }
           }
-          if (first_of_stage) {
-            if (last_of_stage) {
-#pragma unroll
-              for (int i = 0; i < kInGroup; ++i) held[1][i] = held[0][i];
-            }
-            int of = stage;
-            unsigned of_phase = phase;
-#pragma unroll
-            for (int i = 0; i < kInGroup; ++i) {
-              tokens[i] = detail::describe_tokens(x_at + static_cast<unsigned>(of * Shape::kStageBytes));
-              if (last_of_stage) held[0][i] = of;
-              next(of, of_phase);
-            }
-          }
+          if (first_of_stage)
+            tokens = detail::describe_tokens(x_at + static_cast<unsigned>(stage * Shape::kStageBytes));
           detail::wgmma_fence();
 #pragma unroll
           for (int step = 0; step < kGroup; ++step) {
-            const int of_stage = (g % kOfStage * kGroup + step) % 4;
-            detail::wgmma<Type, TokenTile / 2>(d, weights[g % 2][step],
-                                               tokens[step / 4] + static_cast<std::uint64_t>(of_stage * 2),
-                                               s > 0 || g > 0 || step > 0);
+            detail::wgmma<Type, TokenTile / 2>(
+                d, weights[g % 2][step],
+                tokens + static_cast<std::uint64_t>((g % kOfStage * kGroup + step) * 2),
+                s > 0 || g > 0 || step > 0);
           }
           detail::wgmma_commit();
           if (last_of_stage) {
-            if (!first_of_stage) held[0][0] = stage;
-#pragma unroll
-            for (int i = 0; i < kInGroup; ++i) next(stage, phase);
+            held[1] = held[0];
+            held[0] = stage;
+            if (++stage == a.x_stages) {
+              stage = 0;
+              phase ^= 1U;
+            }
           }
           // The next group's weights are looked up while this one's products run.
           if (g + 1 < kGroups) {
@@ -341,8 +319,8 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
         }
       }
       detail::wgmma_wait<0>();
-      if (kOfStage == 1) release_group(1);
-      release_group(0);
+      if (kGroup == 4) release_x(held[1]);
+      release_x(held[0]);
 
       int first_token = p.token;
       int end_token = a.tokens;

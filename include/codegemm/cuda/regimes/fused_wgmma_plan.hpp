@@ -10,7 +10,6 @@
 
 #include <codegemm/cuda/block/piece_schedule.hpp>
 #include <codegemm/cuda/block/row_parts.hpp>
-#include <codegemm/cuda/block/wgmma_groups.hpp>
 #include <codegemm/cuda/packed_matrix.hpp>
 #include <codegemm/cuda/tuning.hpp>
 
@@ -71,8 +70,7 @@ struct FusedWgmmaLimits {
               static_cast<std::size_t>(code_stages) * limits.code_stage_bytes;
       if (code_stages == 2 || fixed + 6 * stage <= limits.shared_bytes) break;
     }
-    const int least_stages = wgmma_least_stages(wgmma_group(limits.lane_span, tile));
-    if (fixed + static_cast<std::size_t>(least_stages) * stage > limits.shared_bytes) continue;
+    if (fixed + 3 * stage > limits.shared_bytes) continue;
     const auto x_stages = static_cast<int>(
         std::min((limits.shared_bytes - fixed) / stage, static_cast<std::size_t>(limits.max_stages)));
     const std::int64_t token_blocks = divide_up(tokens, tile);
@@ -80,7 +78,7 @@ struct FusedWgmmaLimits {
     const double steps_of_slab = limits.lane_span;  // of 16 k
     // As measured on an H200, in cycles of its clock.
     const double step =
-        std::max(std::max(0.9 * tile + 45.0, 0.38 * tile + 128.0) + limits.lookup_cycles, limits.step_cycles);
+        std::max(std::max(0.9 * tile + 38.0, 0.47 * tile + 112.0) + limits.lookup_cycles, limits.step_cycles);
     const double slab_cycles = steps_of_slab * step;
     const double product_cycles = kProductCycles + kTokenCycles * tile;  // beside its slabs
     for (int splits = 1; splits <= 8; ++splits) {
