@@ -881,6 +881,41 @@ TEST_CASE("distillation on the GPU brings a quantized model nearer to the dense 
   CHECK(wrong.message().find("sequence 12") != std::string::npos);
 }
 
+TEST_CASE("codes that moved in the last of a few steps are the student's", "[train][gpu]") {
+  using S = __nv_bfloat16;
+  const Device device = gpu_or_skip();
+  const Stream stream;
+  const auto dense = random_model(small_config(), 1051);
+  const auto teacher = on_device<S>(*dense, device, stream.get);
+  Rng rng(1052);
+  const std::vector<std::vector<std::int32_t>> sequences = {random_tokens(rng, 20, 60),
+                                                            random_tokens(rng, 12, 60)};
+  TrainOptions options;
+  options.steps = 3;
+  options.batch = 2;
+  options.rate = 0.01;
+  options.schedule = RateSchedule::kConstant;
+  options.adam.weight_decay = 0.0;
+  cuda::CodeMoveOptions moves;
+  moves.rate = 0.3;
+  moves.every = 1;
+  moves.until = 1.0;
+  auto student = trainable<float>(dense, Kind::kCodebooks);
+  auto distiller = DeviceDistiller<S>::create(student, teacher, sequences, options, device, stream.get,
+                                              Activations::kKept, moves);
+  require_ok(distiller.status());
+  std::int64_t before = 0;
+  while (!distiller->done()) {
+    before = distiller->codes_moved();
+    require_ok(distiller->step().status());
+  }
+  CHECK(distiller->codes_moved() > before);
+  require_ok(distiller->download());
+  auto again = DeviceDistiller<S>::create(student, teacher, sequences, options, device, stream.get);
+  require_ok(again.status());
+  CHECK(std::abs(again->divergence(sequences).value() - distiller->divergence(sequences).value()) <= 1e-7);
+}
+
 TEST_CASE("codes that follow the gradient bring a quantized model nearer than codebooks alone",
           "[train][gpu]") {
   using S = __nv_bfloat16;
