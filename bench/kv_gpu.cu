@@ -9,7 +9,8 @@
 //
 // usage: kv-gpu [--json FILE] [--quick] [--torch FILE]
 //               [--only decode|decode-hnd|decode-fp8|shared|prefill|copies] [--lanes N] [--min-tiles N]
-//               [--no-overlap] [--many-rows-cost PERCENT] [--tail-item-cost PERCENT] [--ordered-pages]
+//               [--no-overlap] [--many-rows-cost PERCENT] [--tail-item-cost PERCENT] [--early-tiles N]
+//               [--ordered-pages]
 //   --ordered-pages  a sequence's pages lie one after the other, to see what it costs that they do not
 //   --torch FILE  the times that bench/attention_peer.py wrote on this machine, as peers
 #include <algorithm>
@@ -258,7 +259,7 @@ struct Program {
     check(cudaMemcpy(host.data(), out.data, elements * 2, cudaMemcpyDeviceToHost), "cudaMemcpy");
     const int last = b.sequences - 1;
     const double error = b.error_of(host, {0, last}, {0, last}, {b.tokens, b.tokens});
-    const int launches = std::max(b.copies, b.bytes > 1e9 ? 1 : 8);
+    const int launches = std::max(b.copies, b.bytes > 1e9 ? 4 : 8);
     p.overlap = overlap;
     const double us = time_us(stream, launches, quick ? 3 : 11, [&](int i) {
       p.table = b.table(i % b.copies);
@@ -507,6 +508,7 @@ int program(int argc, char** argv) {
                 {"--min-tiles", Option::value(program.tuning.min_tiles)},
                 {"--many-rows-cost", Option::value(program.tuning.many_rows_cost)},
                 {"--tail-item-cost", Option::value(program.tuning.tail_item_cost)},
+                {"--early-tiles", Option::value(program.tuning.early_tiles)},
                 {"--torch", Option::value([&](const char* path) {
                    std::ifstream file(path);
                    program.torch = nlohmann::json::parse(file);

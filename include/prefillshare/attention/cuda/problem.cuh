@@ -194,6 +194,7 @@ template <class T>
   out.page_magic = magic_of(kv.page_size);
   out.page_size = kv.page_size;
   out.pages = kv.pages;
+  out.in_eights = kv.page_size % 8 == 0 && out.token_stride < (1 << 24);
   return out;
 }
 

@@ -118,6 +118,20 @@ __device__ __forceinline__ unsigned widen_fp8(unsigned pair) {
   }
 }
 
+// Lanes 4 i to 4 i + 3 have four words each: word j of the l-th of them becomes word l of the j-th.
+__device__ __forceinline__ void transpose_words(unsigned (&words)[4]) {
+  // Lanes that differ in `bit`: the one without it gives `second` for the other's `first`.
+  const auto swap = [](unsigned& first, unsigned& second, int bit) {
+    const bool has = (static_cast<int>(threadIdx.x) & bit) != 0;
+    const unsigned got = __shfl_xor_sync(0xFFFFFFFFU, has ? first : second, bit);
+    (has ? first : second) = got;
+  };
+  swap(words[0], words[1], 1);
+  swap(words[2], words[3], 1);
+  swap(words[0], words[2], 2);
+  swap(words[1], words[3], 2);
+}
+
 // Two neighbours of an output row; the first is at an even element.
 __device__ __forceinline__ void store_pair(void* to, std::int64_t at, ScalarType type, float low,
                                            float high) {

@@ -14,7 +14,7 @@
 namespace prefillshare::cuda {
 
 /// What a block that multiplies by wgmma holds in shared memory: a tile of queries, a ring of tiles of K
-/// or V, the item that is worked on, and barriers. A tile is 128 rows; 64 columns of all rows lie together,
+/// or V, and barriers. A tile is 128 rows; 64 columns of all rows lie together,
 /// 128 bytes a row, in the 128-byte swizzle: of row r, 16 bytes number c are at place c ^ (r % 8). Offsets
 /// are bytes from the beginning of shared memory.
 template <ScalarType Type, int HeadDim>
@@ -31,10 +31,9 @@ struct PrefillWgmmaShape {
   static constexpr int kSlots = 6;                                                ///< tiles of the ring
   static constexpr unsigned kQueriesAt = 0;                                       ///< the tile of queries
   static constexpr unsigned kBarriersAt = kTileBytes * (1 + kSlots);              ///< see below
-  static constexpr unsigned kQueriesFull = kBarriersAt + 16 * kSlots;  ///< barrier: queries and item
-  static constexpr unsigned kQueriesFree = kQueriesFull + 8;           ///< barrier: the other direction
-  static constexpr unsigned kItemAt = kQueriesFree + 8;                ///< the item
-  static constexpr int kSharedBytes = static_cast<int>(kItemAt) + 32;  ///< of a block
+  static constexpr unsigned kQueriesFull = kBarriersAt + 16 * kSlots;             ///< barrier: the queries
+  static constexpr unsigned kQueriesFree = kQueriesFull + 8;               ///< barrier: the other direction
+  static constexpr int kSharedBytes = static_cast<int>(kQueriesFree) + 8;  ///< of a block
 
   /// The tile in a slot.
   [[nodiscard]] static __device__ constexpr unsigned tile_at(int slot) {
@@ -52,8 +51,8 @@ struct PrefillWgmmaShape {
   static __device__ __forceinline__ void init_barriers(unsigned shared) {
     constexpr unsigned kLoaders = 128;    // threads
     constexpr unsigned kMultipliers = 8;  // warps
-    for (int i = 0; i <= kSlots; ++i) {   // the last pair are the queries', where the item arrives, too
-      codegemm::cuda::detail::init_barrier(shared + full_at(i), kLoaders + (i == kSlots ? 1U : 0U));
+    for (int i = 0; i <= kSlots; ++i) {   // the last pair are the queries'
+      codegemm::cuda::detail::init_barrier(shared + full_at(i), kLoaders);
       codegemm::cuda::detail::init_barrier(shared + free_at(i), kMultipliers);
     }
     codegemm::cuda::detail::publish_barriers();
@@ -65,6 +64,7 @@ struct PrefillWgmmaShape {
 struct PrefillItem {
   int rows = 0;            ///< of the sequence; 0: there are no more items
   int first_row = 0;       ///< of these
+  int sequence = 0;        ///< whose they are
   int first_query = 0;     ///< token of the batch that the sequence begins with
   int first_position = 0;  ///< in the context, of the sequence's first query
   int keys = 0;            ///< that the last row sees
