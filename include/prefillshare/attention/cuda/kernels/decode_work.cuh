@@ -61,8 +61,8 @@ struct WorkCut {
   }
 };
 
-/// Superblocks of a kernel that end early, and by how many tiles of keys, where a superblock has at least four
-/// times as many. Of sequences alone: beside shared ones few tiles are left to a block.
+/// Superblocks of a kernel that end early, and by how many tiles of keys: where a superblock has at least
+/// four times as many, and of sequences alone, as beside shared keys few tiles are left to a block.
 struct EarlyBlocks {
   int count = 0;
   int less = 0;
