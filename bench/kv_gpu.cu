@@ -9,8 +9,7 @@
 //
 // usage: kv-gpu [--json FILE] [--quick] [--torch FILE]
 //               [--only decode|decode-hnd|decode-fp8|shared|prefill|copies] [--lanes N] [--min-tiles N]
-//               [--no-overlap] [--many-rows-cost PERCENT] [--tail-item-cost PERCENT] [--early-tiles N]
-//               [--ordered-pages]
+//               [--no-overlap] [--many-rows-cost PERCENT] [--tail-item-cost PERCENT] [--ordered-pages]
 //   --ordered-pages  a sequence's pages lie one after the other, to see what it costs that they do not
 //   --torch FILE  the times that bench/attention_peer.py wrote on this machine, as peers
 #include <algorithm>
@@ -508,7 +507,6 @@ int program(int argc, char** argv) {
                 {"--min-tiles", Option::value(program.tuning.min_tiles)},
                 {"--many-rows-cost", Option::value(program.tuning.many_rows_cost)},
                 {"--tail-item-cost", Option::value(program.tuning.tail_item_cost)},
-                {"--early-tiles", Option::value(program.tuning.early_tiles)},
                 {"--torch", Option::value([&](const char* path) {
                    std::ifstream file(path);
                    program.torch = nlohmann::json::parse(file);

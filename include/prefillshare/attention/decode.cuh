@@ -99,7 +99,7 @@ template <class T, class C>
   static_cast<void>(codegemm::first_match(
       HeadSizes{}, [&](auto c) { return c.kHeadDim == head_dim; },
       [&](auto c) { bytes = TailShape<T, C, c.kHeadDim>::kSharedBytes; }));
-  bytes += 1024;  // the system's
+  bytes += kBoxBarrierBytes + 1024;  // the system's
   return device.multiprocessors * std::clamp((device.shared_bytes + 1024) / bytes, 1, 2);
 }
 
@@ -158,13 +158,6 @@ template <class T, class Y, class C>
   return out;
 }
 
-// Only where nothing is shared, see EarlyBlocks.
-template <class T, class Y, class C>
-[[nodiscard]] EarlyBlocks early_blocks(const DecodeProblem<T, Y, C>& p, const DecodeLayout& at, bool causal) {
-  if (causal || shares(p, causal)) return {};
-  return {at.superblocks / 2, p.tuning.early_tiles};
-}
-
 // What prepare() launches, after its checks.
 template <class T, class Y, class C>
 [[nodiscard]] Status launch_prepare(const DecodeProblem<T, Y, C>& p, const DecodeLayout& at,
@@ -189,7 +182,6 @@ template <class T, class Y, class C>
   args.group = p.heads / p.kv.kv_heads;
   args.lanes = at.lanes;
   args.superblocks = at.superblocks;
-  args.early = early_blocks(p, at, causal);
   args.few = !causal && has_few_rows(p);
   args.min_tiles = p.tuning.min_tiles;
   args.many_rows_cost = p.tuning.many_rows_cost;
@@ -222,7 +214,6 @@ template <DecodeSort Sort, class T, class Y, class C>
   args.group = p.heads / p.kv.kv_heads;
   args.scale_log2 = scale_log2_of(p.scale, p.kv);
   args.lanes = at.lanes;
-  args.early = early_blocks(p, at, Sort == DecodeSort::kCausal);
   args.overlap = p.overlap && device.arch >= 90;
   args.starts = reinterpret_cast<const BlockStart*>(base + at.starts);
   args.families[0] = reinterpret_cast<const KeyFamily*>(base + at.tail_families);
@@ -234,7 +225,6 @@ template <DecodeSort Sort, class T, class Y, class C>
   // One block adds up quickly what some ten others have of an item; more parts are left to a kernel's many
   // blocks.
   constexpr std::int64_t kMostParts = 10;
-  constexpr std::int64_t kMostMergeRounds = 2;
   const std::int64_t items = std::int64_t{p.table.sequences} * p.kv.kv_heads;
   const bool in_last_block =
       Sort == DecodeSort::kAlone && items * kMostParts >= std::int64_t{at.superblocks} * at.lanes;
@@ -252,7 +242,6 @@ template <DecodeSort Sort, class T, class Y, class C>
   merge.kv_heads = args.kv_heads;
   merge.group = args.group;
   merge.lanes = at.lanes;
-  merge.early = args.early;
   merge.few = Sort == DecodeSort::kSharedFew;
 
   Status status;
@@ -267,21 +256,21 @@ template <DecodeSort Sort, class T, class Y, class C>
         using Some = SomeRowsShape<T, C, c.kHeadDim>;
         using Many = ManyRowsShape<T, C, c.kHeadDim>;
         shape.threads = Tail::kThreads;
-        shape.shared_bytes =
-            Sort == DecodeSort::kAlone
-                ? Tail::kSharedBytes
-                : std::max({Tail::kSharedBytes, Few::kSharedBytes, Some::kSharedBytes, Many::kSharedBytes});
-        const auto attend = decode_kernel<Tail, Few, Some, Many, Sort>;
+        shape.shared_bytes = kDecodeTileBytes<Tail, Few, Some, Many, Sort> + kBoxBarrierBytes;
+        auto attend = decode_kernel<Tail, Few, Some, Many, Sort, false>;
+        if constexpr (kHasBoxes<Tail>) {
+          if (device.arch >= 90 && describe_pages(p.kv, args.maps)) {
+            attend = decode_kernel<Tail, Few, Some, Many, Sort, true>;
+          }
+        }
         static_cast<void>(status = codegemm::cuda::launch(attend, shape, args, stream));
         if (!status.ok() || (Sort == DecodeSort::kAlone && merge.shared_only)) return;
-        // One block for each multiprocessor, as long as it is not for many rows one after the other: so many
-        // wait beside those of decode_kernel, and the next kernel starts when all of them have.
+        // The fewer rows, the more parts each has, and the more warps to share them.
         const std::int64_t rows = std::int64_t{p.table.sequences} * p.heads;
-        const std::int64_t many = device.multiprocessors;
-        const std::int64_t block_rows = rows <= many ? 1 : rows <= 2 * many ? 2 : 4;
-        std::int64_t blocks = (rows + block_rows - 1) / block_rows;
-        if (blocks > many && blocks <= kMostMergeRounds * many) blocks = many;
-        shape.grid = dim3(static_cast<unsigned>(blocks));
+        const std::int64_t block_rows = rows <= std::int64_t{2} * device.multiprocessors   ? 1
+                                        : rows < std::int64_t{16} * device.multiprocessors ? 2
+                                                                                           : 4;
+        shape.grid = dim3(static_cast<unsigned>((rows + block_rows - 1) / block_rows));
         shape.threads = kMergeThreads;
         shape.shared_bytes = 0;
         const auto kernel = block_rows == 1   ? decode_merge_kernel<c.kHeadDim, 4>
@@ -319,12 +308,11 @@ template <class T, class Y, class C>
   }
   const DecodeTuning& t = p.tuning;
   if (t.min_tiles < 1 || t.min_tiles > 1024 || t.min_shared_sequences < 1 || t.min_shared_tokens < 1 ||
-      t.many_rows_cost < 100 || t.many_rows_cost > 1000 || t.tail_item_cost < 0 || t.tail_item_cost > 1000 ||
-      t.early_tiles < 0 || t.early_tiles > 1024) {
+      t.many_rows_cost < 100 || t.many_rows_cost > 1000 || t.tail_item_cost < 0 || t.tail_item_cost > 1000) {
     return error(StatusCode::kInvalidArgument, kCall, ": tuning with ", t.min_tiles,
                  " tiles a block, sharing from ", t.min_shared_sequences, " sequences and ",
                  t.min_shared_tokens, " tokens on, tiles at ", t.many_rows_cost, " percent, tails at ",
-                 t.tail_item_cost, ", early by ", t.early_tiles);
+                 t.tail_item_cost);
   }
   if (t.lanes < 0 || (t.lanes > 0 && p.kv.kv_heads % t.lanes != 0)) {
     return error(StatusCode::kInvalidArgument, kCall, ": tuning with ", t.lanes, " lanes for ", p.kv.kv_heads,

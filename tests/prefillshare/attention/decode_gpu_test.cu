@@ -132,6 +132,9 @@ TEST_CASE("cuda decode: a small one of each kind") {
   check<BFloat16, float>(
       {{16, cuda::KvLayout::kNhd, 1, 4, 64}, {90, 100, 80, 200}, {{0, 3, 5}}, cuda::SharedPath::kAlways},
       seed);
+  check<Half, float>(
+      {{5, cuda::KvLayout::kHnd, 1, 4, 64}, {90, 100, 80, 200}, {{0, 3, 16}}, cuda::SharedPath::kAlways},
+      seed);
 }
 
 TEST_CASE("cuda decode: groups, page sizes, head sizes, layouts") {

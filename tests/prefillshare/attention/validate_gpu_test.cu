@@ -248,9 +248,6 @@ TEST_CASE("cuda decode: every wrong operand has its own status") {
   p.tuning.tail_item_cost = -1;
   expect(p, StatusCode::kInvalidArgument, "tails at -1");
   p = good_decode();
-  p.tuning.early_tiles = -1;
-  expect(p, StatusCode::kInvalidArgument, "early by -1");
-  p = good_decode();
   p.tuning.min_shared_sequences = 0;
   expect(p, StatusCode::kInvalidArgument, "from 0 sequences");
   p = good_decode();

@@ -33,9 +33,6 @@ struct DecodeTuning {
   /// Time that each sequence's own keys take of a head beside their tiles', the same way, 0 to 1000; where
   /// there are shared ones beside them.
   int tail_item_cost = 100;
-  /// Tiles that half of the blocks get fewer than the others, 0 to 1024, so that they do not all end at once:
-  /// where each has at least four times as many and no sequences share keys.
-  int early_tiles = 2;
   int lanes = 0;  ///< K/V heads read side by side, a divisor of all of them; 0: chosen
 };
 

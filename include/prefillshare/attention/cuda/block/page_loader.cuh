@@ -89,7 +89,6 @@ struct KvSource {
   unsigned page_magic = 0;           ///< see page_of()
   int page_size = 0;                 ///< tokens
   int pages = 0;                     ///< in the pool
-  bool in_eights = false;            ///< each eight keys from a multiple of eight on lie in one page
   float v_scale = 1.0F;              ///< of fp8: what a stored V is multiplied by
 };
 
@@ -110,23 +109,19 @@ namespace detail {
 // the copy's address waits for it.
 template <class Shape>
 struct PageLoader {
-  static constexpr int kChunks = Shape::kRowChunks;
-  static constexpr std::int64_t kZeros = -1;
-  static constexpr std::int64_t kNothing = -2;
-
-  int tile = 0;   // its first key
-  int end = 0;    // keys from here on become zeros
   int key = 0;    // this lane's
   int slot = 0;   // the key's page in the sequence
   int page = -1;  // and in memory; -1: past the end
 
-  // Of the tile at tile_key. pages: of the sequence, key 0 lies in the first.
+  static constexpr std::int64_t kZeros = -1;
+  static constexpr std::int64_t kNothing = -2;
+
+  // Of the tile at tile_key. pages: of the sequence, key 0 lies in the first. Keys from `end` on become
+  // zeros.
   __device__ __forceinline__ void look_up(const KvSource& kv, const std::int32_t* pages, int tile_key,
-                                          int keys_end) {
+                                          int end) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    tile = tile_key;
-    end = keys_end;
     key = tile_key + warp * Shape::kSlice + lane % Shape::kSlice;
     slot = page_of(kv, key);
     page = key < end ? __ldg(pages + slot) : -1;
@@ -136,18 +131,26 @@ struct PageLoader {
   // key `missing` is not copied: nothing is written where it belongs.
   template <bool kLeavesOut = false>
   __device__ __forceinline__ void copy(const KvSource& kv, int head, unsigned stage, int missing = -1) const {
+    constexpr int kChunks = Shape::kRowChunks;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
     const int warp = static_cast<int>(threadIdx.x) / 32;
     CODEGEMM_ASSERT(page < kv.pages);
     std::int64_t mine = kZeros;
     if (page >= 0) {
       mine = page * kv.page_stride + (key - slot * kv.page_size) * kv.token_stride + head * kv.head_stride;
     }
-    const unsigned to = stage + static_cast<unsigned>(warp) * Shape::place(Shape::kSlice, 0);
-    if (8 * kChunks % 32 == 0 && kv.in_eights && tile % 8 == 0 && tile + kTileKeys <= end) {
-      copy_eights<kLeavesOut>(kv, mine, to, missing - tile - warp * Shape::kSlice);
-    } else {
-      if (kLeavesOut && key == missing) mine = kNothing;
-      copy_rows<kLeavesOut>(kv, mine, to);
+    if (kLeavesOut && key == missing) mine = kNothing;
+#pragma unroll
+    for (int i = 0; i < Shape::kSlice * kChunks / 32; ++i) {
+      const int row = (i * 32 + lane) / kChunks;
+      const int column = (i * 32 + lane) % kChunks;
+      const std::int64_t from = __shfl_sync(0xFFFFFFFFU, mine, row);
+      if (kLeavesOut && from == kNothing) continue;
+      const bool there = from >= 0;
+      const std::int64_t at = (there ? from : 0) + column * 8;
+      const unsigned to = stage + Shape::place(warp * Shape::kSlice + row, column);
+      copy_or_zero(to, kv.k + at, there);
+      copy_or_zero(to + static_cast<unsigned>(Shape::kTileBytes), kv.v + at, there);
     }
   }
   // Row `row` of the tile in `stage`: the element at `from` of K and V. The warp that copies this row's tile.
@@ -159,50 +162,6 @@ struct PageLoader {
     const unsigned to = stage + Shape::place(row, lane);
     copy_16(to, kv.k + from + lane * 8);
     copy_16(to + static_cast<unsigned>(Shape::kTileBytes), kv.v + from + lane * 8);
-  }
-
- private:
-  // Lane l's row of the slice begins at `mine`, or is kZeros or kNothing.
-  template <bool kLeavesOut>
-  __device__ __forceinline__ void copy_rows(const KvSource& kv, std::int64_t mine, unsigned to) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll 2
-    for (int i = lane; i < Shape::kSlice * kChunks; i += 32) {
-      const int row = i / kChunks;
-      const int column = i % kChunks;
-      const std::int64_t from = __shfl_sync(0xFFFFFFFFU, mine, row);
-      if (kLeavesOut && from == kNothing) continue;
-      const bool there = from >= 0;
-      const std::int64_t at = (there ? from : 0) + column * 8;
-      const unsigned place = to + Shape::place(row, column);
-      copy_or_zero(place, kv.k + at, there);
-      copy_or_zero(place + static_cast<unsigned>(Shape::kTileBytes), kv.v + at, there);
-    }
-  }
-  // The same where no row is past the end and each eight lie in one page, token_stride apart: a third of the
-  // instructions, which else are as many as those of the products. missing: a row of the slice, or none.
-  template <bool kLeavesOut>
-  __device__ __forceinline__ void copy_eights(const KvSource& kv, std::int64_t mine, unsigned to,
-                                              int missing) const {
-    constexpr int kCopies = 8 * kChunks / 32;  // of a lane, in eight rows
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-    for (int first = 0; first < Shape::kSlice; first += 8) {
-      const std::int64_t eight = __shfl_sync(0xFFFFFFFFU, mine, first);
-      const char* k = reinterpret_cast<const char*>(kv.k + eight);
-      const char* v = reinterpret_cast<const char*>(kv.v + eight);
-      asm("" : "+l"(k), "+l"(v));  // else the compiler adds up each address from its parts
-#pragma unroll
-      for (int i = 0; i < kCopies; ++i) {
-        const int row = (i * 32 + lane) / kChunks;
-        const int column = (i * 32 + lane) % kChunks;
-        if (kLeavesOut && first + row == missing) continue;
-        const auto at = static_cast<unsigned>(row * static_cast<int>(kv.token_stride) + column * 8) * 2U;
-        const unsigned place = to + Shape::place(first + row, column);
-        copy_16(place, k + at);
-        copy_16(place + static_cast<unsigned>(Shape::kTileBytes), v + at);
-      }
-    }
   }
 };
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include <codegemm/cuda/block/intrinsics.cuh>
+#include <prefillshare/attention/cuda/block/page_boxes.cuh>
 #include <prefillshare/attention/cuda/block/page_loader.cuh>
 #include <prefillshare/attention/cuda/block/wgmma_products.cuh>
 
@@ -152,6 +153,26 @@ class TileLoader {
       copy_rows(from, mine, Shape::tile_at(place_.slot));
     }
     codegemm::cuda::detail::arrive_after_copies(shared_ + Shape::full_at(place_.slot));
+    place_.next();
+  }
+  // The same by the copy engine, of a whole tile: this lane's row is at `slot` of `page`.
+  __device__ __forceinline__ void ask_tile(const CUtensorMap& map, int page, int slot, int head) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int warp = static_cast<int>(threadIdx.x) % 128 / 32;
+    const unsigned full = shared_ + Shape::full_at(place_.slot);
+    codegemm::cuda::detail::wait_for_phase(shared_ + Shape::free_at(place_.slot), place_.phase ^ 1U);
+    if (lane % kBoxKeys == 0) {
+      codegemm::cuda::detail::arrive_and_expect(full, kBoxKeys * Shape::kHeadDim * 2U);
+      const unsigned to =
+          shared_ + Shape::tile_at(place_.slot) + static_cast<unsigned>(warp * 32 + lane) * 128U;
+#pragma unroll
+      for (int half = 0; half < Shape::kHeadDim / kBoxColumns; ++half) {
+        codegemm::cuda::detail::copy_box_4(to + static_cast<unsigned>(half) * Shape::kColumnTileBytes, &map,
+                                           half * kBoxColumns, head, slot, page, full);
+      }
+    } else {
+      codegemm::cuda::detail::arrive(full);
+    }
     place_.next();
   }
   // When the queries before have been multiplied.

@@ -5,6 +5,8 @@
 // Layer: attention/cuda/kernels (device).
 #pragma once
 
+#include <algorithm>
+
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <prefillshare/attention/cuda/block/attend.cuh>
 #include <prefillshare/attention/cuda/kernels/decode_store.cuh>
@@ -15,9 +17,10 @@ namespace prefillshare::cuda {
 namespace detail {
 
 // Tiles of keys of one item, in the shape that its kind asks for.
-template <class Shape, WorkKind Kind, DecodeSort Sort>
+template <class Shape, WorkKind Kind, DecodeSort Sort, bool Boxes>
 __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily& family,
-                                            const DecodeItem& item, bool waits, char* shared_memory) {
+                                            const DecodeItem& item, bool waits, char* shared_memory,
+                                            BoxBarriers& barriers) {
   const DecodePartials& partials = a.partials[Kind == WorkKind::kTail ? 0 : 1];
   QueryRows rows;
   rows.q = a.q;
@@ -41,8 +44,15 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
   AttendState<Shape> state;
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory));
   const std::int32_t* const pages = a.indices + family.page_begin;
-  attend(state, shared, a.kv, pages, item.kv_head, rows, keys, limit, a.scale_log2,
-         AwaitNewest{waits, Kind == WorkKind::kTail || family.shared >= 0 ? family.key_end - 1 : -1});
+  const AwaitNewest await{waits, Kind == WorkKind::kTail || family.shared >= 0 ? family.key_end - 1 : -1};
+  if constexpr (Boxes) {
+#if __CUDA_ARCH__ >= 900
+    attend_boxes(state, shared, barriers, a.kv, a.maps, pages, item.kv_head, rows, keys, limit, a.scale_log2,
+                 await);
+#endif
+  } else {
+    attend(state, shared, a.kv, pages, item.kv_head, rows, keys, limit, a.scale_log2, await);
+  }
   if constexpr (Shape::kWarpsN > 1) {
     __syncthreads();
     const bool is_alone = Kind == WorkKind::kTail && family.shared < 0;
@@ -56,9 +66,19 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
   } else {
     store_rows_split(state, a, partials, rows, item.part);
   }
+#if __CUDA_ARCH__ >= 900
+  if constexpr (Boxes) leave_to_boxes();
+#endif
 }
 
 }  // namespace detail
+
+/// Bytes of shared memory of a block of decode_kernel without its barriers.
+template <class Tail, class Few, class Some, class Many, DecodeSort Sort>
+inline constexpr int kDecodeTileBytes = Sort == DecodeSort::kAlone
+                                            ? Tail::kSharedBytes
+                                            : std::max({Tail::kSharedBytes, Few::kSharedBytes,
+                                                        Some::kSharedBytes, Many::kSharedBytes});
 
 #if CUDART_VERSION >= 12040
 #define PREFILLSHARE_DECODE_BOUNDS __launch_bounds__(Tail::kThreads) __maxnreg__(kDecodeRegisters<Sort>)
@@ -68,8 +88,9 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
 
 /// Each block takes its numbers of the work, which may end one item and begin another. Items of sequences
 /// that share nothing go to the output, those of several blocks through the one that ends last, if those are
-/// few; what else there is of a row is put together by decode_merge_kernel.
-template <class Tail, class Few, class Some, class Many, DecodeSort Sort>
+/// few; what else there is of a row is put together by decode_merge_kernel. Boxes: see attend_boxes(); for
+/// compute capability 9.0.
+template <class Tail, class Few, class Some, class Many, DecodeSort Sort, bool Boxes>
 __global__ void PREFILLSHARE_DECODE_BOUNDS decode_kernel(const __grid_constant__ DecodeArgs a) {
   static_assert(
       Tail::kThreads == Few::kThreads && Tail::kThreads == Some::kThreads && Tail::kThreads == Many::kThreads,
@@ -92,6 +113,13 @@ __global__ void PREFILLSHARE_DECODE_BOUNDS decode_kernel(const __grid_constant__
     if (start.family.has_empty != 0) detail::store_empty<Tail::kHeadDim>(a);
     return;
   }
+  BoxBarriers barriers;
+#if __CUDA_ARCH__ >= 900
+  if constexpr (Boxes) {
+    constexpr auto kAt = static_cast<unsigned>(kDecodeTileBytes<Tail, Few, Some, Many, Sort>);
+    barriers.init(static_cast<unsigned>(__cvta_generic_to_shared(decode_memory)) + kAt);
+  }
+#endif
   const bool is_shared = Sort != DecodeSort::kAlone && start.first % 2 != 0;
   KeyFamily family = start.family;
   int number = start.number;
@@ -102,14 +130,18 @@ __global__ void PREFILLSHARE_DECODE_BOUNDS decode_kernel(const __grid_constant__
     const WorkKind kind =
         is_shared ? shared_kind(family.rows, Sort == DecodeSort::kSharedFew) : WorkKind::kTail;
     if (Sort != DecodeSort::kCausal && kind == WorkKind::kTail) {
-      detail::decode_item<Tail, WorkKind::kTail, Sort>(a, family, item, waits, decode_memory);
+      detail::decode_item<Tail, WorkKind::kTail, Sort, Boxes>(a, family, item, waits, decode_memory,
+                                                              barriers);
     } else if constexpr (Sort != DecodeSort::kAlone) {
       if (kind == WorkKind::kFewRows) {
-        detail::decode_item<Few, WorkKind::kFewRows, Sort>(a, family, item, waits, decode_memory);
+        detail::decode_item<Few, WorkKind::kFewRows, Sort, Boxes>(a, family, item, waits, decode_memory,
+                                                                  barriers);
       } else if (kind == WorkKind::kSomeRows) {
-        detail::decode_item<Some, WorkKind::kSomeRows, Sort>(a, family, item, waits, decode_memory);
+        detail::decode_item<Some, WorkKind::kSomeRows, Sort, Boxes>(a, family, item, waits, decode_memory,
+                                                                    barriers);
       } else if constexpr (Sort != DecodeSort::kSharedFew) {
-        detail::decode_item<Many, WorkKind::kManyRows, Sort>(a, family, item, waits, decode_memory);
+        detail::decode_item<Many, WorkKind::kManyRows, Sort, Boxes>(a, family, item, waits, decode_memory,
+                                                                    barriers);
       }
     }
     waits = false;

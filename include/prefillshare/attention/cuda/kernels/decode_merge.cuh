@@ -8,7 +8,6 @@
 #include <cstdint>
 
 #include <codegemm/cuda/block/intrinsics.cuh>
-#include <prefillshare/attention/cuda/block/tensor_core.cuh>
 #include <prefillshare/attention/cuda/kernels/decode_work.cuh>
 
 namespace prefillshare::cuda {
@@ -26,7 +25,6 @@ struct DecodeMergeArgs {
   int kv_heads = 0;
   int group = 0;  // query heads of a K/V head
   int lanes = 1;
-  EarlyBlocks early;
   bool few = false;          // see shared_kind()
   bool shared_only = false;  // rows of sequences that share nothing are there already
 };
@@ -41,46 +39,25 @@ struct RowParts {
   int step = 0;            // rows from part to part
   int count = 0;
 
-  __device__ __forceinline__ void find(const KeyFamily& family, const EarlyBlocks& early, int kv_head,
-                                       int row, int lanes, int item_rows, int part_rows) {
+  __device__ __forceinline__ void find(const KeyFamily& family, int kv_head, int row, int lanes,
+                                       int item_rows, int part_rows) {
     if (family.tiles == 0) return;
     const int head_group = kv_head / lanes;
     const int item = head_group * family.row_tiles + row / item_rows;
     const int begin = family.work_begin + item * family.tiles;
-    const WorkCut cut = early.cut(family.quota);
-    const int block = cut.superblock_of(begin);
-    count = cut.superblock_of(begin + family.tiles - 1) - block + 1;
+    const int block = begin / family.quota;
+    count = (begin + family.tiles - 1) / family.quota - block + 1;
     const int part = (block + family.item_begin + item) * lanes + kv_head - head_group * lanes;
     first = static_cast<std::int64_t>(part) * part_rows + row % item_rows;
     step = lanes * part_rows;
   }
 };
 
-// A lane's neighbouring columns, or zeros.
-template <int Columns>
-__device__ __forceinline__ void load_columns(float (&out)[Columns], const float* from, bool is_there) {
-  if constexpr (Columns == 4) {
-    const float4 x = is_there ? *reinterpret_cast<const float4*>(from) : float4{};
-    out[0] = x.x;
-    out[1] = x.y;
-    out[2] = x.z;
-    out[3] = x.w;
-  } else if constexpr (Columns == 2) {
-    const float2 x = is_there ? *reinterpret_cast<const float2*>(from) : float2{};
-    out[0] = x.x;
-    out[1] = x.y;
-  } else {
-#pragma unroll
-    for (int c = 0; c < Columns; ++c) out[c] = is_there ? from[c] : 0.0F;
-  }
-}
-
 }  // namespace detail
 
-/// RowWarps warps for each query row; the parts are added in the same order every time. The blocks of
-/// decode_kernel leave registers for one block of this on a multiprocessor, which then waits beside them.
+/// RowWarps warps for each query row; the parts are added in the same order every time.
 template <int HeadDim, int RowWarps>
-__global__ void __launch_bounds__(kMergeThreads, 6)
+__global__ void __launch_bounds__(kMergeThreads, RowWarps > 1 ? 6 : 8)
     decode_merge_kernel(const __grid_constant__ DecodeMergeArgs a) {
   constexpr int kRows = kMergeThreads / 32 / RowWarps;
   constexpr int kColumns = HeadDim / 32;  // of a lane
@@ -92,108 +69,94 @@ __global__ void __launch_bounds__(kMergeThreads, 6)
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int rank = warp % RowWarps;
   const int heads = a.kv_heads * a.group;
-  // The grid has ended when its waiting blocks have. A row of more warps is its block's only one.
-  for (int number = static_cast<int>(blockIdx.x) * kRows + warp / RowWarps; number < a.sequences * heads;
-       number += static_cast<int>(gridDim.x) * kRows) {
-    const int sequence = number / heads;
-    const int head = number - sequence * heads;
-    const int kv_head = head / a.group;
-    const int row = head - kv_head * a.group;
+  const int number = static_cast<int>(blockIdx.x) * kRows + warp / RowWarps;
+  if (number >= a.sequences * heads) return;  // the grid has ended when its waiting blocks have
+  const int sequence = number / heads;
+  const int head = number - sequence * heads;
+  const int kv_head = head / a.group;
+  const int row = head - kv_head * a.group;
 
-    // prepare() had ended when the kernel before this one began, so that what it left may be read at once.
-    const KeyFamily tail = detail::load_record(a.tails + sequence);
-    detail::RowParts tails;
-    tails.find(tail, a.early, kv_head, row, a.lanes, kTailRows, a.tail_partials.rows);
-    detail::RowParts shared;
-    if (tail.shared >= 0) {
-      const KeyFamily family = detail::load_record(a.shared + tail.shared);
-      shared.find(family, a.early, kv_head, (sequence - family.first_token) * a.group + row, a.lanes,
-                  rows_of(shared_kind(family.rows, a.few)), a.shared_partials.rows);
-    }
-    codegemm::cuda::detail::wait_for_previous_kernel();
-    // The blocks that had it wrote the output.
-    if (tail.shared < 0 && (a.shared_only || tails.count <= 1)) continue;
-    const int count = shared.count + tails.count;
-    constexpr int kAtOnce = 12;  // parts that are asked for before the first is there
-    float top = -INFINITY;
-    float sum = 0.0F;
-    float out[kColumns] = {};
-    for (int first = rank; first < count; first += RowWarps * kAtOnce) {
-      const auto row_of = [&](int part) {
-        return part < shared.count
-                   ? shared.first + static_cast<std::int64_t>(part) * shared.step
-                   : tails.first + static_cast<std::int64_t>(part - shared.count) * tails.step;
-      };
-      // Lanes i and i + 16 have the i-th part's largest score and sum.
-      const int mine = first + lane % 16 * RowWarps;
-      float2 own = make_float2(-INFINITY, 0.0F);
-      if (lane % 16 < kAtOnce && mine < count) {
-        own = (mine < shared.count ? a.shared_partials.top : a.tail_partials.top)[row_of(mine)];
-      }
-      float values[kAtOnce][kColumns];
+  // prepare() had ended when the kernel before this one began, so that what it left may be read at once.
+  const KeyFamily tail = detail::load_record(a.tails + sequence);
+  detail::RowParts tails;
+  tails.find(tail, kv_head, row, a.lanes, kTailRows, a.tail_partials.rows);
+  detail::RowParts shared;
+  if (tail.shared >= 0) {
+    const KeyFamily family = detail::load_record(a.shared + tail.shared);
+    shared.find(family, kv_head, (sequence - family.first_token) * a.group + row, a.lanes,
+                rows_of(shared_kind(family.rows, a.few)), a.shared_partials.rows);
+  }
+  codegemm::cuda::detail::wait_for_previous_kernel();
+  // The blocks that had it wrote the output.
+  if (tail.shared < 0 && (a.shared_only || tails.count <= 1)) return;
+  const int count = shared.count + tails.count;
+  // So many parts are asked for before the first is there. More would need registers that the blocks of
+  // decode_kernel leave to this one, so that it waits beside them.
+  constexpr int kAtOnce = RowWarps > 1 ? 6 : 4;
+  float top = -INFINITY;
+  float sum = 0.0F;
+  float out[kColumns] = {};
+  for (int i = rank; i < count; i += RowWarps * kAtOnce) {
+    float2 tops[kAtOnce];
+    float values[kAtOnce][kColumns];
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        const int part = first + u * RowWarps;
-        const float* const from = part < shared.count ? a.shared_partials.out : a.tail_partials.out;
-        detail::load_columns(values[u], from + row_of(part) * HeadDim + lane * kColumns, part < count);
-      }
-      float next = fmaxf(top, own.x);
-#pragma unroll
-      for (int step = 1; step < 16; step *= 2) next = fmaxf(next, __shfl_xor_sync(0xFFFFFFFFU, next, step));
-      const float base = next == -INFINITY ? 0.0F : next;
-      const float kept = detail::exp2_fast(top - base);
-      const float factor = detail::exp2_fast(own.x - base);
-      float added = factor * own.y;
-#pragma unroll
-      for (int step = 1; step < 16; step *= 2) added += __shfl_xor_sync(0xFFFFFFFFU, added, step);
-      sum = sum * kept + added;
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) out[c] *= kept;
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        const float of_part = __shfl_sync(0xFFFFFFFFU, factor, u);
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) out[c] += of_part * values[u][c];
-      }
-      top = next;
-    }
-    if constexpr (RowWarps > 1) {
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) warp_out[warp / RowWarps][rank][lane * kColumns + c] = out[c];
-      if (lane == 0) warp_sums[warp / RowWarps][rank] = make_float2(top, sum);
-      __syncthreads();
-      if (rank > 0) continue;
-      float base = -INFINITY;
-#pragma unroll
-      for (int w = 0; w < RowWarps; ++w) base = fmaxf(base, warp_sums[warp / RowWarps][w].x);
-      if (base == -INFINITY) base = 0.0F;
-      sum = 0.0F;
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) out[c] = 0.0F;
-#pragma unroll
-      for (int w = 0; w < RowWarps; ++w) {
-        const float factor = detail::exp2_fast(warp_sums[warp / RowWarps][w].x - base);
-        sum += factor * warp_sums[warp / RowWarps][w].y;
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          out[c] += factor * warp_out[warp / RowWarps][w][lane * kColumns + c];
-        }
-      }
-    }
-    const float inverse = sum > 0.0F ? 1.0F / sum : (sum == 0.0F ? 0.0F : sum);  // no keys: zeros; NaN stays
-    const std::int64_t at =
-        sequence * a.out_stride + static_cast<std::int64_t>(head) * HeadDim + lane * kColumns;
-    if constexpr (kColumns % 2 == 0) {
-#pragma unroll
-      for (int c = 0; c < kColumns; c += 2) {
-        detail::store_pair(a.out, at + c, a.out_type, out[c] * inverse, out[c + 1] * inverse);
-      }
-    } else {
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int part = i + u * RowWarps;
+      const bool is_there = part < count;
+      const bool is_shared = part < shared.count;
+      const DecodePartials& partials = is_shared ? a.shared_partials : a.tail_partials;
+      const std::int64_t at = is_shared
+                                  ? shared.first + static_cast<std::int64_t>(part) * shared.step
+                                  : tails.first + static_cast<std::int64_t>(part - shared.count) * tails.step;
+      tops[u] = is_there ? partials.top[at] : make_float2(-INFINITY, 0.0F);
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        codegemm::cuda::detail::store_scalar(a.out, at + c, a.out_type, out[c] * inverse);
+        values[u][c] = is_there ? partials.out[at * HeadDim + c * 32 + lane] : 0.0F;
       }
     }
+    float next = top;
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) next = fmaxf(next, tops[u].x);
+    const float base = next == -INFINITY ? 0.0F : next;
+    const float kept = detail::exp2_fast(top - base);
+    sum *= kept;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) out[c] *= kept;
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const float factor = detail::exp2_fast(tops[u].x - base);
+      sum += factor * tops[u].y;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) out[c] += factor * values[u][c];
+    }
+    top = next;
+  }
+  if constexpr (RowWarps > 1) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) warp_out[warp / RowWarps][rank][c * 32 + lane] = out[c];
+    if (lane == 0) warp_sums[warp / RowWarps][rank] = make_float2(top, sum);
+    __syncthreads();
+    if (rank > 0) return;
+    float base = -INFINITY;
+#pragma unroll
+    for (int w = 0; w < RowWarps; ++w) base = fmaxf(base, warp_sums[warp / RowWarps][w].x);
+    if (base == -INFINITY) base = 0.0F;
+    sum = 0.0F;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) out[c] = 0.0F;
+#pragma unroll
+    for (int w = 0; w < RowWarps; ++w) {
+      const float factor = detail::exp2_fast(warp_sums[warp / RowWarps][w].x - base);
+      sum += factor * warp_sums[warp / RowWarps][w].y;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) out[c] += factor * warp_out[warp / RowWarps][w][c * 32 + lane];
+    }
+  }
+  const float inverse = sum > 0.0F ? 1.0F / sum : (sum == 0.0F ? 0.0F : sum);  // no keys: zeros; NaN stays
+  const std::int64_t at = sequence * a.out_stride + static_cast<std::int64_t>(head) * HeadDim + lane;
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    codegemm::cuda::detail::store_scalar(a.out, at + c * 32, a.out_type, out[c] * inverse);
   }
 }
 

@@ -30,7 +30,6 @@ struct DecodePrepareArgs {
   int group = 0;  // query heads of a K/V head
   int lanes = 0;
   int superblocks = 0;
-  EarlyBlocks early;
   int min_tiles = 0;
   int many_rows_cost = 0;  // of a tile of many rows, in percent of one of few
   int tail_item_cost = 0;  // of each item of a tail beside its tiles, the same
@@ -130,10 +129,7 @@ __device__ inline DecodeWork number_work(KeyFamily* families, int count, const D
 // Says where each of `superblocks` superblocks starts, the first of them being number `first` of the grid.
 __device__ inline void deal_out(const DecodePrepareArgs& a, KeyFamily* families, int count, int all,
                                 int first, int superblocks, int shared, int has_empty) {
-  int quota = quota_of(all, superblocks, a.min_tiles);
-  if (a.early.cut(quota).early > 0)
-    quota = quota_of(all + a.early.count * a.early.less, superblocks, a.min_tiles);
-  const WorkCut cut = a.early.cut(quota);
+  const int quota = quota_of(all, superblocks, a.min_tiles);
   const int head_groups = a.kv_heads / a.lanes;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int i = static_cast<int>(threadIdx.x) / 32; i < count; i += kPrepareThreads / 32) {
@@ -143,11 +139,8 @@ __device__ inline void deal_out(const DecodePrepareArgs& a, KeyFamily* families,
     family.quota = quota;
     family.has_empty = has_empty;
     const int end = family.work_begin + family.tiles * family.row_tiles * head_groups;
-    int b = cut.superblock_of(family.work_begin);
-    if (cut.begin_of(b) < family.work_begin) ++b;
-    for (b += lane; cut.begin_of(b) < end; b += 32) {
-      a.starts[first + b] =
-          BlockStart{cut.begin_of(b), min(all, cut.begin_of(b + 1)), i, 2 * b + shared, family};
+    for (int b = (family.work_begin + quota - 1) / quota + lane; b * quota < end; b += 32) {
+      a.starts[first + b] = BlockStart{b * quota, min(all, (b + 1) * quota), i, 2 * b + shared, family};
     }
   }
 }
@@ -180,7 +173,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
       const int owner = a.causal ? g : first;
       const int all = detail::tokens_of(a, owner);
       const int pages = a.causal ? 0 : min(a.shared_pages[g], a.indptr[first + 1] - a.indptr[first]);
-      const int tokens = a.causal ? all : max(0, min(pages * a.page_size, all));
+      // Whole pages, so that each family begins with a page.
+      const int tokens = a.causal ? all : max(0, min(pages, all / a.page_size) * a.page_size);
       if (tokens > 0 && tokens >= a.min_shared_tokens && count >= a.min_shared_sequences) {
         family.key_end = tokens;
         family.tiles = (tokens + kTileKeys - 1) / kTileKeys;

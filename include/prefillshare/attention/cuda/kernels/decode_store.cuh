@@ -89,9 +89,8 @@ template <class Shape>
 __device__ __forceinline__ void merge_if_last(const DecodeArgs& a, const KeyFamily& family,
                                               const QueryRows& rows, int item, int lane) {
   const int begin = family.work_begin + item * family.tiles;
-  const WorkCut cut = a.early.cut(family.quota);
-  const int block = cut.superblock_of(begin);
-  const int parts = cut.superblock_of(begin + family.tiles - 1) - block + 1;
+  const int block = begin / family.quota;
+  const int parts = (begin + family.tiles - 1) / family.quota - block + 1;
   __syncthreads();
   bool is_last = false;
   if (threadIdx.x == 0) {

@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include <codegemm/base/macros.hpp>
-#include <prefillshare/attention/cuda/block/page_loader.cuh>
+#include <prefillshare/attention/cuda/block/attend_boxes.cuh>
 
 namespace prefillshare::cuda {
 
@@ -30,7 +30,7 @@ struct alignas(16) KeyFamily {
   int shared = -1;     // of a tail: the family of its sequence's shared pages, or -1; of these: 0 if a
                        // sequence ends with them, whose newest key they have, or -1
   int has_empty = 0;   // of a BlockStart: 1 if there are sequences without keys
-  int quota = 1;       // see WorkCut, the same for all families of its kind
+  int quota = 1;       // numbers of the work of a superblock, the same for all families of its kind
 };
 static_assert(sizeof(KeyFamily) == 48, "KeyFamily is read as three vectors of 16 bytes");
 
@@ -43,34 +43,6 @@ struct alignas(16) BlockStart {
   KeyFamily family;
 };
 static_assert(sizeof(BlockStart) == 64, "BlockStart is read as four vectors of 16 bytes");
-
-/// Who has which numbers of the work of a kind: each superblock `quota`, but the first `early` of them `less`
-/// fewer. So the two blocks of a multiprocessor do not end together, and that of the next kernel which starts
-/// in the place of one asks for its first keys while the other still keeps the memory busy.
-struct WorkCut {
-  int quota = 1;
-  int early = 0;
-  int less = 0;  // than quota
-
-  [[nodiscard]] __device__ __forceinline__ int begin_of(int superblock) const {
-    return superblock * quota - min(superblock, early) * less;
-  }
-  [[nodiscard]] __device__ __forceinline__ int superblock_of(int number) const {
-    const int of_early = early * (quota - less);
-    return number < of_early ? number / (quota - less) : early + (number - of_early) / quota;
-  }
-};
-
-/// Superblocks of a kernel that end early, and by how many tiles of keys: where a superblock has at least
-/// four times as many, and of sequences alone, as beside shared keys few tiles are left to a block.
-struct EarlyBlocks {
-  int count = 0;
-  int less = 0;
-
-  [[nodiscard]] __device__ __forceinline__ WorkCut cut(int quota) const {
-    return less > 0 && quota >= 4 * less ? WorkCut{quota, count, less} : WorkCut{quota, 0, 0};
-  }
-};
 
 /// Kinds of work: a sequence's own keys, and shared ones for few, some or many query rows.
 enum class WorkKind { kTail, kFewRows, kSomeRows, kManyRows };
@@ -123,11 +95,11 @@ struct DecodeArgs {
   void* out = nullptr;  // [sequences][out_stride]
   std::int64_t out_stride = 0;
   ScalarType out_type = ScalarType::kHalf;
+  PageMaps maps;  // of kv, where the kernel has boxes
   int sequences = 0;
   int kv_heads = 0;
   int group = 0;  // query heads of a K/V head
   int lanes = 1;  // a divisor of kv_heads
-  EarlyBlocks early;
   float scale_log2 = 0.0F;
   // What prepare() left, the table and all keys but each sequence's newest are older than the kernel before.
   bool overlap = false;

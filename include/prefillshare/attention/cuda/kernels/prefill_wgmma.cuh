@@ -78,17 +78,27 @@ __device__ __forceinline__ void load_prefill(const PrefillArgs& a, char* shared_
              item.kv_head * a.kv.head_stride;
     };
     const int tiles = (item.keys + Shape::kKeys - 1) / Shape::kKeys;
-    int page = page_at(row);
-    std::int64_t k_from = -1;
-    for (int t = 0; t <= tiles; ++t) {
-      const std::int64_t v_from = k_from;
-      if (t < tiles) {
-        const int key = t * Shape::kKeys + row;
-        k_from = offset_at(key, page);
-        page = page_at(key + Shape::kKeys);
-        loader.copy_tile(a.kv.k, k_from, (t + 1) * Shape::kKeys <= item.keys ? step : 0);
+    // Tiles that are not whole go by copies of threads, which clear what is missing.
+    const int whole = item.keys / Shape::kKeys;
+    const auto load_tile = [&](bool of_keys, int tile, int of_page) {
+      const int key = tile * Shape::kKeys + row;
+      if (Shape::kHeadDim % kBoxColumns == 0 && a.boxes && tile < whole) {
+        loader.ask_tile(of_keys ? a.maps.k : a.maps.v, of_page, key - page_of(a.kv, key) * a.kv.page_size,
+                        item.kv_head);
+      } else {
+        loader.copy_tile(of_keys ? a.kv.k : a.kv.v, offset_at(key, of_page), tile < whole ? step : 0);
       }
-      if (t > 0) loader.copy_tile(a.kv.v, v_from, t * Shape::kKeys <= item.keys ? step : 0);
+    };
+    int page = page_at(row);
+    int k_page = -1;
+    for (int t = 0; t <= tiles; ++t) {
+      const int v_page = k_page;
+      if (t < tiles) {
+        k_page = page;
+        page = page_at((t + 1) * Shape::kKeys + row);
+        load_tile(true, t, k_page);
+      }
+      if (t > 0) load_tile(false, t - 1, v_page);
     }
   }
 }
