@@ -98,8 +98,11 @@ template <class T, class C>
   int bytes = 0;
   static_cast<void>(codegemm::first_match(
       HeadSizes{}, [&](auto c) { return c.kHeadDim == head_dim; },
-      [&](auto c) { bytes = TailShape<T, C, c.kHeadDim>::kSharedBytes; }));
-  bytes += kBoxBarrierBytes + 1024;  // the system's
+      [&](auto c) {
+        using Tail = TailShape<T, C, c.kHeadDim>;
+        bytes = Tail::kSharedBytes + kBoxBarrierBytes<Tail>;
+      }));
+  bytes += 1024;  // the system's
   return device.multiprocessors * std::clamp((device.shared_bytes + 1024) / bytes, 1, 2);
 }
 
@@ -256,11 +259,15 @@ template <DecodeSort Sort, class T, class Y, class C>
         using Some = SomeRowsShape<T, C, c.kHeadDim>;
         using Many = ManyRowsShape<T, C, c.kHeadDim>;
         shape.threads = Tail::kThreads;
-        shape.shared_bytes = kDecodeTileBytes<Tail, Few, Some, Many, Sort> + kBoxBarrierBytes;
+        shape.shared_bytes =
+            Sort == DecodeSort::kAlone
+                ? Tail::kSharedBytes
+                : std::max({Tail::kSharedBytes, Few::kSharedBytes, Some::kSharedBytes, Many::kSharedBytes});
         auto attend = decode_kernel<Tail, Few, Some, Many, Sort, false>;
-        if constexpr (kHasBoxes<Tail>) {
+        if constexpr (Sort == DecodeSort::kAlone && kHasBoxes<Tail>) {
           if (device.arch >= 90 && describe_pages(p.kv, args.maps)) {
             attend = decode_kernel<Tail, Few, Some, Many, Sort, true>;
+            shape.shared_bytes += kBoxBarrierBytes<Tail>;
           }
         }
         static_cast<void>(status = codegemm::cuda::launch(attend, shape, args, stream));

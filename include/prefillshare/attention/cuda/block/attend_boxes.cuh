@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/attention/cuda/block/attend_boxes.cuh - attend() with tiles brought by Hopper's copy engine:
-// copies of threads wait in one queue with all other loads and stores of a multiprocessor, which then stand
-// behind tiles that the memory has not sent yet.
+// prefillshare/attention/cuda/block/attend_boxes.cuh - attend() for warps with keys of their own, whose tiles
+// Hopper's copy engine brings: copies of threads wait in one queue with all other loads and stores of a
+// multiprocessor, which then stand behind tiles that the memory has not sent yet.
 // Layer: attention/cuda/block (device).
 #pragma once
 
@@ -14,46 +14,51 @@
 
 namespace prefillshare::cuda {
 
-/// Blocks of this shape can have boxes: each of four warps asks for its 16 keys of a tile.
+/// Blocks of this shape can have boxes: each warp has 16 keys of a tile, which it alone multiplies.
 template <class Shape>
 inline constexpr bool kHasBoxes =
-    !Shape::kFp8 && Shape::kWarps == 4 && Shape::kSlice == kBoxKeys && Shape::kHeadDim % kBoxColumns == 0;
+    !Shape::kFp8 && !Shape::kQueriesInShared && Shape::kWarpsN == Shape::kWarps &&
+    Shape::kSlice == kBoxKeys && Shape::kHeadDim % kBoxColumns == 0;
 
-/// Bytes of the barriers of a block's stages: one a warp and stage, of four each.
-inline constexpr int kBoxBarrierBytes = 16 * 8;
+/// Bytes of the barriers of a block's stages, one a warp and stage.
+template <class Shape>
+inline constexpr int kBoxBarrierBytes = Shape::kWarps* Shape::kStages * 8;
 
 #if __CUDA_ARCH__ < 900
 /// Nothing, where there is no copy engine, and for the host's compiler.
+template <class Shape>
 class BoxBarriers {};
 #else
-/// These barriers, and which time round each is.
+/// The barriers of a warp's stages, and which time round each is.
+template <class Shape>
 class BoxBarriers {
  public:
-  /// At byte address `first` of shared memory. All threads; the block meets.
+  /// Those of all warps are at byte address `first` of shared memory. All threads; the block meets.
   __device__ __forceinline__ void init(unsigned first) {
-    first_ = first;
-    if (threadIdx.x < 16) codegemm::cuda::detail::init_barrier(first + threadIdx.x * 8U, 1);
-    if (threadIdx.x < 32) codegemm::cuda::detail::publish_barriers();
+    mine_ = first + threadIdx.x / 32U * static_cast<unsigned>(Shape::kStages) * 8U;
+    if (threadIdx.x == 0) {
+      for (unsigned i = 0; i < kBoxBarrierBytes<Shape>; i += 8) {
+        codegemm::cuda::detail::init_barrier(first + i, 1);
+      }
+      codegemm::cuda::detail::publish_barriers();
+    }
     __syncthreads();
   }
-  /// Of a warp's keys in a stage.
-  [[nodiscard]] __device__ __forceinline__ unsigned at(int warp, unsigned stage) const {
-    return first_ + (static_cast<unsigned>(warp) * 4U + stage) * 8U;
-  }
+  /// Of a stage.
+  [[nodiscard]] __device__ __forceinline__ unsigned at(unsigned stage) const { return mine_ + stage * 8U; }
   /// Until what was asked for last is there; does not count it as seen.
-  __device__ __forceinline__ void peek(int warp, unsigned stage) const {
-    codegemm::cuda::detail::wait_for_phase(at(warp, stage),
-                                           phases_ >> (static_cast<unsigned>(warp) * 4U + stage) & 1U);
+  __device__ __forceinline__ void peek(unsigned stage) const {
+    codegemm::cuda::detail::wait_for_phase(at(stage), phases_ >> stage & 1U);
   }
   /// The same, once for what was asked for.
-  __device__ __forceinline__ void wait(int warp, unsigned stage) {
-    peek(warp, stage);
-    phases_ ^= 1U << (static_cast<unsigned>(warp) * 4U + stage);
+  __device__ __forceinline__ void wait(unsigned stage) {
+    peek(stage);
+    phases_ ^= 1U << stage;
   }
 
  private:
-  unsigned first_ = 0;
-  unsigned phases_ = 0;
+  unsigned mine_ = 0;
+  unsigned phases_ = 0;  // a bit a stage
 };
 
 /// After a block's last access to shared memory by threads, before it meets and asks for boxes there.
@@ -118,17 +123,14 @@ struct BoxLoader {
 
 }  // namespace detail
 
-/// What attend() does, where keys.begin is a multiple of kBoxKeys. Before shared memory is written again the
-/// block's threads call leave_to_boxes() and meet.
-template <class Shape, class Limit>
+/// What attend() does where all rows see all keys and keys.begin is a multiple of kBoxKeys. Before shared
+/// memory is written again the block's threads call leave_to_boxes() and meet.
+template <class Shape>
 __device__ __forceinline__ void attend_boxes(AttendState<Shape>& state, unsigned shared,
-                                             BoxBarriers& barriers, const KvSource& kv, const PageMaps& maps,
-                                             const std::int32_t* pages, int kv_head, const QueryRows& rows,
-                                             const KeyRange& keys, const Limit& limit, float scale_log2,
+                                             BoxBarriers<Shape>& barriers, const KvSource& kv,
+                                             const PageMaps& maps, const std::int32_t* pages, int kv_head,
+                                             const QueryRows& rows, const KeyRange& keys, float scale_log2,
                                              const AwaitNewest& await) {
-  // A warp that multiplies the keys that it asked for itself waits for nobody.
-  constexpr bool kOwnKeys = Shape::kWarpsN == Shape::kWarps && !Shape::kQueriesInShared;
-  constexpr bool kAllAhead = Shape::kAhead == Shape::kStages;
   constexpr int kChunks = Shape::kHeadDim / 8;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -139,14 +141,14 @@ __device__ __forceinline__ void attend_boxes(AttendState<Shape>& state, unsigned
   loader.look_up(0);
 #pragma unroll
   for (unsigned s = 0; s < Shape::kAhead; ++s) {
-    if (static_cast<int>(s) < tiles && lane == 0) loader.ask(s, barriers.at(warp, s));
+    if (static_cast<int>(s) < tiles && lane == 0) loader.ask(s, barriers.at(s));
     loader.look_up(static_cast<int>(s) + 1);
   }
   if (await.waits) {
     // The newest key may have been read before it was written.
     const int at = await.newest - keys.begin;
-    const bool is_mine = at >= 0 && await.newest >= 0 && await.newest < keys.end &&
-                         at / kTileKeys < Shape::kAhead && at % kTileKeys / kBoxKeys == warp;
+    const bool is_mine = at >= 0 && await.newest < keys.end && at / kTileKeys < Shape::kAhead &&
+                         at % kTileKeys / kBoxKeys == warp;
     const int number = is_mine ? detail::page_of(kv, await.newest) : 0;
     const int page = is_mine ? __ldg(pages + number) : 0;
     codegemm::cuda::detail::wait_for_previous_kernel();
@@ -162,7 +164,7 @@ __device__ __forceinline__ void attend_boxes(AttendState<Shape>& state, unsigned
         v = __ldcg(reinterpret_cast<const uint4*>(kv.v + from));
       }
       const auto stage = static_cast<unsigned>(at / kTileKeys);
-      barriers.peek(warp, stage);
+      barriers.peek(stage);
       if (lane < kChunks) {
         const unsigned to = shared + stage * loader.kStageBytes + loader.place(at % kTileKeys, lane);
         detail::store_shared16(to, k);
@@ -171,42 +173,20 @@ __device__ __forceinline__ void attend_boxes(AttendState<Shape>& state, unsigned
     }
   }
   queries.load(rows, shared);
-  if constexpr (Shape::kQueriesInShared) {
-    detail::end_copy_group();
-    detail::wait_for_copies<0>();
-  }
   unsigned stage = 0;
   unsigned next_stage = Shape::kStages - 1;
   for (int t = 0; t < tiles; ++t) {
     const int first_key = keys.begin + t * kTileKeys;
-    if constexpr (kOwnKeys) {
-      if (first_key + warp * kBoxKeys < keys.end) barriers.wait(warp, stage);
-    } else {
-#pragma unroll
-      for (int w = 0; w < Shape::kWarps; ++w) {
-        if (first_key + w * kBoxKeys < keys.end) barriers.wait(w, stage);
-      }
-    }
+    if (first_key + warp * kBoxKeys < keys.end) barriers.wait(stage);
     if (first_key + kTileKeys > keys.end) loader.clear_values(stage, first_key);
-    if constexpr (Shape::kWgmma) leave_to_boxes();  // and to the products
-    if constexpr (kOwnKeys) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
-    if ((!kAllAhead || t > 0) && t + Shape::kStages <= tiles) {
-      if (lane == 0) loader.ask(next_stage, barriers.at(warp, next_stage));
+    __syncwarp();
+    if (t + Shape::kStages <= tiles) {
+      if (lane == 0) loader.ask(next_stage, barriers.at(next_stage));
       loader.look_up(t + Shape::kStages);
     }
-    const unsigned tile_at = shared + stage * loader.kStageBytes;
-#if CODEGEMM_HAS_WGMMA
-    if constexpr (Shape::kWgmma) {
-      detail::attend_tile_wgmma<Shape>(state, queries, tile_at, first_key, keys.whole, limit, scale_log2);
-    }
-#endif
-    if constexpr (!Shape::kWgmma) {
-      detail::attend_tile<true>(state, queries, tile_at, first_key, keys.whole, limit, scale_log2);
-    }
+    detail::attend_tile<true>(
+        state, queries, shared + stage * loader.kStageBytes, first_key, keys.end,
+        [&](int, int) { return keys.end; }, scale_log2);
     next_stage = stage;
     stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
   }

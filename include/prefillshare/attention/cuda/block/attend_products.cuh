@@ -93,23 +93,14 @@ struct Queries {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const bool there = row + 8 * h < rows.rows;
-        // 16 bytes at once, of two steps: a quarter of the accesses, which else take longer than the wait for
-        // them. Four lanes have 64 bytes of a row, of which each then gets its part of every 16.
         const std::uint16_t* const from = query_row(rows, there ? row + 8 * h : 0, Shape::kHeadDim) +
-                                          lane % 4 * (Shape::kFp8 ? kQuarter : 8);
-        uint4 chunks[kSteps / 2];
+                                          lane % 4 * (Shape::kFp8 ? kQuarter : 2);
+        constexpr int kStep = Shape::kFp8 ? 4 : 16;
+        constexpr int kSecond = Shape::kFp8 ? 2 : 8;
 #pragma unroll
-        for (int k = 0; k < kSteps / 2; ++k) {
-          chunks[k] = there ? *reinterpret_cast<const uint4*>(from + k * (Shape::kFp8 ? 8 : 32)) : uint4{};
-        }
-#pragma unroll
-        for (int k = 0; k < kSteps / 2; ++k) {
-          unsigned words[4] = {chunks[k].x, chunks[k].y, chunks[k].z, chunks[k].w};
-          if constexpr (!Shape::kFp8) transpose_words(words);
-          fragment[2 * k][h] = words[0];
-          fragment[2 * k][h + 2] = words[1];
-          fragment[2 * k + 1][h] = words[2];
-          fragment[2 * k + 1][h + 2] = words[3];
+        for (int k = 0; k < kSteps; ++k) {
+          fragment[k][h] = there ? *reinterpret_cast<const unsigned*>(from + k * kStep) : 0U;
+          fragment[k][h + 2] = there ? *reinterpret_cast<const unsigned*>(from + k * kStep + kSecond) : 0U;
         }
       }
     }
@@ -162,12 +153,8 @@ __device__ __forceinline__ void multiply_keys(float (&score)[Shape::kRowTiles][S
     const int chunk = Swizzled ? lane / 8 % 2 ^ lane % 8 : lane / 8 % 2;
     const unsigned k_at =
         stage + static_cast<unsigned>((key_at + lane % 8 + lane / 16 * 8) * kPitch + chunk * 16);
-    // Few scores are two sums each, or their products would wait for one another.
-    constexpr bool kTwoSums = Shape::kRowTiles * kTiles <= 2;
-    float odd[Shape::kRowTiles][kTiles][4] = {};
 #pragma unroll
     for (int k = 0; k < Shape::kHeadDim / 16; ++k) {
-      auto& sums = kTwoSums && k % 2 != 0 ? odd : score;
       unsigned a[Shape::kRowTiles][4];
       queries.get(k, a);
 #pragma unroll
@@ -179,18 +166,8 @@ __device__ __forceinline__ void multiply_keys(float (&score)[Shape::kRowTiles][S
                                   : k_at + row + static_cast<unsigned>(k * 32));
 #pragma unroll
         for (int r = 0; r < Shape::kRowTiles; ++r) {
-          mma<Shape::kType>(sums[r][n], a[r], b[0], b[1]);
-          mma<Shape::kType>(sums[r][n + 1], a[r], b[2], b[3]);
-        }
-      }
-    }
-    if constexpr (kTwoSums) {
-#pragma unroll
-      for (int r = 0; r < Shape::kRowTiles; ++r) {
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) score[r][n][e] += odd[r][n][e];
+          mma<Shape::kType>(score[r][n], a[r], b[0], b[1]);
+          mma<Shape::kType>(score[r][n + 1], a[r], b[2], b[3]);
         }
       }
     }

@@ -5,7 +5,7 @@
 // Layer: attention/cuda/kernels (device).
 #pragma once
 
-#include <algorithm>
+#include <type_traits>
 
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <prefillshare/attention/cuda/block/attend.cuh>
@@ -16,11 +16,14 @@ namespace prefillshare::cuda {
 
 namespace detail {
 
+// In place of BoxBarriers.
+struct NoBoxes {};
+
 // Tiles of keys of one item, in the shape that its kind asks for.
-template <class Shape, WorkKind Kind, DecodeSort Sort, bool Boxes>
+template <class Shape, WorkKind Kind, DecodeSort Sort, class Barriers>
 __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily& family,
                                             const DecodeItem& item, bool waits, char* shared_memory,
-                                            BoxBarriers& barriers) {
+                                            Barriers& barriers) {
   const DecodePartials& partials = a.partials[Kind == WorkKind::kTail ? 0 : 1];
   QueryRows rows;
   rows.q = a.q;
@@ -45,13 +48,12 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory));
   const std::int32_t* const pages = a.indices + family.page_begin;
   const AwaitNewest await{waits, Kind == WorkKind::kTail || family.shared >= 0 ? family.key_end - 1 : -1};
-  if constexpr (Boxes) {
-#if __CUDA_ARCH__ >= 900
-    attend_boxes(state, shared, barriers, a.kv, a.maps, pages, item.kv_head, rows, keys, limit, a.scale_log2,
-                 await);
-#endif
-  } else {
+  if constexpr (std::is_same_v<Barriers, NoBoxes>) {
     attend(state, shared, a.kv, pages, item.kv_head, rows, keys, limit, a.scale_log2, await);
+  } else {
+#if __CUDA_ARCH__ >= 900
+    attend_boxes(state, shared, barriers, a.kv, a.maps, pages, item.kv_head, rows, keys, a.scale_log2, await);
+#endif
   }
   if constexpr (Shape::kWarpsN > 1) {
     __syncthreads();
@@ -67,18 +69,11 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
     store_rows_split(state, a, partials, rows, item.part);
   }
 #if __CUDA_ARCH__ >= 900
-  if constexpr (Boxes) leave_to_boxes();
+  if constexpr (!std::is_same_v<Barriers, NoBoxes>) leave_to_boxes();
 #endif
 }
 
 }  // namespace detail
-
-/// Bytes of shared memory of a block of decode_kernel without its barriers.
-template <class Tail, class Few, class Some, class Many, DecodeSort Sort>
-inline constexpr int kDecodeTileBytes = Sort == DecodeSort::kAlone
-                                            ? Tail::kSharedBytes
-                                            : std::max({Tail::kSharedBytes, Few::kSharedBytes,
-                                                        Some::kSharedBytes, Many::kSharedBytes});
 
 #if CUDART_VERSION >= 12040
 #define PREFILLSHARE_DECODE_BOUNDS __launch_bounds__(Tail::kThreads) __maxnreg__(kDecodeRegisters<Sort>)
@@ -88,13 +83,15 @@ inline constexpr int kDecodeTileBytes = Sort == DecodeSort::kAlone
 
 /// Each block takes its numbers of the work, which may end one item and begin another. Items of sequences
 /// that share nothing go to the output, those of several blocks through the one that ends last, if those are
-/// few; what else there is of a row is put together by decode_merge_kernel. Boxes: see attend_boxes(); for
-/// compute capability 9.0.
+/// few; what else there is of a row is put together by decode_merge_kernel. Boxes: the copy engine brings the
+/// tiles, see attend_boxes(); of sequences alone, on compute capability 9.0.
 template <class Tail, class Few, class Some, class Many, DecodeSort Sort, bool Boxes>
 __global__ void PREFILLSHARE_DECODE_BOUNDS decode_kernel(const __grid_constant__ DecodeArgs a) {
   static_assert(
       Tail::kThreads == Few::kThreads && Tail::kThreads == Some::kThreads && Tail::kThreads == Many::kThreads,
       "prefillshare: decode_kernel's shapes share one launch");
+  static_assert(!Boxes || Sort == DecodeSort::kAlone,
+                "prefillshare: decode_kernel takes shared keys without boxes");
   static_assert(Tail::kRows == kTailRows && Few::kRows == rows_of(WorkKind::kFewRows) &&
                     Some::kRows == rows_of(WorkKind::kSomeRows) && Many::kRows == kManyRows,
                 "prefillshare: decode_kernel's shapes have the rows that prepare() counts on");
@@ -102,6 +99,14 @@ __global__ void PREFILLSHARE_DECODE_BOUNDS decode_kernel(const __grid_constant__
   const int superblock = static_cast<int>(blockIdx.x) / a.lanes;
   const int lane = static_cast<int>(blockIdx.x) - superblock * a.lanes;
   bool waits = a.overlap;
+#if __CUDA_ARCH__ >= 900
+  if constexpr (Boxes) {
+    if (threadIdx.x == 0) {
+      codegemm::cuda::detail::prefetch_map(&a.maps.k);
+      codegemm::cuda::detail::prefetch_map(&a.maps.v);
+    }
+  }
+#endif
   if (!waits) {
     codegemm::cuda::detail::wait_for_previous_kernel();
     codegemm::cuda::detail::allow_next_kernel();
@@ -113,11 +118,10 @@ __global__ void PREFILLSHARE_DECODE_BOUNDS decode_kernel(const __grid_constant__
     if (start.family.has_empty != 0) detail::store_empty<Tail::kHeadDim>(a);
     return;
   }
-  BoxBarriers barriers;
+  std::conditional_t<Boxes, BoxBarriers<Tail>, detail::NoBoxes> barriers;
 #if __CUDA_ARCH__ >= 900
   if constexpr (Boxes) {
-    constexpr auto kAt = static_cast<unsigned>(kDecodeTileBytes<Tail, Few, Some, Many, Sort>);
-    barriers.init(static_cast<unsigned>(__cvta_generic_to_shared(decode_memory)) + kAt);
+    barriers.init(static_cast<unsigned>(__cvta_generic_to_shared(decode_memory)) + Tail::kSharedBytes);
   }
 #endif
   const bool is_shared = Sort != DecodeSort::kAlone && start.first % 2 != 0;
@@ -130,18 +134,14 @@ __global__ void PREFILLSHARE_DECODE_BOUNDS decode_kernel(const __grid_constant__
     const WorkKind kind =
         is_shared ? shared_kind(family.rows, Sort == DecodeSort::kSharedFew) : WorkKind::kTail;
     if (Sort != DecodeSort::kCausal && kind == WorkKind::kTail) {
-      detail::decode_item<Tail, WorkKind::kTail, Sort, Boxes>(a, family, item, waits, decode_memory,
-                                                              barriers);
+      detail::decode_item<Tail, WorkKind::kTail, Sort>(a, family, item, waits, decode_memory, barriers);
     } else if constexpr (Sort != DecodeSort::kAlone) {
       if (kind == WorkKind::kFewRows) {
-        detail::decode_item<Few, WorkKind::kFewRows, Sort, Boxes>(a, family, item, waits, decode_memory,
-                                                                  barriers);
+        detail::decode_item<Few, WorkKind::kFewRows, Sort>(a, family, item, waits, decode_memory, barriers);
       } else if (kind == WorkKind::kSomeRows) {
-        detail::decode_item<Some, WorkKind::kSomeRows, Sort, Boxes>(a, family, item, waits, decode_memory,
-                                                                    barriers);
+        detail::decode_item<Some, WorkKind::kSomeRows, Sort>(a, family, item, waits, decode_memory, barriers);
       } else if constexpr (Sort != DecodeSort::kSharedFew) {
-        detail::decode_item<Many, WorkKind::kManyRows, Sort, Boxes>(a, family, item, waits, decode_memory,
-                                                                    barriers);
+        detail::decode_item<Many, WorkKind::kManyRows, Sort>(a, family, item, waits, decode_memory, barriers);
       }
     }
     waits = false;
