@@ -53,8 +53,8 @@ struct PackedView {
   /// The same as bytes, of codebook_byte_step (cpu/byte_codebooks.hpp); null where no kernel takes them.
   const std::int8_t* codebooks_bytes = nullptr;
   float codebook_byte_step = 0.0F;  ///< see codebooks_bytes
-  /// The same as pairs of 16-bit integers, of codebook_pair_step (cpu/integer_tables.hpp); null where no kernel
-  /// takes them.
+  /// The same as pairs of 16-bit integers, of codebook_pair_step (cpu/integer_tables.hpp); null where no
+  /// kernel takes them.
   const std::int32_t* codebooks_pairs = nullptr;
   float codebook_pair_step = 0.0F;  ///< see codebooks_pairs
   const Half* scales = nullptr;     ///< [ceil(K / g)][row_blocks * block_rows]
@@ -99,7 +99,8 @@ class PackedMatrix {
   [[nodiscard]] Format format() const noexcept { return view_.format; }    ///< of the weights
   [[nodiscard]] std::int64_t rows() const noexcept { return view_.rows; }  ///< N
   [[nodiscard]] std::int64_t cols() const noexcept { return view_.cols; }  ///< K
-  /// Memory held: codes, scales, two fp32 copies of the codebooks, up to two in 16-bit integers, one in bytes.
+  /// Memory held: codes, scales, two fp32 copies of the codebooks, up to two in 16-bit integers, one in
+  /// bytes.
   [[nodiscard]] std::size_t bytes() const noexcept {
     return codes_.size() * sizeof(std::uint64_t) + codebooks_.size() * sizeof(float) +
            rounded_.size() * sizeof(std::int16_t) + byte_codebooks_.size() +
@@ -190,8 +191,8 @@ inline void pack_entry(const QuantizedMatrixView& w, std::int64_t j, std::int64_
   return most;
 }
 
-// The same, but few vectors in an even number of equal tiles, which two workers share evenly, if such tiles are
-// at most an eighth larger.
+// The same, but few vectors in an even number of equal tiles, which two workers share evenly, if such tiles
+// are at most an eighth larger.
 [[nodiscard]] inline std::int64_t choose_tile_vectors(Format f, std::int64_t vectors, bool lookup) {
   CODEGEMM_ASSERT(validate(f).ok());
   constexpr std::int64_t kFewTiles = 8;

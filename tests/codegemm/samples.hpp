@@ -85,8 +85,8 @@ struct Expected {
   return out;
 }
 
-/// The norms of the activations that are rounded together with each vector's where tables are made of integers:
-/// those of a flush of 16 entries within a scale group and a tile.
+/// The norms of the activations that are rounded together with each vector's where tables are made of
+/// integers: those of a flush of 16 entries within a scale group and a tile.
 inline std::vector<double> flush_norms(Format f, const float* x, std::int64_t vectors) {
   const std::int64_t tile = detail::choose_tile_vectors(f, vectors, true);
   const std::int64_t segment = f.g < 0 ? vectors : f.g / f.v;

@@ -84,7 +84,8 @@ class ThreadPool final : public Executor {
   static constexpr int kSeatedBits = 16;
   static constexpr std::uint64_t kSeatedMask = (1U << kSeatedBits) - 1U;
 
-  // Alone where it is, its neighbour that processors bring along included: who writes it disturbs nobody else.
+  // Alone where it is, its neighbour that processors bring along included: who writes it disturbs nobody
+  // else.
   struct alignas(128) Apart {
     std::atomic<std::uint64_t> value{0};
   };
@@ -165,8 +166,8 @@ class ThreadPool final : public Executor {
     }
   }
 
-  // What a worker is to know, in one line: written under mutex_ before `word` is, which says the number of the
-  // loop and how many workers have a task to begin with.
+  // What a worker is to know, in one line: written under mutex_ before `word` is, which says the number of
+  // the loop and how many workers have a task to begin with.
   struct alignas(128) Loop {
     std::atomic<std::uint64_t> word{0};
     Task task = nullptr;

@@ -137,7 +137,8 @@ struct CpuTiles {
   /// How far ahead codes are asked for where they are looked up with VBMI, which is faster than memory. Twice
   /// as far is no better, and many bytes asked for at once hold up what comes after them.
   static constexpr std::int64_t kLookupAheadBytes = 8192;
-  /// How many bytes of codes are asked for before the first table is made, which has to wait for what is asked.
+  /// How many bytes of codes are asked for before the first table is made, which has to wait for what is
+  /// asked.
   static constexpr std::int64_t kLookupFirstBytes = 1024;
   /// Tokens in the lanes: 32 KiB of tables, that is 4 entries of 256 centroids x 8 tokens. Fewer entries cost
   /// more passes over the partial sums; with 8 entries the tables fall out of the cache.
@@ -204,7 +205,7 @@ struct CpuCosts {
   static constexpr double kLookupAvx2[] = {6, 12, 18, 32, 0};
   static constexpr double kLookupAvx512[] = {6, 6, 9, 16, 30};              ///< AVX-512 without VBMI
   static constexpr double kLookupAvx512Vbmi[] = {5.5, 5.5, 5.5, 6.5, 7.5};  ///< AVX-512 with VBMI
-  static constexpr double kLookupOneRegister = 14;  ///< 8 bits by permutes of one register, on a Xeon
+  static constexpr double kLookupOneRegister = 13;  ///< 8 bits by permutes of one register, on a Xeon
   static constexpr double kLookupNeon[] = {12, 14, 18, 34, 66};  ///< NEON
   static constexpr double kEncode = 0.6;                         ///< encoding one centroid
   static constexpr double kEncodeVbmi = 0.21;    ///< the same with AVX-512 and VBMI, on a Xeon

@@ -200,13 +200,14 @@ inline bool encode_segment(const CpuKernels& kernels, const PackedView& w, const
   return w.tile_codes(tile) + task.first_block * block_words(w, tile);
 }
 
-/// Asks for `bytes` bytes from `from` on, some of which nothing before has asked for, into the first-level cache.
+/// Asks for `bytes` bytes from `from` on, some of which nothing before has asked for, into the first-level
+/// cache.
 inline void ask_for(const void* from, std::int64_t bytes) noexcept {
   for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 3);
 }
 
-/// Asks for a line of each page of `bytes` bytes from `from` on: finding a page takes as long as a line, and all
-/// are found side by side.
+/// Asks for a line of each page of `bytes` bytes from `from` on: finding a page takes as long as a line, and
+/// all are found side by side.
 inline void ask_for_pages(const void* from, std::int64_t bytes) noexcept {
   constexpr std::int64_t kPageBytes = 4096;
   const auto* const first = static_cast<const char*>(from);
@@ -332,7 +333,8 @@ inline void store_block(const GemmArgs& args, const PsumbookPlan& plan, std::int
 }
 
 /// The tasks of one multiplication. All that they need lies together, so that a worker of another core has it
-/// after one wait: of the lines that the caller has just written each takes a tenth of a microsecond and more.
+/// after one wait: of the lines that the caller has just written each takes a tenth of a microsecond and
+/// more.
 class PsumbookTasks {
  public:
   PsumbookTasks(const CpuKernels& kernels, const GemmArgs& args, const PsumbookPlan& plan, int workers)

@@ -6,8 +6,8 @@
 //
 // The activations X of a flush are rounded so that their norm is kTableNorm, centroids C so that the sum of a
 // flush's entries C X / 2^16 fits into 16 bits whatever the activations: by Cauchy's inequality it is at most
-// N sqrt(vectors) |X| / 2^16, N being the sum over codebooks of the largest norm of a centroid. So the step is
-// known before the table, and the error, relative to a typical row's sum, from the codebooks alone.
+// N sqrt(vectors) |X| / 2^16, N being the sum over codebooks of the largest norm of a centroid. So the step
+// is known before the table, and the error, relative to a typical row's sum, from the codebooks alone.
 #pragma once
 
 #include <algorithm>

@@ -45,7 +45,8 @@ CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void round_vectors_avx512(const fl
   }
 }
 
-// The upper halves of 16 sums of `first` and of 16 of `second`, byte by byte: 32 low bytes, then the high ones.
+// The upper halves of 16 sums of `first` and of 16 of `second`, byte by byte: 32 low bytes, then the high
+// ones.
 CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m512i upper_bytes_vbmi(__m512i first, __m512i second,
                                                                             __m512i order) {
   const __m512i words = _mm512_mask_blend_epi16(0xAAAAAAAAU, _mm512_srli_epi32(first, 16), second);

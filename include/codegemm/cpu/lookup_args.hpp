@@ -64,8 +64,9 @@ struct LookupArgs {
   const std::uint8_t* next;  // what will be read after these codes, in the same order; `codes` if nothing
 };
 
-/// How many bytes behind the codes of `block` those lie that are to be asked for while these are looked up, with
-/// `count` blocks at a time: so many that the memory has work also while the next tile's tables are built.
+/// How many bytes behind the codes of `block` those lie that are to be asked for while these are looked up,
+/// with `count` blocks at a time: so many that the memory has work also while the next tile's tables are
+/// built.
 [[nodiscard]] inline std::int64_t bytes_ahead(const LookupArgs& a, std::int64_t block,
                                               std::int64_t count) noexcept {
   const std::int64_t bytes = count * a.stride;
