@@ -234,6 +234,15 @@ __device__ __forceinline__ void arrive_after_copies(unsigned barrier) {
 __device__ __forceinline__ void prefetch_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
+// A box of a four-dimensional tensor, from these coordinates on, into this block.
+__device__ __forceinline__ void copy_box_4(unsigned shared, const void* map, int x, int y, int z, int w,
+                                           unsigned barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
+      : "memory");
+}
 // A box of a two-dimensional tensor, from (column, row) on, into the same place of every block in `blocks`.
 __device__ __forceinline__ void copy_box(unsigned shared, const void* map, int column, int row,
                                          unsigned barrier, unsigned short blocks) {
