@@ -15,6 +15,7 @@
 
 #include <prefillshare/kv/page_table.hpp>
 #include <prefillshare/model/cuda/forward.cuh>
+#include <prefillshare/model/cuda/sampling.cuh>
 #include <prefillshare/model/cuda/staged_input.cuh>
 
 namespace prefillshare::cuda {

@@ -60,6 +60,12 @@ __device__ __forceinline__ void load_words(unsigned (&out)[Words], unsigned shar
   }
 }
 
+__device__ __forceinline__ void store_shared16(unsigned shared, const uint4& words) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
 // Copies 16 bytes into shared memory while the thread goes on, or writes 16 zeros there.
 __device__ __forceinline__ void copy_or_zero(unsigned shared, const void* from, bool copy) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
