@@ -2,8 +2,9 @@
 //
 // bench/model_gpu.cu - suite model-gpu: whole decoders at the shapes of Llama-3.1 8B and 70B on the GPU, with
 // random weights: decode steps as CUDA graphs behind a context, and prefill. Layers of codes beside the same
-// weights dense, multiplied by cuBLAS, and one token by our own kernel too; and steps of sequences whose
-// contexts begin alike, with that beginning read for each and once for all.
+// weights dense, multiplied by cuBLAS, by its own choice of algorithms and by those that are fastest when all
+// that it proposes are tried, and one token by our own kernel too; and steps of sequences whose contexts begin
+// alike, with that beginning read for each and once for all.
 //
 // First the logits of one prompt by both are compared, then those of a step of one token by each. A step is
 // timed over many replays behind a full
@@ -292,6 +293,7 @@ class Suite {
       if (options_.once && batch > 1) break;
       const std::vector<float> logits = decode(name, options_.format, coded, batch);
       if (dense) compare(name, logits, decode(name, "fp16", *beside, batch));
+      if (dense && batch > 1) searched(name, "fp16, searched", *beside, batch, logits);
       if (batch > 1) continue;
       // The same with cuBLAS's products.
       set_one_token(coded, OneToken::kCublas);
@@ -300,6 +302,7 @@ class Suite {
       if (!dense) continue;
       set_one_token(*beside, OneToken::kCublas);
       compare(name, logits, decode(name, "fp16 by cuBLAS", *beside, batch));
+      searched(name, "fp16 by cuBLAS, searched", *beside, batch, logits);
       set_one_token(*beside, OneToken::kStream);
     }
     if (options_.once) return;
@@ -350,6 +353,16 @@ class Suite {
                      {"share_of_read", share}});
     write();
     return m.logits;
+  }
+  /// The same by the algorithms that are fastest; the model is as it was afterwards.
+  void searched(const std::string& name, const std::string& weights, DenseModel& model, int batch,
+                const std::vector<float>& logits) {
+    auto made = CublasProducts::create();
+    check(made.status());
+    const std::shared_ptr<CublasProducts> products = std::move(*made);
+    check(search_products(model, batch, products, stream_));
+    compare(name, logits, decode(name, weights, model, batch));
+    set_products(model, nullptr);
   }
   template <class Model>
   void shared(const std::string& name, const std::string& weights, const Model& model, int batch) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/attention/decode_append.cuh - the newest token of few sequences in one kernel, on the GPU: what
-// append.cuh and decode.cuh do one after the other.
+// prefillshare/attention/decode_append.cuh - the newest token of few sequences in one kernel, on the GPU:
+// what append.cuh and decode.cuh do one after the other.
 // Layer: attention (host, needs nvcc).
 #pragma once
 
@@ -23,6 +23,8 @@ struct DecodeAppendProblem {
   AppendProblem<T, C> append;  ///< with Q, without query_indptr; `overlap` as there
   MatrixView<Y> out;           ///< [sequences][heads * head_dim]; must not overlap q, k, v or the pages
   float scale = 0.0F;          ///< of the scores; 0 means 1 / sqrt(head_dim)
+  codegemm::cuda::Ahead ahead =
+      {};  ///< what the kernel behind reads, asked for once the keys are on their way
 };
 
 namespace detail {
@@ -35,8 +37,9 @@ struct AppendShape : TailShape<T, T, HeadDim> {
 
 }  // namespace detail
 
-/// Whether there is a kernel for such a problem, and work for it in one go: clusters (compute capability 9.0),
-/// a cache of 16 bits, at most 16 query heads a K/V head, at most two clusters for each that the card holds.
+/// Whether there is a kernel for such a problem, and work for it in one go: clusters (compute capability
+/// 9.0), a cache of 16 bits, at most 16 query heads a K/V head, at most two clusters for each that the card
+/// holds.
 template <class T, class Y, class C>
 [[nodiscard]] bool serves(const DecodeAppendProblem<T, Y, C>& p, const Device& device) {
   const AppendProblem<T, C>& a = p.append;
@@ -65,8 +68,8 @@ template <class T, class Y, class C>
   return detail::check_rows(kCall, "out", p.out, a.table.sequences, width, true);
 }
 
-/// Puts the work into the stream. Errors as validate(), and kCudaError; then nothing was launched. Same bits on
-/// every run.
+/// Puts the work into the stream. Errors as validate(), and kCudaError; then nothing was launched. Same bits
+/// on every run.
 template <class T, class Y, class C>
 [[nodiscard]] Status run(const DecodeAppendProblem<T, Y, C>& p, const Device& device, cudaStream_t stream) {
   if (Status status = validate(p, device); !status.ok()) return status;
@@ -94,6 +97,7 @@ template <class T, class Y, class C>
     args.group = a.heads / a.kv.kv_heads;
     args.scale_log2 = detail::scale_log2_of(p.scale, a.kv);
     args.overlap = a.overlap;
+    args.ahead = p.ahead;
     codegemm::cuda::LaunchShape shape;
     shape.grid =
         dim3(kDecodeRanks, static_cast<unsigned>(a.kv.kv_heads), static_cast<unsigned>(a.table.sequences));

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefillshare/attention/cuda/kernels/decode_append.cuh - the newest token of few sequences in one kernel: RoPE,
-// its K and V into pages, attention, and the parts of a row put together within a cluster of blocks.
+// prefillshare/attention/cuda/kernels/decode_append.cuh - the newest token of few sequences in one kernel:
+// RoPE, its K and V into pages, attention, and the parts of a row put together within a cluster of blocks.
 // Layer: attention/cuda/kernels (device).
 #pragma once
 
 #include <cstdint>
 
+#include <codegemm/cuda/block/ahead.cuh>
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <prefillshare/attention/cuda/block/attend.cuh>
 #include <prefillshare/attention/cuda/kernels/append.cuh>
@@ -36,6 +37,7 @@ struct DecodeAppendArgs {
   ScalarType out_type = ScalarType::kHalf;
   int group = 0;  // query heads of a K/V head, at most 16
   float scale_log2 = 0.0F;
+  codegemm::cuda::Ahead ahead;
   bool overlap = false;  // the table and all keys but the newest are older than the kernel before
 };
 
@@ -71,6 +73,11 @@ struct AppendNewest {
       for (int i = static_cast<int>(threadIdx.x); i < head_dim / 2; i += static_cast<int>(blockDim.x)) {
         angles[i] = a.rope.of(position, i, head_dim / 2);
       }
+    }
+    if (a.ahead.bytes > 0) {
+      const int block = (sequence * static_cast<int>(gridDim.y) + kv_head) * kDecodeRanks;
+      codegemm::cuda::detail::ask_ahead(a.ahead, block + static_cast<int>(blockIdx.x),
+                                        static_cast<int>(gridDim.y * gridDim.z) * kDecodeRanks);
     }
     __syncthreads();
   }
@@ -152,9 +159,9 @@ struct AppendNewest {
 
 }  // namespace detail
 
-/// Block (rank, K/V head, sequence): the clusters have a K/V head of a sequence each, and their blocks an even
-/// share of its tiles of keys, the last one the newest key. Each pushes what it has of a row to the block that
-/// ends it, in whose shared memory the parts are added in the order of their keys.
+/// Block (rank, K/V head, sequence): the clusters have a K/V head of a sequence each, and their blocks an
+/// even share of its tiles of keys, the last one the newest key. Each pushes what it has of a row to the
+/// block that ends it, in whose shared memory the parts are added in the order of their keys.
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
     decode_append_kernel(const __grid_constant__ DecodeAppendArgs a) {
