@@ -62,8 +62,8 @@ template <class Configs = DefaultConfigs, class X, class Y>
   return gather ? Regime::kGather : Regime::kAuto;
 }
 
-/// Whether run() can take a NormedRow in place of x, or `up` beside it: one token, gathered from a Psumbook
-/// of fp16. Looks at no pointer.
+/// Whether run() can take a NormedRow in place of x: one token, gathered from a Psumbook of fp16. Looks at no
+/// pointer.
 template <class Configs = DefaultConfigs, class X, class Y>
 [[nodiscard]] bool normalizes(const GemmProblem<X, Y>& p, const Device& device) {
   return p.x.rows == 1 && p.weights.rows > 0 && regime_of<Configs>(p, device) == Regime::kGather &&
@@ -87,10 +87,10 @@ template <class Configs = DefaultConfigs, class X, class Y>
                  w.rows, " x ", w.cols, ", with ", w.layout.sets, " columns a lane on a GPU with ",
                  device.shared_bytes, " bytes of shared memory a block");
   }
-  if ((p.normed.x != nullptr || p.up != nullptr) && !normalizes<Configs>(p, device)) {
-    return error(StatusCode::kUnsupported, "cuda gemm: a ", p.up != nullptr ? "gated" : "normed", " row for ",
-                 p.x.rows, " tokens of ", format_name(p.weights.format), ", ", p.weights.rows, " x ",
-                 p.weights.cols, ": only one token's kernel with a Psumbook of fp16 takes one");
+  if (p.normed.x != nullptr && !normalizes<Configs>(p, device)) {
+    return error(StatusCode::kUnsupported, "cuda gemm: a normed row for ", p.x.rows, " tokens of ",
+                 format_name(p.weights.format), ", ", p.weights.rows, " x ", p.weights.cols,
+                 ": only one token's kernel with a Psumbook of fp16 normalizes");
   }
   return {};
 }

@@ -78,9 +78,6 @@ struct GemmProblem {
   MatrixView<const Y> residual;  ///< as y, to be added, or null data; may be y itself
   Activation activation = Activation::kNone;  ///< what is done to the sums
   NormedRow normed;  ///< one token in place of x, whose data is not read, where normalizes() says yes
-  /// One token, where normalizes() says yes: silu(x[k]) * up[k] is multiplied in place of x[k] (SwiGLU of the
-  /// product in front). [K], or null.
-  const X* up = nullptr;
   /// The kernel may start while the one before it in the stream still runs, and then reads weights only. Set
   /// to false where that kernel writes the weights.
   bool overlap = true;
@@ -197,13 +194,9 @@ template <class X, class Y>
     }
     if (Status s = check_pointer("a normed row", p.normed.x, 16); !s.ok()) return s;
     if (Status s = check_pointer("the weight of a normed row", p.normed.weight, 16); !s.ok()) return s;
-    if (p.up != nullptr) {
-      return error(StatusCode::kInvalidArgument, "cuda gemm: a row that is to be normalized and gated");
-    }
   } else if (p.x.data == nullptr && w.cols > 0) {
     return error(StatusCode::kNullPointer, "cuda gemm: x is null");
   }
-  if (Status s = check_pointer("up", p.up, sizeof(X)); !s.ok()) return s;
   if (p.y.data == nullptr) return error(StatusCode::kNullPointer, "cuda gemm: y is null");
   if (Status s = check_pointer("x", p.x.data, sizeof(X)); !s.ok()) return s;
   if (Status s = check_pointer("y", p.y.data, sizeof(Y)); !s.ok()) return s;

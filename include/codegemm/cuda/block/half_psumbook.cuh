@@ -173,35 +173,11 @@ struct HalfPsumbook {
       const int k = k0 + activation_of(lane, f);
       pairs[f] = k < cols ? *reinterpret_cast<const float2*>(x + k) : make_float2(0.0F, 0.0F);
     }
+    unsigned most = 0;
 #pragma unroll
     for (int f = 0; f < 8; ++f) {
       pairs[f].x *= factors.pairs[f].x;
       pairs[f].y *= factors.pairs[f].y;
-    }
-    stage_pairs(staged, pairs);
-  }
-  /// The same of silu(gate) * up (SwiGLU).
-  static __device__ __forceinline__ void stage_gated(char* staged, const Words& gates, const Words& ups,
-                                                     bool bf16) {
-    const auto pair_of = [&](unsigned word) {
-      if (bf16) return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xFFFF0000U));
-      return __half22float2(*reinterpret_cast<const __half2*>(&word));
-    };
-    float2 pairs[8];
-#pragma unroll
-    for (int f = 0; f < 8; ++f) {
-      const float2 gate = pair_of(gates.of[f]);
-      const float2 up = pair_of(ups.of[f]);
-      pairs[f].x = gate.x / (1.0F + __expf(-gate.x)) * up.x;
-      pairs[f].y = gate.y / (1.0F + __expf(-gate.y)) * up.y;
-    }
-    stage_pairs(staged, pairs);
-  }
-  /// The same of what is already a product.
-  static __device__ __forceinline__ void stage_pairs(char* staged, const float2 (&pairs)[8]) {
-    unsigned most = 0;
-#pragma unroll
-    for (int f = 0; f < 8; ++f) {
       most = max(most,
                  max(__float_as_uint(pairs[f].x) & 0x7FFFFFFFU, __float_as_uint(pairs[f].y) & 0x7FFFFFFFU));
     }

@@ -23,7 +23,6 @@ struct GatherArgs {
   const std::uint16_t* codebooks = nullptr;  // fp16 [parts][m][2^b][v]
   const std::uint16_t* x = nullptr;          // [tokens][x_stride]
   NormedRow normed;                          // in place of x: one token, with Psumbooks of fp16
-  const std::uint16_t* up = nullptr;         // the same: silu(x) * up in place of x
   float* partials = nullptr;     // [groups][tokens][row_tiles * 16], where there are several groups
   unsigned* counters = nullptr;  // [chunks][splits of a group], zero before and after
   std::int64_t x_stride = 0;
@@ -181,7 +180,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   auto segments = detail::no_segments<Book, Tokens, kHalf>();
   [[maybe_unused]] auto words = detail::no_words<Book, kHalf>();
   if constexpr (kHalf) {
-    if (a.normed.x == nullptr && a.up == nullptr && granule0 + warp < granule1)
+    if (a.normed.x == nullptr && granule0 + warp < granule1)
       words = Book::load(x[0], (granule0 + warp) * Book::kActivations);
   } else if constexpr (kFixed) {
 #pragma unroll
@@ -230,13 +229,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     }
   };
   if constexpr (kHalf) {
-    if (a.up != nullptr) {
-      const Activations up{a.up, a.cols, x[0].bf16};
-      for (int i = granule0 + warp; i < granule1; i += kWarps) {
-        const int first = i * Book::kActivations;
-        Book::stage_gated(staged(i), Book::load(x[0], first), Book::load(up, first), x[0].bf16);
-      }
-    } else if (a.normed.x == nullptr) {
+    if (a.normed.x == nullptr) {
       for (int i = granule0 + warp; i < granule1;) {
         Book::stage(staged(i), words, x[0].bf16);
         i += kWarps;

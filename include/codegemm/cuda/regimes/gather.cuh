@@ -75,7 +75,7 @@ struct GatherRegime {
     return suits;
   }
 
-  /// Whether the kernel for such weights can normalize a row, or gate it: with a Psumbook of fp16.
+  /// Whether the kernel for such weights can normalize a row: with a Psumbook of fp16.
   [[nodiscard]] static bool normalizes(const DevicePackedView& w, const Device& device) {
     bool half = false;
     return w.cols % 4 == 0 && match(w, device, [&](auto c) { half = kHalfPsumbook<decltype(c)>; }) && half;
@@ -106,7 +106,6 @@ struct GatherRegime {
     args.codebooks = reinterpret_cast<const std::uint16_t*>(base + w.layout.codebooks_at);
     args.x_stride = p.x.stride;
     args.normed = p.normed;
-    args.up = reinterpret_cast<const std::uint16_t*>(p.up);
     args.cols = static_cast<int>(w.cols);
     args.row_tiles = static_cast<int>(w.layout.row_tiles);
     args.granules = static_cast<int>(w.layout.granules);

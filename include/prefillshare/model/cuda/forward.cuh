@@ -123,14 +123,6 @@ class DeviceForward {
 
   [[nodiscard]] Status feed_forward(int index) {
     const DeviceLlamaLayer<Linear>& l = layer(index);
-    if constexpr (GatingLayer<Linear>) {
-      if (l.down.gates(batch_.count, call_.device)) {
-        const MatrixView<T> both(ws_.gated.data(), 1, 2 * c_.intermediate_size);
-        const auto to_both = [&](const auto& x) { return l.gate_up.forward(x, both, call_); };
-        if (Status s = normalized(l.gate_up, l.post_attention_norm, 1, nullptr, to_both); !s.ok()) return s;
-        return l.down.add(GatedRow<T>{both.data, both.data + c_.intermediate_size}, hidden(), call_);
-      }
-    }
     const MatrixView<T> gated(ws_.gated.data(), batch_.count, c_.intermediate_size);
     LinearCall call = call_;
     call.ahead = ahead_of(l.down, batch_.count);

@@ -111,22 +111,6 @@ concept NormalizingLayer = requires(const L& layer, const NormedRow& x, MatrixVi
   { layer.gated(x, y, call) } -> std::same_as<Status>;
 };
 
-/// One token's row, gated: silu(gate[k]) * up[k] (SwiGLU). Device memory.
-template <class T>
-struct GatedRow {
-  const T* gate = nullptr;  ///< [cols]
-  const T* up = nullptr;    ///< [cols]
-};
-
-/// A layer that can take one token's row before SwiGLU, where gates(tokens, device) says so: add() then has
-/// GatedRow for x, and the layer in front need not pair its rows.
-template <class L>
-concept GatingLayer = requires(const L& layer, const GatedRow<typename L::Scalar>& x, MatrixView<float> sum,
-                               const LinearCall& call) {
-  { layer.gates(std::int64_t{}, call.device) } -> std::same_as<bool>;
-  { layer.add(x, sum, call) } -> std::same_as<Status>;
-};
-
 /// A linear layer on codebook-quantized weights, multiplied by codegemm::cuda::run. Owns its weights, which
 /// may be several matrices merged along N (Q, K and V; gate and up), each with its codebooks. T: __half or
 /// __nv_bfloat16. Configs: the kernels to choose from; a program that knows its formats compiles faster with
@@ -232,20 +216,6 @@ class DeviceCodeGemmLinear {
   /// The same.
   [[nodiscard]] Status gated(const NormedRow& x, MatrixView<T> y, const LinearCall& call) const {
     return run(normed(x, gated_problem(one_row(), y)), call);
-  }
-
-  /// As GatingLayer says.
-  [[nodiscard]] bool gates(std::int64_t tokens, const Device& device) const {
-    return codegemm::cuda::normalizes<Configs>(
-        problem(MatrixView<const T>(nullptr, tokens, cols()), MatrixView<float>(nullptr, tokens, rows())),
-        device);
-  }
-  /// The same.
-  [[nodiscard]] Status add(const GatedRow<T>& x, MatrixView<float> sum, const LinearCall& call) const {
-    auto p = problem(MatrixView<const T>(x.gate, 1, cols()), sum);
-    p.up = x.up;
-    p.residual = sum;
-    return run(p, call);
   }
 
  private:

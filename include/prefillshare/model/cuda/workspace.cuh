@@ -63,7 +63,7 @@ class DeviceWorkspace {
     make(out.normed, max_tokens * c.hidden_size);
     make(out.qkv, max_tokens * (c.q_size() + 2 * c.kv_size()));
     make(out.attended, max_tokens * c.q_size());
-    make(out.gated, std::max<std::int64_t>(max_tokens, 2) * c.intermediate_size);
+    make(out.gated, max_tokens * c.intermediate_size);
     make(out.logits, max_sequences * c.vocab_size);
     make(out.attention, static_cast<std::int64_t>(attention));
     make(out.zeroed, static_cast<std::int64_t>(linear.zeroed), true);
@@ -79,7 +79,7 @@ class DeviceWorkspace {
   DeviceArray<T> normed;             ///< [tokens][hidden]
   DeviceArray<T> qkv;                ///< [tokens][(heads + 2 * kv_heads) * head_dim]
   DeviceArray<T> attended;           ///< [tokens][heads * head_dim]
-  DeviceArray<T> gated;              ///< [tokens][intermediate], of one token gate and up
+  DeviceArray<T> gated;              ///< [tokens][intermediate]
   DeviceArray<float> logits;         ///< [sequences][vocab], of the last pass that asked for them
   DeviceArray<std::byte> attention;  ///< of decode, and of prefill with keys split
   DeviceArray<std::byte> zeroed;     ///< of linear layers
