@@ -3,8 +3,8 @@
 // bench/model_gpu.cu - suite model-gpu: whole decoders at the shapes of Llama-3.1 8B and 70B on the GPU, with
 // random weights: decode steps as CUDA graphs behind a context, and prefill. Layers of codes beside the same
 // weights dense, multiplied by cuBLAS, by its own choice of algorithms and by those that are fastest when all
-// that it proposes are tried, and one token by our own kernel too; and steps of sequences whose contexts begin
-// alike, with that beginning read for each and once for all.
+// that it proposes are tried, and one token by our own kernel too; and steps of sequences whose contexts
+// begin alike, with that beginning read for each and once for all.
 //
 // First the logits of one prompt by both are compared, then those of a step of one token by each. A step is
 // timed over many replays behind a full

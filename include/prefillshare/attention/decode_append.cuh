@@ -23,23 +23,10 @@ struct DecodeAppendProblem {
   AppendProblem<T, C> append;  ///< with Q, without query_indptr; `overlap` as there
   MatrixView<Y> out;           ///< [sequences][heads * head_dim]; must not overlap q, k, v or the pages
   float scale = 0.0F;          ///< of the scores; 0 means 1 / sqrt(head_dim)
-  codegemm::cuda::Ahead ahead =
-      {};  ///< what the kernel behind reads, asked for once the keys are on their way
 };
-
-namespace detail {
-
-// The tiles of a short share of keys are all under way before the kernel in front has ended.
-template <class T, int HeadDim>
-struct AppendShape : TailShape<T, T, HeadDim> {
-  static constexpr int kAhead = TailShape<T, T, HeadDim>::kStages;
-};
-
-}  // namespace detail
 
 /// Whether there is a kernel for such a problem, and work for it in one go: clusters (compute capability
-/// 9.0), a cache of 16 bits, at most 16 query heads a K/V head, at most two clusters for each that the card
-/// holds.
+/// 9.0), a cache of 16 bits, at most 16 query heads a K/V head, no more clusters than run at once.
 template <class T, class Y, class C>
 [[nodiscard]] bool serves(const DecodeAppendProblem<T, Y, C>& p, const Device& device) {
   const AppendProblem<T, C>& a = p.append;
@@ -47,7 +34,7 @@ template <class T, class Y, class C>
   return std::is_same_v<T, C> && device.arch >= 90 && a.query_indptr == nullptr && a.q.data != nullptr &&
          a.kv.kv_heads > 0 && a.heads % a.kv.kv_heads == 0 && a.heads / a.kv.kv_heads <= kTailRows &&
          detail::check_head_dim("cuda decode with append", a.kv.head_dim).ok() &&
-         std::int64_t{a.table.sequences} * a.kv.kv_heads <= 2 * clusters;
+         std::int64_t{a.table.sequences} * a.kv.kv_heads <= clusters;
 }
 
 /// Everything that run() refuses, with the numbers; looks at no device memory.
@@ -97,7 +84,6 @@ template <class T, class Y, class C>
     args.group = a.heads / a.kv.kv_heads;
     args.scale_log2 = detail::scale_log2_of(p.scale, a.kv);
     args.overlap = a.overlap;
-    args.ahead = p.ahead;
     codegemm::cuda::LaunchShape shape;
     shape.grid =
         dim3(kDecodeRanks, static_cast<unsigned>(a.kv.kv_heads), static_cast<unsigned>(a.table.sequences));
@@ -106,9 +92,9 @@ template <class T, class Y, class C>
     static_cast<void>(codegemm::first_match(
         HeadSizes{}, [&](auto c) { return c.kHeadDim == a.kv.head_dim; },
         [&](auto c) {
-          using Shape = detail::AppendShape<T, c.kHeadDim>;
+          using Shape = DecodeAppendShape<detail::ScalarOf<T>::kType, c.kHeadDim>;
           shape.threads = Shape::kThreads;
-          shape.shared_bytes = static_cast<std::size_t>(DecodeAppendPlaces<Shape>::bytes(args.group));
+          shape.shared_bytes = static_cast<std::size_t>(Shape::bytes(args.group));
           static_cast<void>(status =
                                 codegemm::cuda::launch(decode_append_kernel<Shape>, shape, args, stream));
         }));

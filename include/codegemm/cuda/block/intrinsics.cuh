@@ -226,6 +226,14 @@ __device__ __forceinline__ void arrive_and_expect(unsigned barrier, unsigned byt
 __device__ __forceinline__ void arrive_after_copies(unsigned barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
+// `bytes` (a multiple of 16) into shared memory, counted at the barrier. One thread.
+__device__ __forceinline__ void copy_bulk(unsigned shared, const void* from, unsigned bytes,
+                                          unsigned barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
 // The description of a tensor, in global or parameter memory, is brought to where copies look for it.
 __device__ __forceinline__ void prefetch_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

@@ -108,14 +108,6 @@ class DeviceDenseLinear {
     return tokens == 1 && streams(device);
   }
 
-  /// What the kernels in front of a product of few tokens may ask for: those by cuBLAS begin when all in
-  /// front have ended, and the memory is idle in between.
-  [[nodiscard]] Ahead ahead(std::int64_t tokens, const Device& device) const {
-    if (tokens > kMostAheadTokens || normalizes(tokens, device)) return {};
-    const std::size_t bytes = std::min(weights_->bytes(), kAheadBytes);
-    return {weights_->data(), static_cast<std::uint32_t>(bytes / 16 * 16)};
-  }
-
   /// As DeviceLinearLayer says: gated() keeps both halves.
   [[nodiscard]] LinearMemory memory(std::int64_t tokens, const Device& /*device*/) const {
     return {0, static_cast<std::size_t>(tokens * rows_) * sizeof(T)};
@@ -160,11 +152,7 @@ class DeviceDenseLinear {
     args.rows = y.rows;
     args.out_stride = y.stride;
     args.width = static_cast<int>(y.cols);
-    args.ahead = call.ahead;
-    const std::int64_t threads = y.rows * (y.cols / 8);
-    args.blocks = static_cast<int>((threads + kColumnThreads - 1) / kColumnThreads);
-    const int more = args.ahead.bytes > 0 ? codegemm::cuda::kAheadBlocks : 0;
-    return start_columns(swiglu_kernel<T>, args, (std::int64_t{args.blocks} + more) * kColumnThreads, call);
+    return start_columns(swiglu_kernel<T>, args, y.rows * (y.cols / 8), call);
   }
 
   /// As NormalizingLayer says; kUnsupported where normalizes() says no.
@@ -181,9 +169,6 @@ class DeviceDenseLinear {
   }
 
  private:
-  // A part of the second-level cache that the product's own copies leave alone meanwhile.
-  static constexpr std::size_t kAheadBytes = std::size_t{12} << 20;
-  static constexpr std::int64_t kMostAheadTokens = 32;
   static constexpr cudaDataType_t kType = std::is_same_v<T, __half> ? CUDA_R_16F : CUDA_R_16BF;
 
   template <class Args>

@@ -124,9 +124,7 @@ class DeviceForward {
   [[nodiscard]] Status feed_forward(int index) {
     const DeviceLlamaLayer<Linear>& l = layer(index);
     const MatrixView<T> gated(ws_.gated.data(), batch_.count, c_.intermediate_size);
-    LinearCall call = call_;
-    call.ahead = ahead_of(l.down, batch_.count);
-    const auto to_gated = [&](const auto& x) { return l.gate_up.gated(x, gated, call); };
+    const auto to_gated = [&](const auto& x) { return l.gate_up.gated(x, gated, call_); };
     if (Status s = normalized(l.gate_up, l.post_attention_norm, batch_.count, nullptr, to_gated); !s.ok())
       return s;
     return l.down.add(gated, hidden(), call_);
@@ -182,8 +180,7 @@ class DeviceForward {
     return p;
   }
   [[nodiscard]] DecodeAppendProblem<T, T, C> append_and_attend(int index) const {
-    return {append_problem(index), MatrixView<T>(ws_.attended.data(), batch_.count, c_.q_size()), 0.0F,
-            ahead_of(layer(index).o, batch_.count)};
+    return {append_problem(index), MatrixView<T>(ws_.attended.data(), batch_.count, c_.q_size())};
   }
   [[nodiscard]] PrefillProblem<T, T, C> prefill_problem(int index) const {
     PrefillProblem<T, T, C> p;
@@ -216,22 +213,13 @@ class DeviceForward {
         return multiply(NormedRow{ws_.hidden.data(), weight.data(), static_cast<float>(c_.rms_epsilon)});
       }
     }
-    if (Status s = norm(weight, rows, row_ends, ahead_of(layer, rows)); !s.ok()) return s;
+    if (Status s = norm(weight, rows, row_ends); !s.ok()) return s;
     return multiply(normed(rows));
-  }
-  // What a kernel in front of a layer's product may ask for.
-  template <class Layer>
-  [[nodiscard]] Ahead ahead_of(const Layer& layer, std::int64_t rows) const {
-    if constexpr (requires { layer.ahead(rows, call_.device); }) {
-      return layer.ahead(rows, call_.device);
-    } else {
-      return {};
-    }
   }
 
   // normed[i] = the normalized row i of hidden, or the last row of sequence i.
-  [[nodiscard]] Status norm(const DeviceArray<float>& weight, std::int64_t rows, const std::int32_t* row_ends,
-                            const Ahead& ahead) {
+  [[nodiscard]] Status norm(const DeviceArray<float>& weight, std::int64_t rows,
+                            const std::int32_t* row_ends) {
     RmsNormArgs args;
     args.x = ws_.hidden.data();
     args.weight = weight.data();
@@ -239,10 +227,8 @@ class DeviceForward {
     args.row_ends = row_ends;
     args.width = static_cast<int>(c_.hidden_size);
     args.epsilon = static_cast<float>(c_.rms_epsilon);
-    args.ahead = ahead;
-    args.rows = static_cast<int>(rows);
     return start(c_.hidden_size <= 8 * kRmsNormThreads ? rms_norm_kernel<T, 1> : rms_norm_kernel<T, 2>, args,
-                 rows + (ahead.bytes > 0 ? codegemm::cuda::kAheadBlocks : 0), kRmsNormThreads);
+                 rows, kRmsNormThreads);
   }
   template <class Args>
   [[nodiscard]] Status start(void (*kernel)(Args), const Args& args, std::int64_t blocks, int threads) {

@@ -15,7 +15,6 @@
 
 #include <cuda_runtime.h>
 
-#include <codegemm/cuda/block/ahead.cuh>
 #include <codegemm/cuda/device_array.cuh>
 #include <codegemm/cuda/launch.cuh>
 #include <codegemm/cuda/pack_on_device.cuh>
@@ -26,7 +25,6 @@
 namespace prefillshare::cuda {
 
 using codegemm::Result;
-using codegemm::cuda::Ahead;
 using codegemm::cuda::Device;
 using codegemm::cuda::DeviceArray;
 using codegemm::cuda::NormedRow;
@@ -76,7 +74,6 @@ struct LinearCall {
   cudaStream_t stream = nullptr;  ///< where the work is put
   std::span<std::byte> zeroed;    ///< device memory
   std::span<std::byte> scratch;   ///< device memory
-  codegemm::cuda::Ahead ahead;    ///< what a kernel behind the product may ask for, if there is one
 };
 
 /// A linear layer on the device: weights of N = rows() x K = cols(), activations of type L::Scalar. Calls put

@@ -95,10 +95,9 @@ struct NothingToAwait {
 /// Keys are copied while the kernel before still runs, but for the newest, which it may be writing; then the
 /// block waits for it, and lets the next kernel start.
 struct AwaitNewest {
-  static constexpr bool kMayWait = true;   ///< if `waits`
-  static constexpr bool kAppends = false;  ///< else the block itself writes the newest key and turns queries
-  bool waits = false;                      ///< else the block has waited
-  int newest = 0;                          ///< key, -1: it is not among these
+  static constexpr bool kMayWait = true;  ///< if `waits`
+  bool waits = false;                     ///< else the block has waited
+  int newest = 0;                         ///< key, -1: it is not among these
 };
 
 namespace detail {
@@ -237,26 +236,20 @@ __device__ __forceinline__ void attend(AttendState<Shape>& state, unsigned share
   if constexpr (Await::kMayWait) {
     if (waits) {
       const int tile = (await.newest - keys.begin) / kTileKeys;
-      const int row = (await.newest - keys.begin) % kTileKeys;
-      const bool is_mine = await.newest >= keys.begin && await.newest < keys.end;
-      const bool is_here = is_mine && tile < Shape::kAhead;
+      const bool is_here = await.newest >= keys.begin && await.newest < keys.end && tile < Shape::kAhead;
       const int slot = detail::page_of(kv, await.newest);
-      const int page = is_mine ? __ldg(pages + slot) : 0;
-      const unsigned stage = shared + static_cast<unsigned>(tile) * kStageBytes;
-      const std::int64_t at = page * kv.page_stride + (await.newest - slot * kv.page_size) * kv.token_stride +
-                              kv_head * kv.head_stride;
-      if constexpr (Await::kAppends) await.find_angles();
+      const int page = is_here ? __ldg(pages + slot) : 0;
       codegemm::cuda::detail::wait_for_previous_kernel();
       codegemm::cuda::detail::allow_next_kernel();
-      if constexpr (Await::kAppends) {
-        queries.load(rows, shared);
-        if (is_mine) await.template append<Shape>(at, row, stage, is_here);
-        await.turn(queries);
-      } else {
-        if (is_here) detail::PageLoader<Shape>::copy_row(kv, at, row, stage);
-        queries.load(rows, shared);
+      if (is_here) {
+        const std::int64_t from = page * kv.page_stride +
+                                  (await.newest - slot * kv.page_size) * kv.token_stride +
+                                  kv_head * kv.head_stride;
+        detail::PageLoader<Shape>::copy_row(kv, from, (await.newest - keys.begin) % kTileKeys,
+                                            shared + static_cast<unsigned>(tile) * kStageBytes);
       }
-      if (Shape::kQueriesInShared || (is_here && !Await::kAppends)) {
+      queries.load(rows, shared);
+      if (Shape::kQueriesInShared || is_here) {
         detail::end_copy_group();
         detail::wait_for_copies<0>();
       }

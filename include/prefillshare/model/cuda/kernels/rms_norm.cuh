@@ -6,7 +6,6 @@
 
 #include <cstdint>
 
-#include <codegemm/cuda/block/ahead.cuh>
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <prefillshare/model/cuda/kernels/scalars.cuh>
 
@@ -20,8 +19,6 @@ struct RmsNormArgs {
   const std::int32_t* row_ends = nullptr;  // [rows + 1]: row i is x's row_ends[i + 1] - 1; null: x's row i
   int width = 0;                           // a multiple of 8
   float epsilon = 0.0F;
-  codegemm::cuda::Ahead ahead;  // for the kernel behind, by the blocks behind those of rows
-  int rows = 0;
 };
 
 inline constexpr int kRmsNormThreads = 512;
@@ -48,9 +45,6 @@ __device__ __forceinline__ float block_sum(float value) {
 /// twice.
 template <class T, int Held>
 __global__ void __launch_bounds__(kRmsNormThreads) rms_norm_kernel(const __grid_constant__ RmsNormArgs a) {
-  const int ahead = static_cast<int>(blockIdx.x) - a.rows;
-  if (a.ahead.bytes > 0 && ahead >= 0)
-    return codegemm::cuda::detail::ask_ahead(a.ahead, ahead, codegemm::cuda::kAheadBlocks);
   constexpr int kStep = kRmsNormThreads * 8;
   const int first = static_cast<int>(threadIdx.x) * 8;
   float weight[Held][8];

@@ -8,7 +8,6 @@
 #include <cstdint>
 
 #include <codegemm/base/macros.hpp>
-#include <codegemm/cuda/block/ahead.cuh>
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <prefillshare/model/cuda/kernels/scalars.cuh>
 
@@ -68,16 +67,11 @@ struct SwiGluArgs {
   std::int64_t rows = 0;
   std::int64_t out_stride = 0;  // a multiple of 8
   int width = 0;                // a multiple of 8
-  codegemm::cuda::Ahead ahead;  // for the kernel behind, by the blocks behind the first `blocks`
-  int blocks = 0;
 };
 
-/// out = silu(gate) * up. Threads of blocks that ask ahead have none of it.
+/// out = silu(gate) * up.
 template <class T>
 __global__ void __launch_bounds__(kColumnThreads) swiglu_kernel(const __grid_constant__ SwiGluArgs a) {
-  const int ahead = static_cast<int>(blockIdx.x) - a.blocks;
-  if (a.ahead.bytes > 0 && ahead >= 0)
-    return codegemm::cuda::detail::ask_ahead(a.ahead, ahead, codegemm::cuda::kAheadBlocks);
   codegemm::cuda::detail::wait_for_previous_kernel();
   codegemm::cuda::detail::allow_next_kernel();
   const detail::EightColumns mine(a.width);
