@@ -119,7 +119,7 @@ TEST_CASE("cuda decode with append: groups, page sizes, head sizes, lengths, lay
       for (const int head_dim : {64, 96, 128}) {
         const auto layout = (page_size + group) % 2 == 0 ? cuda::KvLayout::kNhd : cuda::KvLayout::kHnd;
         const BatchShape shape{page_size, layout, 2, group, head_dim};
-        const std::vector<int> lengths{1, page_size, page_size + 1, 63, 64, 65, 520, 2100};
+        const std::vector<int> lengths{1, page_size + 1, 63, 64, 65, 520, 2100};
         check<Half, float>(shape, lengths, Angles::kFrequencies, RopeLayout::kHalf, seed);
         check<BFloat16, BFloat16>(shape, lengths, Angles::kTable, RopeLayout::kInterleaved, seed);
       }
