@@ -11,7 +11,8 @@
 //                       kCodebooks
 //   kScaleSteps         log2 of the lanes that share a scale; 5: one scale a row; -1: known at run time only
 //   kThreads            of a block
-//   kPassTokens         tokens in one pass over the weights; 32 KiB of shared memory for each set and token
+//   kPassTokens         tokens in one pass over the weights, 1 or 2; 32 KiB of shared memory for each set and
+//                       token (kHalf: 16 KiB)
 //   kHalf               (or none) true: the Psumbook is a HalfPsumbook, see there what it serves
 // Up to how many tokens a regime is used lies in crossovers.hpp.
 #pragma once
@@ -26,7 +27,7 @@ template <int V, int M, int ScaleSteps>
 struct GatherTuned {
   /// @{ See the head of this file.
   static constexpr int kVecLen = V, kCodebooks = M, kCodeBits = 8, kSets = 4, kScaleSteps = ScaleSteps;
-  static constexpr int kThreads = 1024, kPassTokens = 1;
+  static constexpr int kThreads = 1024, kPassTokens = 2;
   static constexpr bool kHalf = true;  /// @}
 };
 using GatherM1V4G128 = GatherTuned<4, 1, 3>;  ///< 8 lanes of 16 weights share a scale

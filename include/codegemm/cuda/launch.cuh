@@ -21,6 +21,7 @@ struct LaunchShape {
   std::size_t shared_bytes = 0;  ///< dynamic shared memory of a block
   unsigned cluster = 0;          ///< blocks along x, 0: no clusters
   bool overlap = false;          ///< may start before the kernel before it in the stream has ended
+  bool prefer_cache = false;     ///< what shared memory leaves is to be first-level cache
 };
 
 /// Starts kernel(args). Never allocates, synchronizes or asks the device; may be captured into a graph.
@@ -34,6 +35,14 @@ template <class Args>
     if (code != cudaSuccess) {
       static_cast<void>(cudaGetLastError());
       return cuda_status(code, "cudaFuncSetAttribute (shared memory)");
+    }
+  }
+  if (shape.prefer_cache) {
+    const cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                  cudaSharedmemCarveoutMaxL1);
+    if (code != cudaSuccess) {
+      static_cast<void>(cudaGetLastError());
+      return cuda_status(code, "cudaFuncSetAttribute (carveout)");
     }
   }
   cudaLaunchAttribute attributes[2] = {};

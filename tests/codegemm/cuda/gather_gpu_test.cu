@@ -265,5 +265,40 @@ TEST_CASE("cuda gemm: zeros, extremes, infinity and NaN", "[gpu]") {
   for (const float value : product(x)) CHECK(std::isnan(value));
 }
 
+// Two tokens share the words of a Psumbook.
+TEST_CASE("cuda gemm: a token that is not finite leaves the other alone", "[gpu]") {
+  const cuda::Device device = gpu_or_skip();
+  Rng rng(seed_or(9500));
+  DeviceWeights w(random_matrix({8, 2, 8, 128}, 333, 1536, rng));
+  const auto x = random_vector<Half>(2 * 1536, rng);
+  const auto product = [&](const std::vector<Half>& tokens) {
+    DeviceBuffer<Half> x_device(tokens);
+    DeviceBuffer<float> y(2 * 333);
+    y.poison();
+    cuda::GemmProblem<Half, float> p;
+    p.weights = w.view();
+    p.x = MatrixView<const Half>(x_device.data(), 2, 1536);
+    p.y = MatrixView<float>(y.data(), 2, 333);
+    DeviceBuffer<std::byte> workspace(cuda::workspace_bytes<Configs>(p, device));
+    workspace.clear();
+    REQUIRE(cuda::run<Configs>(p, device, workspace.data(), workspace.size(), nullptr).ok());
+    REQUIRE_CUDA(cudaDeviceSynchronize());
+    return y.download();
+  };
+  const auto plain = product(x);
+  for (const std::size_t bad : {std::size_t{0}, std::size_t{1}}) {
+    for (const float value : {INFINITY, NAN}) {
+      CAPTURE(bad, value);
+      auto tokens = x;
+      tokens[bad * 1536 + 1000] = Half::from_float(value);
+      const auto got = product(tokens);
+      for (std::size_t n = 0; n < 333; ++n) {
+        CHECK(got[(1 - bad) * 333 + n] == plain[(1 - bad) * 333 + n]);
+        CHECK_FALSE(std::isfinite(got[bad * 333 + n]));
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace codegemm::test

@@ -110,11 +110,14 @@ TEST_CASE("cuda plan: covers every granule and tile once, within the card") {
     limits.shared_bytes = 232448;
     if (round % 4 != 0) limits.clusters = {0, 132, 66, 40, 30, 22, 16, 16, 15};
     const bool half = round % 7 < 3;  // a HalfPsumbook
+    limits.tokens = half && round % 4 == 1 ? 2 : 1;
+    const auto tokens = static_cast<std::size_t>(limits.tokens);
     if (half) {
-      limits.staged_bytes = cuda::kHalfStagedBytes;
+      limits.staged_bytes = tokens * cuda::kHalfStagedBytes;
       if (round % 2 == 0) limits.shared_bytes = 115712;  // two blocks a multiprocessor
     }
-    limits.table_bytes = half ? cuda::kHalfTableBytes : static_cast<std::size_t>(layout->sets) * 32768;
+    limits.table_bytes =
+        half ? tokens * cuda::kHalfTableBytes : static_cast<std::size_t>(layout->sets) * 32768;
     limits.warps = round % 5 == 0 ? 16 : round % 5 == 1 ? 20 : 32;
     const cuda::GemmTuning tuning{static_cast<int>(1 + rng.below(8)), 1, 0};
     const cuda::GatherPlan p = cuda::plan_gather(*layout, limits, tuning);
@@ -128,15 +131,15 @@ TEST_CASE("cuda plan: covers every granule and tile once, within the card") {
     REQUIRE(static_cast<std::int64_t>(p.chunks) * p.tiles_per_block >= layout->row_tiles);
     REQUIRE(static_cast<std::int64_t>(p.chunks - 1) * p.tiles_per_block < layout->row_tiles);
     REQUIRE(p.shared_bytes <= limits.shared_bytes);
-    REQUIRE((p.workspace_bytes(*layout, 1) > 0) == (p.groups > 1));
+    REQUIRE((p.workspace_bytes(*layout, limits.tokens) > 0) == (p.groups > 1));
     if (half) {  // tables, activations, and the sums: own and pushed ones
       const int owned = p.cluster ? p.ranks * ((limits.warps + p.ranks - 1) / p.ranks) : 0;
       const int pushed = owned * ((p.tiles_per_block + limits.warps - 1) / limits.warps);
       REQUIRE(p.tables <= std::min(2, p.granules_per_block));
       REQUIRE(p.sums_at == static_cast<std::size_t>(p.tables) * limits.table_bytes +
-                               static_cast<std::size_t>(p.granules_per_block) * cuda::kHalfStagedBytes +
+                               static_cast<std::size_t>(p.granules_per_block) * limits.staged_bytes +
                                cuda::kSquaresBytes);
-      const std::size_t sums = static_cast<std::size_t>(p.tiles_per_block + pushed) * 64;
+      const std::size_t sums = static_cast<std::size_t>(p.tiles_per_block + pushed) * 64 * tokens;
       REQUIRE(cuda::kWindowStart + p.sums_at + sums + (p.cluster ? 8 : 0) <= p.shared_bytes);
     }
   }

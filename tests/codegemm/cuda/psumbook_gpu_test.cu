@@ -141,47 +141,55 @@ TEST_CASE("cuda psumbook: the sum over lanes, with and without scales", "[gpu]")
   }
 }
 
-// The table, times what undoes the activations' power of two: out[code][column][lane].
-template <class Book>
-__global__ void half_kernel(const std::uint16_t* codebooks, cuda::Activations x, int k0, float* out) {
+// The table, times what undoes the activations' power of two: out[token][code][column][lane].
+template <class Book, int Tokens>
+__global__ void half_kernel(const std::uint16_t* codebooks, cuda::Activations x0, cuda::Activations x1,
+                            int k0, float* out) {
   extern __shared__ __align__(1024) char shared[];
   char* const table = shared + Book::kStagedBytes;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
-  if (warp == 0) Book::stage(shared, Book::load(x, k0), x.bf16);
+  if (warp < Tokens) Book::stage(shared, Book::load(warp == 0 ? x0 : x1, k0), x0.bf16, warp);
   __syncthreads();
   for (int i = warp; i < Book::kCodeBlocks; i += warps)
     Book::build(table, shared, Book::load_centroids(codebooks, i), i);
   __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < 256 * 4 * 32; i += static_cast<int>(blockDim.x)) {
+  for (int i = static_cast<int>(threadIdx.x); i < Tokens * 256 * 4 * 32; i += static_cast<int>(blockDim.x)) {
     const int lane = i % 32;
     const int p = i / 32 % 4;
-    const __half2 pair = *reinterpret_cast<const __half2*>(table + i / 128 * 256 + p % 2 * 128 + lane * 4);
-    out[i] = __half2float(p < 2 ? __low2half(pair) : __high2half(pair)) * Book::unscale(shared);
+    const int code = i / 128 % 256;
+    const int token = i / (256 * 128);
+    const std::size_t second = Tokens == 2 && p >= 2 ? cuda::kHalfTableBytes : 0;
+    const __half2 pair = *reinterpret_cast<const __half2*>(table + second + code * 256 + p % 2 * 128 +
+                                                           (lane ^ p % 2 * 16) * 4);
+    const bool low = Tokens == 2 ? token == 0 : p < 2;
+    out[i] = __half2float(low ? __low2half(pair) : __high2half(pair)) * Book::unscale(shared, token);
   }
 }
 
-template <class X, int V, int Codebooks>
+template <class X, int V, int Codebooks, int Tokens = 1>
 void check_half(double size_of_x, bool aligned) {
-  using Book = cuda::HalfPsumbook<V, Codebooks>;
-  CAPTURE(V, Codebooks, size_of_x, aligned);
+  using Book = cuda::HalfPsumbook<V, Codebooks, Tokens>;
+  CAPTURE(V, Codebooks, Tokens, size_of_x, aligned);
   Rng rng(seed_or(3));
   const int cols = 2 * Book::kActivations - V;  // the second granule lacks its last segment
   const auto codebooks = random_vector<Half>(static_cast<std::size_t>(Codebooks * V) << 8, rng);
-  std::vector<X> x(static_cast<std::size_t>(cols) + 1);
+  std::vector<X> x(static_cast<std::size_t>(Tokens * cols) + 1);
   for (X& value : x) value = X::from_float(static_cast<float>(static_cast<double>(rng.normal()) * size_of_x));
   DeviceBuffer<Half> codebooks_device(codebooks);
   DeviceBuffer<X> x_device(x);
-  DeviceBuffer<float> out(256 * 4 * 32);
+  DeviceBuffer<float> out(Tokens * 256 * 4 * 32);
   const std::size_t first = aligned ? 0 : 1;
   const auto* const bits = reinterpret_cast<const std::uint16_t*>(x_device.data()) + first;
-  REQUIRE_CUDA(cudaFuncSetAttribute(half_kernel<Book>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    Book::kBytes + Book::kStagedBytes));
+  constexpr int kShared = Book::kBytes + Book::kStagedBytes;
+  REQUIRE_CUDA(
+      cudaFuncSetAttribute(half_kernel<Book, Tokens>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
   for (const int k0 : {0, Book::kActivations}) {
     out.poison();
-    half_kernel<Book><<<1, 512, Book::kBytes + Book::kStagedBytes>>>(
-        reinterpret_cast<const std::uint16_t*>(codebooks_device.data()),
-        {bits, cols, std::is_same_v<X, BFloat16>}, k0, out.data());
+    const bool bf16 = std::is_same_v<X, BFloat16>;
+    half_kernel<Book, Tokens>
+        <<<1, 512, kShared>>>(reinterpret_cast<const std::uint16_t*>(codebooks_device.data()),
+                              {bits, cols, bf16}, {bits + (Tokens - 1) * cols, cols, bf16}, k0, out.data());
     REQUIRE_CUDA(cudaGetLastError());
     REQUIRE_CUDA(cudaDeviceSynchronize());
     REQUIRE(out.guards_intact());
@@ -205,6 +213,8 @@ TEST_CASE("cuda psumbook: fp16 words, whatever the size of the activations", "[g
   check_half<Half, 8, 2>(1e-3, true);
   check_half<BFloat16, 4, 1>(1e30, true);
   check_half<BFloat16, 8, 2>(1e-30, true);
+  check_half<Half, 4, 1, 2>(1.0, true);
+  check_half<BFloat16, 8, 2, 2>(1e3, false);
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ inline constexpr std::size_t kHalfTableBytes = 65536;
 /// begins, then comes a second, then what else the block keeps.
 inline constexpr std::size_t kWindowStart = 1024;
 /// A granule's activations as HalfPsumbook::stage() leaves them.
-inline constexpr std::size_t kHalfStagedBytes = 1040;
+inline constexpr std::size_t kHalfStagedBytes = 1296;
 /// What a block keeps of a row that it normalizes: each warp's sum of squares.
 inline constexpr std::size_t kSquaresBytes = 128;
 

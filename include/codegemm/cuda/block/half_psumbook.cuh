@@ -16,6 +16,14 @@
 namespace codegemm::cuda {
 namespace detail {
 
+// D = A B of 16 x 8 and 8 x 8 numbers, rounded once: rows lane / 4 and that + 8 of columns 2 (lane % 4) and the
+// next.
+__device__ __forceinline__ void multiply_halves(unsigned (&d)[2], const unsigned (&a)[2], unsigned b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3}, {%4}, {%5, %5};"
+      : "=r"(d[0]), "=r"(d[1])
+      : "r"(a[0]), "r"(a[1]), "r"(b), "r"(0U));
+}
+
 // The word `Offset` bytes behind an address of the shared window.
 template <int Offset>
 __device__ __forceinline__ unsigned load_word(unsigned address) {
@@ -26,10 +34,12 @@ __device__ __forceinline__ unsigned load_word(unsigned address) {
 
 }  // namespace detail
 
-/// The Psumbook of one granule of 512 activations and one token, for V = 4 and one codebook or V = 8 and two,
-/// of 256 centroids. Lane l owns 16 activations, four columns, as in Psumbook. Two inner products share a
-/// word: those of columns P and P + 2 of a lane with the same centroid of column P's codebook, P = 0, 1. Word
-/// (code, P, lane) lies at byte  code * 256 + P * 128 + lane * 4, so that a lane always reads its own bank.
+/// The Psumbook of one granule of 512 activations and one or two tokens, for V = 4 and one codebook or V = 8
+/// and two, of 256 centroids. Lane l owns 16 activations, four columns, as in Psumbook. Two inner products
+/// share a word. One token: those of columns P and P + 2 of a lane with the same centroid of column P's
+/// codebook, P = 0, 1. Two tokens: theirs of a column, of columns P in a first table, P + 2 in a second. Word
+/// (code, P, lane) lies at byte  code * 256 + P * 128 + (lane ^ 16 * P) * 4, so that a lane always reads its own
+/// bank for each P, and words that a warp builds at once are of different banks.
 ///
 /// Inner products are rounded to fp16 once (2^-12 of each at most, in the mean); what is added up from them
 /// is fp32. Activations are multiplied by a power of two first, the granule's own, so that none overflows and
@@ -37,11 +47,13 @@ __device__ __forceinline__ unsigned load_word(unsigned address) {
 ///
 /// A gather is a permute and a load for each code; the word goes to mma.sync as it is. There a matrix of ones
 /// and zeros takes the half that was meant, puts its sum into the column of its row, and adds up four lanes.
-/// (A look-up's other half is multiplied by zero: an infinite or NaN activation makes every output NaN.)
+/// (The other half is multiplied by zero: an infinite or NaN activation makes every output NaN. Of two tokens
+/// such a one is built from zeros and unscale() is NaN, so that the other is not touched.)
 ///
 /// All functions are for whole warps.
-template <int V, int Codebooks>
+template <int V, int Codebooks, int Tokens = 1>
 struct HalfPsumbook {
+  static_assert(Tokens == 1 || Tokens == 2, "codegemm: HalfPsumbook is for one or two tokens");
   static_assert((V == 4 && Codebooks == 1) || (V == 8 && Codebooks == 2),
                 "codegemm: HalfPsumbook is for V = 4 and one codebook, or V = 8 and two");
 
@@ -49,43 +61,41 @@ struct HalfPsumbook {
   static constexpr int kActivations = 512;  ///< k covered
   /// Bytes of shared memory, kWindowStart behind a multiple of that in the shared window: a code and a lane
   /// become an address by one permute.
-  static constexpr int kBytes = static_cast<int>(kHalfTableBytes);
+  static constexpr int kBytes = Tokens * static_cast<int>(kHalfTableBytes);
   static constexpr int kCodeBlocks = 32;  ///< blocks of 8 codes
   static constexpr int kStagedBytes =
-      static_cast<int>(kHalfStagedBytes);       ///< a granule's activations as stage() leaves them
-  static constexpr int kLogV = V == 4 ? 2 : 3;  ///< log2 of V
+      Tokens * static_cast<int>(kHalfStagedBytes);  ///< a granule's activations as stage() leaves them
+  static constexpr int kLogV = V == 4 ? 2 : 3;      ///< log2 of V
 
-  /// What a thread holds of 8 centroids (of each codebook).
+  /// What a thread holds of 8 centroids (of each codebook): as rows of a product, P = 0 and P = 1 of each in
+  /// turn.
   struct Centroids {
-    unsigned pairs[2];  ///< two values each: of one centroid (V = 4), or of one of each codebook
+    unsigned pairs[2];  ///< two values each, or zeros (V = 4: a row of P has four values, from 4 P on)
   };
 
   /// Centroids 8 * block .. 8 * block + 7.
   [[nodiscard]] static __device__ __forceinline__ Centroids load_centroids(const std::uint16_t* codebooks,
                                                                            int block) {
     const unsigned lane = threadIdx.x % 32;
-    const unsigned centroid = static_cast<unsigned>(block * 8) + lane / 4;
+    const unsigned p = lane / 4 % 2;
+    const unsigned q = lane % 4;
+    const unsigned centroid = static_cast<unsigned>(block * 8) + lane / 8;
     const auto* const words = reinterpret_cast<const unsigned*>(codebooks);
     Centroids out;
-    if constexpr (V == 4) {
-      const uint2 both = __ldg(reinterpret_cast<const uint2*>(words) + centroid);
-      out.pairs[0] = both.x, out.pairs[1] = both.y;
-    } else {
 #pragma unroll
-      for (unsigned c = 0; c < 2; ++c) out.pairs[c] = __ldg(words + (c * 256 + centroid) * 4 + lane % 4);
+    for (unsigned i = 0; i < 2; ++i) {  // and the fourth behind it
+      if constexpr (V == 4) {
+        out.pairs[i] = q / 2 == p ? __ldg(words + (centroid + i * 4) * 2 + q % 2) : 0U;
+      } else {
+        out.pairs[i] = __ldg(words + (p * 256 + centroid + i * 4) * 4 + q);
+      }
     }
     return out;
   }
 
-  /// The first of the two activations of a granule in word `f` of a lane, 0 <= f < 8: words 0 .. 3 and 4 .. 7
-  /// are A fragments. Their rows g and g + 8 are two segments of an owner, whose inner products share a word;
-  /// their k are those segments of other owners, of one in each lane (V = 4) or in each half of k.
+  /// The first of the two activations of a granule in word `f` of a lane, 0 <= f < 8: a lane holds its own 16.
   [[nodiscard]] static __device__ __forceinline__ int activation_of(int lane, int f) {
-    const int g = lane / 4;
-    const int q = lane % 4;
-    const int r = f % 4;
-    return V == 4 ? (g + q * 8) * 16 + r % 2 * 8 + f / 4 * 4 + r / 2 * 2
-                  : (g + r / 2 * 8 + f / 4 * 16) * 16 + r % 2 * 8 + q * 2;
+    return lane * 16 + f * 2;
   }
 
   /// A warp's 512 activations, as pairs of the type that they have in memory.
@@ -96,20 +106,12 @@ struct HalfPsumbook {
   [[nodiscard]] static __device__ __forceinline__ Words load(const Activations& x, int k0) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     Words out;
-    constexpr unsigned kBytes = V == 4 ? 16 : 4;  // of a load
-    if (k0 + kActivations <= x.cols && (reinterpret_cast<std::uintptr_t>(x.x) + k0 * 2ULL) % kBytes == 0) {
-      const std::uint16_t* const from = x.x + k0;
-      if constexpr (V == 4) {
-#pragma unroll
-        for (int f = 0; f < 2; ++f) {  // and f + 2, f + 4, f + 6
-          const uint4 eight = *reinterpret_cast<const uint4*>(from + activation_of(lane, f));
-          out.of[f] = eight.x, out.of[f + 2] = eight.y, out.of[f + 4] = eight.z, out.of[f + 6] = eight.w;
-        }
-      } else {
-#pragma unroll
-        for (int f = 0; f < 8; ++f)
-          out.of[f] = *reinterpret_cast<const unsigned*>(from + activation_of(lane, f));
-      }
+    if (k0 + kActivations <= x.cols && (reinterpret_cast<std::uintptr_t>(x.x) + k0 * 2ULL) % 16 == 0) {
+      const uint4* const from = reinterpret_cast<const uint4*>(x.x + k0 + activation_of(lane, 0));
+      const uint4 low = from[0];
+      const uint4 high = from[1];
+      out.of[0] = low.x, out.of[1] = low.y, out.of[2] = low.z, out.of[3] = low.w;
+      out.of[4] = high.x, out.of[5] = high.y, out.of[6] = high.z, out.of[7] = high.w;
     } else {
 #pragma unroll
       for (int f = 0; f < 8; ++f) {
@@ -120,13 +122,15 @@ struct HalfPsumbook {
     return out;
   }
 
-  /// Leaves them in `staged` (kStagedBytes, at a multiple of 16) as build() wants them. One warp.
-  static __device__ __forceinline__ void stage(char* staged, Words words, bool bf16) {
+  /// Leaves them, of one token, in `staged` (kStagedBytes, at a multiple of 16) as build() wants them. One warp.
+  static __device__ __forceinline__ void stage(char* staged, Words words, bool bf16, int token = 0) {
     unsigned most = 0;
 #pragma unroll
     for (int f = 0; f < 8; ++f) most = __vmaxu2(most, words.of[f] & 0x7FFF7FFFU);
     most = max(most & 0xFFFFU, most >> 16);
     const int largest = static_cast<int>(__reduce_max_sync(0xFFFFFFFFU, most));
+    const bool finite = Tokens == 1 || largest < (bf16 ? 0x7F80 : 0x7C00);
+    if (!finite) words = {};
     // Centroids are below 2^6: with activations below 2^(9 - log2 V) inner products stay below 2^15.
     int exponent;
     if (bf16) {
@@ -145,7 +149,7 @@ struct HalfPsumbook {
 #pragma unroll
       for (unsigned& word : words.of) word = detail::scale_pair(word, factor);
     }
-    keep(staged, words.of, exponent);
+    keep(staged, words.of, finite ? unscale_of(exponent) : __int_as_float(0x7FC00000), token);
   }
   /// What a lane holds of RMSNorm's weights for stage_products().
   struct Factors {
@@ -190,50 +194,38 @@ struct HalfPsumbook {
       const __half2 pair = __floats2half2_rn(pairs[f].x * factor, pairs[f].y * factor);
       words[f] = *reinterpret_cast<const unsigned*>(&pair);
     }
-    keep(staged, words, exponent);
+    keep(staged, words, unscale_of(exponent), 0);
   }
-  /// What sums of the granule are to be multiplied by.
-  [[nodiscard]] static __device__ __forceinline__ float unscale(const char* staged) {
-    return *reinterpret_cast<const float*>(staged + 1024);
+  /// What a token's sums of the granule are to be multiplied by.
+  [[nodiscard]] static __device__ __forceinline__ float unscale(const char* staged, int token = 0) {
+    return *reinterpret_cast<const float*>(staged + kUnscaleAt + token * 4);
   }
 
-  /// Writes the inner products of 8 centroids: a warp's share of the table. Four products with the centroids
-  /// in one quarter of k each: a thread's results are then of other owners in each, and the 32 lanes of a
-  /// store hit 32 banks.
+  /// Writes the inner products of 8 centroids: a warp's share of the table. Rows of the product are centroids
+  /// of P = 0 and 1 in turn, its columns the halves of four owners' activations (of two tokens the same half
+  /// of both): what a thread gets of a row is a word, and that of four products lies together, so that the lanes
+  /// of a store hit every bank.
   static __device__ __forceinline__ void build(char* table, const char* staged, const Centroids& centroids,
                                                int block) {
     unsigned lane = threadIdx.x % 32;
     asm volatile("" : "+r"(lane));  // what follows from it is not worth registers while warps gather
-    const unsigned g = lane / 4 % 8;
-    const unsigned q = lane % 4;
-    const uint4 low = reinterpret_cast<const uint4*>(staged)[lane];
-    const uint4 high = reinterpret_cast<const uint4*>(staged)[lane + 32];
-    const unsigned a[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
-    char* const rows = table + block * 2048 + q * 512 + g * 4;
-    // In product i centroid g is multiplied with owners 8 ((g / 2 + i) % 4) and up.
+    const unsigned p = lane / 4 % 2;
+    // Thread 4 g + q gets owners 4 q + i and 4 q + i + 16 from products i and i + 4. So row r of the i-th matrix
+    // of activations is half r % 2 of owner 4 (r / 2) + i.
+    const auto from = static_cast<unsigned>(__cvta_generic_to_shared(staged)) +
+                      staged_at(lane / 2 % 4 * 4 + lane / 8) + lane % 2 * 16U;
+    char* const to = table + block * 2048 + lane / 8 * 256 + p * 128 + lane % 4 * 16;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const unsigned owners = (g / 2 + static_cast<unsigned>(i)) % 4;
-      float d[2][4];
+    for (unsigned i = 0; i < 2 * Tokens; ++i) {
+      const unsigned high = i % 2;
+      unsigned halves[4];
+      detail::load_matrices(from + high * staged_at(16) + i / 2 * kHalfStagedBytes, halves);
+      unsigned d[4][2];
 #pragma unroll
-      for (int p = 0; p < 2; ++p) {
-        if constexpr (V == 4) {
-          detail::mma_pairs<PairType::kHalf>(d[p], a[p], owners == q ? centroids.pairs[0] : 0U,
-                                             owners == q ? centroids.pairs[1] : 0U, true);
-        } else {
-          const unsigned pair = centroids.pairs[p];
-          detail::mma_pairs<PairType::kHalf>(d[p], a[0], owners == 0 ? pair : 0U, owners == 1 ? pair : 0U,
-                                             true);
-          detail::mma_pairs<PairType::kHalf>(d[p], a[1], owners == 2 ? pair : 0U, owners == 3 ? pair : 0U,
-                                             false);
-        }
-      }
-      char* const to = rows + (q + static_cast<unsigned>(i)) % 4 * 32;
-#pragma unroll
-      for (int p = 0; p < 2; ++p) {
-        *reinterpret_cast<__half2*>(to + p * 128) = __floats2half2_rn(d[p][0], d[p][2]);
-        *reinterpret_cast<__half2*>(to + p * 128 + 256) = __floats2half2_rn(d[p][1], d[p][3]);
-      }
+      for (int j = 0; j < 4; ++j) detail::multiply_halves(d[j], centroids.pairs, halves[j]);
+      char* const words = to + (p ^ high) * 64 + i / 2 * kHalfTableBytes;
+      *reinterpret_cast<uint4*>(words) = make_uint4(d[0][0], d[1][0], d[2][0], d[3][0]);
+      *reinterpret_cast<uint4*>(words + 1024) = make_uint4(d[0][1], d[1][1], d[2][1], d[3][1]);
     }
   }
 
@@ -270,19 +262,27 @@ struct HalfPsumbook {
   template <int Steps>
   static constexpr int kSummedSteps = Steps >= 2 ? 2 : 1;
 
-  /// sums[i] = the sum of row row_slot(lane, i) over the columns of the lane's group of 2^kSummedSteps lanes.
+  /// Where a lane finds its words of P = 0 (the lowest byte) and 1 (the next), see gather().
+  [[nodiscard]] static __device__ __forceinline__ unsigned column_bytes(int lane) {
+    return static_cast<unsigned>(lane * 4) | (128U + static_cast<unsigned>((lane ^ 16) * 4)) << 8;
+  }
+
+  /// sums[t][i] = token t's sum of row row_slot(lane, i) over the columns of the lane's group of 2^kSummedSteps
+  /// lanes.
   /// `codes` is the lane's stream of 16 rows, `column` the table's address in the shared window less
-  /// kWindowStart (of which the lowest 16 bits are 0) plus 4 * lane.
+  /// kWindowStart (of which the lowest 16 bits are 0) plus column_bytes(lane).
   template <int Steps>
   static __device__ __forceinline__ void gather(unsigned column, const uint4 (&codes)[4], Ones ones,
-                                                float (&sums)[kSums<Steps>]) {
+                                                float (&sums)[Tokens][kSums<Steps>]) {
     static_assert(Steps >= 1, "codegemm: HalfPsumbook wants groups of at least two lanes with one scale");
-    float d[2][4];
+    float d[Tokens][2][4];
     asm volatile("" : "+r"(ones.bytes[0]), "+r"(ones.bytes[1]));  // two registers, not sixteen
     const auto look = [&](unsigned word, int p) {
-      const unsigned at = __byte_perm(word, column, 0x7604U | (static_cast<unsigned>(p) << 4));
+      const auto column_byte = static_cast<unsigned>(4 + p % 2);
+      const unsigned at = __byte_perm(word, column, 0x7600U | (static_cast<unsigned>(p) << 4) | column_byte);
       constexpr int kStart = static_cast<int>(kWindowStart);
-      return p % 2 == 0 ? detail::load_word<kStart>(at) : detail::load_word<kStart + 128>(at);
+      return Tokens == 1 || p < 2 ? detail::load_word<kStart>(at)
+                                  : detail::load_word<kStart + static_cast<int>(kHalfTableBytes)>(at);
     };
 #pragma unroll
     for (int c = 0; c < 4; ++c) {  // slots 2 c, 2 c + 8, 2 c + 1, 2 c + 9
@@ -295,31 +295,52 @@ struct HalfPsumbook {
         const unsigned low_one = __byte_perm(ones.bytes[pair / 4], 0U, 0x4404U | (byte << 4));
         const unsigned high_one = __byte_perm(ones.bytes[pair / 4], 0U, 0x0444U | (byte << 12));
 #pragma unroll
-        for (int p = 0; p < 2; ++p) {  // columns 0 and 1 are low halves, 2 and 3 high ones
+        for (int p = 0; p < 2; ++p) {
           const unsigned a[4] = {look(even, p), look(odd, p), look(even, p + 2), look(odd, p + 2)};
           const int sum = Steps >= 2 ? p : c % 2;
           const bool first = Steps >= 2 ? c == 0 && high == 0 : c < 2 && high == 0 && p == 0;
-          detail::mma_pairs<PairType::kHalf>(d[sum], a, low_one, high_one, first);
+          if constexpr (Tokens == 1) {  // columns 0 and 1 are low halves, 2 and 3 high ones
+            detail::mma_pairs<PairType::kHalf>(d[0][sum], a, low_one, high_one, first);
+          } else {
+            detail::mma_pairs<PairType::kHalf>(d[0][sum], a, low_one, low_one, first);
+            detail::mma_pairs<PairType::kHalf>(d[1][sum], a, high_one, high_one, first);
+          }
         }
       }
     }
-    if constexpr (Steps >= 2) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[i / 2 + i % 2 * 2] = d[0][i] + d[1][i];
-    } else {
+    for (int t = 0; t < Tokens; ++t) {
+      if constexpr (Steps >= 2) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sums[i % 2 * 4 + i / 4 * 2 + i % 4 / 2] = d[i / 4][i % 4];
+        for (int i = 0; i < 4; ++i) sums[t][i / 2 + i % 2 * 2] = d[t][0][i] + d[t][1][i];
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sums[t][i % 2 * 4 + i / 4 * 2 + i % 4 / 2] = d[t][i / 4][i % 4];
+      }
     }
   }
 
  private:
-  // Activations times 2^exponent.
-  static __device__ __forceinline__ void keep(char* staged, const unsigned (&words)[8], int exponent) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    uint4* const to = reinterpret_cast<uint4*>(staged) + lane;
-    to[0] = make_uint4(words[0], words[1], words[2], words[3]);
-    to[32] = make_uint4(words[4], words[5], words[6], words[7]);
-    if (lane == 0) *reinterpret_cast<float*>(staged + 1024) = __int_as_float((127 - exponent) << 23);
+  // An owner's activations; the gaps spread the rows of a matrix over all banks.
+  [[nodiscard]] static __device__ __forceinline__ unsigned staged_at(unsigned owner) {
+    return owner * 32 + owner / 4 * 32;
+  }
+  static constexpr int kUnscaleAt = 1280;
+
+  [[nodiscard]] static __device__ __forceinline__ float unscale_of(int exponent) {
+    return __int_as_float((127 - exponent) << 23);
+  }
+
+  // Activations times 2^exponent: an owner's halves side by side, or those of two tokens and the second halves
+  // of both further on.
+  static __device__ __forceinline__ void keep(char* staged, const unsigned (&words)[8], float unscale,
+                                              int token) {
+    const unsigned lane = threadIdx.x % 32;
+    char* const to = staged + staged_at(lane) + token * 16;
+    constexpr std::size_t kNext = Tokens == 1 ? 16 : kHalfStagedBytes;
+    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    *reinterpret_cast<uint4*>(to + kNext) = make_uint4(words[4], words[5], words[6], words[7]);
+    if (lane == 0) *reinterpret_cast<float*>(staged + kUnscaleAt + token * 4) = unscale;
   }
 };
 

@@ -88,6 +88,11 @@ __device__ __forceinline__ void prefetch_l2(const void* address, unsigned bytes)
 #endif
 }
 
+// The same for the first-level cache and the line of one address.
+__device__ __forceinline__ void prefetch_l1(const void* address) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
+}
+
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ unsigned cluster_rank() {
   unsigned rank;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_fp16.h>
 
@@ -32,8 +33,9 @@ struct FusedMmaArgs {
   int code_bits = 0;
   RowBlocks rows;  // its halves are those of SwiGLU
   int slabs_per_split = 0;
-  int tiles_ahead = 0;     // how far the second-level cache is ahead
-  bool x_aligned = false;  // every row of x starts at a multiple of 16 bytes
+  int tiles_ahead = 0;          // how far the second-level cache is ahead
+  bool x_aligned = false;       // every row of x starts at a multiple of 16 bytes
+  unsigned codebook_bytes = 0;  // codes of two bytes: of all codebooks
   Output out;
 };
 
@@ -52,8 +54,15 @@ struct FusedMmaShape {
   [[nodiscard]] static __host__ __device__ constexpr int table_bytes(int bits) {
     return Config::kCodeBytes == 1 ? Table::bytes(bits) : 0;
   }
-  static constexpr int kTileSums = Tokens * kTileRows;  // floats of a warp's tile
-  static constexpr int kSumBytes = 2 * kGroup * kWarps * kTileSums * 4;
+  /// log2 of the floats of a warp's tile. Where codebooks stay in global memory, the less a block has of shared
+  /// memory, the more of them the first-level cache holds: then one token has the room of one.
+  [[nodiscard]] static __host__ __device__ constexpr int log_tile_sums(int tokens) {
+    return Config::kCodeBytes == 2 && tokens == 1 ? 4 : Tokens == 8 ? 7 : 8;
+  }
+  /// Of all warps, for one group of tiles and the next.
+  [[nodiscard]] static __host__ __device__ constexpr int sum_bytes(int tokens) {
+    return (2 * kGroup * kWarps * 4) << log_tile_sums(tokens);
+  }
 };
 
 /// Block (split, i) multiplies the slabs of its split with the i-th block of row tiles, and the splits of one
@@ -62,8 +71,8 @@ struct FusedMmaShape {
 /// of a tile is added in shared memory, in a fixed order. So x is read once a window of as many slabs as
 /// there are warps, and shared memory is left to the lookups.
 ///
-/// Tokens are the rows of a product, weights its columns: lane 4 r + q holds rows r and r + 8 of a tile, each
-/// a column. In the step that multiplies the i-th four of every lane's k, the packed lanes q, 4 + q, 8 + q
+/// 16 tokens are the rows of a product, weights its columns; with 8 tokens weights are the rows. Either way lane
+/// 4 r + q holds rows r and r + 8 of a tile. In the step that multiplies the i-th four of every lane's k, the packed lanes q, 4 + q, 8 + q
 /// and 12 + q of the slab come in turn. So one load brings the codes of all steps of a packed lane, and a
 /// looked-up centroid is a fragment as it is.
 template <class Config, PairType Type, int Tokens, bool Gated>
@@ -76,7 +85,6 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   constexpr int kRowBytes = Config::kSets * Config::kCodeBytes;
   constexpr int kLaneSpan = Shape::kLaneSpan;
   constexpr int kWarps = Shape::kWarps;
-  constexpr int kTileSums = Shape::kTileSums;
   static_assert(kLaneSpan % 4 == 0, "codegemm: a lane of a Config must own a multiple of 4 columns");
   // A scale shared by whole chunks of four packed lanes multiplies sums, else weights.
   constexpr bool kRowScale = Config::kScaleSteps == 5;
@@ -87,18 +95,22 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   // One product for all codebooks: in fp16 the sum of two centroids is rounded once.
   constexpr bool kCombine = kOnWeights || kConvert || Type == PairType::kHalf;
   constexpr int kChunksPerScale = kOnSums ? 1 << (Config::kScaleSteps - 2) : 1;
-  using SumScales = detail::SumScales<kOnSums ? Config::kScaleSteps : 2>;
+  constexpr bool kWeightRows = Tokens == 8;  // of a product
+  using SumScales = std::conditional_t<kWeightRows, detail::WeightScales,
+                                       detail::SumScales<kOnSums ? Config::kScaleSteps : 2>>;
   constexpr int kUnit = V < 4 ? 4 : V;          // k of a lane looked up at once
   constexpr int kVectors = kUnit / V;           // vectors of it
   constexpr int kSteps = kUnit / 4;             // products of it
   constexpr int kChunkSteps = kLaneSpan / 4;    // products of a chunk
-  constexpr int kHalves = Tokens == 8 ? 1 : 2;  // tokens r, and r + 8
+  constexpr int kHalves = kWeightRows ? 1 : 2;  // tokens r, and r + 8
+  constexpr int kSums = kWeightRows ? 1 : 2;    // fragments of sums
 
   // The table; what warps made of a group of tiles, [2][tile][warp][token][16 rows]; where blocks or windows
   // are added: the block's sums [half][token][row].
   extern __shared__ __align__(1024) char table[];
   float* const warp_sums = reinterpret_cast<float*>(table + Shape::table_bytes(a.code_bits));
-  float* const block_sums = warp_sums + Shape::kSumBytes / 4;
+  const int log_sums = Shape::log_tile_sums(a.tokens);
+  float* const block_sums = warp_sums + Shape::sum_bytes(a.tokens) / 4;
 
   detail::allow_next_kernel();
   const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / 32, 0);
@@ -139,6 +151,14 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
           static_cast<unsigned>(kRowBytes * 512 + 2 * scale_offset(steps, (4 * j + q) >> steps << steps, r));
     }
   }
+  [[maybe_unused]] unsigned sum_scale_at[4 / kChunksPerScale];  // of row r, see second_scale
+  if constexpr (kOnSums && kWeightRows) {
+#pragma unroll
+    for (int i = 0; i < 4 / kChunksPerScale; ++i) {
+      sum_scale_at[i] =
+          static_cast<unsigned>(kRowBytes * 512 + 2 * scale_offset(steps, 4 * i * kChunksPerScale, r));
+    }
+  }
   const unsigned scale_half = 32U * (16U >> steps);  // from a slab to the other one of its granule
   const unsigned select0 = detail::PairCodes<kRowBytes>::selector((q & 1) != 0);
   const unsigned select1 = detail::PairCodes<kRowBytes>::selector((q & 1) == 0);
@@ -161,10 +181,15 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     // The scales of a group are needed until its last chunk.
     if constexpr (kOnSums) {
       if (j % kChunksPerScale == kChunksPerScale - 1) {
-        const int first = j / kChunksPerScale * kChunksPerScale;
-        const unsigned flip = Config::kScaleSteps == 2 && first % 2 == 1 ? 4U : 0U;
-        sum_scales[j / kChunksPerScale].load(
-            a.tiles, scales_at + (first_sum_scale ^ flip) + static_cast<unsigned>(8 * first * (16 >> steps)));
+        if constexpr (kWeightRows) {
+          sum_scales[j / kChunksPerScale].load(a.tiles, scales_at + sum_scale_at[j / kChunksPerScale],
+                                               second_scale);
+        } else {
+          const int first = j / kChunksPerScale * kChunksPerScale;
+          const unsigned flip = Config::kScaleSteps == 2 && first % 2 == 1 ? 4U : 0U;
+          sum_scales[j / kChunksPerScale].load(a.tiles, scales_at + (first_sum_scale ^ flip) +
+                                                            static_cast<unsigned>(8 * first * (16 >> steps)));
+        }
       }
     }
     if constexpr (kOnWeights) {
@@ -201,13 +226,29 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   };
   fill_table(0);
   [[maybe_unused]] const std::uint16_t* codebooks = Config::kCodeBytes == 1 ? nullptr : codebooks_of(0);
+  if (threadIdx.x == 0) {  // what every look-up, and every output, would wait for
+    if constexpr (Config::kCodeBytes == 2) {
+      const unsigned blocks = gridDim.x * gridDim.y;
+      const unsigned share = (a.codebook_bytes / 16U + blocks - 1U) / blocks * 16U;
+      const unsigned from = (blockIdx.y * gridDim.x + blockIdx.x) * share;
+      if (from < a.codebook_bytes) {
+        detail::prefetch_l2(reinterpret_cast<const unsigned char*>(a.codebooks) + from,
+                            min(share, a.codebook_bytes - from));
+      }
+    }
+    if (a.out.row_scales != nullptr) {
+      for (int i = 0; i < (Gated ? 2 : 1); ++i) {
+        detail::prefetch_l2(a.out.row_scales + (tile0 + i * a.rows.half_tiles) * kTileRows,
+                            static_cast<unsigned>(tiles * kTileRows) * sizeof(std::uint16_t));
+      }
+    }
+  }
   detail::wait_for_previous_kernel();
 
   int stage = 0;
   int half = 0;
-  unsigned x[4 * kChunkSteps][4];  // fragments of x: the lane's four k of tokens r and r + 8
-  // Of 16 tokens ptxas would keep them in the order of the loads, and move four words in front of every
-  // product; of 8, half of them are zeros that it need not keep.
+  unsigned x[4 * kChunkSteps][2 * kHalves];  // fragments of x: the lane's four k of tokens r and r + 8
+  // ptxas would keep 16 tokens in the order of the loads, and move four words in front of every product.
   const unsigned zero = Tokens == 16 ? static_cast<unsigned>(a.tokens) >> 31 : 0U;
   for (int window = slab0; window < slab1;) {
     const int slab = window + warp;
@@ -220,16 +261,15 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
         const int k =
             slab * Shape::kSlabSpan + (step / kChunkSteps * 4 + q) * kLaneSpan + step % kChunkSteps * 4;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          unsigned words[kOf * 2] = {};
-          if (i < kHalves) {
-            detail::load_fours<kOf>(a.x + (r + 8 * i) * a.x_stride + k,
-                                    r + 8 * i < a.tokens ? min(a.cols - k, 4 * kOf) : 0, a.x_aligned, words);
-          }
+        for (int i = 0; i < kHalves; ++i) {
+          unsigned words[kOf * 2];
+          // What is no token is the last one again: nobody stores its sums.
+          detail::load_fours<kOf>(a.x + min(r + 8 * i, a.tokens - 1) * a.x_stride + k,
+                                  min(a.cols - k, 4 * kOf), a.x_aligned, words);
 #pragma unroll
           for (int s = 0; s < kOf; ++s) {
             x[step + s][i] = words[s * 2] | zero;
-            x[step + s][2 + i] = words[s * 2 + 1] | zero;
+            x[step + s][kHalves + i] = words[s * 2 + 1] | zero;
           }
         }
       }
@@ -239,7 +279,7 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     const int half_tile = half * a.rows.half_tiles;
     float* const half_sums = block_sums + half * (Tokens * block_rows);
     for (int group = 0; group < tiles; group += Shape::kGroup) {
-      float* const of_stage = warp_sums + stage * (Shape::kSumBytes / 8);
+      float* const of_stage = warp_sums + ((stage * Shape::kGroup * kWarps) << log_sums);
       const int end = min(group + Shape::kGroup, tiles);
       if (slab < slab1) {
 #pragma unroll 1
@@ -253,102 +293,131 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
           } else if (Gated && half == 0) {
             aim(slab0 + warp, a.rows.half_tiles);
           }
-          float sums[2][4] = {};
-          [[maybe_unused]] float part[2][4];
+          float sums[kSums][4] = {};
+          [[maybe_unused]] float part[kSums][4];
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const unsigned rows[2] = {codes[j].row(select0), codes[j].row(select1)};
-            [[maybe_unused]] float sum_scale[2][2];
+            [[maybe_unused]] float sum_scale[2][2];  // [row: 8 on][the next]
             [[maybe_unused]] __half weight_scale[2];
-            if (kOnSums && j % kChunksPerScale == kChunksPerScale - 1)
-              sum_scales[j / kChunksPerScale].unpack(j / 2 == 1, sum_scale);
+            if constexpr (kOnSums) {
+              if (j % kChunksPerScale == kChunksPerScale - 1) {
+                if constexpr (kWeightRows) {
+#pragma unroll
+                  for (int e = 0; e < 2; ++e) {
+                    sum_scale[e][0] = sum_scale[e][1] =
+                        __half2float(__ushort_as_half(sum_scales[j / kChunksPerScale].bits[e]));
+                  }
+                } else {
+                  sum_scales[j / kChunksPerScale].unpack(j / 2 == 1, sum_scale);
+                }
+              }
+            }
             if constexpr (kOnWeights) {
               weight_scale[0] = __ushort_as_half(weight_scales[j].bits[0]);
               weight_scale[1] = __ushort_as_half(weight_scales[j].bits[1]);
             }
             load_chunk(j);
+            constexpr int kTogether = kCombine ? kCodebooks : 1;
 #pragma unroll
             for (int u = 0; u < kLaneSpan / kUnit; ++u) {
 #pragma unroll
-              for (int e = 0; e < 2; ++e) {  // rows 0 .. 7, then 8 .. 15 of the tile
-                unsigned weights[kUnit / 2];
+              for (int first = 0; first < kCodebooks; first += kTogether) {
+                unsigned weights[2][kUnit / 2];
 #pragma unroll
-                for (int c = 0; c < kCodebooks; ++c) {
+                for (int e = 0; e < 2; ++e) {  // rows 0 .. 7, then 8 .. 15 of the tile
 #pragma unroll
-                  for (int i = 0; i < kVectors; ++i) {
-                    const int p = (u * kVectors + i) * kCodebooks + c;
-                    unsigned vector[V / 2];
-                    if constexpr (Config::kCodeBytes == 1) {
-                      Table::lookup(table, Table::address(rows[e], p, lane_bytes), c, a.code_bits, vector);
-                    } else {
-                      const unsigned code = p == 0 ? rows[e] & 0xFFFFU : rows[e] >> 16;
-                      detail::load_centroid<V>(
-                          codebooks + ((static_cast<unsigned>(c) << a.code_bits) + code) * V, vector);
-                    }
+                  for (int c = first; c < first + kTogether; ++c) {
 #pragma unroll
-                    for (int w = 0; w < V / 2; ++w) {
-                      unsigned& to = weights[i * (V / 2) + w];
-                      to = kCombine && c > 0 ? detail::add_pairs(to, vector[w]) : vector[w];
+                    for (int i = 0; i < kVectors; ++i) {
+                      const int p = (u * kVectors + i) * kCodebooks + c;
+                      unsigned vector[V / 2];
+                      if constexpr (Config::kCodeBytes == 1) {
+                        Table::lookup(table, Table::address(rows[e], p, lane_bytes), c, a.code_bits, vector);
+                      } else {
+                        const unsigned code = p == 0 ? rows[e] & 0xFFFFU : rows[e] >> 16;
+                        detail::load_centroid<V>(
+                            codebooks + ((static_cast<unsigned>(c) << a.code_bits) + code) * V, vector);
+                      }
+#pragma unroll
+                      for (int w = 0; w < V / 2; ++w) {
+                        unsigned& to = weights[e][i * (V / 2) + w];
+                        to = c > first ? detail::add_pairs(to, vector[w]) : vector[w];
+                      }
                     }
                   }
-                  if (kCombine && c + 1 < kCodebooks) continue;
                   if constexpr (kOnWeights || kConvert) {
                     const __half by = kOnWeights ? weight_scale[e] : __ushort_as_half(0x3C00);
 #pragma unroll
-                    for (int w = 0; w < kUnit / 2; ++w) {
-                      weights[w] =
-                          Type == PairType::kHalf
-                              ? detail::scale_pair(weights[w], __half2half2(by))
-                              : detail::scale_pair_bf16(detail::unpack_pair(weights[w]), __half2float(by));
+                    for (unsigned& pair : weights[e]) {
+                      pair = Type == PairType::kHalf
+                                 ? detail::scale_pair(pair, __half2half2(by))
+                                 : detail::scale_pair_bf16(detail::unpack_pair(pair), __half2float(by));
                     }
                   }
+                  if (kWeightRows && e == 0) continue;
 #pragma unroll
                   for (int s = 0; s < kSteps; ++s) {
-                    detail::mma_pairs<Type>(
-                        kOnSums ? part[e] : sums[e], x[j * kChunkSteps + u * kSteps + s], weights[s * 2],
-                        weights[s * 2 + 1],
-                        kOnSums && j % kChunksPerScale == 0 && u == 0 && s == 0 && (kCombine || c == 0));
+                    auto& to = kOnSums ? part : sums;
+                    const auto& of_x = x[j * kChunkSteps + u * kSteps + s];
+                    const bool begin = kOnSums && j % kChunksPerScale == 0 && u == 0 && s == 0 && first == 0;
+                    if constexpr (kWeightRows) {
+                      const unsigned of_rows[4] = {weights[0][s * 2], weights[1][s * 2],
+                                                   weights[0][s * 2 + 1], weights[1][s * 2 + 1]};
+                      detail::mma_pairs<Type>(to[0], of_rows, of_x[0], of_x[1], begin);
+                    } else {
+                      detail::mma_pairs<Type>(to[e], of_x, weights[e][s * 2], weights[e][s * 2 + 1], begin);
+                    }
                   }
                 }
               }
             }
             if (kOnSums && j % kChunksPerScale == kChunksPerScale - 1) {
 #pragma unroll
-              for (int e = 0; e < 2; ++e) {
+              for (int e = 0; e < kSums; ++e) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                  const float more = part[e][i] * sum_scale[e][i % 2];
+                  const float more = part[e][i] * (kWeightRows ? sum_scale[i / 2][0] : sum_scale[e][i % 2]);
                   sums[e][i] = j < kChunksPerScale ? more : sums[e][i] + more;
                 }
               }
             }
           }
-          // Eight rows of a token lie together, swapped with the other eight for every other pair of tokens,
-          // so that a store of four tokens hits every bank once.
-          float* const to = of_stage + ((tile - group) * kWarps + warp) * kTileSums + r * 16 + q * 2;
+          float* const to = of_stage + (((tile - group) * kWarps + warp) << log_sums);
+          if constexpr (kWeightRows) {
+            // A token's 16 rows, of which bit 1 of its number swaps the halves, and bit 2 swaps it with its
+            // neighbour: so a store hits every bank once.
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
+            for (int i = 0; i < 4; ++i) {
+              const int at = q * 32 + ((i % 2) ^ (q >> 1)) * 16 + ((i / 2) ^ (q & 1)) * 8 + r;
+              if (log_sums == 7 || (q * 2 + i % 2) == 0) to[at] = sums[0][i];
+            }
+          } else {
+            // Eight rows of a token lie together, swapped with the other eight for every other pair of tokens,
+            // so that a store of four tokens hits every bank once.
 #pragma unroll
-            for (int i = 0; i < kHalves; ++i) {
-              *reinterpret_cast<float2*>(to + i * 128 + (e ^ (r >> 1 & 1)) * 8) =
-                  make_float2(sums[e][i * 2], sums[e][i * 2 + 1]);
+            for (int e = 0; e < 2; ++e) {
+#pragma unroll
+              for (int i = 0; i < 2; ++i) {
+                *reinterpret_cast<float2*>(to + r * 16 + q * 2 + i * 128 + (e ^ (r >> 1 & 1)) * 8) =
+                    make_float2(sums[kSums - 2 + e][i * 2], sums[kSums - 2 + e][i * 2 + 1]);
+              }
             }
           }
         }
       }
       __syncthreads();
       // Four rows of a token at a time.
-      for (int i = static_cast<int>(threadIdx.x); i < (end - group) * (kTileSums / 4);
-           i += kFusedMmaThreads) {
-        const int token = i / 4 % Tokens;
-        const int row =
-            (group + i / (kTileSums / 4)) * kTileRows + ((i >> 1 ^ token >> 1) & 1) * 8 + i % 2 * 4;
-        const float* const from =
-            of_stage + i / (kTileSums / 4) * (kWarps * kTileSums) + i % (kTileSums / 4) * 4;
+      const int log_fours = log_sums - 2;
+      for (int i = static_cast<int>(threadIdx.x); i < (end - group) << log_fours; i += kFusedMmaThreads) {
+        const int in_tile = i & ((1 << log_fours) - 1);
+        const int token = kWeightRows ? in_tile / 4 ^ in_tile / 16 : in_tile / 4;
+        const int row = (group + (i >> log_fours)) * kTileRows + ((i >> 1 ^ token >> 1) & 1) * 8 + i % 2 * 4;
+        const float* const from = of_stage + (((i >> log_fours) * kWarps) << log_sums) + in_tile * 4;
         float4 sum = *reinterpret_cast<const float4*>(from);
 #pragma unroll 5
         for (int w = 1; w < warps; ++w) {
-          const float4 more = *reinterpret_cast<const float4*>(from + w * kTileSums);
+          const float4 more = *reinterpret_cast<const float4*>(from + (w << log_sums));
           sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
         }
         if (direct) {

@@ -22,7 +22,7 @@ struct GatherArgs {
   const unsigned char* tiles = nullptr;      // [granules][row_tiles][tile_bytes], see packed_matrix.hpp
   const std::uint16_t* codebooks = nullptr;  // fp16 [parts][m][2^b][v]
   const std::uint16_t* x = nullptr;          // [tokens][x_stride]
-  NormedRow normed;                          // in place of x: one token, with Psumbooks of fp16
+  NormedRow normed;                          // in place of x: one token, with a Psumbook of fp16
   float* partials = nullptr;     // [groups][tokens][row_tiles * 16], where there are several groups
   unsigned* counters = nullptr;  // [chunks][splits of a group], zero before and after
   std::int64_t x_stride = 0;
@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
 #endif
   using Book = typename detail::BookOf<Config, Tokens>::Type;
   constexpr bool kHalf = kHalfPsumbook<Config>;
+  constexpr bool kNormed = kHalf && Tokens == 1;
   constexpr int kWarps = Config::kThreads / 32;
   constexpr int kSets = Config::kSets;
   constexpr int kSteps = Config::kScaleSteps;
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   }
 #endif
   [[maybe_unused]] auto factors = detail::no_factors<Book, kHalf>();
-  if constexpr (kHalf) {
+  if constexpr (kNormed) {
     if (a.normed.x != nullptr && warp < granule1 - granule0) {
       factors = Book::load_factors(a.normed.weight, a.cols, (granule0 + warp) * Book::kActivations);
     }
@@ -179,9 +180,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   }
   auto segments = detail::no_segments<Book, Tokens, kHalf>();
   [[maybe_unused]] auto words = detail::no_words<Book, kHalf>();
+  // HalfPsumbook: warp by warp the tokens of a granule, then those of the next.
+  [[maybe_unused]] const auto load_words = [&](int i) {
+    if constexpr (kHalf) {
+      const Activations token{x[0].x + i % Tokens * a.x_stride, a.cols, x[0].bf16};
+      words = Book::load(token, (granule0 + i / Tokens) * Book::kActivations);
+    }
+  };
+  const int all_words = (granule1 - granule0) * Tokens;
   if constexpr (kHalf) {
-    if (a.normed.x == nullptr && granule0 + warp < granule1)
-      words = Book::load(x[0], (granule0 + warp) * Book::kActivations);
+    if (!(kNormed && a.normed.x != nullptr) && warp < all_words) load_words(warp);
   } else if constexpr (kFixed) {
 #pragma unroll
     for (int t = 0; t < Tokens; ++t) {
@@ -208,6 +216,25 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     asm volatile("" : "+r"(push_barrier), "+r"(push_at));  // not later
   }
 #endif
+  // Row i of this block's share, or -1; with SwiGLU these are of the first half.
+  const auto row_of = [&](int i) {
+    const int first_row = (tile0 - half * a.rows.half_tiles) * 16;
+#if __CUDA_ARCH__ >= 900
+    if constexpr (kCluster) {
+      const int slot = static_cast<int>(static_cast<unsigned>(i) / 16U);
+      const int turn = static_cast<int>(static_cast<unsigned>(slot) * a.most_inverse >> 16);  // slot / most
+      const int w = rank + turn * ranks;
+      const int index = w + (slot - turn * a.most) * kWarps;
+      return w < kWarps && index < tiles ? first_row + index * 16 + (i & 15) : -1;
+    }
+#endif
+    return first_row + i;
+  };
+  const int share = kCluster ? a.slots * 16 : tiles * 16;
+  if (a.out.row_scales != nullptr && static_cast<int>(threadIdx.x) < share) {  // no register to spare for it
+    const int row = row_of(static_cast<int>(threadIdx.x));
+    if (row >= 0 && row < a.out.rows) detail::prefetch_l1(a.out.row_scales + row);
+  }
   auto ones = detail::ones_of<Book, kSteps, kHalf>();
   if constexpr (kHalf) asm volatile("" : "+r"(ones.bytes[0]), "+r"(ones.bytes[1]));  // not later
 
@@ -216,7 +243,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     return a.tables == 2 ? static_cast<unsigned>(granule - granule0) % 2U << 16 : 0U;
   };
   const auto staged = [&](int granule) {
-    return table + static_cast<unsigned>(a.tables) * kHalfTableBytes +
+    return table + static_cast<unsigned>(a.tables * Tokens) * kHalfTableBytes +
            static_cast<unsigned>((granule - granule0) * detail::BookOf<Config, Tokens>::kStagedBytes);
   };
   const auto build_half = [&](int granule) {
@@ -229,13 +256,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     }
   };
   if constexpr (kHalf) {
-    if (a.normed.x == nullptr) {
-      for (int i = granule0 + warp; i < granule1;) {
-        Book::stage(staged(i), words, x[0].bf16);
+    if (!kNormed || a.normed.x == nullptr) {
+      for (int i = warp; i < all_words;) {
+        Book::stage(staged(granule0 + i / Tokens), words, x[0].bf16, i % Tokens);
         i += kWarps;
-        if (i < granule1) words = Book::load(x[0], i * Book::kActivations);
+        if (i < all_words) load_words(i);
       }
-    } else {
+    } else if constexpr (kNormed) {
       const float squares = detail::squares_of<Config::kThreads>(a.normed, a.cols);
       for (int i = granule0 + warp; i < granule1; i += kWarps) {
         const int first = i * Book::kActivations;
@@ -255,12 +282,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
 
   // Sums a tile in registers; `next`, if there is one, then comes into the same registers.
   [[maybe_unused]] unsigned column = 0;  // see HalfPsumbook::gather()
-  float unscale = 1.0F;
+  float unscale[Tokens] = {};
   float* so_far = nullptr;  // the lane's row of the warp's next tile
   const auto sum_tile = [&](const unsigned char* tile_at, const unsigned char* next, bool first, bool last) {
     float sums[Tokens][kSums];
     if constexpr (kHalf) {
-      Book::template gather<kSteps>(column, tile.codes, ones, sums[0]);
+      Book::template gather<kSteps>(column, tile.codes, ones, sums);
     } else {
       Book::gather(table, tile.codes, lane, sums);
     }
@@ -273,7 +300,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     for (int t = 0; t < Tokens; ++t) {
       float total;
       if constexpr (kHalf) {
-        total = detail::reduce_with<kSteps>(sums[t], scale_bits) * unscale;
+        total = detail::reduce_with<kSteps>(sums[t], scale_bits) * unscale[t];
       } else {
         total = detail::reduce_tile<kSteps>(sums[t], scale_bits, tile_at + kSets * 512, lane, a.scale_steps);
       }
@@ -297,8 +324,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
 
   for (int granule = granule0; granule < granule1; ++granule) {
     if constexpr (kHalf) {
-      column = window + table_offset(granule) + static_cast<unsigned>(lane) * 4U;
-      unscale = Book::unscale(staged(granule));
+      column = window + table_offset(granule) + Book::column_bytes(lane);
+#pragma unroll
+      for (int t = 0; t < Tokens; ++t) unscale[t] = Book::unscale(staged(granule), t);
     } else if constexpr (kFixed) {
 #pragma unroll
       for (int t = 0; t < Tokens; ++t) {
@@ -341,29 +369,23 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     }
   }
 
-  // Calls fn(token, row, sum, sum of the row's partner) for the rows of this block's share; with SwiGLU these
-  // are of the first half.
-  const int first_row = (tile0 - half * a.rows.half_tiles) * 16;
+  // Calls fn(token, row, sum, sum of the row's partner) for the rows of this block's share.
   const auto for_share = [&](auto&& fn) {
-    if constexpr (kCluster) {
-#if __CUDA_ARCH__ >= 900
-      const float* const pushed = reinterpret_cast<const float*>(table + a.pushed_at);
-      const int slots = a.slots;
 #pragma unroll 1
-      for (int i = warp * 32 + lane; i < slots * 16; i += Config::kThreads) {
-        const int slot = static_cast<int>(static_cast<unsigned>(i) / 16U);
-        const int turn = static_cast<int>(static_cast<unsigned>(slot) * a.most_inverse >> 16);  // slot / most
-        const int w = rank + turn * ranks;
-        const int index = w + (slot - turn * a.most) * kWarps;
-        if (w >= kWarps || index >= tiles) continue;
+    for (int i = static_cast<int>(threadIdx.x); i < share; i += Config::kThreads) {
+      const int row = row_of(i);
+      if (row < 0) continue;
 #pragma unroll
-        for (int t = 0; t < Tokens; ++t) {
+      for (int t = 0; t < Tokens; ++t) {
+        float sum = 0.0F;
+        float partner = 0.0F;
+        if constexpr (kCluster) {
+#if __CUDA_ARCH__ >= 900
+          const float* const pushed = reinterpret_cast<const float*>(table + a.pushed_at) + i;
           float of[kMostRanks];  // on their way together
 #pragma unroll
           for (int s = 0; s < kMostRanks; ++s)
-            of[s] = s < ranks ? pushed[(s * Tokens + t) * slots * 16 + i] : 0.0F;
-          float sum = 0.0F;
-          float partner = 0.0F;
+            of[s] = s < ranks ? pushed[(s * Tokens + t) * a.slots * 16] : 0.0F;
 #pragma unroll
           for (int s = 0; s < kMostRanks; ++s) {
             if (s < splits) {
@@ -372,21 +394,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
               partner += of[s];
             }
           }
-          fn(t, first_row + index * 16 + (i & 15), sum, partner);
-        }
-      }
 #endif
-    } else {
-#pragma unroll 1
-      for (int i = static_cast<int>(threadIdx.x); i < tiles * 16; i += Config::kThreads) {
-#pragma unroll
-        for (int t = 0; t < Tokens; ++t)
-          fn(t, first_row + i, row_sums[t * a.rows.tiles_per_block * 16 + i], 0.0F);
+        } else {
+          sum = row_sums[t * a.rows.tiles_per_block * 16 + i];
+        }
+        fn(t, row, sum, partner);
       }
     }
   };
   Output out = a.out;
-  if constexpr (kHalf) {
+  if constexpr (kNormed) {
     if (a.normed.x != nullptr) {
       const float squares = detail::warp_sum(
           lane < kWarps ? row_sums[lane - static_cast<int>(kSquaresBytes / sizeof(float))] : 0.0F);

@@ -24,7 +24,8 @@ inline constexpr bool kHalfPsumbook = requires {
 namespace detail {
 
 // A configuration with fewer warps, for blocks of few row tiles: what every warp does before its first
-// look-up is then done by fewer of them, and issued sooner.
+// look-up is then done by fewer of them, and issued sooner. And where 32 warps have 33 to 40 tiles, 20 of them
+// end sooner with two each.
 template <class Config>
 struct Narrow : Config {
   static constexpr int kThreads = 640;
@@ -39,8 +40,7 @@ struct BookOf {
 };
 template <class Config, int Tokens>
 struct BookOf<Config, Tokens, true> {
-  static_assert(Tokens == 1, "codegemm: HalfPsumbook is for one token");
-  using Type = HalfPsumbook<Config::kVecLen, Config::kCodebooks>;
+  using Type = HalfPsumbook<Config::kVecLen, Config::kCodebooks, Tokens>;
   static constexpr int kStagedBytes = Type::kStagedBytes;
   [[nodiscard]] static constexpr int bytes(int) { return Type::kBytes; }
 };

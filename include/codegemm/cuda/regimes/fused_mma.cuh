@@ -47,12 +47,12 @@ struct FusedMmaRegime {
     limits.shared_bytes = static_cast<std::size_t>(device.shared_bytes);
     limits.clusters = device.clusters;
     limits.table_bytes = static_cast<std::size_t>(Shape::table_bytes(w.format.b));
-    limits.sum_bytes = Shape::kSumBytes;
+    limits.sum_bytes = Shape::sum_bytes(Tokens);
     limits.tokens = Tokens;
     limits.halves = gated;
     limits.warps = Shape::kWarps;
     const int lookups = Shape::kSlabSpan * kTileRows * 2 * Config::kCodebooks;
-    limits.slab_cycles = (lookups + 2 * Shape::kTileSums * 4) / 128 + 12;
+    limits.slab_cycles = (lookups + 2 * Tokens * kTileRows * 4) / 128 + 12;
     // As measured on an H200: with one codebook the look-ups are too few to hide 16 tokens of x.
     if (Tokens == 16 && Config::kCodebooks == 1 && Config::kCodeBytes == 1) limits.window_cycles = 3200;
     return plan_fused_mma(w.layout, limits, tuning);
@@ -177,11 +177,15 @@ struct FusedMmaRegime {
     args.slabs_per_split = plan.slabs_per_split;
     args.tiles_ahead = p.tuning.rounds_ahead;
     args.x_aligned = aligned(args.x, 16) && p.x.stride % 8 == 0;
+    args.codebook_bytes = static_cast<unsigned>(w.layout.row_scales_at - w.layout.codebooks_at);
     args.out = from_token<Y>(output_of(p), token);
     LaunchShape shape;
     shape.grid = dim3(static_cast<unsigned>(plan.splits), static_cast<unsigned>(plan.blocks));
     shape.threads = kFusedMmaThreads;
-    shape.shared_bytes = plan.shared_bytes;
+    using Shape = FusedMmaShape<Config, Tokens>;
+    shape.shared_bytes =
+        plan.shared_bytes - static_cast<std::size_t>(Shape::sum_bytes(Tokens) - Shape::sum_bytes(tokens));
+    shape.prefer_cache = Config::kCodeBytes == 2;
     shape.cluster = plan.splits > 1 ? static_cast<unsigned>(plan.splits) : 0;
     shape.overlap = p.overlap && device.arch >= 90;
     constexpr PairType kPairs =

@@ -4,6 +4,7 @@
 // Layer: cuda/regimes (host, needs nvcc).
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -89,8 +90,8 @@ struct GatherRegime {
       using Config = decltype(c);
       bytes = plan<Config, 1>(w, device, gated(p), p.tuning).workspace_bytes(w.layout, 1);
       if constexpr (Config::kPassTokens >= 2) {
-        const std::size_t two = plan<Config, 2>(w, device, gated(p), p.tuning).workspace_bytes(w.layout, 2);
-        bytes = p.x.rows >= 2 && two > bytes ? two : bytes;
+        const GatherPlan two = plan<Config, 2>(w, device, gated(p), p.tuning);
+        if (p.x.rows >= 2 && two.splits > 0) bytes = std::max(bytes, two.workspace_bytes(w.layout, 2));
       }
     }));
     return bytes;
@@ -124,7 +125,7 @@ struct GatherRegime {
         args.x = reinterpret_cast<const std::uint16_t*>(p.x.row(token));
         args.out = from_token<Y>(out, token);
         if constexpr (Config::kPassTokens >= 2) {
-          if (p.x.rows - token >= 2) {
+          if (p.x.rows - token >= 2 && plan<Config, 2>(w, device, gated(p), p.tuning).splits > 0) {
             static_cast<void>(status = launch_pass<Config, 2>(args, p, device, workspace, stream));
             token += 2;
             continue;
@@ -149,11 +150,15 @@ struct GatherRegime {
     return static_cast<std::int64_t>(w.layout.row_tiles) * w.layout.tile_bytes;
   }
 
-  // Whether each warp of a smaller block has a row tile at most.
+  // Whether the warps of a smaller block have enough to do: a row tile each at most, or two where some of the
+  // larger block would have two and most of them one.
   template <class Config, class Problem>
   [[nodiscard]] static bool narrow(const Problem& p, const Device& device) {
+    constexpr int kNarrow = Narrow<Config>::kThreads / 32;
+    constexpr int kWide = Config::kThreads / 32;
     const GatherPlan plan = GatherRegime::plan<Narrow<Config>, 1>(p.weights, device, gated(p), p.tuning);
-    return plan.cluster && plan.groups == 1 && plan.tiles_per_block <= Narrow<Config>::kThreads / 32;
+    const int tiles = plan.tiles_per_block;
+    return plan.cluster && plan.groups == 1 && (tiles <= kNarrow || (tiles > kWide && tiles <= 2 * kNarrow));
   }
 
   template <class Config, int Tokens, class Problem>
