@@ -12,7 +12,6 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
-#include <exception>
 #include <filesystem>
 #include <memory>
 #include <string>
@@ -27,6 +26,7 @@
 #include <common/model_writer.hpp>
 #include <common/progress.hpp>
 #include <common/quantize_options.hpp>
+#include <common/run_program.hpp>
 #include <common/text_quantizer.hpp>
 #include <common/text_tokens.hpp>
 #include <common/unwrap.hpp>
@@ -157,18 +157,10 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_flag("--keep-state", options.keep_state, "leave the folder OUT/state of finished layers");
   app.add_flag("--quiet", options.quiet, "no progress of the layers");
-  try {
-    app.parse(argc, argv);
-    if (options.method != "kmeans" && options.calibration.empty())
-      throw CLI::RequiredError("--calibration (or --method kmeans)");
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  try {
-    return run(options);
-  } catch (const std::exception& e) {
-    std::fflush(stdout);
-    std::fprintf(stderr, "quantize: %s\n", e.what());
-    return 2;
-  }
+  return run_program(
+      "quantize", app, argc, argv, [&] { return run(options); },
+      [&] {
+        if (options.method != "kmeans" && options.calibration.empty())
+          throw CLI::RequiredError("--calibration (or --method kmeans)");
+      });
 }
