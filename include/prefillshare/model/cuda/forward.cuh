@@ -31,6 +31,9 @@ struct DeviceBatch {
   const std::int32_t* query_indptr = nullptr;  ///< [sequences + 1] rows of each; null: one token a sequence
   PageTableView table;                         ///< the sequences' pages, with the new tokens
   SharedPrefixes prefixes;                     ///< what decoding sequences share; where query_indptr is null
+  /// Where query_indptr is null: no sequence has more than some kFewKeys keys. Appending and attention are
+  /// then one kernel, if there is one for the batch; of more keys two kernels are faster.
+  bool few_keys = false;
   /// Where query_indptr is not null: contexts are so long that a pass of few tokens splits their keys over
   /// the card (prefill_split.cuh, whose splits_keys() says which are few).
   bool split_keys = false;
@@ -136,6 +139,12 @@ class DeviceForward {
                       [&](const auto& x) { return model_.head.project(x, logits, call_); });
   }
 
+  /// Whether appending and attention of a layer are one kernel.
+  [[nodiscard]] bool at_once() const {
+    const bool shares = batch_.prefixes.groups > 0 && batch_.table.sequences > 1;
+    return batch_.few_keys && decoding() && !shares && serves(append_and_attend(0), call_.device);
+  }
+
  private:
   [[nodiscard]] bool decoding() const { return batch_.query_indptr == nullptr; }
   [[nodiscard]] const DeviceLlamaLayer<Linear>& layer(int index) const {
@@ -158,11 +167,6 @@ class DeviceForward {
   }
   [[nodiscard]] bool splitting() const {
     return batch_.split_keys && !decoding() && splits_keys(prefill_problem(0), call_.device);
-  }
-  // Whether appending and attention of a layer are one kernel.
-  [[nodiscard]] bool at_once() const {
-    const bool shares = batch_.prefixes.groups > 0 && batch_.table.sequences > 1;
-    return decoding() && !shares && serves(append_and_attend(0), call_.device);
   }
   [[nodiscard]] AppendProblem<T, C> append_problem(int index) const {
     AppendProblem<T, C> p;
