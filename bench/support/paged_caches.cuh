@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bench/support/paged_caches.cuh - caches in pages of random values for the attention of published models, and
-// what attention over them has to give.
+// bench/support/paged_caches.cuh - caches in pages of random values for the attention of published models,
+// and what attention over them has to give.
 #pragma once
 
 #include <algorithm>

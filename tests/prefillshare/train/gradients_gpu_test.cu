@@ -18,7 +18,6 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
-#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -30,7 +29,6 @@
 #include <codegemm/io/temporary_folder.hpp>
 #include <prefillshare/train/trainer.hpp>
 #include <support/catch.hpp>
-#include <support/quantized.hpp>
 #include <support/tiny_training.hpp>
 
 #include "../gpu_model.cuh"
@@ -150,25 +148,6 @@ struct Problem {
     return out;
   }
 };
-
-std::map<std::string, codegemm::QuantizedMatrix> random_matrices(const LlamaModel<DenseLinear>& model,
-                                                                 std::uint64_t seed) {
-  codegemm::test::Rng rng(seed);
-  const codegemm::Format formats[] = {{8, 2, 4, -1}, {4, 1, 5, 8}, {2, 3, 4, 16}};
-  std::map<std::string, codegemm::QuantizedMatrix> out;
-  std::size_t i = 0;
-  for_each_linear(model, [&](const std::string& name, const DenseLinear& layer) {
-    if (name == "lm_head" && model.config.tied_embeddings) return;
-    if (name == "model.layers.1.mlp.gate_proj") return;  // one stays dense
-    codegemm::QuantizedMatrix matrix =
-        codegemm::test::random_matrix(formats[i++ % 3], layer.rows(), layer.cols(), rng);
-    for (codegemm::Half& value : matrix.scales())
-      value =
-          codegemm::Half::from_float(rng.uniform(0.5F, 1.0F) / std::sqrt(static_cast<float>(layer.cols())));
-    out.emplace(name, std::move(matrix));
-  });
-  return out;
-}
 
 enum class Kind { kFull, kLowRank, kCodebooks };
 
@@ -374,17 +353,6 @@ std::shared_ptr<const DeviceFrozenWeights<S>> on_device(const LlamaModel<DenseLi
   auto made = DeviceFrozenWeights<S>::create(base, device, stream);
   require_ok(made.status());
   return std::make_shared<const DeviceFrozenWeights<S>>(std::move(made).value());
-}
-
-std::vector<float> values_of(const TrainableModel<float>& model) {
-  std::vector<float> out;
-  for (const Parameter<float>& p : model.parameters())
-    out.insert(out.end(), p.value.span().begin(), p.value.span().end());
-  return out;
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 }  // namespace
@@ -764,8 +732,8 @@ TEST_CASE("gradients against a teacher are those of all labels by their chances"
   const Device device = gpu_or_skip();
   const Stream stream;
   codegemm::ThreadPool pool(4);
-  for (const std::size_t which : {0, 1}) {
-    const Variant v = variants()[which];
+  for (const auto& [which, share] : {std::pair(0, 0.0), std::pair(1, 0.0), std::pair(1, 0.25)}) {
+    const Variant v = variants()[static_cast<std::size_t>(which)];
     const ModelConfig& c = v.config;
     Problem problem(v, 91);
     problem.batch.loss_rows = {2, 9};
@@ -776,7 +744,7 @@ TEST_CASE("gradients against a teacher are those of all labels by their chances"
     std::vector<float> head = rng.normals(c.vocab_size * c.hidden_size);
     for (float& x : head) x *= 2.0F / std::sqrt(static_cast<float>(c.hidden_size));
 
-    // Of -sum p log q the gradient is the sum over labels of p times that of -log q.
+    // Of -sum p log q the gradient is the sum over labels of p times that of -log q; a share is the text's.
     auto exact = trainable<double>(model, Kind::kCodebooks);
     auto pass = TrainPass<double>::create(c, std::ssize(problem.batch.tokens), 256, pool).value();
     double want_loss[2] = {};
@@ -796,11 +764,12 @@ TEST_CASE("gradients against a teacher are those of all labels by their chances"
       LossBatch<double> one = problem.batch;
       one.loss_rows = {problem.batch.loss_rows[row]};
       for (std::size_t i = 0; i < p.size(); ++i) {
-        p[i] /= total;
+        const double of_teacher = (1.0 - share) * p[i] / total;
+        const double of_text = static_cast<std::int32_t>(i) == problem.batch.labels[row] ? share : 0.0;
         one.labels = {static_cast<std::int32_t>(i)};
         std::vector<double> loss;
-        require_ok(pass.run(exact, one, true, p[i], loss));
-        want_loss[row] += p[i] * (std::log(p[i]) + loss[0]);
+        require_ok(pass.run(exact, one, true, of_teacher + of_text, loss));
+        want_loss[row] += of_teacher * (std::log(p[i] / total) + loss[0]) + of_text * loss[0];
       }
     }
 
@@ -819,6 +788,9 @@ TEST_CASE("gradients against a teacher are those of all labels by their chances"
     losses.poison();
     CHECK(on_gpu->run(*weights, batch, 1.0F, losses.data()).code() == StatusCode::kNullPointer);
     batch.teacher_head = teacher_head.data();
+    batch.label_share = 1.5;
+    CHECK(on_gpu->run(*weights, batch, 1.0F, losses.data()).code() == StatusCode::kInvalidArgument);
+    batch.label_share = share;
     for (int time = 0; time < 3; ++time) {  // the last one is a graph
       weights->zero_gradients(on_gpu->train_stream());
       require_ok(on_gpu->run(*weights, batch, 1.0F, losses.data()));
@@ -830,9 +802,11 @@ TEST_CASE("gradients against a teacher are those of all labels by their chances"
     double worst = 0.0;
     for (std::size_t i = 0; i < exact.parameters().size(); ++i)
       worst = std::max(worst, relative(got.parameters()[i].gradient, exact.parameters()[i].gradient));
-    std::printf("teacher, %s: losses %.6f and %.6f, should be %.6f and %.6f; gradients off by %.2g\n", v.name,
-                static_cast<double>(got_loss[0]), static_cast<double>(got_loss[1]), want_loss[0],
-                want_loss[1], worst);
+    std::printf(
+        "teacher, %s, labels' share %g: losses %.6f and %.6f, should be %.6f and %.6f; gradients off by "
+        "%.2g\n",
+        v.name, share, static_cast<double>(got_loss[0]), static_cast<double>(got_loss[1]), want_loss[0],
+        want_loss[1], worst);
     for (std::size_t row = 0; row < 2; ++row)
       CHECK(std::abs(static_cast<double>(got_loss[row]) - want_loss[row]) <= 1e-5 * (1.0 + want_loss[row]));
     CHECK(worst <= 5e-5);
@@ -860,10 +834,27 @@ TEST_CASE("distillation on the GPU brings a quantized model nearer to the dense 
   require_ok(idle.status());
   CHECK(std::abs(idle->divergence(sequences).value()) <= 1e-6);
 
+  // The same model read a block at a time: but for one layer without codes, weights are not there else.
+  const auto hollow = std::make_shared<LlamaModel<DenseLinear>>(*dense);
+  for_each_linear(*hollow, [](const std::string& name, DenseLinear& layer) {
+    if (name == "lm_head" || name == "model.layers.1.mlp.gate_proj") return;
+    layer = DenseLinear::without_weights(layer.rows(), layer.cols(),
+                                         std::vector<float>(layer.bias().begin(), layer.bias().end()));
+  });
+  CHECK(DeviceFrozenWeights<S>::create(*hollow, device, stream.get).status().code() ==
+        StatusCode::kNullPointer);
+  auto read = DeviceFrozenWeights<S>::create(*hollow, device, stream.get, [&](std::int64_t i) {
+    return Result<LlamaLayer<DenseLinear>>(dense->layers[static_cast<std::size_t>(i)]);
+  });
+  require_ok(read.status());
+  const auto teacher_by_blocks = std::make_shared<const DeviceFrozenWeights<S>>(*std::move(read));
+
   std::vector<float> first;
-  for (int time = 0; time < 2; ++time) {
+  for (int time = 0; time < 3; ++time) {
     auto student = trainable<float>(dense, Kind::kCodebooks);
-    auto distiller = DeviceDistiller<S>::create(student, teacher, sequences, options, device, stream.get);
+    if (time == 2) student = TrainableModel<float>::codebooks(hollow, student.matrices()).value();
+    auto distiller = DeviceDistiller<S>::create(student, time == 2 ? teacher_by_blocks : teacher, sequences,
+                                                options, device, stream.get);
     require_ok(distiller.status());
     const double before = distiller->divergence(sequences).value();
     double last = 0.0;
@@ -879,6 +870,10 @@ TEST_CASE("distillation on the GPU brings a quantized model nearer to the dense 
     CHECK(same_bits(first, values_of(student)));
   }
   auto student = trainable<float>(dense, Kind::kCodebooks);
+  CHECK(DeviceDistiller<S>::create(student, teacher, sequences, options, device, stream.get,
+                                   Activations::kKept, {}, -0.1)
+            .status()
+            .code() == StatusCode::kInvalidArgument);
   sequences.push_back({1});
   const Status wrong =
       DeviceDistiller<S>::create(student, teacher, sequences, options, device, stream.get).status();
