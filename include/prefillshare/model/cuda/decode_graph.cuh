@@ -41,8 +41,8 @@ class DecodeGraph {
 
   /// Captures a step of `sequences` sequences with up to `max_pages` pages in all. `share`: sequences may
   /// share prefixes. few_keys: steps in which no sequence has more keys go through a second graph, with
-  /// DeviceBatch::few_keys, if that is another one. C: as forward() has it. The stream must not be the default
-  /// one, and holds no work of another thread. Errors as forward(), kOutOfMemory, kCudaError.
+  /// DeviceBatch::few_keys, if that is another one. C: as forward() has it. The stream must not be the
+  /// default one, and holds no work of another thread. Errors as forward(), kOutOfMemory, kCudaError.
   template <class C>
   [[nodiscard]] static Result<std::unique_ptr<DecodeGraph>> capture(
       const DeviceLlama<Linear, Head>& model, const DeviceKvStorage<C>& storage,
