@@ -12,8 +12,9 @@
 // weights, K and V.
 //
 // usage: model-gpu [--json FILE] [--quick] [--model 8b|70b]... [--format NAME] [--context TOKENS] [--steps N]
-//                  [--no-dense] [--once]
-//   --once  one decode step of each model outside of a graph, and no timing: for a profiler
+//                  [--no-dense] [--once] [--few-keys N]
+//   --few-keys  up to so many keys appending and attention of one sequence are one kernel
+//   --once      one decode step of each model outside of a graph, and no timing: for a profiler
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -44,6 +45,7 @@ struct Options {
   int steps = 200;
   bool dense = true;
   bool once = false;
+  int few_keys = kFewKeys;
 };
 
 // A cache of `sequences` contexts, whose pages are filled.
@@ -154,7 +156,7 @@ Measured measure_decode(const Model& model, int batch, const Options& options, c
   Measured out;
   using Graph = DecodeGraph<typename Model::Linear, typename Model::Head>;
   auto made = Graph::capture(model, cache.storage, workspace, batch, std::ssize(table.indices), false, device,
-                             stream);
+                             stream, options.few_keys);
   check(made.status());
   Graph& graph = **made;
   DecodeStep step;
@@ -346,6 +348,7 @@ class Suite {
                      {"weights", weights},
                      {"batch", batch},
                      {"context", options_.context},
+                     {"few_keys", options_.few_keys},
                      {"step_us", m.step_us},
                      {"loop_us", m.loop_us},
                      {"tokens_per_s", batch * 1e6 / m.loop_us},
@@ -428,6 +431,7 @@ int program(int argc, char** argv) {
        {"--context", Option::value(options.context)},
        {"--steps", Option::value(options.steps)},
        {"--no-dense", Option::flag(options.dense, false)},
+       {"--few-keys", Option::value(options.few_keys)},
        {"--once", Option::flag(options.once)}});
   if (options.context < 1 || options.steps < 5)
     throw std::runtime_error("--context from 1, --steps from 5 on");
