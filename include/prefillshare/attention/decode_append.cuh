@@ -27,7 +27,7 @@ struct DecodeAppendProblem {
 
 /// Up to so many keys a sequence run() is faster than append and decode one after the other, measured on an
 /// H200 with 8 K/V heads.
-inline constexpr int kFewKeys = 2048;
+inline constexpr int kFewKeys = 1536;
 
 /// Whether there is a kernel for such a problem, and work for it in one go: clusters (compute capability
 /// 9.0), a cache of 16 bits, at most 16 query heads a K/V head, no more clusters than run at once.

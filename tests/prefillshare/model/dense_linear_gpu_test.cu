@@ -230,16 +230,19 @@ void check_searched(std::int64_t rows, std::int64_t cols, std::int64_t tokens, c
   DeviceBuffer<T> low(std::vector<T>(cells, static_cast<T>(7.0F)));
   DeviceBuffer<float> full(std::vector<float>(cells, 3.0F));
   const void* const w = layer->weights()->data();
+  cudaStream_t stream = nullptr;
+  REQUIRE_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   CHECK_FALSE(products->has(layer->product(tokens)));
   CHECK(products->run(layer->product(tokens), w, x_device.data(), low.data(), nullptr).code() ==
         codegemm::StatusCode::kUnsupported);
-  require_ok(products->search(layer->product(tokens), {&w, 1}, x_device.data(), low.data(), nullptr));
+  require_ok(products->search(layer->product(tokens), {&w, 1}, x_device.data(), low.data(), stream));
   for (const bool adds : {false, true}) {
     require_ok(
-        products->search(layer->product(tokens, true, adds), {&w, 1}, x_device.data(), full.data(), nullptr));
+        products->search(layer->product(tokens, true, adds), {&w, 1}, x_device.data(), full.data(), stream));
     CHECK(products->has(layer->product(tokens, true, adds)));
   }
   CHECK_FALSE(products->has(layer->product(tokens + 1)));
+  REQUIRE_CUDA(cudaStreamDestroy(stream));
   cuda::LinearCall call;
   call.device = device;
   const MatrixView<const T> view(x_device.data(), tokens, cols);

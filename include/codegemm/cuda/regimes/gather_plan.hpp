@@ -64,7 +64,7 @@ struct GatherLimits {
   const double kGranuleCycles = half ? 400.0 : 700.0;  // barriers, and the latency of a warp's last tile
   const double kBuildCycles = half ? 150.0 : 500.0;    // a set of columns
   constexpr double kClusterCycles = 1000.0;            // pushing and waiting
-  constexpr double kGroupCycles = 3000.0;              // writing, fence, counter
+  constexpr double kGroupCycles = 6000.0;              // writing, fence, counter, reading again
   constexpr double kReadCycles = 4.0;                  // a tile's sums of one group, by the last block
   const auto divide_up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const std::int64_t granules = std::max<std::int64_t>(l.granules, 1);
