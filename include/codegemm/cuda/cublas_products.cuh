@@ -55,10 +55,10 @@ class CublasProducts {
   /// Whether run() has an algorithm for such a product.
   [[nodiscard]] bool has(const CublasProduct& p) const { return find(p) != nullptr; }
 
-  /// Tries every algorithm that cuBLAS proposes for `p` on `weights` in turn (matrices that p.rows * p.cols
+  /// Tries every algorithm that cuBLAS proposes for `p` on `weights` in turn (matrices of p.rows * p.cols
   /// elements each; more of them than the second-level cache holds, as a model's layers are) and keeps the
-  /// fastest. Waits for the stream, which is neither captured nor the default one. What is at y is lost. kUnsupported where cuBLAS
-  /// has none; kCudaError.
+  /// fastest. Waits for the stream, which is neither captured nor the default one. What is at y is lost.
+  /// kUnsupported where cuBLAS has none; kCudaError.
   [[nodiscard]] Status search(const CublasProduct& p, std::span<const void* const> weights, const void* x,
                               void* y, cudaStream_t stream) {
     if (has(p) || weights.empty()) return {};
