@@ -56,7 +56,10 @@ template <class Configs = DefaultConfigs, class X, class Y>
       w.layout.row_tiles <= device.multiprocessors && !(gather && Gather::suits_few_rows(w, device));
   const LastTokens last =
       last_tokens(w.format, w.rows * w.cols, {device.arch, device.multiprocessors, device.memory_bits});
-  if (gather && !(few_rows && mma) && p.x.rows <= last.gather) return Regime::kGather;
+  // Tokens gathered one by one are slower than mma.sync.
+  const bool one_by_one =
+      p.x.rows > 1 && !(gather && Gather::takes_two(w, device, detail::gated(p), p.tuning));
+  if (gather && !((few_rows || one_by_one) && mma) && p.x.rows <= last.gather) return Regime::kGather;
   if (wgmma && (!mma || p.x.rows > last.mma)) return Regime::kFusedWgmma;
   if (mma) return Regime::kFusedMma;
   return gather ? Regime::kGather : Regime::kAuto;

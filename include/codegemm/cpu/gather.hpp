@@ -165,37 +165,43 @@ CODEGEMM_TARGET_AVX2 void gather1_avx2(const GatherArgs& a) {
   }
 }
 
-// The sums of kLanes tokens of a row.
+CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE __m128 add_scaled_avx2(__m128 to, float scale, __m128 v) {
+  return _mm_fmadd_ps(_mm_set1_ps(scale), v, to);
+}
+CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE __m256 add_scaled_avx2(__m256 to, float scale, __m256 v) {
+  return _mm256_fmadd_ps(_mm256_set1_ps(scale), v, to);
+}
+
 template <int kLanes>
-struct LanesAvx2;
-
+struct RegisterAvx2;
 template <>
-struct LanesAvx2<4> {
-  __m128 sums;
-
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void load(const float* from) { sums = _mm_load_ps(from); }
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void clear() { sums = _mm_setzero_ps(); }
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add(const float* from) {
-    sums = _mm_add_ps(sums, _mm_load_ps(from));
-  }
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void store(float* to) const { _mm_store_ps(to, sums); }
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add_scaled_to(float* y, float scale) const {
-    _mm_store_ps(y, _mm_fmadd_ps(_mm_set1_ps(scale), sums, _mm_load_ps(y)));
-  }
+struct RegisterAvx2<4> {
+  using Type = __m128;
+};
+template <>
+struct RegisterAvx2<8> {
+  using Type = __m256;
 };
 
-template <>
-struct LanesAvx2<8> {
-  __m256 sums;
+// The sums of kLanes tokens of a row.
+template <int kLanes>
+struct LanesAvx2 {
+  using Register = typename RegisterAvx2<kLanes>::Type;
+  Register sums;
 
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void load(const float* from) { sums = _mm256_load_ps(from); }
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void clear() { sums = _mm256_setzero_ps(); }
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add(const float* from) {
-    sums = _mm256_add_ps(sums, _mm256_load_ps(from));
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void load(const float* from) {
+    sums = *reinterpret_cast<const Register*>(from);
   }
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void store(float* to) const { _mm256_store_ps(to, sums); }
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void clear() { sums = Register{}; }
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add(const float* from) {
+    sums += *reinterpret_cast<const Register*>(from);
+  }
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void store(float* to) const {
+    *reinterpret_cast<Register*>(to) = sums;
+  }
   CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add_scaled_to(float* y, float scale) const {
-    _mm256_store_ps(y, _mm256_fmadd_ps(_mm256_set1_ps(scale), sums, _mm256_load_ps(y)));
+    auto* const to = reinterpret_cast<Register*>(y);
+    *to = add_scaled_avx2(*to, scale, sums);
   }
 };
 

@@ -16,8 +16,8 @@
 namespace codegemm::cuda {
 namespace detail {
 
-// D = A B of 16 x 8 and 8 x 8 numbers, rounded once: rows lane / 4 and that + 8 of columns 2 (lane % 4) and the
-// next.
+// D = A B of 16 x 8 and 8 x 8 numbers, rounded once: rows lane / 4 and that + 8 of columns 2 (lane % 4) and
+// the next.
 __device__ __forceinline__ void multiply_halves(unsigned (&d)[2], const unsigned (&a)[2], unsigned b) {
   asm("mma.sync.aligned.m16n8k8.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3}, {%4}, {%5, %5};"
       : "=r"(d[0]), "=r"(d[1])
@@ -38,8 +38,8 @@ __device__ __forceinline__ unsigned load_word(unsigned address) {
 /// and two, of 256 centroids. Lane l owns 16 activations, four columns, as in Psumbook. Two inner products
 /// share a word. One token: those of columns P and P + 2 of a lane with the same centroid of column P's
 /// codebook, P = 0, 1. Two tokens: theirs of a column, of columns P in a first table, P + 2 in a second. Word
-/// (code, P, lane) lies at byte  code * 256 + P * 128 + (lane ^ 16 * P) * 4, so that a lane always reads its own
-/// bank for each P, and words that a warp builds at once are of different banks.
+/// (code, P, lane) lies at byte  code * 256 + P * 128 + (lane ^ 16 * P) * 4, so that a lane always reads its
+/// own bank for each P, and words that a warp builds at once are of different banks.
 ///
 /// Inner products are rounded to fp16 once (2^-12 of each at most, in the mean); what is added up from them
 /// is fp32. Activations are multiplied by a power of two first, the granule's own, so that none overflows and
@@ -93,7 +93,7 @@ struct HalfPsumbook {
     return out;
   }
 
-  /// The first of the two activations of a granule in word `f` of a lane, 0 <= f < 8: a lane holds its own 16.
+  /// The first of the two activations of a granule in word `f` of a lane, 0 <= f < 8: a lane holds its own.
   [[nodiscard]] static __device__ __forceinline__ int activation_of(int lane, int f) {
     return lane * 16 + f * 2;
   }
@@ -122,7 +122,8 @@ struct HalfPsumbook {
     return out;
   }
 
-  /// Leaves them, of one token, in `staged` (kStagedBytes, at a multiple of 16) as build() wants them. One warp.
+  /// Leaves them, of one token, in `staged` (kStagedBytes, at a multiple of 16) as build() wants them. One
+  /// warp.
   static __device__ __forceinline__ void stage(char* staged, Words words, bool bf16, int token = 0) {
     unsigned most = 0;
 #pragma unroll
@@ -203,15 +204,15 @@ struct HalfPsumbook {
 
   /// Writes the inner products of 8 centroids: a warp's share of the table. Rows of the product are centroids
   /// of P = 0 and 1 in turn, its columns the halves of four owners' activations (of two tokens the same half
-  /// of both): what a thread gets of a row is a word, and that of four products lies together, so that the lanes
-  /// of a store hit every bank.
+  /// of both): what a thread gets of a row is a word, and that of four products lies together, so that the
+  /// lanes of a store hit every bank.
   static __device__ __forceinline__ void build(char* table, const char* staged, const Centroids& centroids,
                                                int block) {
     unsigned lane = threadIdx.x % 32;
     asm volatile("" : "+r"(lane));  // what follows from it is not worth registers while warps gather
     const unsigned p = lane / 4 % 2;
-    // Thread 4 g + q gets owners 4 q + i and 4 q + i + 16 from products i and i + 4. So row r of the i-th matrix
-    // of activations is half r % 2 of owner 4 (r / 2) + i.
+    // Thread 4 g + q gets owners 4 q + i and 4 q + i + 16 from products i and i + 4. So row r of the i-th
+    // matrix of activations is half r % 2 of owner 4 (r / 2) + i.
     const auto from = static_cast<unsigned>(__cvta_generic_to_shared(staged)) +
                       staged_at(lane / 2 % 4 * 4 + lane / 8) + lane % 2 * 16U;
     char* const to = table + block * 2048 + lane / 8 * 256 + p * 128 + lane % 4 * 16;
@@ -267,8 +268,8 @@ struct HalfPsumbook {
     return static_cast<unsigned>(lane * 4) | (128U + static_cast<unsigned>((lane ^ 16) * 4)) << 8;
   }
 
-  /// sums[t][i] = token t's sum of row row_slot(lane, i) over the columns of the lane's group of 2^kSummedSteps
-  /// lanes.
+  /// sums[t][i] = token t's sum of row row_slot(lane, i) over the columns of the lane's group of
+  /// 2^kSummedSteps lanes.
   /// `codes` is the lane's stream of 16 rows, `column` the table's address in the shared window less
   /// kWindowStart (of which the lowest 16 bits are 0) plus column_bytes(lane).
   template <int Steps>
@@ -331,8 +332,8 @@ struct HalfPsumbook {
     return __int_as_float((127 - exponent) << 23);
   }
 
-  // Activations times 2^exponent: an owner's halves side by side, or those of two tokens and the second halves
-  // of both further on.
+  // Activations times 2^exponent: an owner's halves side by side, or those of two tokens and the second
+  // halves of both further on.
   static __device__ __forceinline__ void keep(char* staged, const unsigned (&words)[8], float unscale,
                                               int token) {
     const unsigned lane = threadIdx.x % 32;

@@ -54,8 +54,8 @@ struct FusedMmaShape {
   [[nodiscard]] static __host__ __device__ constexpr int table_bytes(int bits) {
     return Config::kCodeBytes == 1 ? Table::bytes(bits) : 0;
   }
-  /// log2 of the floats of a warp's tile. Where codebooks stay in global memory, the less a block has of shared
-  /// memory, the more of them the first-level cache holds: then one token has the room of one.
+  /// log2 of the floats of a warp's tile. Where codebooks stay in global memory, the less a block has of
+  /// shared memory, the more of them the first-level cache holds: then one token has the room of one.
   [[nodiscard]] static __host__ __device__ constexpr int log_tile_sums(int tokens) {
     return Config::kCodeBytes == 2 && tokens == 1 ? 4 : Tokens == 8 ? 7 : 8;
   }
@@ -71,10 +71,10 @@ struct FusedMmaShape {
 /// of a tile is added in shared memory, in a fixed order. So x is read once a window of as many slabs as
 /// there are warps, and shared memory is left to the lookups.
 ///
-/// 16 tokens are the rows of a product, weights its columns; with 8 tokens weights are the rows. Either way lane
-/// 4 r + q holds rows r and r + 8 of a tile. In the step that multiplies the i-th four of every lane's k, the packed lanes q, 4 + q, 8 + q
-/// and 12 + q of the slab come in turn. So one load brings the codes of all steps of a packed lane, and a
-/// looked-up centroid is a fragment as it is.
+/// 16 tokens are the rows of a product, weights its columns; with 8 tokens weights are the rows. Either way
+/// lane 4 r + q holds rows r and r + 8 of a tile. In the step that multiplies the i-th four of every lane's
+/// k, the packed lanes q, 4 + q, 8 + q and 12 + q of the slab come in turn. So one load brings the codes of
+/// all steps of a packed lane, and a looked-up centroid is a fragment as it is.
 template <class Config, PairType Type, int Tokens, bool Gated>
 __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     fused_mma_kernel(const __grid_constant__ FusedMmaArgs a) {
@@ -393,8 +393,8 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
               if (log_sums == 7 || (q * 2 + i % 2) == 0) to[at] = sums[0][i];
             }
           } else {
-            // Eight rows of a token lie together, swapped with the other eight for every other pair of tokens,
-            // so that a store of four tokens hits every bank once.
+            // Eight rows of a token lie together, swapped with the other eight for every other pair of
+            // tokens, so that a store of four tokens hits every bank once.
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
 #pragma unroll

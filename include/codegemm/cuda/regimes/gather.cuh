@@ -76,6 +76,17 @@ struct GatherRegime {
     return suits;
   }
 
+  /// Whether one pass over the weights takes two tokens.
+  [[nodiscard]] static bool takes_two(const DevicePackedView& w, const Device& device, bool gated,
+                                      const GemmTuning& tuning) {
+    bool two = false;
+    static_cast<void>(match(w, device, [&](auto c) {
+      using Config = decltype(c);
+      if constexpr (Config::kPassTokens >= 2) two = plan<Config, 2>(w, device, gated, tuning).splits > 0;
+    }));
+    return two;
+  }
+
   /// Whether the kernel for such weights can normalize a row: with a Psumbook of fp16.
   [[nodiscard]] static bool normalizes(const DevicePackedView& w, const Device& device) {
     bool half = false;

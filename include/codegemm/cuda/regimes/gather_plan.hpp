@@ -58,14 +58,17 @@ struct GatherLimits {
 /// its granules, goes through its tiles, and the sums are added.
 [[nodiscard]] inline GatherPlan plan_gather(const PackedLayout& l, const GatherLimits& limits,
                                             const GemmTuning& tuning) {
-  // From traces of an H100. A tile's set of columns: 16 lookups, 4 shuffles and 4 wavefronts of codes.
+  // From traces of an H100 and an H200. A tile's set of columns: 16 lookups, 4 shuffles and 4 wavefronts of
+  // codes; two tokens share the look-ups of a HalfPsumbook.
   const bool half = limits.staged_bytes > 0;
   const double kTileCycles = half ? 22.0 : 27.0;
   const double kGranuleCycles = half ? 400.0 : 700.0;  // barriers, and the latency of a warp's last tile
-  const double kBuildCycles = half ? 150.0 : 500.0;    // a set of columns
+  const double kBuildCycles = half ? 80.0 : 500.0;     // a set of columns
   constexpr double kClusterCycles = 1000.0;            // pushing and waiting
-  constexpr double kGroupCycles = 6000.0;              // writing, fence, counter, reading again
+  constexpr double kGroupCycles = 6000.0;              // writing, fence, counter, reading
   constexpr double kReadCycles = 4.0;                  // a tile's sums of one group, by the last block
+  const double sets = static_cast<double>(l.sets * limits.tokens);
+  const double looked_up = half ? static_cast<double>(l.sets) : sets;
   const auto divide_up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const std::int64_t granules = std::max<std::int64_t>(l.granules, 1);
   const std::size_t tile_sums = static_cast<std::size_t>(kTileRows * limits.tokens) * sizeof(float);
@@ -113,9 +116,8 @@ struct GatherLimits {
       p.shared_bytes += static_cast<std::size_t>(owned * divide_up(tiles, limits.warps)) * tile_sums + 8;
     p.shared_bytes = std::max(p.shared_bytes,
                               std::min(static_cast<std::size_t>(tuning.shared_bytes), limits.shared_bytes));
-    const double sets = static_cast<double>(l.sets * limits.tokens);
     const double granule =
-        kBuildCycles * sets + kTileCycles * sets * static_cast<double>(tiles) + kGranuleCycles;
+        kBuildCycles * sets + kTileCycles * looked_up * static_cast<double>(tiles) + kGranuleCycles;
     const double waves = static_cast<double>(divide_up(chunks * groups, slots));
     p.cost = waves * static_cast<double>(granules_per_block) * granule + (cluster ? kClusterCycles : 0.0);
     if (groups > 1)
@@ -125,8 +127,7 @@ struct GatherLimits {
   };
   for (std::int64_t granules_per_block = 1; granules_per_block <= granules; ++granules_per_block) {
     // With more granules a block, its Psumbooks alone cost more than the best so far.
-    const double least =
-        (kBuildCycles + kTileCycles) * static_cast<double>(l.sets * limits.tokens) + kGranuleCycles;
+    const double least = kBuildCycles * sets + kTileCycles * looked_up + kGranuleCycles;
     if (best.splits != 0 && static_cast<double>(granules_per_block) * least >= best.cost) break;
     if (!limits.halves) consider(false, 1, granules_per_block, limits.multiprocessors);
     for (int size = 2; size <= tuning.cluster; size += limits.halves ? 2 : 1) {
