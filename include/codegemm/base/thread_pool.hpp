@@ -54,14 +54,16 @@ class ThreadPool final : public Executor {
       return;
     }
     const std::int64_t seated = std::min<std::int64_t>(count, workers());
-    {
+    loop_.task = task;
+    loop_.context = context;
+    loop_.count = count;
+    next_.value.store(static_cast<std::uint64_t>(seated), std::memory_order_relaxed);
+    publish(seated);
+    // No lock, which would wait until the others' copies of the line are gone. Who is just lying down may be
+    // missed and sleeps over this loop.
+    if (sleepers_.load(std::memory_order_relaxed) > 0) {
       const std::lock_guard lock(mutex_);
-      loop_.task = task;
-      loop_.context = context;
-      loop_.count = count;
-      next_.value.store(static_cast<std::uint64_t>(seated), std::memory_order_relaxed);
-      publish(seated);
-      if (sleepers_ > 0) wake_.notify_all();
+      wake_.notify_all();
     }
     const std::uint64_t epoch = loop_.word.load(std::memory_order_relaxed) >> kSeatedBits;
     task(context, 0, 0);
@@ -111,7 +113,7 @@ class ThreadPool final : public Executor {
     return was < begun(epoch) && seat.compare_exchange_strong(was, to, std::memory_order_acq_rel);
   }
 
-  // The next loop, in which so many workers have a task to begin with; mutex_ is held.
+  // The next loop, in which so many workers have a task to begin with.
   void publish(std::int64_t seated) {
     const std::uint64_t epoch = (loop_.word.load(std::memory_order_relaxed) >> kSeatedBits) + 1;
     loop_.word.store(epoch << kSeatedBits | static_cast<std::uint64_t>(seated), std::memory_order_release);
@@ -149,9 +151,9 @@ class ThreadPool final : public Executor {
       }
       if (word == seen) {
         std::unique_lock lock(mutex_);
-        ++sleepers_;
+        sleepers_.fetch_add(1, std::memory_order_relaxed);
         wake_.wait(lock, [&] { return loop_.word.load(std::memory_order_acquire) != seen; });
-        --sleepers_;
+        sleepers_.fetch_sub(1, std::memory_order_relaxed);
         word = loop_.word.load(std::memory_order_acquire);
       }
       seen = word;
@@ -166,7 +168,7 @@ class ThreadPool final : public Executor {
     }
   }
 
-  // What a worker is to know, in one line: written under mutex_ before `word` is, which says the number of
+  // What a worker is to know, in one line: written before `word` is, which says the number of
   // the loop and how many workers have a task to begin with.
   struct alignas(128) Loop {
     std::atomic<std::uint64_t> word{0};
@@ -177,7 +179,7 @@ class ThreadPool final : public Executor {
   Loop loop_;
   Apart next_;
   std::vector<Apart> seats_;  // of the workers
-  int sleepers_ = 0;          // under mutex_
+  std::atomic<int> sleepers_{0};
   std::mutex mutex_;
   std::condition_variable wake_;
   std::vector<std::thread> threads_;
