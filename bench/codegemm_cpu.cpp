@@ -105,28 +105,27 @@ double time_psumbook(const PackedMatrix& packed, const Matrix& x, Executor& exec
   first_match(
       CpuConfigs{}, [&](auto config) { return config.kVecLen == f.v && config.kCodeBits == f.b; },
       [&](auto config) { kernels = detail::cpu_kernels_of<decltype(config)>(isa); });
-  const std::int64_t entries = w.tile_vectors * f.m;
-  std::vector<AlignedBuffer<float>> tables(static_cast<std::size_t>(executor.workers()));
-  std::vector<AlignedBuffer<std::uint8_t>> encoded(tables.size());
-  for (std::size_t i = 0; i < tables.size(); ++i) {
-    if (!tables[i].reserve(static_cast<std::size_t>(entries * f.centroids())) ||
-        !encoded[i].reserve(static_cast<std::size_t>(entries * detail::encoded_bytes(f.b)))) {
-      throw std::bad_alloc();
-    }
+  const detail::PsumbookPlan plan = detail::make_psumbook_plan(w, 1, lookup);
+  std::vector<AlignedBuffer<float>> memory(static_cast<std::size_t>(executor.workers()));
+  for (AlignedBuffer<float>& of_worker : memory) {
+    if (!of_worker.reserve(static_cast<std::size_t>(plan.worker_floats()))) throw std::bad_alloc();
   }
   double best = 1e9;
   for (int round = 0; round < 20; ++round) {
     const auto start = std::chrono::steady_clock::now();
     parallel_for(executor, w.tiles, [&](std::int64_t tile, int worker) {
-      float* const out = tables[static_cast<std::size_t>(worker)].data();
+      const detail::PsumbookScratch scratch(plan, memory[static_cast<std::size_t>(worker)].data());
+      const float* const from = x.data() + tile * w.tile_vectors * f.v;
       const std::int64_t count = w.vectors_in(tile);
-      kernels.build1({w.codebooks, w.codebooks_transposed, x.data() + tile * w.tile_vectors * f.v, count, f.m,
-                      f.centroids(), out});
-      const std::int64_t flush = detail::flush_entries(f.b);
-      for (std::int64_t e = 0; lookup && e < count * f.m; e += flush) {
-        kernels.lookup.encode(
-            {out + e * f.centroids(), std::min(flush, count * f.m - e),
-             encoded[static_cast<std::size_t>(worker)].data() + e * detail::encoded_bytes(f.b)});
+      if (!lookup) {
+        kernels.build1(
+            {w.codebooks, w.codebooks_transposed, from, count, f.m, f.centroids(), scratch.tables});
+        return;
+      }
+      detail::TileCodes none{nullptr, 0, 0};
+      std::int64_t flushes = 0;
+      if (!detail::make_segment(kernels, w, from, 0, count, w.scales, scratch, none, flushes)) {
+        detail::encode_segment(kernels, w, from, 0, count, w.scales, scratch, none, flushes);
       }
     });
     best = std::min(best, seconds_since(start));

@@ -9,7 +9,6 @@
 #endif
 
 #include <cstdio>
-#include <exception>
 #include <memory>
 #include <utility>
 
@@ -17,6 +16,7 @@
 
 #include <common/model_loader.hpp>
 #include <common/model_tokenizer.hpp>
+#include <common/run_program.hpp>
 
 #include "support/finetune_cpu_backend.hpp"
 #include "support/finetune_suite.hpp"
@@ -55,16 +55,5 @@ int main(int argc, char** argv) {
   options.answer_tokens = 48;
   CLI::App app{"Fine-tunes decode modules on the cache of a frozen base and judges what they answer."};
   add_options(app, options);
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  try {
-    return run(options);
-  } catch (const std::exception& e) {
-    std::fflush(stdout);
-    std::fprintf(stderr, "finetune: %s\n", e.what());
-    return 2;
-  }
+  return prefillshare::examples::run_program("finetune", app, argc, argv, [&] { return run(options); });
 }

@@ -9,13 +9,13 @@
 #pragma nv_diag_suppress 20012, 1675, 550, 2810, 3189
 
 #include <cstdio>
-#include <exception>
 #include <utility>
 
 #include <CLI/CLI.hpp>
 
 #include <common/model_loader.hpp>
 #include <common/model_tokenizer.hpp>
+#include <common/run_program.hpp>
 
 #include "support/finetune_gpu_backend.cuh"
 #include "support/finetune_suite.hpp"
@@ -56,16 +56,5 @@ int main(int argc, char** argv) {
   CLI::App app{
       "Fine-tunes decode modules on the cache of a frozen base and judges what they answer, on a GPU."};
   add_options(app, options);
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  try {
-    return run(options);
-  } catch (const std::exception& e) {
-    std::fflush(stdout);
-    std::fprintf(stderr, "finetune-gpu: %s\n", e.what());
-    return 2;
-  }
+  return prefillshare::examples::run_program("finetune-gpu", app, argc, argv, [&] { return run(options); });
 }

@@ -66,6 +66,7 @@ struct Options : QuantizeOptions {
   std::vector<double> rates = {4e-3};
   TrainOptions distill;
   std::vector<double> code_rates = {0.0};
+  std::vector<double> label_shares = {0.0};
   prefillshare::cuda::CodeMoveOptions moves;
 };
 
@@ -131,7 +132,7 @@ class QuantizeSuite {
       : options_(options),
         pool_(options.threads),
         source_(unwrap(open_model(options.model))),
-        loaded_(unwrap(load_model(*source_))) {
+        loaded_(unwrap(load(*source_, options))) {
     if (options.permute > 0) {
       loaded_.model = permuted_model(*loaded_.model, options.permute);
       loaded_.fingerprint += concat("-permuted-", options.permute);
@@ -160,7 +161,11 @@ class QuantizeSuite {
   }
 
   void run() {
-    dense_ = gpu_.score(*loaded_.model, windows_);
+    if (!options_.out.empty()) {
+      for (const std::string& name : options_.formats)
+        check(check_writable(CheckpointKind::kCodeGemm, unwrap(parse_format(name)), *loaded_.model));
+    }
+    dense_ = gpu_.score(loaded_, windows_);
     const PerplexitySums& dense = dense_;
     std::printf("%zu windows of %zu tokens of %s: perplexity of the model as given %.3f +- %.3f\n",
                 windows_.size(), windows_.front().size(), file_name(options_.text).c_str(),
@@ -302,17 +307,28 @@ class QuantizeSuite {
     const auto model = with_weights(*loaded_.model, [&](const std::string& layer, const DenseLinear&) {
       return replacer.made.at(layer);
     });
-    const PerplexitySums sums = gpu_.score(*model, windows_);
+    const LoadedModel in_blocks{model};
+    const PerplexitySums sums = gpu_.score(in_blocks, windows_);
     const double bits = 8.0 * type->bytes / type->block;
-    std::printf("%s blocks, %.2f bits: perplexity %.3f +- %.3f\n", name.c_str(), bits, sums.perplexity(),
-                sums.error());
+    const double held_out = gpu_.divergence(in_blocks, loaded_, windows_);
+    std::printf("%s blocks, %.2f bits: held out divergence %.4f, perplexity %.3f +- %.3f\n", name.c_str(),
+                bits, held_out, sums.perplexity(), sums.error());
     std::fflush(stdout);
     rows_.push_back({{"name", name + " blocks"},
                      {"bits_per_weight", bits},
                      {"method", "ggml's blocks over the rows' ends, importance from the calibration text"},
+                     {"held_out_divergence", held_out},
                      {"perplexity", sums.perplexity()},
                      {"perplexity_error", sums.error()}});
     write(dense_);
+  }
+
+  /// A block at a time, unless all of it is needed at once.
+  [[nodiscard]] static Result<LoadedModel> load(TensorSource& source, const Options& options) {
+    if (options.permute > 0) return load_model(source);
+    Result<LoadedModel> loaded = load_model_by_blocks(source);
+    if (!loaded.ok() || loaded->model->config.tied_embeddings) return loaded;
+    return load_model(source);
   }
 
   void add_format(Format format) {
@@ -352,33 +368,33 @@ class QuantizeSuite {
       bits += count * bits_per_weight(format, matrix.rows(), matrix.cols());
       weights += count;
     }
-    const PerplexitySums calibrated = gpu_.score(GpuQuantizer::with_layers(*loaded_.model, layers), windows_);
+    const PerplexitySums calibrated = gpu_.score(GpuQuantizer::with_layers(loaded_, layers, pool_), windows_);
     std::printf(
         "%-11s %.2f bits: quantized in %.1f s, layers' error %.4f (k-means %.4f), perplexity %.3f +- %.3f\n",
         name.c_str(), bits / weights, seconds, made > 0 ? layer_error / made : 0.0,
         made > 0 ? kmeans_error / made : 0.0, calibrated.perplexity(), calibrated.error());
     std::fflush(stdout);
-    QuantizedLayers best = layers;
+    QuantizedLayers best;     // to be written
     double least = HUGE_VAL;  // the held-out text does not choose
-    for (const std::int64_t steps : options_.steps) {
-      for (const auto& [rate, code_rate] : rate_pairs()) {
-        json row = {{"name", name},
-                    {"bits_per_weight", bits / weights},
-                    {"method", options_.method},
-                    {"quantize_seconds", seconds},
-                    {"kmeans_layer_error", made > 0 ? json(kmeans_error / made) : json()},
-                    {"layer_error", made > 0 ? json(layer_error / made) : json()},
-                    {"calibrated_perplexity", calibrated.perplexity()},
-                    {"calibrated_perplexity_error", calibrated.error()}};
-        QuantizedLayers tuned = layers;
-        if (steps > 0) distill(name, steps, rate, code_rate, tuned, row);
-        if (row.value("divergence", least) < least) {
-          least = row.at("divergence").get<double>();
-          best = std::move(tuned);
-        }
-        rows_.push_back(std::move(row));
-        write(dense_);
+    for (const Distillation& how : distillations()) {
+      json row = {{"name", name},
+                  {"bits_per_weight", bits / weights},
+                  {"method", options_.method},
+                  {"rounds", quantizer_.layers.rounds},
+                  {"beam", quantizer_.layers.beam},
+                  {"quantize_seconds", seconds},
+                  {"kmeans_layer_error", made > 0 ? json(kmeans_error / made) : json()},
+                  {"layer_error", made > 0 ? json(layer_error / made) : json()},
+                  {"calibrated_perplexity", calibrated.perplexity()},
+                  {"calibrated_perplexity_error", calibrated.error()}};
+      QuantizedLayers tuned = layers;
+      if (how.steps > 0) distill(name, how, tuned, row);
+      if (!options_.out.empty() && (best.names.empty() || row.value("divergence", least) < least)) {
+        least = row.value("divergence", least);
+        best = std::move(tuned);
       }
+      rows_.push_back(std::move(row));
+      write(dense_);
     }
     if (options_.out.empty()) return;
     std::vector<NamedMatrix> named;
@@ -388,47 +404,62 @@ class QuantizeSuite {
                                 best.norms));
   }
 
-  [[nodiscard]] std::vector<std::pair<double, double>> rate_pairs() const {
-    std::vector<std::pair<double, double>> out;
-    for (const double rate : options_.rates) {
-      for (const double code_rate : options_.code_rates) out.emplace_back(rate, code_rate);
+  struct Distillation {
+    std::int64_t steps = 0;
+    double rate = 0.0;
+    double code_rate = 0.0;
+    double label_share = 0.0;
+  };
+  /// All that were asked for with one another.
+  [[nodiscard]] std::vector<Distillation> distillations() const {
+    std::vector<Distillation> out;
+    for (const std::int64_t steps : options_.steps) {
+      for (const double rate : options_.rates) {
+        for (const double code_rate : options_.code_rates) {
+          for (const double share : options_.label_shares) out.push_back({steps, rate, code_rate, share});
+        }
+      }
     }
     return out;
   }
 
-  void distill(const std::string& name, std::int64_t steps, double rate, double code_rate,
-               QuantizedLayers& layers, json& row) {
+  void distill(const std::string& name, const Distillation& how, QuantizedLayers& layers, json& row) {
     prefillshare::cuda::CodeMoveOptions moves = options_.moves;
-    moves.rate = code_rate;
+    moves.rate = how.code_rate;
     TrainOptions options = options_.distill;
-    options.steps = steps;
-    options.rate = rate;
+    options.steps = how.steps;
+    options.rate = how.rate;
     const auto start = Clock::now();
     TrainProgress last;
-    const GpuQuantizer::Distilled done =
-        gpu_.distill(loaded_.model, layers, taught_, judged_, options, moves, [&](const TrainProgress& now) {
+    const GpuQuantizer::Distilled done = gpu_.distill(
+        loaded_, layers, taught_, judged_, options, moves, how.label_share, [&](const TrainProgress& now) {
           last = now;
           if (now.step == 1 || now.step % 200 == 0)
-            std::printf("  step %lld: divergence %.4f, %.0f tokens/s\n", static_cast<long long>(now.step),
-                        now.loss, now.tokens_per_second);
+            std::printf("  step %lld: loss %.4f, %.0f tokens/s\n", static_cast<long long>(now.step), now.loss,
+                        now.tokens_per_second);
         });
     const double seconds = seconds_since(start);
-    const PerplexitySums sums = gpu_.score(GpuQuantizer::with_layers(*loaded_.model, layers), windows_);
+    const LoadedModel model = GpuQuantizer::with_layers(loaded_, layers, pool_);
+    const PerplexitySums sums = gpu_.score(model, windows_);
+    const double held_out = gpu_.divergence(model, loaded_, windows_);
     std::printf(
-        "%-11s rate %g, codes' %g: %lld steps in %.1f s, %lld codes moved, divergence %.4f to %.4f, "
-        "perplexity %.3f +- %.3f\n",
-        name.c_str(), rate, code_rate, static_cast<long long>(options.steps), seconds,
-        static_cast<long long>(done.codes_moved), done.before, done.after, sums.perplexity(), sums.error());
+        "%-11s rate %g, codes' %g, labels %g: %lld steps in %.1f s, %lld codes moved, divergence %.4f to "
+        "%.4f, held out %.4f, perplexity %.3f +- %.3f\n",
+        name.c_str(), how.rate, how.code_rate, how.label_share, static_cast<long long>(options.steps),
+        seconds, static_cast<long long>(done.codes_moved), done.before, done.after, held_out,
+        sums.perplexity(), sums.error());
     std::fflush(stdout);
     row["distill_steps"] = options.steps;
-    row["distill_rate"] = rate;
+    row["distill_rate"] = how.rate;
     row["distill_batch"] = options.batch;
-    row["code_rate"] = code_rate;
+    row["code_rate"] = how.code_rate;
+    row["label_share"] = how.label_share;
     row["codes_moved"] = done.codes_moved;
     row["distill_seconds"] = seconds;
     row["distill_tokens_per_s"] = last.tokens_per_second;
     row["divergence_before"] = done.before;
     row["divergence"] = done.after;
+    row["held_out_divergence"] = held_out;
     row["perplexity"] = sums.perplexity();
     row["perplexity_error"] = sums.error();
   }
@@ -521,6 +552,12 @@ int main(int argc, char** argv) {
                  "highest rates of codes that follow the gradient, in shares of the weights' size; 0: codes "
                  "stay; of several each by itself")
       ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  app.add_option(
+         "--distill-labels", options.label_shares,
+         "share of the text's own next tokens in what is learned, the rest what the dense model says; "
+         "of several each by itself")
+      ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
   app.add_option("--code-every", options.moves.every, "steps between changes of codes")
       ->check(CLI::Range(1, 1 << 20))

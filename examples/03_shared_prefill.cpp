@@ -10,7 +10,6 @@
 
 #include <chrono>
 #include <cstdio>
-#include <exception>
 #include <memory>
 #include <optional>
 #include <string>
@@ -26,6 +25,7 @@
 #include <common/progress.hpp>
 #include <common/quantized_model.hpp>
 #include <common/report.hpp>
+#include <common/run_program.hpp>
 #include <common/sampler.hpp>
 #include <common/specialists.hpp>
 #include <prefillshare/serve/session.hpp>
@@ -270,16 +270,5 @@ int main(int argc, char** argv) {
   app.add_option("--seed", options.sampler.seed, "of the sampler");
   app.add_option("--json", options.json, "where the numbers go")->default_val("shared_prefill.json");
   app.add_option("--svg", options.svg, "where the timeline goes")->default_val("shared_prefill.svg");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  try {
-    return run(options);
-  } catch (const std::exception& e) {
-    std::fflush(stdout);
-    std::fprintf(stderr, "shared_prefill: %s\n", e.what());
-    return 2;
-  }
+  return run_program("shared_prefill", app, argc, argv, [&] { return run(options); });
 }

@@ -8,11 +8,12 @@
 // scale a row (g-1), in AQLM's. A run that was stopped goes on where it was when started again. The dense
 // model is read a block at a time. 06_quantize_gpu.cu is the same with --device gpu.
 // test: {model} {work}/model --format m1v8b4g-1 --calibration {source}/examples/data/river_report.txt --sequences 2 --length 64 --rounds 1 --beam 1 --codebook-steps 2 --finetune-steps 2 --quiet
+// test: {model} {work}/regrouped --format m1v8b2g128 --regroup --method kmeans --quiet
+// refused: {model} {work}/model --kind codegemm --format m2v8g-1 --calibration {source}/LICENSE
 
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
-#include <exception>
 #include <filesystem>
 #include <memory>
 #include <string>
@@ -22,11 +23,13 @@
 
 #include <codegemm/base/thread_pool.hpp>
 #include <codegemm/quantize/kmeans.hpp>
+#include <codegemm/regroup.hpp>
 #include <common/model_loader.hpp>
 #include <common/model_tokenizer.hpp>
 #include <common/model_writer.hpp>
 #include <common/progress.hpp>
 #include <common/quantize_options.hpp>
+#include <common/run_program.hpp>
 #include <common/text_quantizer.hpp>
 #include <common/text_tokens.hpp>
 #include <common/unwrap.hpp>
@@ -38,6 +41,7 @@ using namespace prefillshare::examples;
 
 struct Options : QuantizeOptions {
   std::string model, out, format = "m2v8g128", calibration, kind = "auto", device = "cpu";
+  bool regroup = false;
   bool keep_state = false;
   bool quiet = false;
 };
@@ -54,6 +58,22 @@ codegemm::CheckpointKind kind_of(const Options& options, codegemm::Format format
   if (options.kind == "aqlm") return codegemm::CheckpointKind::kAqlm;
   if (options.kind == "codegemm") return codegemm::CheckpointKind::kCodeGemm;
   return format.g < 0 ? codegemm::CheckpointKind::kAqlm : codegemm::CheckpointKind::kCodeGemm;
+}
+
+/// How layers of this format are written. What the folder cannot hold is said here, before anything is
+/// computed. Throws UserError.
+codegemm::Format stored_format(const Options& options, codegemm::Format format, const LoadedModel& loaded,
+                               const TensorSource& source) {
+  const codegemm::CheckpointKind kind = kind_of(options, format);
+  check(source_config(source).status());
+  const codegemm::Status fits = check_writable(kind, format, *loaded.model);
+  if (fits.ok()) return format;
+  const Result<codegemm::Format> other = writable_format(kind, format, *loaded.model);
+  if (other.ok() && options.regroup) return *other;
+  if (!other.ok()) throw UserError(fits.message());
+  const std::string name = codegemm::format_name(*other);
+  throw UserError(codegemm::concat(fits.message(), "; take ", name, ", or --regroup, which writes ",
+                                   options.format, " as ", name, " with equal scales"));
 }
 
 /// Without calibration: k-means, layer by layer.
@@ -107,10 +127,15 @@ int run(Options options) {
   ProgressLine loading("loading " + options.model);
   const LoadedModel loaded = unwrap(load_model_by_blocks(
       *source, [&](std::int64_t done, std::int64_t total) { loading.update(done, total, "tensors"); }));
+  const codegemm::Format stored = stored_format(options, format, loaded, *source);
   const std::string state = options.out + "/state";
-  const QuantizedLayers layers = options.method == "kmeans"
-                                     ? quantize_plain(options, loaded, format, pool)
-                                     : quantize_on_text(options, loaded, format, state, pool);
+  QuantizedLayers layers = options.method == "kmeans"
+                               ? quantize_plain(options, loaded, format, pool)
+                               : quantize_on_text(options, loaded, format, state, pool);
+  if (stored.g != format.g) {
+    for (codegemm::QuantizedMatrix& matrix : layers.matrices)
+      matrix = unwrap(codegemm::regroup(matrix.view(), stored.g));
+  }
   std::vector<codegemm::NamedMatrix> named;
   double bits = 0.0;
   double weights = 0.0;
@@ -118,13 +143,13 @@ int run(Options options) {
     const codegemm::QuantizedMatrix& matrix = layers.matrices[i];
     named.push_back({layers.names[i], matrix.view()});
     const double count = static_cast<double>(matrix.rows()) * static_cast<double>(matrix.cols());
-    bits += count * codegemm::bits_per_weight(format, matrix.rows(), matrix.cols());
+    bits += count * codegemm::bits_per_weight(stored, matrix.rows(), matrix.cols());
     weights += count;
   }
   check(write_quantized_model(*source, options.out, kind_of(options, format), named, layers.norms));
   if (!options.keep_state && options.method != "kmeans") std::filesystem::remove_all(state);
   std::printf("%s: %zu layers in %s, %.3f bits a weight, in %.1f s\n", options.out.c_str(), named.size(),
-              options.format.c_str(), bits / weights,
+              codegemm::format_name(stored).c_str(), bits / weights,
               std::chrono::duration<double>(Clock::now() - start).count());
   return 0;
 }
@@ -152,23 +177,19 @@ int main(int argc, char** argv) {
   app.add_option("--finetune-tokens", options.quantizer.tune.tokens, "tokens of each such step")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
+  app.add_flag(
+      "--regroup", options.regroup,
+      "where a folder of that kind cannot hold the format's groups, write each scale for several smaller "
+      "ones: the same weights, and what was quantized before can be written");
   app.add_option("--device", options.device, "cpu or gpu")
       ->check(CLI::IsMember({"cpu", "gpu"}))
       ->capture_default_str();
   app.add_flag("--keep-state", options.keep_state, "leave the folder OUT/state of finished layers");
   app.add_flag("--quiet", options.quiet, "no progress of the layers");
-  try {
-    app.parse(argc, argv);
-    if (options.method != "kmeans" && options.calibration.empty())
-      throw CLI::RequiredError("--calibration (or --method kmeans)");
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  try {
-    return run(options);
-  } catch (const std::exception& e) {
-    std::fflush(stdout);
-    std::fprintf(stderr, "quantize: %s\n", e.what());
-    return 2;
-  }
+  return run_program(
+      "quantize", app, argc, argv, [&] { return run(options); },
+      [&] {
+        if (options.method != "kmeans" && options.calibration.empty())
+          throw CLI::RequiredError("--calibration (or --method kmeans)");
+      });
 }

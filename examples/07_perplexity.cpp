@@ -11,7 +11,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <exception>
 #include <memory>
 #include <string>
 #include <vector>
@@ -24,6 +23,7 @@
 #include <common/model_tokenizer.hpp>
 #include <common/perplexity.hpp>
 #include <common/progress.hpp>
+#include <common/run_program.hpp>
 #include <common/text_tokens.hpp>
 #include <common/unwrap.hpp>
 
@@ -84,16 +84,5 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--threads", options.threads, "0: one for each processor")->check(CLI::Range(0, 1024));
   app.add_option("--json", options.json, "also write the numbers there");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  try {
-    return run(options);
-  } catch (const std::exception& e) {
-    std::fflush(stdout);
-    std::fprintf(stderr, "perplexity: %s\n", e.what());
-    return 2;
-  }
+  return run_program("perplexity", app, argc, argv, [&] { return run(options); });
 }

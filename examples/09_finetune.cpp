@@ -17,7 +17,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <exception>
 #include <filesystem>
 #include <map>
 #include <memory>
@@ -35,6 +34,7 @@
 #include <common/model_tokenizer.hpp>
 #include <common/model_writer.hpp>
 #include <common/progress.hpp>
+#include <common/run_program.hpp>
 #include <common/training_data.hpp>
 #include <common/unwrap.hpp>
 #include <prefillshare/train/trainer.hpp>
@@ -237,17 +237,9 @@ int main(int argc, char** argv) {
   app.add_option("--save-every", options.save_every, "steps between saved states")->capture_default_str();
   app.add_option("--threads", options.threads, "0: one for each processor")->check(CLI::Range(0, 1024));
   app.add_flag("--plain", options.plain, "prompts as they are, not in the chat template");
-  try {
-    app.parse(argc, argv);
-    if (options.method != "naive-eval" && options.out.empty()) throw CLI::RequiredError("--out");
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  try {
-    return run(options);
-  } catch (const std::exception& e) {
-    std::fflush(stdout);
-    std::fprintf(stderr, "finetune: %s\n", e.what());
-    return 2;
-  }
+  return run_program(
+      "finetune", app, argc, argv, [&] { return run(options); },
+      [&] {
+        if (options.method != "naive-eval" && options.out.empty()) throw CLI::RequiredError("--out");
+      });
 }

@@ -23,13 +23,14 @@
 #include <codegemm/io/checkpoint.hpp>
 #include <codegemm/quantize/calibrated.hpp>
 #include <codegemm/reference.hpp>
+#include <common/layer_pace.hpp>
 #include <prefillshare/model/calibrate.hpp>
 #include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/train/tune_block.hpp>
 
 namespace prefillshare::examples {
 
-/// How far a run is. The share counts work, not layers; the time left is extrapolated from this run's pace.
+/// How far a run is. The share counts work, not layers; the time left is LayerPace's.
 struct QuantizeProgress {
   double share = 0.0;         // 0 to 1
   double seconds_left = 0.0;  // negative: not known yet
@@ -41,6 +42,19 @@ struct QuantizeProgress {
 using QuantizeLayer = std::function<Result<codegemm::QuantizedMatrix>(
     MatrixView<const float> weights, MatrixView<const float> gram, codegemm::Format format,
     const codegemm::CalibratedOptions& options, Executor& executor, codegemm::CalibratedReport* report)>;
+
+/// A layer's weights as its codes say, beside the dense one's bias.
+[[nodiscard]] inline DenseLinear dequantized(const codegemm::QuantizedMatrix& matrix,
+                                             const DenseLinear& dense, Executor& executor) {
+  auto values = std::make_shared<std::vector<float>>(static_cast<std::size_t>(matrix.rows() * matrix.cols()));
+  codegemm::parallel_for(executor, matrix.rows(), [&](std::int64_t n, int) {
+    float* const row = values->data() + n * matrix.cols();
+    for (std::int64_t k = 0; k < matrix.cols(); ++k)
+      row[k] = static_cast<float>(codegemm::reference_weight(matrix.view(), n, k));
+  });
+  return {std::move(values), matrix.rows(), matrix.cols(),
+          std::vector<float>(dense.bias().begin(), dense.bias().end())};
+}
 
 /// A LayerReplacer that quantizes, and a BlockFinisher that tunes each block's codebooks, scales and norms if
 /// asked to. Every finished layer is one file of `folder`, whole or not at all, that names the run it belongs
@@ -63,8 +77,11 @@ class LayerQuantizer {
         progress_(std::move(progress)) {
     for (const LlamaLayer<DenseLinear>& layer : model.layers) {
       for (const DenseLinear* linear :
-           {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
+           {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
         total_ += cost(*linear) + tune_cost(*linear);
+        pace_.expect(cost(*linear));
+      }
+      if (finishes()) pace_.expect(tune_cost(layer));
     }
   }
 
@@ -72,9 +89,9 @@ class LayerQuantizer {
     const Result<std::optional<codegemm::QuantizedMatrix>> kept = load(name);
     if (!kept.ok()) return kept.status();
     if (!kept->has_value()) return std::optional<DenseLinear>();
-    found_ += cost(dense);
+    pace_.found(cost(dense));
     done_ += cost(dense);
-    return std::optional<DenseLinear>(dequantized(**kept, dense));
+    return std::optional<DenseLinear>(dequantized(**kept, dense, executor_));
   }
 
   [[nodiscard]] Result<DenseLinear> make(const std::string& name, const DenseLinear& dense,
@@ -82,6 +99,7 @@ class LayerQuantizer {
     codegemm::CalibratedOptions options = options_;
     options.progress = [&](double share, double error) { tell(name, done_ + share * cost(dense), error); };
     codegemm::CalibratedReport report;
+    pace_.begin(seconds(), cost(dense));
     Result<codegemm::QuantizedMatrix> made =
         quantize_(dense.weights(), gram, format_, options, executor_, &report);
     if (!made.ok()) return made.status();
@@ -92,8 +110,9 @@ class LayerQuantizer {
                                                {"rounds", codegemm::concat(report.rounds)}};
     if (Status s = codegemm::save_checkpoint(path(name), {&named, 1}, texts); !s.ok()) return s;
     done_ += cost(dense);
+    pace_.end(seconds());
     tell(name, done_, report.error);
-    return dequantized(*made, dense);
+    return dequantized(*made, dense, executor_);
   }
 
   [[nodiscard]] bool finishes() const noexcept { return tune_.steps > 0; }
@@ -101,11 +120,11 @@ class LayerQuantizer {
   /// Tunes a block, or takes it as an earlier run left it.
   [[nodiscard]] Status finish(const ReplacedBlock& block, LlamaLayer<DenseLinear>& layer) {
     const std::string name = codegemm::concat("model.layers.", block.index);
-    double work = 0.0;
-    for (const Part& part : parts(name, layer)) work += tune_cost(*part.linear);
+    const double work = tune_cost(layer);
     std::error_code ignored;
     const bool found = std::filesystem::exists(path(name + ".tuned"), ignored);
     if (!found) {
+      pace_.begin(seconds(), work);
       QuantizedBlock quantized{{}, layer.input_norm, layer.post_attention_norm, layer.q_norm, layer.k_norm};
       for (const Part& part : parts(name, layer)) {
         Result<std::optional<codegemm::QuantizedMatrix>> matrix = load(part.name);
@@ -120,9 +139,10 @@ class LayerQuantizer {
       if (!tuned.ok()) return tuned.status();
       if (Status s = save(name, layer, *tuned, report); !s.ok()) return s;
       done_ += work;
+      pace_.end(seconds());
       tell(codegemm::concat(name, " tuned"), done_, report.after);
     } else {
-      found_ += work;
+      pace_.found(work);
       done_ += work;
     }
     return take(name, layer);
@@ -238,7 +258,7 @@ class LayerQuantizer {
     for (const Part& part : parts(name, layer)) {
       const Result<codegemm::QuantizedMatrix> matrix = result(part.name);
       if (!matrix.ok()) return matrix.status();
-      *part.linear = dequantized(*matrix, *part.linear);
+      *part.linear = dequantized(*matrix, *part.linear, executor_);
     }
     const Result<std::map<std::string, std::vector<float>>> kept =
         norms(std::stoll(name.substr(std::string("model.layers.").size())));
@@ -272,25 +292,21 @@ class LayerQuantizer {
            static_cast<double>(tune_.tokens) * 0.012;
   }
 
-  [[nodiscard]] DenseLinear dequantized(const codegemm::QuantizedMatrix& matrix,
-                                        const DenseLinear& dense) const {
-    auto values =
-        std::make_shared<std::vector<float>>(static_cast<std::size_t>(matrix.rows() * matrix.cols()));
-    codegemm::parallel_for(executor_, matrix.rows(), [&](std::int64_t n, int) {
-      float* const row = values->data() + n * matrix.cols();
-      for (std::int64_t k = 0; k < matrix.cols(); ++k)
-        row[k] = static_cast<float>(codegemm::reference_weight(matrix.view(), n, k));
-    });
-    return {std::move(values), matrix.rows(), matrix.cols(),
-            std::vector<float>(dense.bias().begin(), dense.bias().end())};
+  [[nodiscard]] double tune_cost(const LlamaLayer<DenseLinear>& layer) const {
+    double out = 0.0;
+    for (const DenseLinear* linear :
+         {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
+      out += tune_cost(*linear);
+    return out;
   }
 
   void tell(const std::string& name, double done, double error) const {
     if (!progress_) return;
-    QuantizeProgress now{total_ > 0.0 ? done / total_ : 1.0, -1.0, name, error};
-    const double seconds = std::chrono::duration<double>(Clock::now() - start_).count();
-    if (done > found_) now.seconds_left = seconds * (total_ - done) / (done - found_);
-    progress_(now);
+    progress_({total_ > 0.0 ? done / total_ : 1.0, pace_.seconds_left(seconds()), name, error});
+  }
+  /// Since the run began.
+  [[nodiscard]] double seconds() const {
+    return std::chrono::duration<double>(Clock::now() - start_).count();
   }
 
   codegemm::Format format_;
@@ -303,8 +319,8 @@ class LayerQuantizer {
   std::function<void(const QuantizeProgress&)> progress_;
   Clock::time_point start_ = Clock::now();
   double total_ = 0.0;
-  double done_ = 0.0;   // found or made
-  double found_ = 0.0;  // by an earlier run
+  double done_ = 0.0;  // found or made
+  LayerPace pace_;
 };
 static_assert(BlockFinisher<LayerQuantizer>);
 

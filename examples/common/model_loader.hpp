@@ -16,6 +16,7 @@
 
 #include <codegemm/base/executor.hpp>
 #include <common/tensor_source.hpp>
+#include <prefillshare/model/block_reader.hpp>
 #include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/model/llama.hpp>
 
@@ -28,8 +29,8 @@ using LoadProgress = std::function<void(std::int64_t done, std::int64_t total)>;
 struct LoadedModel {
   std::shared_ptr<const LlamaModel<DenseLinear>> model;
   std::string fingerprint = {};  // 16 hex digits over all weights: the version in cache keys and file names
-  /// A BlockReader, of load_model_by_blocks(), whose model has no weights in its linear layers; else empty.
-  std::function<Result<LlamaLayer<DenseLinear>>(std::int64_t index)> read_block = {};
+  /// Of load_model_by_blocks(), whose model has no weights in its linear layers; else empty.
+  BlockReader read_block = {};
 };
 
 namespace detail {

@@ -20,6 +20,8 @@
 #include <codegemm/io/model_checkpoint_writer.hpp>
 #include <common/config_json_writer.hpp>
 #include <common/tensor_source.hpp>
+#include <prefillshare/model/dense_linear.hpp>
+#include <prefillshare/model/llama.hpp>
 
 namespace prefillshare::examples {
 
@@ -62,6 +64,32 @@ namespace detail {
 }
 
 }  // namespace detail
+
+/// Whether a folder of that kind can hold the model with its layers in this format, to be asked before they
+/// are quantized. kUnsupported names the first layer that it cannot hold, and why.
+[[nodiscard]] inline Status check_writable(codegemm::CheckpointKind kind, codegemm::Format format,
+                                           const LlamaModel<DenseLinear>& model) {
+  Status first;
+  for_each_linear(model, [&](const std::string& name, const DenseLinear& layer) {
+    if (name == "lm_head" || !first.ok()) return;
+    static_cast<void>(first = codegemm::check_saved_shape(kind, name, format, layer.rows(), layer.cols()));
+  });
+  return first;
+}
+
+/// The format itself where check_writable() allows it, else the same with the next smaller groups, halved as
+/// often as need be, to which regroup() takes it without loss. Else check_writable()'s error.
+[[nodiscard]] inline Result<codegemm::Format> writable_format(codegemm::CheckpointKind kind,
+                                                              codegemm::Format format,
+                                                              const LlamaModel<DenseLinear>& model) {
+  const Status status = check_writable(kind, format, model);
+  if (status.ok()) return format;
+  for (codegemm::Format other = format; other.g > other.v && other.g % (2 * other.v) == 0;) {
+    other.g /= 2;
+    if (check_writable(kind, other, model).ok()) return other;
+  }
+  return status;
+}
 
 /// The config.json of a source: its own, or one made for a GGUF file.
 [[nodiscard]] inline Result<nlohmann::json> source_config(const TensorSource& source) {

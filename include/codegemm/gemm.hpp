@@ -64,14 +64,16 @@ namespace detail {
 template <class Configs = CpuConfigs>
 [[nodiscard]] Status gemm_with(const PackedMatrix& w, MatrixView<const float> x, MatrixView<float> y,
                                std::span<std::byte> workspace, Executor& executor, Isa isa, Regime asked) {
+  ask_for(&w.view(), sizeof(PackedView));  // all of it at once, where it is in no cache
   if (Status status = codegemm::validate(w, x, y); !status.ok()) return status;
   if (x.rows == 0 || w.rows() == 0) return {};
   if (w.cols() == 0) {
     for (std::int64_t t = 0; t < y.rows; ++t) std::fill_n(y.row(t), y.cols, 0.0F);
     return {};
   }
+  const Regime regime = choose_regime(w.view(), x.rows, isa, asked);
   const auto needed =
-      static_cast<std::size_t>(exact_workspace_floats(w.view(), x.rows, executor.workers(), isa, asked)) *
+      static_cast<std::size_t>(exact_workspace_floats(w.view(), x.rows, executor.workers(), isa, regime)) *
       sizeof(float);
   if (workspace.size() < needed) {
     return error(StatusCode::kWorkspaceTooSmall, "gemm: workspace has ", workspace.size(), " bytes, ", x.rows,
@@ -98,7 +100,6 @@ template <class Configs = CpuConfigs>
     return error(StatusCode::kUnsupported, "gemm: no kernel for v = ", f.v, ", b = ", f.b, " in the list of ",
                  Configs::kSize, " configurations");
   }
-  const Regime regime = choose_regime(w.view(), x.rows, isa, asked);
   if (regime == Regime::kDense) {
     run_dense(kernels, args, executor);
 #if CODEGEMM_HAS_AMX

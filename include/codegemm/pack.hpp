@@ -18,6 +18,7 @@
 #include <codegemm/base/status.hpp>
 #include <codegemm/cpu/byte_codebooks.hpp>
 #include <codegemm/cpu/configs.hpp>
+#include <codegemm/cpu/integer_tables.hpp>
 #include <codegemm/cpu/isa.hpp>
 #include <codegemm/format.hpp>
 #include <codegemm/quantized_matrix.hpp>
@@ -52,6 +53,10 @@ struct PackedView {
   /// The same as bytes, of codebook_byte_step (cpu/byte_codebooks.hpp); null where no kernel takes them.
   const std::int8_t* codebooks_bytes = nullptr;
   float codebook_byte_step = 0.0F;  ///< see codebooks_bytes
+  /// The same as pairs of 16-bit integers, of codebook_pair_step (cpu/integer_tables.hpp); null where no
+  /// kernel takes them.
+  const std::int32_t* codebooks_pairs = nullptr;
+  float codebook_pair_step = 0.0F;  ///< see codebooks_pairs
   const Half* scales = nullptr;     ///< [ceil(K / g)][row_blocks * block_rows]
 
   /// Vectors of a row, K / v.
@@ -94,10 +99,12 @@ class PackedMatrix {
   [[nodiscard]] Format format() const noexcept { return view_.format; }    ///< of the weights
   [[nodiscard]] std::int64_t rows() const noexcept { return view_.rows; }  ///< N
   [[nodiscard]] std::int64_t cols() const noexcept { return view_.cols; }  ///< K
-  /// Memory held: codes, scales, two fp32 copies of the codebooks, one in 16-bit integers, one in bytes.
+  /// Memory held: codes, scales, two fp32 copies of the codebooks, up to two in 16-bit integers, one in
+  /// bytes.
   [[nodiscard]] std::size_t bytes() const noexcept {
     return codes_.size() * sizeof(std::uint64_t) + codebooks_.size() * sizeof(float) +
-           rounded_.size() * sizeof(std::int16_t) + byte_codebooks_.size() + scales_.size() * sizeof(Half);
+           rounded_.size() * sizeof(std::int16_t) + byte_codebooks_.size() +
+           pairs_.size() * sizeof(std::int32_t) + scales_.size() * sizeof(Half);
   }
   /// For kernels; valid as long as this object lives.
   [[nodiscard]] const PackedView& view() const noexcept { return view_; }
@@ -113,6 +120,7 @@ class PackedMatrix {
   AlignedBuffer<float> codebooks_;
   AlignedBuffer<std::int16_t> rounded_;
   AlignedBuffer<std::int8_t> byte_codebooks_;
+  AlignedBuffer<std::int32_t> pairs_;
   AlignedBuffer<Half> scales_;
 };
 
@@ -170,8 +178,7 @@ inline void pack_entry(const QuantizedMatrixView& w, std::int64_t j, std::int64_
 
 // Vectors in a tile: as many as the tables allow, but so that tiles and scale groups share their borders
 // where that costs less than half of the tile.
-[[nodiscard]] inline std::int64_t choose_tile_vectors(Format f, std::int64_t vectors, bool lookup) {
-  CODEGEMM_ASSERT(validate(f).ok());
+[[nodiscard]] inline std::int64_t choose_grouped_tile(Format f, std::int64_t vectors, bool lookup) {
   const std::int64_t floats = lookup ? CpuTiles::kLookupTableFloats : CpuTiles::kTableFloats;
   const std::int64_t entries = std::min(CpuTiles::kMaxEntries, floats / f.centroids());
   const std::int64_t most = std::max<std::int64_t>(1, entries / f.m);
@@ -182,6 +189,20 @@ inline void pack_entry(const QuantizedMatrixView& w, std::int64_t j, std::int64_
     if (segment % tile == 0) return tile;
   }
   return most;
+}
+
+// The same, but few vectors in an even number of equal tiles, which two workers share evenly, if such tiles
+// are at most an eighth larger.
+[[nodiscard]] inline std::int64_t choose_tile_vectors(Format f, std::int64_t vectors, bool lookup) {
+  CODEGEMM_ASSERT(validate(f).ok());
+  constexpr std::int64_t kFewTiles = 8;
+  const std::int64_t tile = choose_grouped_tile(f, vectors, lookup);
+  if (!lookup || vectors % (2 * tile) == 0 || vectors > kFewTiles * tile) return tile;
+  for (std::int64_t tiles = 2; tiles <= kFewTiles; tiles *= 2) {
+    const std::int64_t equal = vectors / tiles;
+    if (vectors % tiles == 0 && equal <= tile + tile / 8 && equal > tile / 2) return equal;
+  }
+  return tile;
 }
 
 /// The largest sum of m rounded centroid elements: with kIntegerChunk activations whose magnitudes add up to
@@ -306,6 +327,17 @@ inline Result<PackedMatrix> detail::pack_for(const QuantizedMatrixView& w, Isa i
     detail::fill_byte_codebooks(out.codebooks_.data(), f, view.codebook_byte_step,
                                 out.byte_codebooks_.data());
     view.codebooks_bytes = out.byte_codebooks_.data();
+  }
+  if (lookup && detail::makes_integer_tables(isa, f.b)) {
+    view.codebook_pair_step = detail::pair_step(out.codebooks_.data(), f);
+  }
+  if (view.codebook_pair_step > 0.0F) {
+    if (!out.pairs_.reserve(static_cast<std::size_t>(codebook_values / 2))) {
+      return error(StatusCode::kOutOfMemory, "pack: codebooks of ", format_name(f), " in pairs need ",
+                   codebook_values * 2, " bytes");
+    }
+    detail::fill_pairs(out.codebooks_.data(), f, view.codebook_pair_step, out.pairs_.data());
+    view.codebooks_pairs = out.pairs_.data();
   }
   for (std::int64_t s = 0; s < segments; ++s) {
     for (std::int64_t n = 0; n < padded; ++n) {

@@ -169,6 +169,10 @@ TEST_CASE("more rows than share one Psumbook, and K split or not", "[codegemm]")
   sweep(Format{4, 1, 8, 64}, CpuTiles::kRowChunk + 1, 72, {1, 9}, 5);
   sweep(Format{8, 2, 8, 128}, 2 * CpuTiles::kRowChunk + 15, 136, {1, 2}, 6);
   sweep(Format{4, 1, 4, -1}, 40, 2560, {1, 8, 130}, 7);
+  // An odd number of splits, the last one in two parts, or rows in two chunks for one token.
+  sweep(Format{4, 1, 8, -1}, 130, 276, {1, 3}, 8);
+  sweep(Format{8, 2, 8, 64}, 70, 576, {1}, 10);
+  sweep(Format{4, 2, 4, 64}, CpuTiles::kCutRows + 70, 276, {1, 2}, 9);
 }
 
 TEST_CASE("the result has the same bits for any number of workers", "[codegemm]") {
@@ -368,6 +372,50 @@ TEST_CASE("16-bit tables and products are off by at most 1e-3, whatever the acti
         CHECK(!std::isfinite(y[200]));
       }
     }
+  }
+}
+
+TEST_CASE("the largest sum that tables of integers can have fits into 16 bits") {
+  // All activations lie along the longest centroid, which is every code.
+  for (const Format f : {Format{4, 1, 8, 64}, Format{8, 2, 8, 128}, Format{4, 3, 6, -1}, Format{2, 4, 5, 64},
+                         Format{4, 1, 7, 20}}) {
+    CAPTURE(format_name(f));
+    Rng rng(test::seed_or(41));
+    QuantizedMatrix w = test::random_quantized(rng, f, 70, 640);
+    std::fill(w.codes().begin(), w.codes().end(), 0U);
+    for (std::size_t i = 0; i < w.codebooks().size(); ++i) {
+      const bool first = static_cast<std::int64_t>(i) % (f.centroids() * f.v) < f.v;
+      w.codebooks()[i] = Half::from_float(first ? 0.9F : rng.uniform(-0.85F, 0.85F));
+    }
+    for (const float sign : {1.0F, -1.0F}) {
+      const std::vector<float> x(640, sign);
+      for (const Isa isa : isas()) {
+        CAPTURE(isa_name(isa));
+        const Result<PackedMatrix> packed = detail::pack_for(w.view(), isa);
+        REQUIRE(packed.ok());
+        CHECK((packed->view().codebooks_pairs != nullptr) == detail::makes_integer_tables(isa, f.b));
+        CHECK(relative_error(w, x, isa, Regime::kLookup) <= 1e-3);
+      }
+    }
+  }
+}
+
+TEST_CASE("a centroid that is far out is looked up in tables that are encoded from fp32") {
+  Rng rng(test::seed_or(42));
+  const Format f{4, 1, 8, 64};
+  QuantizedMatrix w = test::random_quantized(rng, f, 300, 640);
+  for (Half& value : w.codebooks()) value = Half::from_float(rng.uniform(-1.0F, 1.0F));
+  std::vector<float> codebooks;
+  for (const Half value : w.codebooks()) codebooks.push_back(value.to_float());
+  CHECK(detail::pair_step(codebooks.data(), f) > 0.0F);
+  w.codebooks()[5] = Half::from_float(60.0F);
+  codebooks[5] = 60.0F;
+  CHECK(detail::pair_step(codebooks.data(), f) == 0.0F);
+  const std::vector<float> x = rng.normals(640);
+  for (const Isa isa : isas()) {
+    CAPTURE(isa_name(isa));
+    CHECK(detail::pack_for(w.view(), isa)->view().codebooks_pairs == nullptr);
+    CHECK(relative_error(w, x, isa, Regime::kLookup) <= 1e-3);
   }
 }
 

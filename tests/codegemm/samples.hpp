@@ -85,31 +85,73 @@ struct Expected {
   return out;
 }
 
-/// Widens the bound to what 16-bit tables may do: an entry is off by half a step, which is the sum over a
-/// flush (16 entries, 32 with 16 centroids) of the largest of each, over 32700.
+/// The norms of the activations that are rounded together with each vector's where tables are made of
+/// integers: those of a flush of 16 entries within a scale group and a tile.
+inline std::vector<double> flush_norms(Format f, const float* x, std::int64_t vectors) {
+  const std::int64_t tile = detail::choose_tile_vectors(f, vectors, true);
+  const std::int64_t segment = f.g < 0 ? vectors : f.g / f.v;
+  std::vector<double> out(static_cast<std::size_t>(vectors), 0.0);
+  for (std::int64_t j = 0, next = 0; j < vectors; j = next) {
+    next = std::min({vectors, (j / tile + 1) * tile, (j / segment + 1) * segment});
+    for (std::int64_t first = j * f.m; first < next * f.m; first += detail::flush_entries(f.b)) {
+      const std::int64_t end = std::min(first + detail::flush_entries(f.b), next * f.m);
+      double squares = 0.0;
+      for (std::int64_t k = first / f.m * f.v; k < (end + f.m - 1) / f.m * f.v; ++k) {
+        squares += static_cast<double>(x[k]) * static_cast<double>(x[k]);
+      }
+      for (std::int64_t i = first / f.m; i < (end + f.m - 1) / f.m; ++i) {
+        double& norm = out[static_cast<std::size_t>(i)];
+        norm = std::max(norm, std::sqrt(squares));
+      }
+    }
+  }
+  return out;
+}
+
+/// Widens the bound to what 16-bit tables may do. Where they are encoded from fp32, an entry is off by half a
+/// step, which is the sum over a flush (16 entries, 32 with 16 centroids) of the largest of each, over 32700.
+/// Where they are made of integers, by half of a step that the norm of the flush's activations gives, and by
+/// what rounding activations and centroids changes.
 inline void add_lookup_rounding(const QuantizedMatrixView& w, const std::vector<float>& x,
                                 std::int64_t tokens, Expected& to) {
   const Format f = w.format;
   const double share = (f.b == 4 ? 32.0 : 16.0) / 2.0 / 32700.0;
-  for (std::int64_t j = 0; j < w.cols / f.v; ++j) {
-    for (std::int64_t t = 0; t < tokens; ++t) {
+  std::vector<float> codebooks;
+  for (std::int64_t i = 0; i < f.m * f.centroids() * f.v; ++i) codebooks.push_back(w.codebooks[i].to_float());
+  const double pair_step = detail::makes_integer_tables(Isa::kAvx512Vbmi, f.b)
+                               ? static_cast<double>(detail::pair_step(codebooks.data(), f))
+                               : 0.0;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    const std::vector<double> norms = flush_norms(f, x.data() + t * w.cols, w.cols / f.v);
+    for (std::int64_t j = 0; j < w.cols / f.v; ++j) {
       const float* const vector = x.data() + t * w.cols + j * f.v;
-      double off = 0.0;
+      double encoded = 0.0;
+      double made = 0.0;
       for (std::int64_t c = 0; c < f.m; ++c) {
         double largest = 0.0;
+        double longest = 0.0;
         for (std::int64_t i = 0; i < f.centroids(); ++i) {
-          const Half* const centroid = w.codebooks + (c * f.centroids() + i) * f.v;
+          const float* const centroid = codebooks.data() + (c * f.centroids() + i) * f.v;
           double product = 0.0;
+          double length = 0.0;
           for (int d = 0; d < f.v; ++d) {
-            product += static_cast<double>(centroid[d].to_float()) * static_cast<double>(vector[d]);
+            product += static_cast<double>(centroid[d]) * static_cast<double>(vector[d]);
+            length += std::fabs(static_cast<double>(centroid[d]));
           }
           largest = std::max(largest, std::fabs(product));
+          longest = std::max(longest, length);
         }
-        off += largest * share;
+        encoded += largest * share;
+        if (pair_step == 0.0) continue;
+        const double x_step = norms[static_cast<std::size_t>(j)] / 32700.0;
+        made += pair_step * 65536.0 * x_step / 2.0 + longest * x_step / 2.0;
+        for (int d = 0; d < f.v; ++d) {
+          made += (std::fabs(static_cast<double>(vector[d])) + x_step / 2.0) * pair_step / 2.0;
+        }
       }
       for (std::int64_t n = 0; n < w.rows; ++n) {
         to.bound[static_cast<std::size_t>(t * w.rows + n)] +=
-            std::fabs(static_cast<double>(w.scale(n, j * f.v))) * off;
+            std::fabs(static_cast<double>(w.scale(n, j * f.v))) * std::max(encoded, made);
       }
     }
   }

@@ -3,11 +3,16 @@
 // tests/support/tiny_training.hpp - a model, examples and options for fine-tuning that takes a second.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <map>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include <prefillshare/train/trainer.hpp>
+#include <support/quantized.hpp>
 #include <support/tiny_model.hpp>
 
 namespace prefillshare::test {
@@ -45,6 +50,42 @@ namespace prefillshare::test {
   options.warmup = 0.1;
   options.adam.weight_decay = 0.01;
   return options;
+}
+
+/// A scale with which a product's outputs are about as large as its inputs.
+[[nodiscard]] inline float unit_scale(Rng& rng, const DenseLinear& layer) {
+  return rng.uniform(0.5F, 1.0F) / std::sqrt(static_cast<float>(layer.cols()));
+}
+
+/// Random codes of three formats in turn for the layers of a model; one stays dense.
+[[nodiscard]] inline std::map<std::string, codegemm::QuantizedMatrix> random_matrices(
+    const LlamaModel<DenseLinear>& model, std::uint64_t seed,
+    float (*scale)(Rng&, const DenseLinear&) = unit_scale) {
+  Rng rng(seed);
+  const codegemm::Format formats[] = {{8, 2, 4, -1}, {4, 1, 5, 8}, {2, 3, 4, 16}};
+  std::map<std::string, codegemm::QuantizedMatrix> out;
+  std::size_t i = 0;
+  for_each_linear(model, [&](const std::string& name, const DenseLinear& layer) {
+    if (name == "lm_head" && model.config.tied_embeddings) return;
+    if (name == "model.layers.1.mlp.gate_proj") return;
+    codegemm::QuantizedMatrix matrix =
+        codegemm::test::random_matrix(formats[i++ % 3], layer.rows(), layer.cols(), rng);
+    for (codegemm::Half& value : matrix.scales()) value = codegemm::Half::from_float(scale(rng, layer));
+    out.emplace(name, std::move(matrix));
+  });
+  return out;
+}
+
+/// All parameters, one behind the other.
+[[nodiscard]] inline std::vector<float> values_of(const TrainableModel<float>& model) {
+  std::vector<float> out;
+  for (const Parameter<float>& p : model.parameters())
+    out.insert(out.end(), p.value.span().begin(), p.value.span().end());
+  return out;
+}
+
+[[nodiscard]] inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 }  // namespace prefillshare::test

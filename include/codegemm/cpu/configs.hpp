@@ -137,6 +137,9 @@ struct CpuTiles {
   /// How far ahead codes are asked for where they are looked up with VBMI, which is faster than memory. Twice
   /// as far is no better, and many bytes asked for at once hold up what comes after them.
   static constexpr std::int64_t kLookupAheadBytes = 8192;
+  /// How many bytes of codes are asked for before the first table is made, which has to wait for what is
+  /// asked.
+  static constexpr std::int64_t kLookupFirstBytes = 1024;
   /// Tokens in the lanes: 32 KiB of tables, that is 4 entries of 256 centroids x 8 tokens. Fewer entries cost
   /// more passes over the partial sums; with 8 entries the tables fall out of the cache.
   static constexpr std::int64_t kLaneTableFloats = 8192;
@@ -147,7 +150,11 @@ struct CpuTiles {
   /// Tasks to aim at by cutting K, from the shape alone so that results do not depend on the number of
   /// workers: so many of kTaskWeights weights, but fewer where the adding of their sums would tell.
   static constexpr std::int64_t kTargetTasks = 16;
-  static constexpr std::int64_t kFewTasks = 4;                         ///< the fewer
+  static constexpr std::int64_t kFewTasks = 4;  ///< the fewer
+  /// Weights up to which one token is two tasks: a third would cost more than it spares. Rows are cut from
+  /// kCutRows on, where making the tables twice costs less than adding up; else K.
+  static constexpr std::int64_t kTwoTaskWeights = std::int64_t{1} << 20;
+  static constexpr std::int64_t kCutRows = 1024;                       ///< see kTwoTaskWeights
   static constexpr std::int64_t kTaskWeights = std::int64_t{1} << 18;  ///< weights of such a task
 
   /// Dequantize and multiply: a 6 x 16 register tile, 16 KiB of weights in the first-level cache, 240 tokens
@@ -198,11 +205,13 @@ struct CpuCosts {
   static constexpr double kLookupAvx2[] = {6, 12, 18, 32, 0};
   static constexpr double kLookupAvx512[] = {6, 6, 9, 16, 30};              ///< AVX-512 without VBMI
   static constexpr double kLookupAvx512Vbmi[] = {5.5, 5.5, 5.5, 6.5, 7.5};  ///< AVX-512 with VBMI
-  static constexpr double kLookupOneRegister = 14;  ///< 8 bits by permutes of one register, on a Xeon
+  static constexpr double kLookupOneRegister = 13;  ///< 8 bits by permutes of one register, on a Xeon
   static constexpr double kLookupNeon[] = {12, 14, 18, 34, 66};  ///< NEON
   static constexpr double kEncode = 0.6;                         ///< encoding one centroid
   static constexpr double kEncodeVbmi = 0.21;    ///< the same with AVX-512 and VBMI, on a Xeon
   static constexpr double kBuildAvx512 = 0.036;  ///< one element of a centroid x 1 token with AVX-512
+  static constexpr double kMakeEntry = 0.09;     ///< making one centroid's entry of integers, on a Xeon
+  static constexpr double kMakeElement = 0.017;  ///< and one element of it
 };
 
 namespace detail {
@@ -218,6 +227,11 @@ namespace detail {
     case Isa::kPortable: break;
   }
   return 0.0;
+}
+
+/// Entries of a flush (cpu/lookup_args.hpp) of codes of so many bits.
+[[nodiscard]] constexpr std::int64_t flush_entries(int code_bits) noexcept {
+  return code_bits == 4 ? CpuTiles::kFlushEntries4 : CpuTiles::kFlushEntries;
 }
 
 /// Cycles for one weight and one token in 16-bit integers.

@@ -133,6 +133,29 @@ struct TileCodes {
   }
 };
 
+/// Makes the tables of vectors [j, next) of a tile, which share a scale, of integers and appends their
+/// flushes; false where that cannot be.
+inline bool make_segment(const CpuKernels& kernels, const PackedView& w, const float* x, std::int64_t j,
+                         std::int64_t next, const Half* scales, const PsumbookScratch& scratch,
+                         TileCodes& codes, std::int64_t& flush_count) {
+  if (kernels.make_tables == nullptr || w.codebooks_pairs == nullptr) return false;
+  const std::int64_t most = flush_entries(w.format.b);
+  const std::int64_t m = w.format.m;
+  const std::int64_t end = next * m;
+  std::int64_t count = flush_count;
+  for (std::int64_t first = j * m; first < end; first += most) {
+    const std::int64_t some = std::min(most, end - first);
+    const float step = kernels.make_tables(
+        {w.codebooks_pairs, w.codebook_pair_step, x + first / m * w.format.v, ceil_div(first % m + some, m),
+         m, first % m, some, scratch.encoded + first * encoded_bytes(w.format.b),
+         codes.ask(some * w.format.centroids())});
+    if (step < 0.0F) return false;
+    scratch.flushes[count++] = {first, some, step, scales};
+  }
+  flush_count = count;
+  return true;
+}
+
 /// Builds the tables of vectors [j, next) of a tile with activations x, which share a scale, encodes them
 /// flush by flush while they are in the first-level cache, and appends the flushes; false where one of them
 /// needs more than 16 bits: then all tables are there in fp32.
@@ -177,11 +200,38 @@ inline bool encode_segment(const CpuKernels& kernels, const PackedView& w, const
   return w.tile_codes(tile) + task.first_block * block_words(w, tile);
 }
 
-/// Asks for the first codes of a task, which nothing before it has asked for.
-inline void ask_for_codes(const PackedView& w, const PsumbookTask& task, std::int64_t bytes) noexcept {
-  const std::uint64_t* const codes = task_codes(w, task, task.first_tile);
-  const std::int64_t words = std::min(bytes / 8, task.blocks * block_words(w, task.first_tile));
-  for (std::int64_t i = 0; i < words; i += 8) __builtin_prefetch(codes + i, 0, 2);
+/// Asks for `bytes` bytes from `from` on, some of which nothing before has asked for, into the first-level
+/// cache.
+inline void ask_for(const void* from, std::int64_t bytes) noexcept {
+  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 3);
+}
+
+/// Asks for a line of each page of `bytes` bytes from `from` on: finding a page takes as long as a line, and
+/// all are found side by side.
+inline void ask_for_pages(const void* from, std::int64_t bytes) noexcept {
+  constexpr std::int64_t kPageBytes = 4096;
+  const auto* const first = static_cast<const char*>(from);
+  for (std::int64_t i = 0; i < bytes; i += kPageBytes) __builtin_prefetch(first + i, 0, 2);
+  if (bytes > 0) __builtin_prefetch(first + bytes - 1, 0, 2);
+}
+
+/// Bytes of a task's codes in a tile.
+[[nodiscard]] inline std::int64_t task_bytes(const PackedView& w, const PsumbookTask& task,
+                                             std::int64_t tile) noexcept {
+  return task.blocks * block_words(w, tile) * 8;
+}
+
+/// Asks for what a task's first tables are made of, and for its first codes.
+inline void ask_for_first(const PackedView& w, const PsumbookTask& task, std::int64_t bytes) noexcept {
+  const std::int64_t values = w.format.m * w.format.centroids() * w.format.v;
+  if (w.codebooks_pairs != nullptr) {
+    ask_for(w.codebooks_pairs, values * 2);
+  } else {
+    ask_for(w.codebooks_transposed, values * 4);
+  }
+  const std::int64_t there = task_bytes(w, task, task.first_tile);
+  ask_for_pages(task_codes(w, task, task.first_tile), there);
+  ask_for(task_codes(w, task, task.first_tile), std::min(bytes, there));
 }
 
 /// sums[t][blocks * 64], `sum_stride` apart, = the task's rows times its tokens over its tiles. A scale group
@@ -195,14 +245,19 @@ inline void run_lookup_task(const CpuKernels& kernels, const GemmArgs& args, con
   for (std::int64_t t = 0; t < task.tokens; ++t) {
     std::fill_n(sums + t * sum_stride, task.blocks * kBlockRows, 0.0F);
   }
-  ask_for_codes(w, task, kernels.lookup.ahead_bytes);
+  const bool ask = kernels.lookup.ahead_bytes > 0;
+  const std::int64_t first_bytes = CpuTiles::kLookupFirstBytes;
+  if (ask) ask_for_first(w, task, first_bytes);
   for (std::int64_t tile = task.first_tile; tile < task.last_tile; ++tile) {
     const std::int64_t first = tile * w.tile_vectors;
     const std::int64_t count = w.vectors_in(tile);
     const std::int64_t stride = block_words(w, tile);
     const std::uint64_t* const codes = task_codes(w, task, tile);
-    TileCodes asked{reinterpret_cast<const std::uint8_t*>(codes), task.blocks * stride * 8,
-                    kernels.lookup.ahead_bytes};
+    if (ask && tile + 1 < task.last_tile) {
+      ask_for_pages(task_codes(w, task, tile + 1), task_bytes(w, task, tile + 1));
+    }
+    TileCodes asked{reinterpret_cast<const std::uint8_t*>(codes), task_bytes(w, task, tile),
+                    tile == task.first_tile ? first_bytes : kernels.lookup.ahead_bytes};
     for (std::int64_t t = 0; t < task.tokens; ++t) {
       const float* const x = args.x.row(task.first_token + t) + first * w.format.v;
       float* const y = sums + t * sum_stride;
@@ -212,6 +267,8 @@ inline void run_lookup_task(const CpuKernels& kernels, const GemmArgs& args, con
         next = std::min(count, (group + 1) * segment - first);
         const std::int64_t entries = (next - j) * m;
         const Half* const scales = w.scales + group * w.padded_rows() + task.first_block * kBlockRows;
+        if (ask && t == 0) ask_for(scales, task.blocks * kBlockRows * 2);
+        if (make_segment(kernels, w, x, j, next, scales, scratch, asked, flush_count)) continue;
         if (encode_segment(kernels, w, x, j, next, scales, scratch, asked, flush_count)) continue;
         kernels.gather1({codes + j * m * words, stride, words, scratch.tables + j * m * w.format.centroids(),
                          entries, scales, nullptr, y, task.blocks * kBlockRows / kWordRows, true, true});
@@ -275,59 +332,104 @@ inline void store_block(const GemmArgs& args, const PsumbookPlan& plan, std::int
   }
 }
 
+/// The tasks of one multiplication. All that they need lies together, so that a worker of another core has it
+/// after one wait: of the lines that the caller has just written each takes a tenth of a microsecond and
+/// more.
+class PsumbookTasks {
+ public:
+  PsumbookTasks(const CpuKernels& kernels, const GemmArgs& args, const PsumbookPlan& plan, int workers)
+      : plan_(plan),
+        kernels_(kernels),
+        w_(args.w),
+        args_{w_, args.x, args.y, args.workspace},
+        worker_floats_(plan.worker_floats()),
+        partial_(args.workspace + workers * worker_floats_) {}
+  PsumbookTasks(const PsumbookTasks&) = delete;
+  PsumbookTasks& operator=(const PsumbookTasks&) = delete;
+  ~PsumbookTasks() = default;
+
+  [[nodiscard]] std::int64_t count() const noexcept { return plan_.chunks * pieces() * plan_.token_blocks; }
+
+  /// Tasks next to one another read the same codes for different tokens.
+  void operator()(std::int64_t index, int worker) const {
+    ask_for(this, sizeof(*this));
+    const std::int64_t token_block = index % plan_.token_blocks;
+    const std::int64_t piece = index / plan_.token_blocks % pieces();
+    const std::int64_t chunk = index / plan_.token_blocks / pieces();
+    const std::int64_t split = std::min(piece, plan_.splits - 1);
+    PsumbookTask task{};
+    task.first_block = chunk * plan_.chunk_blocks;
+    task.blocks = std::min(plan_.chunk_blocks, w_.row_blocks - task.first_block);
+    if (split == plan_.splits - 1) {
+      const std::int64_t blocks = ceil_div(task.blocks, plan_.last_parts);
+      const std::int64_t before = std::min(task.blocks, (piece - split) * blocks);
+      task.first_block += before;
+      task.blocks = std::min(blocks, task.blocks - before);
+    }
+    task.first_tile = split * plan_.split_tiles;
+    task.last_tile = std::min(w_.tiles, task.first_tile + plan_.split_tiles);
+    task.first_token = token_block * 8;
+    task.lanes = plan_.lanes(token_block);
+    task.tokens = plan_.tokens_in(token_block);
+    if (task.blocks <= 0) return;
+    const std::int64_t first_row = task.first_block * w_.block_rows;
+    const PsumbookScratch scratch(plan_, args_.workspace + worker * worker_floats_);
+    const bool split_k = plan_.splits > 1;
+    float* const sums =
+        split_k ? partial_sums(token_block, first_row) + split * plan_.split_floats : scratch.sums;
+    const std::int64_t token_stride = split_k ? w_.padded_rows() : plan_.chunk_blocks * w_.block_rows;
+    if (plan_.lookup) {
+      run_lookup_task(kernels_, args_, task, scratch, sums, token_stride);
+    } else {
+      run_psumbook_task(kernels_, args_, plan_, task, scratch, sums);
+    }
+    if (split_k) return;
+    const std::int64_t rows = std::min(task.blocks * w_.block_rows, w_.rows - first_row);
+    store_block(args_, plan_, token_block, first_row, rows, sums, token_stride, 1);
+  }
+
+  /// Adds up the splits of kSumRows rows of a token block.
+  static constexpr std::int64_t kSumRows = 1024;
+  void add_splits(std::int64_t index) const {
+    const std::int64_t token_block = index % plan_.token_blocks;
+    const std::int64_t first_row = index / plan_.token_blocks * kSumRows;
+    const std::int64_t rows = std::min(kSumRows, w_.rows - first_row);
+    if (plan_.token_blocks == 1 && plan_.splits == 2) {
+      for (std::int64_t split = 0; split < 2; ++split) {
+        ask_for(partial_sums(token_block, first_row) + split * plan_.split_floats, rows * 4);
+      }
+    }
+    store_block(args_, plan_, token_block, first_row, rows, partial_sums(token_block, first_row),
+                w_.padded_rows(), plan_.splits);
+  }
+
+ private:
+  // Of a chunk: its splits, the last one in parts.
+  [[nodiscard]] std::int64_t pieces() const noexcept { return plan_.splits + plan_.last_parts - 1; }
+
+  // Where the partial sums of a token block begin for a row, and how far apart its tokens are in lookups.
+  [[nodiscard]] float* partial_sums(std::int64_t token_block, std::int64_t row) const noexcept {
+    return partial_ + token_block * w_.padded_rows() * 8 + row * plan_.lanes(token_block);
+  }
+
+  PsumbookPlan plan_;
+  CpuKernels kernels_;
+  PackedView w_;
+  GemmArgs args_;  // of w_
+  std::int64_t worker_floats_;
+  float* partial_;
+};
+
 /// y = x W^T through Psumbooks, gathered or looked up as the plan says. T, N, K > 0; the workspace is the
 /// plan's.
 inline void run_psumbook(const CpuKernels& kernels, const GemmArgs& args, const PsumbookPlan& plan,
                          Executor& executor) {
-  const PackedView& w = args.w;
-  const std::int64_t worker_floats = plan.worker_floats();
-  float* const partial = args.workspace + executor.workers() * worker_floats;
-  // Where the partial sums of a token block begin for a row, and how far apart its tokens are in lookups.
-  const auto partial_sums = [&](std::int64_t token_block, std::int64_t row) {
-    return partial + token_block * w.padded_rows() * 8 + row * plan.lanes(token_block);
-  };
-
-  // Tasks next to one another read the same codes for different tokens.
-  const std::int64_t tasks = plan.chunks * plan.splits * plan.token_blocks;
-  parallel_for(executor, tasks, [&](std::int64_t index, int worker) {
-    const std::int64_t token_block = index % plan.token_blocks;
-    const std::int64_t split = index / plan.token_blocks % plan.splits;
-    const std::int64_t chunk = index / plan.token_blocks / plan.splits;
-    PsumbookTask task{};
-    task.first_block = chunk * plan.chunk_blocks;
-    task.blocks = std::min(plan.chunk_blocks, w.row_blocks - task.first_block);
-    task.first_tile = split * plan.split_tiles;
-    task.last_tile = std::min(w.tiles, task.first_tile + plan.split_tiles);
-    task.first_token = token_block * 8;
-    task.lanes = plan.lanes(token_block);
-    task.tokens = plan.tokens_in(token_block);
-    if (task.blocks <= 0) return;
-    const std::int64_t first_row = task.first_block * w.block_rows;
-    const PsumbookScratch scratch(plan, args.workspace + worker * worker_floats);
-    const bool split_k = plan.splits > 1;
-    float* const sums =
-        split_k ? partial_sums(token_block, first_row) + split * plan.split_floats : scratch.sums;
-    const std::int64_t token_stride = split_k ? w.padded_rows() : plan.chunk_blocks * w.block_rows;
-    if (plan.lookup) {
-      run_lookup_task(kernels, args, task, scratch, sums, token_stride);
-    } else {
-      run_psumbook_task(kernels, args, plan, task, scratch, sums);
-    }
-    if (split_k) return;
-    const std::int64_t rows = std::min(task.blocks * w.block_rows, w.rows - first_row);
-    store_block(args, plan, token_block, first_row, rows, sums, token_stride, 1);
-  });
+  const PsumbookTasks tasks(kernels, args, plan, executor.workers());
+  parallel_for(executor, tasks.count(), tasks);
   if (plan.splits == 1) return;
-
-  constexpr std::int64_t kRows = 1024;
-  const std::int64_t ranges = ceil_div(w.rows, kRows);
-  parallel_for(executor, ranges * plan.token_blocks, [&](std::int64_t index, int) {
-    const std::int64_t token_block = index % plan.token_blocks;
-    const std::int64_t first_row = index / plan.token_blocks * kRows;
-    const std::int64_t rows = std::min(kRows, w.rows - first_row);
-    store_block(args, plan, token_block, first_row, rows, partial_sums(token_block, first_row),
-                w.padded_rows(), plan.splits);
-  });
+  const std::int64_t ranges = ceil_div(args.w.rows, PsumbookTasks::kSumRows);
+  parallel_for(executor, ranges * plan.token_blocks,
+               [&](std::int64_t index, int) { tasks.add_splits(index); });
 }
 
 }  // namespace codegemm::detail

@@ -165,37 +165,43 @@ CODEGEMM_TARGET_AVX2 void gather1_avx2(const GatherArgs& a) {
   }
 }
 
-// The sums of kLanes tokens of a row.
+CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE __m128 add_scaled_avx2(__m128 to, float scale, __m128 v) {
+  return _mm_fmadd_ps(_mm_set1_ps(scale), v, to);
+}
+CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE __m256 add_scaled_avx2(__m256 to, float scale, __m256 v) {
+  return _mm256_fmadd_ps(_mm256_set1_ps(scale), v, to);
+}
+
 template <int kLanes>
-struct LanesAvx2;
-
+struct RegisterAvx2;
 template <>
-struct LanesAvx2<4> {
-  __m128 sums;
-
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void load(const float* from) { sums = _mm_load_ps(from); }
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void clear() { sums = _mm_setzero_ps(); }
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add(const float* from) {
-    sums = _mm_add_ps(sums, _mm_load_ps(from));
-  }
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void store(float* to) const { _mm_store_ps(to, sums); }
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add_scaled_to(float* y, float scale) const {
-    _mm_store_ps(y, _mm_fmadd_ps(_mm_set1_ps(scale), sums, _mm_load_ps(y)));
-  }
+struct RegisterAvx2<4> {
+  using Type = __m128;
+};
+template <>
+struct RegisterAvx2<8> {
+  using Type = __m256;
 };
 
-template <>
-struct LanesAvx2<8> {
-  __m256 sums;
+// The sums of kLanes tokens of a row.
+template <int kLanes>
+struct LanesAvx2 {
+  using Register = typename RegisterAvx2<kLanes>::Type;
+  Register sums;
 
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void load(const float* from) { sums = _mm256_load_ps(from); }
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void clear() { sums = _mm256_setzero_ps(); }
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add(const float* from) {
-    sums = _mm256_add_ps(sums, _mm256_load_ps(from));
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void load(const float* from) {
+    sums = *reinterpret_cast<const Register*>(from);
   }
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void store(float* to) const { _mm256_store_ps(to, sums); }
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void clear() { sums = Register{}; }
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add(const float* from) {
+    sums += *reinterpret_cast<const Register*>(from);
+  }
+  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void store(float* to) const {
+    *reinterpret_cast<Register*>(to) = sums;
+  }
   CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add_scaled_to(float* y, float scale) const {
-    _mm256_store_ps(y, _mm256_fmadd_ps(_mm256_set1_ps(scale), sums, _mm256_load_ps(y)));
+    auto* const to = reinterpret_cast<Register*>(y);
+    *to = add_scaled_avx2(*to, scale, sums);
   }
 };
 
@@ -203,6 +209,7 @@ struct LanesAvx2<8> {
 template <int kLanes, int kCodeBits, int kWords>
 CODEGEMM_TARGET_AVX2 void gather_lanes_avx2(const GatherArgs& a) {
   constexpr std::int64_t kTable = std::int64_t{kLanes} << kCodeBits;
+  constexpr std::ptrdiff_t kStep = kLanes;  // from a row to the next
   alignas(32) float scales[8];
   for (std::int64_t octet = 0; octet < a.octets; ++octet) {
     const OctetCodes<kCodeBits, kWords> codes(a, octet);
@@ -219,13 +226,13 @@ CODEGEMM_TARGET_AVX2 void gather_lanes_avx2(const GatherArgs& a) {
       s7.clear();
     } else {
       s0.load(part);
-      s1.load(part + kLanes);
-      s2.load(part + 2 * kLanes);
-      s3.load(part + 3 * kLanes);
-      s4.load(part + 4 * kLanes);
-      s5.load(part + 5 * kLanes);
-      s6.load(part + 6 * kLanes);
-      s7.load(part + 7 * kLanes);
+      s1.load(part + kStep);
+      s2.load(part + 2 * kStep);
+      s3.load(part + 3 * kStep);
+      s4.load(part + 4 * kStep);
+      s5.load(part + 5 * kStep);
+      s6.load(part + 6 * kStep);
+      s7.load(part + 7 * kStep);
     }
     const float* table = a.tables;
     for (std::int64_t e = 0; e < a.entries; ++e, table += kTable) {
@@ -241,25 +248,25 @@ CODEGEMM_TARGET_AVX2 void gather_lanes_avx2(const GatherArgs& a) {
     }
     if (!a.last) {
       s0.store(part);
-      s1.store(part + kLanes);
-      s2.store(part + 2 * kLanes);
-      s3.store(part + 3 * kLanes);
-      s4.store(part + 4 * kLanes);
-      s5.store(part + 5 * kLanes);
-      s6.store(part + 6 * kLanes);
-      s7.store(part + 7 * kLanes);
+      s1.store(part + kStep);
+      s2.store(part + 2 * kStep);
+      s3.store(part + 3 * kStep);
+      s4.store(part + 4 * kStep);
+      s5.store(part + 5 * kStep);
+      s6.store(part + 6 * kStep);
+      s7.store(part + 7 * kStep);
       continue;
     }
     _mm256_store_ps(scales, load_halves_avx2(a.scales + octet * 8));
     float* const y = a.y + octet * 8 * kLanes;
     s0.add_scaled_to(y, scales[0]);
-    s1.add_scaled_to(y + kLanes, scales[1]);
-    s2.add_scaled_to(y + 2 * kLanes, scales[2]);
-    s3.add_scaled_to(y + 3 * kLanes, scales[3]);
-    s4.add_scaled_to(y + 4 * kLanes, scales[4]);
-    s5.add_scaled_to(y + 5 * kLanes, scales[5]);
-    s6.add_scaled_to(y + 6 * kLanes, scales[6]);
-    s7.add_scaled_to(y + 7 * kLanes, scales[7]);
+    s1.add_scaled_to(y + kStep, scales[1]);
+    s2.add_scaled_to(y + 2 * kStep, scales[2]);
+    s3.add_scaled_to(y + 3 * kStep, scales[3]);
+    s4.add_scaled_to(y + 4 * kStep, scales[4]);
+    s5.add_scaled_to(y + 5 * kStep, scales[5]);
+    s6.add_scaled_to(y + 6 * kStep, scales[6]);
+    s7.add_scaled_to(y + 7 * kStep, scales[7]);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <codegemm/cpu/byte_weights_vbmi.hpp>
 #include <codegemm/cpu/dense_tile.hpp>
 #include <codegemm/cpu/gather.hpp>
+#include <codegemm/cpu/integer_tables_vbmi.hpp>
 #include <codegemm/cpu/integer_tile_avx512.hpp>
 #include <codegemm/cpu/isa.hpp>
 #include <codegemm/cpu/lookup.hpp>
@@ -52,6 +53,17 @@ template <Isa kIsa, int kVecLen, int kCodeBits>
   return nullptr;
 }
 
+/// What makes tables of 16 bits out of integers; null where the instruction set has no such kernel.
+using MakeTables = float (*)(const IntegerTableArgs&);
+
+template <Isa kIsa, int kVecLen, int kCodeBits>
+[[nodiscard]] constexpr MakeTables table_kernel() noexcept {
+#if CODEGEMM_HAS_AVX512
+  if constexpr (makes_integer_tables(kIsa, kCodeBits)) return &make_tables_vbmi<kVecLen, kCodeBits>;
+#endif
+  return nullptr;
+}
+
 /// The loops around them are the same for all formats and compiled once: a call through a pointer costs
 /// nothing against a sweep over thousands of codes, and the compile time of a user's file does count.
 struct CpuKernels {
@@ -63,6 +75,7 @@ struct CpuKernels {
   void (*multiply)(const MicroArgs&);
   IntegerKernels integers;
   LookupKernels lookup;
+  MakeTables make_tables;
   Rebuild rebuild;
 
   [[nodiscard]] Build build(int lanes) const noexcept {
@@ -79,12 +92,12 @@ template <Isa kIsa, class Config>
   constexpr int kB = Config::kCodeBits;
   static_assert(kV == 2 || kV == 4 || kV == 8 || kV == 16, "codegemm: kVecLen must be 2, 4, 8 or 16");
   static_assert(kB >= 4 && kB <= 8, "codegemm: kCodeBits must be 4 to 8");
-  return CpuKernels{&build_psumbook<kIsa, 1, kV>,  &build_psumbook<kIsa, 4, kV>,
-                    &build_psumbook<kIsa, 8, kV>,  &gather<kIsa, 1, kB>,
-                    &gather<kIsa, 4, kB>,          &gather<kIsa, 8, kB>,
-                    &dequantize<kIsa, kV>,         &multiply<kIsa>,
-                    integer_kernels<kIsa, kV>(),   lookup_kernels<kIsa, kB>(),
-                    rebuild_kernel<kIsa, kV, kB>()};
+  return CpuKernels{&build_psumbook<kIsa, 1, kV>, &build_psumbook<kIsa, 4, kV>,
+                    &build_psumbook<kIsa, 8, kV>, &gather<kIsa, 1, kB>,
+                    &gather<kIsa, 4, kB>,         &gather<kIsa, 8, kB>,
+                    &dequantize<kIsa, kV>,        &multiply<kIsa>,
+                    integer_kernels<kIsa, kV>(),  lookup_kernels<kIsa, kB>(),
+                    table_kernel<kIsa, kV, kB>(), rebuild_kernel<kIsa, kV, kB>()};
 }
 
 /// The same for an instruction set known at run time; only those are compiled that the target may have.

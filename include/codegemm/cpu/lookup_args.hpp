@@ -23,10 +23,6 @@ namespace codegemm::detail {
   return code_bits == 4 ? kBlockRows / 2 : kBlockRows;
 }
 
-[[nodiscard]] constexpr std::int64_t flush_entries(int code_bits) noexcept {
-  return code_bits == 4 ? CpuTiles::kFlushEntries4 : CpuTiles::kFlushEntries;
-}
-
 /// Entries whose sums are added in 16 bits; they share a scale group.
 struct Flush {
   std::int64_t first;  // counted from the first entry of the tile
@@ -43,6 +39,19 @@ struct EncodeArgs {
   const std::uint8_t* ahead = nullptr;  // codes to ask for meanwhile, a byte a centroid
 };
 
+/// Tables of a flush to make of integers.
+struct IntegerTableArgs {
+  const std::int32_t* pairs;  // [m][v / 2][2^b]
+  float pair_step;            // of them
+  const float* x;             // from the vector of the first entry on
+  std::int64_t vectors;       // that the entries belong to
+  std::int64_t m;             // codebooks
+  std::int64_t codebook;      // of the first entry
+  std::int64_t entries;       // at most flush_entries()
+  std::uint8_t* tables;       // out: [entries][table bytes], as the look-ups take them
+  const std::uint8_t* ahead;  // codes to ask for meanwhile, a byte a centroid; null: none
+};
+
 /// y[n] += sum over flushes f of step_f * scales_f[n] * sum over the entries e of f of tables[e][code(n, e)].
 struct LookupArgs {
   const std::uint8_t* codes;  // the first block's codes of the tile's first entry; entries follow one another
@@ -55,14 +64,15 @@ struct LookupArgs {
   const std::uint8_t* next;  // what will be read after these codes, in the same order; `codes` if nothing
 };
 
-/// How many bytes behind the codes of blocks [block, block + count) those lie that are to be asked for while
-/// these are looked up: so many that the memory has work also while the next tile's tables are built.
+/// How many bytes behind the codes of `block` those lie that are to be asked for while these are looked up,
+/// with `count` blocks at a time: so many that the memory has work also while the next tile's tables are
+/// built.
 [[nodiscard]] inline std::int64_t bytes_ahead(const LookupArgs& a, std::int64_t block,
                                               std::int64_t count) noexcept {
   const std::int64_t bytes = count * a.stride;
-  const std::int64_t ahead = (CpuTiles::kLookupAheadBytes + bytes - 1) / bytes * count;  // in blocks
-  if (block + ahead < a.blocks) return ahead * a.stride;
-  return a.next - a.codes + (ahead - a.blocks) * a.stride;
+  const std::int64_t target = block + (CpuTiles::kLookupAheadBytes + bytes - 1) / bytes * count;
+  if (target < a.blocks) return (target - block) * a.stride;
+  return a.next - a.codes + (target - a.blocks - block) * a.stride;
 }
 
 /// What the entries of a flush are like.

@@ -106,11 +106,25 @@ CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void prefetch_ahead(const std::uin
   _mm_prefetch(reinterpret_cast<const char*>(codes), _MM_HINT_T1);
 }
 
+// How far ahead of each of kBlocks blocks codes are asked for.
+template <int kBlocks>
+struct Ahead {
+  std::int64_t bytes[std::size_t{kBlocks}];
+
+  // Of blocks `block` and those `apart` from one to the next, `count` at a time.
+  Ahead(const LookupArgs& a, std::int64_t block, std::int64_t apart, std::int64_t count) {
+    for (int i = 0; i < kBlocks; ++i) bytes[i] = bytes_ahead(a, block + i * apart, count);
+  }
+};
+
 // One flush of kBlocks row blocks, `apart` of them from one to the next. The tables stay in registers for all
-// of them; codes `ahead` bytes further on are asked for meanwhile.
+// of them; codes further on are asked for meanwhile.
 template <int kCodeBits, int kBlocks, Permutes kPermutes>
-CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(
-    const LookupArgs& a, const Flush& f, std::int64_t block, std::int64_t apart, std::int64_t ahead) {
+CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(const LookupArgs& a,
+                                                                            const Flush& f,
+                                                                            std::int64_t block,
+                                                                            std::int64_t apart,
+                                                                            const Ahead<kBlocks>& ahead) {
   const std::int64_t stride = apart * a.stride;
   const std::uint8_t* codes = a.codes + block * a.stride + f.first * kBlockRows;
   const std::uint8_t* table = a.tables + f.first * encoded_bytes(kCodeBits);
@@ -123,7 +137,7 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_blocks_vbmi(
     CODEGEMM_UNROLL
     for (int i = 0; i < kBlocks; ++i) {
       const std::uint8_t* const from = codes + i * stride;
-      prefetch_ahead(from + ahead);
+      prefetch_ahead(from + ahead.bytes[i]);
       const CodesVbmi<kCodeBits> index(from);
       sums[i].add(low.look_up(index), high.look_up(index));
     }
@@ -145,7 +159,7 @@ template <int kBlocks>
 CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_nibbles_vbmi(const LookupArgs& a,
                                                                              const Flush& f,
                                                                              std::int64_t block,
-                                                                             std::int64_t ahead) {
+                                                                             const Ahead<kBlocks>& ahead) {
   constexpr std::int64_t kEntryBytes = code_bytes(4);
   const __m512i mask = _mm512_set1_epi8(15);
   const std::uint8_t* codes = a.codes + block * a.stride + f.first * kEntryBytes;
@@ -171,7 +185,7 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_nibbles_vbmi(con
     CODEGEMM_UNROLL
     for (int i = 0; i < kBlocks; ++i) {
       const std::uint8_t* const from = codes + i * a.stride;
-      prefetch_ahead(from + ahead);
+      prefetch_ahead(from + ahead.bytes[i]);
       // Without a second entry its table is 0, whatever its codes.
       const __m512i both =
           two ? _mm512_loadu_si512(from)
@@ -205,7 +219,8 @@ template <int kCodeBits, int kBlocks, Permutes kPermutes>
 CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void look_up_group_vbmi(const LookupArgs& a,
                                                                            std::int64_t block,
                                                                            std::int64_t apart,
-                                                                           std::int64_t ahead) {
+                                                                           std::int64_t count) {
+  const Ahead<kBlocks> ahead(a, block, apart, count);
   for (const Flush* f = a.flushes; f != a.flushes + a.flush_count; ++f) {
     if constexpr (kCodeBits == 4) {
       look_up_nibbles_vbmi<kBlocks>(a, *f, block, ahead);
@@ -220,21 +235,22 @@ CODEGEMM_TARGET_AVX512_VBMI void lookup_planes_by_vbmi(const LookupArgs& a) {
   // Three sums a block (six of 4-bit codes) beside the tables: with more, GCC keeps some in memory.
   constexpr int kBlocks = kCodeBits == 4 ? 2 : 4;
   // Where two blocks of 8-bit codes share a page, Intel's cores read ahead of only one of them: every other
-  // block first, and then the others.
-  constexpr std::int64_t kApart = kCodeBits == 8 && kPermutes == Permutes::kOneRegister ? 2 : 1;
-  constexpr std::int64_t kGroup = kApart * kBlocks;
+  // block first, and then the others, if there are many.
+  constexpr std::int64_t kManyBlocks = 32;
+  const std::int64_t apart =
+      kCodeBits == 8 && kPermutes == Permutes::kOneRegister && a.blocks >= kManyBlocks ? 2 : 1;
+  const std::int64_t group = apart * kBlocks;
   std::int64_t block = 0;
-  for (; block + kGroup <= a.blocks; block += kGroup) {
-    const std::int64_t ahead = bytes_ahead(a, block, kGroup);
-    for (std::int64_t i = 0; i < kApart; ++i) {
-      look_up_group_vbmi<kCodeBits, kBlocks, kPermutes>(a, block + i, kApart, ahead);
+  for (; block + group <= a.blocks; block += group) {
+    for (std::int64_t i = 0; i < apart; ++i) {
+      look_up_group_vbmi<kCodeBits, kBlocks, kPermutes>(a, block + i, apart, group);
     }
   }
   for (; block + kBlocks <= a.blocks; block += kBlocks) {
-    look_up_group_vbmi<kCodeBits, kBlocks, kPermutes>(a, block, 1, bytes_ahead(a, block, kBlocks));
+    look_up_group_vbmi<kCodeBits, kBlocks, kPermutes>(a, block, 1, kBlocks);
   }
   for (; block < a.blocks; ++block) {
-    look_up_group_vbmi<kCodeBits, 1, kPermutes>(a, block, 1, bytes_ahead(a, block, 1));
+    look_up_group_vbmi<kCodeBits, 1, kPermutes>(a, block, 1, 1);
   }
 }
 

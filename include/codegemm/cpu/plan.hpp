@@ -75,8 +75,12 @@ struct EntryCosts {
     const bool slow = isa == Isa::kAvx512Vbmi && w.format.b == 8 && two_register_lookups_are_slow();
     const double cost = slow ? CpuCosts::kLookupOneRegister : lookup_cost(isa, w.format.b);
     const double encode = isa == Isa::kAvx512Vbmi ? CpuCosts::kEncodeVbmi : CpuCosts::kEncode;
-    const double build1 = has_avx512(isa) ? chunks * CpuCosts::kBuildAvx512 * elements : build / 8;
-    out.lookup1 = blocks * cost + build1 + chunks * encode * static_cast<double>(w.format.centroids());
+    const double build1 = has_avx512(isa) ? CpuCosts::kBuildAvx512 * elements : build / chunks / 8;
+    const auto centroids = static_cast<double>(w.format.centroids());
+    const double tables = w.codebooks_pairs != nullptr
+                              ? CpuCosts::kMakeElement * elements + CpuCosts::kMakeEntry * centroids
+                              : build1 + encode * centroids;
+    out.lookup1 = blocks * cost + chunks * tables;
   }
   return out;
 }
@@ -132,6 +136,7 @@ struct PsumbookPlan {
   std::int64_t chunks = 0;
   std::int64_t split_tiles = 0;  // tiles in a split
   std::int64_t splits = 0;
+  std::int64_t last_parts = 1;     // parts of the rows that the last split is done in
   std::int64_t sweep_vectors = 0;  // vectors whose tables are held at once, more than one lane
   // Floats of a worker's scratch and of the partial sums of all splits: [splits][token blocks][rows][lanes],
   // of lookups [splits][tokens][rows].
@@ -170,7 +175,6 @@ struct PsumbookPlan {
   plan.token_blocks = ceil_div(tokens, 8);
   const std::int64_t chunk_rows = tokens == 1 ? CpuTiles::kRowChunk1 : CpuTiles::kRowChunk;
   plan.chunks = std::max<std::int64_t>(1, ceil_div(w.padded_rows(), chunk_rows));
-  plan.chunk_blocks = ceil_div(w.row_blocks, plan.chunks);
   const std::int64_t whole = std::max<std::int64_t>(1, plan.chunks * plan.token_blocks);
   const std::int64_t tasks =
       std::clamp<std::int64_t>(tokens * w.padded_rows() * w.cols / CpuTiles::kTaskWeights,
@@ -178,7 +182,15 @@ struct PsumbookPlan {
   const std::int64_t wanted =
       std::clamp<std::int64_t>(ceil_div(tasks, whole), 1, std::max<std::int64_t>(1, w.tiles));
   plan.split_tiles = std::max<std::int64_t>(1, ceil_div(w.tiles, wanted));
+  if (lookup && tokens == 1 && w.padded_rows() * w.cols <= CpuTiles::kTwoTaskWeights) {
+    const bool cut_rows = w.padded_rows() >= CpuTiles::kCutRows;
+    if (cut_rows) plan.chunks = std::min<std::int64_t>(2, w.row_blocks);
+    plan.split_tiles = cut_rows ? w.tiles : std::max<std::int64_t>(1, w.tiles / 2);
+  }
+  plan.chunk_blocks = ceil_div(w.row_blocks, plan.chunks);
   plan.splits = std::max<std::int64_t>(1, ceil_div(w.tiles, plan.split_tiles));
+  // So that two workers or four share an odd number evenly.
+  if (plan.splits % 2 == 1 && plan.splits > 1 && plan.chunk_blocks > 1) plan.last_parts = 2;
 
   const std::int64_t held = w.tile_vectors * w.format.m;  // tables of a tile
   const std::int64_t table1 = w.format.centroids();

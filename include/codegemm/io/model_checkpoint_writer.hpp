@@ -37,6 +37,36 @@ struct SaveModelOptions {
 
 namespace detail {
 
+/// kUnsupported: a kind cannot hold a layer, and why.
+[[nodiscard]] inline Status refused(CheckpointKind kind, const std::string& name, Format f, std::int64_t rows,
+                                    std::int64_t cols, const auto&... words) {
+  return error(StatusCode::kUnsupported, codegemm::quoted(name), " is ", rows, " x ", cols, " in ",
+               format_name(f), ", and ", to_string(kind), " ", words...);
+}
+
+}  // namespace detail
+
+/// Whether a checkpoint of this kind can hold a layer of rows x cols in format f; to be asked before it is
+/// quantized. kUnsupported with the layer's name and the reason where it cannot.
+[[nodiscard]] inline Status check_saved_shape(CheckpointKind kind, const std::string& name, Format f,
+                                              std::int64_t rows, std::int64_t cols) {
+  const auto refuse = [&](const auto&... words) {
+    return detail::refused(kind, name, f, rows, cols, words...);
+  };
+  if (kind == CheckpointKind::kAqlm) {
+    if (f.g != -1) return refuse("has one scale a row: regroup() to g = -1 first, if the scales allow it");
+    return {};
+  }
+  if (f.b > 8) return refuse("packs four codes of at most 8 bits into a word");
+  if (f.g < 0) return refuse("has no group size of -1: regroup() to one that divides every K first");
+  if (cols % f.g != 0) return refuse("needs a K that is a multiple of g = ", f.g);
+  const std::int64_t word = std::int64_t{4} * f.v;
+  if (cols % word != 0) return refuse("needs a K that is a multiple of 4 v = ", word);
+  return {};
+}
+
+namespace detail {
+
 /// The config of the model without what says how it is quantized.
 [[nodiscard]] inline nlohmann::json without_quantization(nlohmann::json config) {
   if (!config.is_object()) config = nlohmann::json::object();
@@ -55,23 +85,12 @@ namespace detail {
   for (const NamedMatrix& named : matrices) {
     const QuantizedMatrixView& w = named.matrix;
     if (Status status = validate(w); !status.ok()) return status.with_prefix(codegemm::quoted(named.name));
-    const auto refuse = [&](const auto&... words) {
-      return error(StatusCode::kUnsupported, codegemm::quoted(named.name), " is ", w.rows, " x ", w.cols,
-                   " in ", format_name(w.format), ", and ", to_string(kind), " ", words...);
-    };
     if (!(w.format == f)) {
-      return refuse("has one format for the whole model: ", codegemm::quoted(matrices.front().name), " is ",
-                    format_name(f));
+      return refused(kind, named.name, w.format, w.rows, w.cols,
+                     "has one format for the whole model: ", codegemm::quoted(matrices.front().name), " is ",
+                     format_name(f));
     }
-    if (kind == CheckpointKind::kAqlm) {
-      if (f.g != -1) return refuse("has one scale a row: regroup() to g = -1 first, if the scales allow it");
-      continue;
-    }
-    if (f.b > 8) return refuse("packs four codes of at most 8 bits into a word");
-    if (f.g < 0) return refuse("has no group size of -1: regroup() to one that divides every K first");
-    if (w.cols % f.g != 0) return refuse("needs a K that is a multiple of g = ", f.g);
-    const std::int64_t word = std::int64_t{4} * f.v;
-    if (w.cols % word != 0) return refuse("needs a K that is a multiple of 4 v = ", word);
+    if (Status status = check_saved_shape(kind, named.name, f, w.rows, w.cols); !status.ok()) return status;
   }
   return f;
 }

@@ -21,6 +21,7 @@
 #include <codegemm/quantize/corrected.hpp>
 #include <codegemm/quantize/gram.hpp>
 #include <prefillshare/kv/storage.hpp>
+#include <prefillshare/model/block_reader.hpp>
 #include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/model/forward.hpp>
 #include <prefillshare/model/llama.hpp>
@@ -109,9 +110,6 @@ struct CalibrationRunOptions {
   bool correct = true;
   double correction_damping = 0.1;  ///< as in corrected_weights()
 };
-
-/// Reads block `index` of a dense model with its weights, for runs that hold one block at a time.
-using BlockReader = std::function<Result<LlamaLayer<DenseLinear>>(std::int64_t index)>;
 
 /// The residual stream of all calibration sequences between two blocks of a model. Blocks are replaced one
 /// after the other; within a block q, k and v come first, then o, then gate and up, then down, each seeing

@@ -97,31 +97,16 @@ class HandoffTable {
   /// As Handoff::finish().
   [[nodiscard]] Result<HandoffState> finish(HandoffId id, std::int64_t layer, std::int64_t first,
                                             std::int64_t count) {
-    const Guard guard(lock_);
-    Entry* entry = find(id);
-    if (entry == nullptr) return unknown(id);
-    Result<HandoffState> state = entry->handoff.finish(layer, first, count);
-    erase_if_over(id, *entry);
-    return state;
+    return step<Result<HandoffState>>(id, [&](auto& handoff) { return handoff.finish(layer, first, count); });
   }
   /// As Handoff::fail().
   [[nodiscard]] Status fail(HandoffId id, std::int64_t layer, std::int64_t first, std::int64_t count) {
-    const Guard guard(lock_);
-    Entry* entry = find(id);
-    if (entry == nullptr) return unknown(id);
-    Status status = entry->handoff.fail(layer, first, count);
-    erase_if_over(id, *entry);
-    return status;
+    return step<Status>(id, [&](auto& handoff) { return handoff.fail(layer, first, count); });
   }
   /// begin() and finish() in one, for whoever writes nothing.
   [[nodiscard]] Result<HandoffState> arrive(HandoffId id, std::int64_t layer, std::int64_t first,
                                             std::int64_t count) {
-    const Guard guard(lock_);
-    Entry* entry = find(id);
-    if (entry == nullptr) return unknown(id);
-    Result<HandoffState> state = entry->handoff.arrive(layer, first, count);
-    erase_if_over(id, *entry);
-    return state;
+    return step<Result<HandoffState>>(id, [&](auto& handoff) { return handoff.arrive(layer, first, count); });
   }
 
   /// Whether this call aborted it. An aborted one stays in the table while pages of it are being written.
@@ -165,12 +150,7 @@ class HandoffTable {
 
   /// As Handoff::take(), and forgets it.
   [[nodiscard]] Result<Sequence> take(HandoffId id) {
-    const Guard guard(lock_);
-    Entry* entry = find(id);
-    if (entry == nullptr) return unknown(id);
-    Result<Sequence> taken = entry->handoff.take();
-    erase_if_over(id, *entry);
-    return taken;
+    return step<Result<Sequence>>(id, [](auto& handoff) { return handoff.take(); });
   }
 
   /// In the table: under way, complete and not taken, or aborted with writes that have not ended.
@@ -200,6 +180,16 @@ class HandoffTable {
   [[nodiscard]] Entry* find(HandoffId id) {
     const auto at = entries_.find(id);
     return at != entries_.end() ? &at->second : nullptr;
+  }
+  // What body(handoff) gives; a hand-off that is over then leaves the table.
+  template <class Answer, class Body>
+  [[nodiscard]] Answer step(HandoffId id, Body&& body) {
+    const Guard guard(lock_);
+    Entry* entry = find(id);
+    if (entry == nullptr) return unknown(id);
+    Answer answer = body(entry->handoff);
+    erase_if_over(id, *entry);
+    return answer;
   }
   void erase_if_over(HandoffId id, const Entry& entry) {
     if (!entry.handoff.holds_blocks()) entries_.erase(id);

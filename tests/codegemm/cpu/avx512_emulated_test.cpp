@@ -79,8 +79,9 @@ inline simde__m512i madd_epi16(simde__m512i a, simde__m512i b) {
 struct Quarter {
   float lanes[4];
 };
-inline simde__m512 shuffle_f32x4(simde__m512 a, simde__m512 b, int order) {
-  return each<simde__m512>(a, [&b, order](const auto& v, std::size_t i) {
+template <class V>
+V shuffle_quarters(V a, V b, int order) {
+  return each<V>(a, [&b, order](const auto& v, std::size_t i) {
     const auto from = static_cast<std::size_t>(order >> (2 * i) & 3);
     return i < 2 ? lane<Quarter>(v, from) : lane<Quarter>(b, from);
   });
@@ -92,7 +93,8 @@ inline simde__m512 shuffle_f32x4(simde__m512 a, simde__m512 b, int order) {
 #undef _mm512_madd_epi16  // SIMDe's has too many arguments
 #define _mm512_madd_epi16(a, b) emulated::madd_epi16(a, b)
 #undef _mm512_shuffle_f32x4
-#define _mm512_shuffle_f32x4(a, b, order) emulated::shuffle_f32x4(a, b, order)
+#define _mm512_shuffle_f32x4(a, b, order) emulated::shuffle_quarters(a, b, order)
+#define _mm512_shuffle_i64x2(a, b, order) emulated::shuffle_quarters(a, b, order)
 #define _mm512_cvtps_epi32(v) emulated::cvtps_epi32(v)
 #define _mm512_cvtepi32_ps(v) emulated::cvtepi32_ps(v)
 #define _mm512_cvtepi16_epi32(v) emulated::cvtepi16_epi32(v)

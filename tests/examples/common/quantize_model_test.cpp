@@ -108,6 +108,26 @@ void write_folder(const std::string& folder, const LlamaModel<DenseLinear>& mode
 
 }  // namespace
 
+TEST_CASE("what a folder cannot hold is said before anything is quantized, and what it could", "[quantize]") {
+  const auto model = random_model(tiny_config(), 80);  // K of 24, 40 and 48
+  using Kind = codegemm::CheckpointKind;
+  CHECK(check_writable(Kind::kCodeGemm, {2, 1, 4, 8}, *model).ok());
+  CHECK(check_writable(Kind::kAqlm, {2, 1, 4, -1}, *model).ok());
+  const codegemm::Format wide{2, 1, 4, 16};
+  const Status status = check_writable(Kind::kCodeGemm, wide, *model);
+  CHECK(status.code() == StatusCode::kUnsupported);
+  CHECK(contains(status.message(), "'model.layers.0.self_attn.q_proj' is "));
+  CHECK(contains(status.message(), "and CodeGEMM needs a K that is a multiple of g = 16"));
+  const auto smaller = writable_format(Kind::kCodeGemm, wide, *model);
+  REQUIRE(smaller.ok());
+  CHECK((*smaller == codegemm::Format{2, 1, 4, 8}));
+  CHECK((*writable_format(Kind::kCodeGemm, *smaller, *model) == *smaller));
+  // No group size helps where vectors are too long, or where a kind has one scale a row.
+  CHECK(writable_format(Kind::kCodeGemm, {8, 1, 4, 16}, *model).status().code() == StatusCode::kUnsupported);
+  CHECK(contains(writable_format(Kind::kAqlm, {2, 1, 4, 8}, *model).status().message(),
+                 "AQLM has one scale a row"));
+}
+
 TEST_CASE("a run stopped anywhere goes on to the same files", "[quantize]") {
   const auto model = random_model(tiny_config(), 81);
   const TemporaryFolder whole;
@@ -118,6 +138,7 @@ TEST_CASE("a run stopped anywhere goes on to the same files", "[quantize]") {
   REQUIRE(told.size() >= 14);
   for (std::size_t i = 1; i < told.size(); ++i) CHECK(told[i].share >= told[i - 1].share);
   CHECK(told.back().share > 0.999999);
+  CHECK(told.front().seconds_left < 0.0);  // no layer is done yet
   CHECK(told.back().seconds_left >= 0.0);
   CHECK(told.back().layer == "model.layers.1.mlp.down_proj");
   CHECK(told.back().error > 0.0);

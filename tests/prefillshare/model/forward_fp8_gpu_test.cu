@@ -7,7 +7,6 @@
 #pragma nv_diag_suppress 20012, 1675, 550
 
 #include <prefillshare/model/cuda/modules.cuh>
-#include <prefillshare/model/cuda/upload.cuh>
 
 #include <algorithm>
 #include <array>
@@ -20,7 +19,7 @@
 
 #include <prefillshare/kv/element.hpp>
 
-#include "../gpu_model.cuh"
+#include "forward_rig.cuh"
 
 namespace prefillshare::test {
 namespace {
@@ -49,30 +48,13 @@ TEST_CASE("the forward pass over a cache of fp8 equals a reference that rounds K
   ModelConfig config = gpu_config();
   config.layers = static_cast<std::int64_t>(kScales.size());
   const auto host = rounded_model<__half>(config, seed);
-  const auto cublas = take(cuda::Cublas::create());
-  const cuda::DenseUploader<__half> uploader(cublas);
-  const auto model = take(cuda::upload(*host, uploader, uploader));
-  Stream stream;
-  constexpr std::int64_t kBlocks = 32;
-  auto storage = take(cuda::DeviceKvStorage<Fp8E4M3>::create(kv_shape(config), kBlocks, stream.get));
-  // What no pass has written is NaN.
-  REQUIRE_CUDA(cudaMemsetAsync(storage.layer(0), 0xFF,
-                               static_cast<std::size_t>(kBlocks * storage.bytes_per_block()), stream.get));
-  auto allocator = take(cuda::DeviceKvAllocator<Fp8E4M3>::create(storage));
-  auto workspace = take(cuda::DeviceWorkspace<__half>::create(*model, 64, 8, device));
-  auto input = take(cuda::PrefillBatch::create(64, 8, kBlocks));
-  const auto logits_of = [&](std::int64_t rows) {
-    std::vector<float> out(static_cast<std::size_t>(rows * config.vocab_size));
-    REQUIRE_CUDA(cudaStreamSynchronize(stream.get));
-    REQUIRE_CUDA(
-        cudaMemcpy(out.data(), workspace.logits.data(), out.size() * sizeof(float), cudaMemcpyDeviceToHost));
-    return out;
-  };
+  const auto model = upload_dense<__half>(*host);
+  ForwardRig<__half, Fp8E4M3> rig(*model, device, 64, 32);
   for (int i = 0; i < static_cast<int>(config.layers); ++i) {
-    require_ok(storage.set_scales(i, kScales[static_cast<std::size_t>(i)]));
+    require_ok(rig.storage.set_scales(i, kScales[static_cast<std::size_t>(i)]));
   }
-  CHECK(storage.set_scales(3, {1.0F, 1.0F}).code() == StatusCode::kInvalidArgument);
-  CHECK(storage.set_scales(0, {0.0F, 1.0F}).code() == StatusCode::kInvalidArgument);
+  CHECK(rig.storage.set_scales(3, {1.0F, 1.0F}).code() == StatusCode::kInvalidArgument);
+  CHECK(rig.storage.set_scales(0, {0.0F, 1.0F}).code() == StatusCode::kInvalidArgument);
 
   Rng rng(seed + 1);
   constexpr int kShared = 48;  // three blocks
@@ -101,34 +83,34 @@ TEST_CASE("the forward pass over a cache of fp8 equals a reference that rounds K
     off_exact = std::max(off_exact, worst_relative(logits, {exact[sequence][at]}));
   };
 
-  Sequence base = take(allocator->open(CacheKey{"m", "1", ""}, {}));
-  require_ok(allocator->reserve(base, kShared));
+  Sequence base = take(rig.allocator->open(CacheKey{"m", "1", ""}, {}));
+  require_ok(rig.allocator->reserve(base, kShared));
   std::size_t done = 0;
   for (const std::size_t step : {std::size_t{5}, std::size_t{21}, std::size_t{22}}) {
     const auto chunk = std::span<const std::int32_t>(context).subspan(done, step);
     const Sequence* const one = &base;
-    auto batch = input.send(std::span(&chunk, 1), std::span(&one, 1), config.vocab_size, stream.get);
+    auto batch = rig.input.send(std::span(&chunk, 1), std::span(&one, 1), config.vocab_size, rig.stream.get);
     require_ok(batch.status());
     batch->split_keys = step == 21;
-    require_ok(cuda::forward(*model, *batch, storage,
-                             MatrixView<float>(workspace.logits.data(), 1, config.vocab_size), workspace,
-                             device, stream.get));
+    require_ok(cuda::forward(*model, *batch, rig.storage,
+                             MatrixView<float>(rig.workspace.logits.data(), 1, config.vocab_size),
+                             rig.workspace, device, rig.stream.get));
     done += step;
-    compare(logits_of(1), 0, 0, done - 1);
-    require_ok(allocator->commit(base, chunk));
+    compare(rig.logits(1, config.vocab_size), 0, 0, done - 1);
+    require_ok(rig.allocator->commit(base, chunk));
   }
 
   std::vector<Sequence> forks;
   std::vector<const Sequence*> pointers;
   for (std::size_t i = 0; i < kSequences; ++i) {
-    forks.push_back(take(allocator->fork(base)));
-    require_ok(allocator->reserve(forks.back(), kDecoded));
+    forks.push_back(take(rig.allocator->fork(base)));
+    require_ok(rig.allocator->reserve(forks.back(), kDecoded));
   }
   for (const Sequence& fork : forks) pointers.push_back(&fork);
   using Linear = std::remove_cvref_t<decltype(model->layers[0].qkv)>;
   using Head = std::remove_cvref_t<decltype(model->head)>;
   auto graph = take(cuda::DecodeGraph<Linear, Head>::capture(
-      *model, storage, workspace, static_cast<int>(kSequences), 32, true, device, stream.get));
+      *model, rig.storage, rig.workspace, static_cast<int>(kSequences), 32, true, device, rig.stream.get));
   PageTable table;
   const std::vector<std::int32_t> group_indptr{0, static_cast<std::int32_t>(kSequences)};
   const std::vector<std::int32_t> shared_pages{kShared / 16};
@@ -144,7 +126,7 @@ TEST_CASE("the forward pass over a cache of fp8 equals a reference that rounds K
     step.shared_pages = shared_pages;
     require_ok(graph->launch(step));
     require_ok(graph->wait().status());
-    const std::vector<float> got = logits_of(static_cast<std::int64_t>(kSequences));
+    const std::vector<float> got = rig.logits(static_cast<std::int64_t>(kSequences), config.vocab_size);
     for (std::size_t i = 0; i < kSequences; ++i) compare(got, i, i, kShared + k);
   }
   INFO("off by " << off << ", from an exact cache by " << off_exact);

@@ -21,7 +21,7 @@
 #include <codegemm/reference.hpp>
 #include <prefillshare/model/codegemm_linear.hpp>
 
-#include "../gpu_model.cuh"
+#include "forward_rig.cuh"
 
 namespace prefillshare::test {
 namespace {
@@ -51,48 +51,6 @@ struct FewConfigs {
 template <class T>
 using Coded = cuda::DeviceCodeGemmLinear<T, FewConfigs>;
 
-template <class T>
-auto upload_dense(const LlamaModel<DenseLinear>& model) {
-  auto cublas = cuda::Cublas::create();
-  require_ok(cublas.status());
-  const cuda::DenseUploader<T> uploader(*cublas);
-  auto made = cuda::upload(model, uploader, uploader);
-  require_ok(made.status());
-  return *made;
-}
-
-// A cache with its allocator, a workspace and the input of a prefill.
-template <class T>
-struct Rig {
-  Stream stream;
-  cuda::Device device;
-  cuda::DeviceKvStorage<T> storage;
-  std::unique_ptr<cuda::DeviceKvAllocator<T>> allocator;
-  cuda::DeviceWorkspace<T> workspace;
-  cuda::PrefillBatch input;
-
-  template <class Linear, class Head>
-  Rig(const cuda::DeviceLlama<Linear, Head>& model, const cuda::Device& device_, std::int64_t max_tokens,
-      std::int64_t blocks = 64)
-      : device(device_),
-        storage(take(cuda::DeviceKvStorage<T>::create(kv_shape(model.config), blocks, stream.get))),
-        allocator(take(cuda::DeviceKvAllocator<T>::create(storage))),
-        workspace(take(cuda::DeviceWorkspace<T>::create(model, max_tokens,
-                                                        std::min<std::int64_t>(max_tokens, 8), device))),
-        input(take(cuda::PrefillBatch::create(max_tokens, 8, blocks))) {
-    // What no pass has written is NaN.
-    REQUIRE_CUDA(cudaMemsetAsync(storage.layer(0), 0xFF,
-                                 static_cast<std::size_t>(blocks * storage.bytes_per_block()), stream.get));
-  }
-  std::vector<float> logits(std::int64_t rows, std::int64_t vocab) {
-    std::vector<float> out(static_cast<std::size_t>(rows * vocab));
-    REQUIRE_CUDA(cudaStreamSynchronize(stream.get));
-    REQUIRE_CUDA(
-        cudaMemcpy(out.data(), workspace.logits.data(), out.size() * sizeof(float), cudaMemcpyDeviceToHost));
-    return out;
-  }
-};
-
 // Prefills several sequences in passes of different sizes, asking for logits at the end of each, then decodes
 // them together by the graph, tokens given; every row of logits is compared.
 template <class T, class Linear, class Head>
@@ -100,7 +58,7 @@ void check_model(const cuda::DeviceLlama<Linear, Head>& model, const LlamaModel<
                  const cuda::Device& device, std::uint64_t seed) {
   const ModelConfig& c = host.config;
   Rng rng(seed);
-  Rig<T> rig(model, device, 64);
+  ForwardRig<T> rig(model, device, 64);
   const std::vector<int> lengths{45, 7, 33};
   std::vector<std::vector<std::int32_t>> tokens;
   std::vector<std::vector<std::vector<double>>> want;
@@ -323,7 +281,7 @@ TEST_CASE("decode modules of codes read one base cache, as the double reference 
   const auto base_host = rounded_model<__half>(config, seed);
   const auto base_model = upload_dense<__half>(*base_host);
   const cuda::DevicePrefillModule<Dense<__half>, Dense<__half>> base(base_model, CacheKey{"base", "1", ""});
-  Rig<__half> rig(*base_model, device, 24);
+  ForwardRig<__half> rig(*base_model, device, 24);
   Rng rng(seed + 1);
   const std::vector<std::int32_t> context = random_tokens(rng, 53, config.vocab_size);
   // All but the last token are the base's (design: the decode module runs that one itself).
@@ -404,16 +362,16 @@ TEST_CASE("a graph that goes on with its own tokens generates what single steps 
   const auto host = rounded_model<__half>(config, seed_or(61));
   const auto model = upload_dense<__half>(*host);
   using Graph = cuda::DecodeGraph<Dense<__half>, Dense<__half>>;
-  const auto generate = [&](bool feed, float temperature) {
-    Rig<__half> rig(*model, device, 8);
+  const auto generate = [&](bool feed, float temperature, std::int64_t few_keys = cuda::kFewKeys) {
+    ForwardRig<__half> rig(*model, device, 8);
     std::vector<Sequence> sequences;
     for (int i = 0; i < 2; ++i) {
       sequences.push_back(take(rig.allocator->open(CacheKey{"m", codegemm::concat(i), ""}, {})));
       require_ok(rig.allocator->reserve(sequences.back(), 40));
     }
     const std::vector<const Sequence*> pointers{&sequences[0], &sequences[1]};
-    auto graph =
-        take(Graph::capture(*model, rig.storage, rig.workspace, 2, 16, false, device, rig.stream.get));
+    auto graph = take(
+        Graph::capture(*model, rig.storage, rig.workspace, 2, 16, false, device, rig.stream.get, few_keys));
     std::vector<std::int32_t> last{5, 9};
     std::vector<std::int32_t> out;
     PageTable table;
@@ -439,6 +397,9 @@ TEST_CASE("a graph that goes on with its own tokens generates what single steps 
   CHECK(generate(true, 0.0F) == generate(false, 0.0F));
   CHECK(generate(true, 1.5F) == generate(false, 1.5F));
   CHECK(generate(true, 1.5F) != generate(true, 0.0F));
+  // Appending and attention in one kernel, apart, and apart from 33 keys on.
+  CHECK(generate(true, 0.0F) == generate(true, 0.0F, 0));
+  CHECK(generate(true, 0.0F) == generate(true, 0.0F, 32));
 }
 
 TEST_CASE("sampling draws from the softmax, and takes the lowest of equal logits without a temperature") {
@@ -507,7 +468,7 @@ TEST_CASE("the GPU's forward pass refuses what does not fit, with the numbers") 
   const ModelConfig config = forward_config();
   const auto host = rounded_model<__half>(config, 1);
   const auto model = upload_dense<__half>(*host);
-  Rig<__half> rig(*model, device, 8);
+  ForwardRig<__half> rig(*model, device, 8);
   const auto text = [](const Status& s) { return std::string(s.message()); };
   Sequence sequence = take(rig.allocator->open(CacheKey{"m", "1", ""}, {}));
   const Sequence* const one = &sequence;

@@ -165,17 +165,15 @@ void check_gather(PeerRig& rig, std::int64_t rows, std::int64_t width, std::int6
   }
 }
 
+// Heads and columns that four ranks share evenly.
 ModelConfig parallel_config() {
-  ModelConfig c;
+  ModelConfig c = gpu_config();
   c.vocab_size = 208;
-  c.hidden_size = 128;
   c.intermediate_size = 512;
   c.layers = 3;
   c.heads = 8;
   c.kv_heads = 4;
-  c.head_dim = 64;
-  c.context_length = 256;
-  c.rope.head_dim = 64;
+  c.tied_embeddings = false;
   return c;
 }
 

@@ -18,7 +18,6 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
-#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -30,7 +29,6 @@
 #include <codegemm/io/temporary_folder.hpp>
 #include <prefillshare/train/trainer.hpp>
 #include <support/catch.hpp>
-#include <support/quantized.hpp>
 #include <support/tiny_training.hpp>
 
 #include "../gpu_model.cuh"
@@ -150,25 +148,6 @@ struct Problem {
     return out;
   }
 };
-
-std::map<std::string, codegemm::QuantizedMatrix> random_matrices(const LlamaModel<DenseLinear>& model,
-                                                                 std::uint64_t seed) {
-  codegemm::test::Rng rng(seed);
-  const codegemm::Format formats[] = {{8, 2, 4, -1}, {4, 1, 5, 8}, {2, 3, 4, 16}};
-  std::map<std::string, codegemm::QuantizedMatrix> out;
-  std::size_t i = 0;
-  for_each_linear(model, [&](const std::string& name, const DenseLinear& layer) {
-    if (name == "lm_head" && model.config.tied_embeddings) return;
-    if (name == "model.layers.1.mlp.gate_proj") return;  // one stays dense
-    codegemm::QuantizedMatrix matrix =
-        codegemm::test::random_matrix(formats[i++ % 3], layer.rows(), layer.cols(), rng);
-    for (codegemm::Half& value : matrix.scales())
-      value =
-          codegemm::Half::from_float(rng.uniform(0.5F, 1.0F) / std::sqrt(static_cast<float>(layer.cols())));
-    out.emplace(name, std::move(matrix));
-  });
-  return out;
-}
 
 enum class Kind { kFull, kLowRank, kCodebooks };
 
@@ -368,23 +347,24 @@ TEST_CASE("gradients on the GPU are the same bits again, and where activations a
 
 namespace {
 
+/// The model with no weights in its blocks' linear layers but in that one.
+std::shared_ptr<const LlamaModel<DenseLinear>> without_weights(const LlamaModel<DenseLinear>& model,
+                                                               const std::string& but = {}) {
+  const auto out = std::make_shared<LlamaModel<DenseLinear>>(model);
+  for_each_linear(*out, [&](const std::string& name, DenseLinear& layer) {
+    if (name == "lm_head" || name == but) return;
+    layer = DenseLinear::without_weights(layer.rows(), layer.cols(),
+                                         std::vector<float>(layer.bias().begin(), layer.bias().end()));
+  });
+  return out;
+}
+
 template <class S>
 std::shared_ptr<const DeviceFrozenWeights<S>> on_device(const LlamaModel<DenseLinear>& base,
                                                         const Device& device, cudaStream_t stream) {
   auto made = DeviceFrozenWeights<S>::create(base, device, stream);
   require_ok(made.status());
   return std::make_shared<const DeviceFrozenWeights<S>>(std::move(made).value());
-}
-
-std::vector<float> values_of(const TrainableModel<float>& model) {
-  std::vector<float> out;
-  for (const Parameter<float>& p : model.parameters())
-    out.insert(out.end(), p.value.span().begin(), p.value.span().end());
-  return out;
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 }  // namespace
@@ -764,8 +744,8 @@ TEST_CASE("gradients against a teacher are those of all labels by their chances"
   const Device device = gpu_or_skip();
   const Stream stream;
   codegemm::ThreadPool pool(4);
-  for (const std::size_t which : {0, 1}) {
-    const Variant v = variants()[which];
+  for (const auto& [which, share] : {std::pair(0, 0.0), std::pair(1, 0.0), std::pair(1, 0.25)}) {
+    const Variant v = variants()[static_cast<std::size_t>(which)];
     const ModelConfig& c = v.config;
     Problem problem(v, 91);
     problem.batch.loss_rows = {2, 9};
@@ -776,7 +756,7 @@ TEST_CASE("gradients against a teacher are those of all labels by their chances"
     std::vector<float> head = rng.normals(c.vocab_size * c.hidden_size);
     for (float& x : head) x *= 2.0F / std::sqrt(static_cast<float>(c.hidden_size));
 
-    // Of -sum p log q the gradient is the sum over labels of p times that of -log q.
+    // Of -sum p log q the gradient is the sum over labels of p times that of -log q; a share is the text's.
     auto exact = trainable<double>(model, Kind::kCodebooks);
     auto pass = TrainPass<double>::create(c, std::ssize(problem.batch.tokens), 256, pool).value();
     double want_loss[2] = {};
@@ -796,11 +776,12 @@ TEST_CASE("gradients against a teacher are those of all labels by their chances"
       LossBatch<double> one = problem.batch;
       one.loss_rows = {problem.batch.loss_rows[row]};
       for (std::size_t i = 0; i < p.size(); ++i) {
-        p[i] /= total;
+        const double of_teacher = (1.0 - share) * p[i] / total;
+        const double of_text = static_cast<std::int32_t>(i) == problem.batch.labels[row] ? share : 0.0;
         one.labels = {static_cast<std::int32_t>(i)};
         std::vector<double> loss;
-        require_ok(pass.run(exact, one, true, p[i], loss));
-        want_loss[row] += p[i] * (std::log(p[i]) + loss[0]);
+        require_ok(pass.run(exact, one, true, of_teacher + of_text, loss));
+        want_loss[row] += of_teacher * (std::log(p[i] / total) + loss[0]) + of_text * loss[0];
       }
     }
 
@@ -819,6 +800,9 @@ TEST_CASE("gradients against a teacher are those of all labels by their chances"
     losses.poison();
     CHECK(on_gpu->run(*weights, batch, 1.0F, losses.data()).code() == StatusCode::kNullPointer);
     batch.teacher_head = teacher_head.data();
+    batch.label_share = 1.5;
+    CHECK(on_gpu->run(*weights, batch, 1.0F, losses.data()).code() == StatusCode::kInvalidArgument);
+    batch.label_share = share;
     for (int time = 0; time < 3; ++time) {  // the last one is a graph
       weights->zero_gradients(on_gpu->train_stream());
       require_ok(on_gpu->run(*weights, batch, 1.0F, losses.data()));
@@ -830,47 +814,81 @@ TEST_CASE("gradients against a teacher are those of all labels by their chances"
     double worst = 0.0;
     for (std::size_t i = 0; i < exact.parameters().size(); ++i)
       worst = std::max(worst, relative(got.parameters()[i].gradient, exact.parameters()[i].gradient));
-    std::printf("teacher, %s: losses %.6f and %.6f, should be %.6f and %.6f; gradients off by %.2g\n", v.name,
-                static_cast<double>(got_loss[0]), static_cast<double>(got_loss[1]), want_loss[0],
-                want_loss[1], worst);
+    std::printf(
+        "teacher, %s, labels' share %g: losses %.6f and %.6f, should be %.6f and %.6f; gradients off by "
+        "%.2g\n",
+        v.name, share, static_cast<double>(got_loss[0]), static_cast<double>(got_loss[1]), want_loss[0],
+        want_loss[1], worst);
     for (std::size_t row = 0; row < 2; ++row)
       CHECK(std::abs(static_cast<double>(got_loss[row]) - want_loss[row]) <= 1e-5 * (1.0 + want_loss[row]));
     CHECK(worst <= 5e-5);
   }
 }
 
-TEST_CASE("distillation on the GPU brings a quantized model nearer to the dense one", "[train][gpu]") {
-  using S = __nv_bfloat16;
-  const Device device = gpu_or_skip();
-  const Stream stream;
-  const auto dense = random_model(small_config(), 1021);
-  const auto teacher = on_device<S>(*dense, device, stream.get);
-  std::vector<std::vector<std::int32_t>> sequences;
-  Rng rng(1022);
-  for (int i = 0; i < 12; ++i) sequences.push_back(random_tokens(rng, 2 + rng.below(30), 60));
-  TrainOptions options;
-  options.steps = 80;
-  options.batch = 6;
-  options.pass_tokens = 64;
-  options.rate = 0.02;
-  options.adam.weight_decay = 0.0;
+namespace {
 
-  auto same = trainable<float>(dense, Kind::kFull);
-  auto idle = DeviceDistiller<S>::create(same, teacher, sequences, options, device, stream.get);
+// A dense model on the device, and texts on which models with codes learn what it says.
+struct Distilling {
+  using S = __nv_bfloat16;
+  Device device = gpu_or_skip();
+  Stream stream;
+  std::shared_ptr<const LlamaModel<DenseLinear>> dense;
+  std::shared_ptr<const DeviceFrozenWeights<S>> teacher;
+  std::vector<std::vector<std::int32_t>> sequences;
+  TrainOptions options;
+
+  Distilling(std::uint64_t seed, std::int64_t steps, double rate)
+      : dense(random_model(small_config(), seed)), teacher(on_device<S>(*dense, device, stream.get)) {
+    Rng rng(seed + 1);
+    for (int i = 0; i < 12; ++i) sequences.push_back(random_tokens(rng, 2 + rng.below(30), 60));
+    options.steps = steps;
+    options.batch = 6;
+    options.pass_tokens = 64;
+    options.rate = rate;
+    options.adam.weight_decay = 0.0;
+  }
+  // The run that trains a student.
+  [[nodiscard]] auto distill(TrainableModel<float>& student, const cuda::CodeMoveOptions& moves = {},
+                             double label_share = 0.0) const {
+    return DeviceDistiller<S>::create(student, teacher, sequences, options, device, stream.get,
+                                      Activations::kKept, moves, label_share);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("distillation on the GPU brings a quantized model nearer to the dense one", "[train][gpu]") {
+  Distilling d(1021, 80, 0.02);
+
+  auto same = trainable<float>(d.dense, Kind::kFull);
+  auto idle = d.distill(same);
   require_ok(idle.status());
-  CHECK(std::abs(idle->divergence(sequences).value()) <= 1e-6);
+  CHECK(std::abs(idle->divergence(d.sequences).value()) <= 1e-6);
+
+  // The same model read a block at a time: but for one layer without codes, weights are not there else.
+  const auto hollow = without_weights(*d.dense, "model.layers.1.mlp.gate_proj");
+  CHECK(DeviceFrozenWeights<Distilling::S>::create(*hollow, d.device, d.stream.get).status().code() ==
+        StatusCode::kNullPointer);
+  auto read =
+      DeviceFrozenWeights<Distilling::S>::create(*hollow, d.device, d.stream.get, [&](std::int64_t i) {
+        return Result<LlamaLayer<DenseLinear>>(d.dense->layers[static_cast<std::size_t>(i)]);
+      });
+  require_ok(read.status());
+  const auto teacher_by_blocks = std::make_shared<const DeviceFrozenWeights<Distilling::S>>(*std::move(read));
 
   std::vector<float> first;
-  for (int time = 0; time < 2; ++time) {
-    auto student = trainable<float>(dense, Kind::kCodebooks);
-    auto distiller = DeviceDistiller<S>::create(student, teacher, sequences, options, device, stream.get);
+  for (int time = 0; time < 3; ++time) {
+    auto student = trainable<float>(d.dense, Kind::kCodebooks);
+    if (time == 2) student = TrainableModel<float>::codebooks(hollow, student.matrices()).value();
+    if (time == 2) d.teacher = teacher_by_blocks;
+    auto distiller = d.distill(student);
     require_ok(distiller.status());
-    const double before = distiller->divergence(sequences).value();
+    const double before = distiller->divergence(d.sequences).value();
     double last = 0.0;
     require_ok(distiller->run([&](const TrainProgress& now) { last = now.loss; }));
-    const double after = distiller->divergence(sequences).value();
+    const double after = distiller->divergence(d.sequences).value();
     std::printf("divergence %.4f, after %d steps %.4f, last step's %.4f\n", before,
-                static_cast<int>(options.steps), after, last);
+                static_cast<int>(d.options.steps), after, last);
     CHECK(before > 0.0);
     CHECK(after < 0.6 * before);
     CHECK(std::abs(last - after) <= 0.5 * after);
@@ -878,47 +896,65 @@ TEST_CASE("distillation on the GPU brings a quantized model nearer to the dense 
     if (time == 0) first = values_of(student);
     CHECK(same_bits(first, values_of(student)));
   }
-  auto student = trainable<float>(dense, Kind::kCodebooks);
-  sequences.push_back({1});
-  const Status wrong =
-      DeviceDistiller<S>::create(student, teacher, sequences, options, device, stream.get).status();
+  auto student = trainable<float>(d.dense, Kind::kCodebooks);
+  CHECK(d.distill(student, {}, -0.1).status().code() == StatusCode::kInvalidArgument);
+  d.sequences.push_back({1});
+  const Status wrong = d.distill(student).status();
   CHECK(wrong.code() == StatusCode::kInvalidArgument);
   CHECK(wrong.message().find("sequence 12") != std::string::npos);
 }
 
-TEST_CASE("codes that follow the gradient bring a quantized model nearer than codebooks alone",
-          "[train][gpu]") {
+TEST_CASE("codes that moved in the last of a few steps are the student's", "[train][gpu]") {
   using S = __nv_bfloat16;
   const Device device = gpu_or_skip();
   const Stream stream;
-  const auto dense = random_model(small_config(), 1041);
+  const auto dense = random_model(small_config(), 1051);
   const auto teacher = on_device<S>(*dense, device, stream.get);
-  std::vector<std::vector<std::int32_t>> sequences;
-  Rng rng(1042);
-  for (int i = 0; i < 12; ++i) sequences.push_back(random_tokens(rng, 2 + rng.below(30), 60));
+  Rng rng(1052);
+  const std::vector<std::vector<std::int32_t>> sequences = {random_tokens(rng, 20, 60),
+                                                            random_tokens(rng, 12, 60)};
   TrainOptions options;
-  options.steps = 100;
-  options.batch = 6;
-  options.pass_tokens = 64;
+  options.steps = 3;
+  options.batch = 2;
   options.rate = 0.01;
+  options.schedule = RateSchedule::kConstant;
   options.adam.weight_decay = 0.0;
-  const auto create = [&](TrainableModel<float>& student, const cuda::CodeMoveOptions& moves) {
-    return DeviceDistiller<S>::create(student, teacher, sequences, options, device, stream.get,
-                                      Activations::kKept, moves);
-  };
+  cuda::CodeMoveOptions moves;
+  moves.rate = 0.3;
+  moves.every = 1;
+  moves.until = 1.0;
+  auto student = trainable<float>(dense, Kind::kCodebooks);
+  auto distiller = DeviceDistiller<S>::create(student, teacher, sequences, options, device, stream.get,
+                                              Activations::kKept, moves);
+  require_ok(distiller.status());
+  std::int64_t before = 0;
+  while (!distiller->done()) {
+    before = distiller->codes_moved();
+    require_ok(distiller->step().status());
+  }
+  CHECK(distiller->codes_moved() > before);
+  require_ok(distiller->download());
+  auto again = DeviceDistiller<S>::create(student, teacher, sequences, options, device, stream.get);
+  require_ok(again.status());
+  CHECK(std::abs(again->divergence(sequences).value() - distiller->divergence(sequences).value()) <= 1e-7);
+}
+
+TEST_CASE("codes that follow the gradient bring a quantized model nearer than codebooks alone",
+          "[train][gpu]") {
+  Distilling d(1041, 100, 0.01);
   double still = 0.0;
   std::vector<float> first;
   for (const double rate : {0.0, 0.02, 0.02}) {
     CAPTURE(rate);
-    auto student = trainable<float>(dense, Kind::kCodebooks);
+    auto student = trainable<float>(d.dense, Kind::kCodebooks);
     const auto before = student.matrices();
     cuda::CodeMoveOptions moves;
     moves.rate = rate;
     moves.every = 3;
-    auto distiller = create(student, moves);
+    auto distiller = d.distill(student, moves);
     require_ok(distiller.status());
     require_ok(distiller->run());
-    const double after = distiller->divergence(sequences).value();
+    const double after = distiller->divergence(d.sequences).value();
     std::printf("codes' rate %g: divergence %.4f, %lld moved\n", rate, after,
                 static_cast<long long>(distiller->codes_moved()));
     std::int64_t different = 0;
@@ -931,19 +967,19 @@ TEST_CASE("codes that follow the gradient bring a quantized model nearer than co
     if (rate == 0.0) still = after;
     if (rate > 0.0) CHECK(after < 0.8 * still);
     // What the host was given is what the device has: codes, codebooks and the lists made of them.
-    auto again = create(student, {});
+    auto again = d.distill(student);
     require_ok(again.status());
-    CHECK(std::abs(again->divergence(sequences).value() - after) <= 1e-7);
+    CHECK(std::abs(again->divergence(d.sequences).value() - after) <= 1e-7);
     if (rate > 0.0 && first.empty()) {
       first = values_of(student);
     } else if (rate > 0.0) {
       CHECK(same_bits(first, values_of(student)));
     }
   }
-  auto student = trainable<float>(dense, Kind::kCodebooks);
+  auto student = trainable<float>(d.dense, Kind::kCodebooks);
   cuda::CodeMoveOptions wrong;
   wrong.every = 0;
-  CHECK(create(student, wrong).status().code() == StatusCode::kInvalidArgument);
+  CHECK(d.distill(student, wrong).status().code() == StatusCode::kInvalidArgument);
   CHECK(student.set_codes("model.layers.0.mlp.up", {}).code() == StatusCode::kNotFound);
   CHECK(student.set_codes("model.layers.0.mlp.up_proj", {}).code() == StatusCode::kInvalidArgument);
 }
@@ -992,12 +1028,7 @@ TEST_CASE("calibration on the GPU gives layers the inputs and weights of the hos
     const Variant v = variants()[which];
     const auto model = random_model(v.config, 1031);
     // The GPU's run has no weights but those of the block that it reads.
-    auto hollow = std::make_shared<LlamaModel<DenseLinear>>(*model);
-    for_each_linear(*hollow, [](const std::string& name, DenseLinear& layer) {
-      if (name == "lm_head") return;
-      layer = DenseLinear::without_weights(layer.rows(), layer.cols(),
-                                           std::vector<float>(layer.bias().begin(), layer.bias().end()));
-    });
+    const auto hollow = without_weights(*model);
     const auto read = [&](std::int64_t index) -> Result<LlamaLayer<DenseLinear>> {
       return model->layers.at(static_cast<std::size_t>(index));
     };

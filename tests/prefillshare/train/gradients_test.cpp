@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -18,8 +17,8 @@
 #include <codegemm/base/thread_pool.hpp>
 #include <codegemm/reference.hpp>
 #include <support/catch.hpp>
-#include <support/quantized.hpp>
 #include <support/tiny_model.hpp>
+#include <support/tiny_training.hpp>
 
 using namespace prefillshare;
 using namespace prefillshare::test;
@@ -109,22 +108,7 @@ int check_gradients(TrainPass<double>& pass, TrainableModel<double>& model, cons
   return checked;
 }
 
-std::map<std::string, codegemm::QuantizedMatrix> random_matrices(const LlamaModel<DenseLinear>& model,
-                                                                 std::uint64_t seed) {
-  codegemm::test::Rng rng(seed);
-  const codegemm::Format formats[] = {{8, 2, 4, -1}, {4, 1, 5, 8}, {2, 3, 4, 16}};
-  std::map<std::string, codegemm::QuantizedMatrix> out;
-  std::size_t i = 0;
-  for_each_linear(model, [&](const std::string& name, const DenseLinear& layer) {
-    if (name == "lm_head" && model.config.tied_embeddings) return;
-    if (name == "model.layers.1.mlp.gate_proj") return;  // one stays dense
-    codegemm::QuantizedMatrix matrix =
-        codegemm::test::random_matrix(formats[i++ % 3], layer.rows(), layer.cols(), rng);
-    for (codegemm::Half& value : matrix.scales()) value = codegemm::Half::from_float(rng.uniform(0.1F, 0.3F));
-    out.emplace(name, std::move(matrix));
-  });
-  return out;
-}
+float any_scale(Rng& rng, const DenseLinear&) { return rng.uniform(0.1F, 0.3F); }
 
 }  // namespace
 
@@ -261,7 +245,7 @@ TEST_CASE("gradients of codebooks, scales and norms are those of finite differen
     const Problem<double> problem(config, 931);
     auto pass = TrainPass<double>::create(config, 16, 64, serial).value();
     const auto base = random_model(config, 932);
-    auto matrices = random_matrices(*base, 933);
+    auto matrices = random_matrices(*base, 933, any_scale);
     auto model = TrainableModel<double>::codebooks(base, matrices).value();
     const int norms = 2 * (config.qk_norm ? 4 : 2) + 1;
     CHECK(check_gradients(pass, model, problem.batch, 934) ==
@@ -298,7 +282,7 @@ TEST_CASE("gradients of codebooks, scales and norms are those of finite differen
 TEST_CASE("fp32 gradients are near the double ones, and the same bits for any workers", "[train]") {
   const ModelConfig config = variants()[1].config;
   const auto base = random_model(config, 941);
-  const auto matrices = random_matrices(*base, 942);
+  const auto matrices = random_matrices(*base, 942, any_scale);
   const Problem<double> problem(config, 943);
   const Problem<float> problem32(config, 943);
   for (const int kind : {0, 1, 2}) {

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -52,17 +51,6 @@ double served_loss(const LlamaModel<DenseLinear>& base, const LlamaModel<DenseLi
     sum += std::log(total) - static_cast<double>(row[example.target[static_cast<std::size_t>(i)]]);
   }
   return sum / static_cast<double>(rows);
-}
-
-std::vector<float> values_of(const TrainableModel<float>& model) {
-  std::vector<float> out;
-  for (const Parameter<float>& p : model.parameters())
-    out.insert(out.end(), p.value.span().begin(), p.value.span().end());
-  return out;
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 }  // namespace

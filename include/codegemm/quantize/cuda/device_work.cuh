@@ -13,15 +13,13 @@
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 
-#include <codegemm/cuda/cublas.cuh>
 #include <codegemm/cuda/device_array.cuh>
-#include <codegemm/cuda/launch.cuh>
+#include <codegemm/cuda/stream_work.cuh>
 
 namespace codegemm::cuda::detail {
 
-/// The first failure is kept and what comes after it is left out, until finish() gives it. One thread, one
-/// stream.
-class DeviceWork {
+/// What the quantizer does on a device, step by step.
+class DeviceWork : public StreamWork {
  public:
   [[nodiscard]] static Result<DeviceWork> create(const Device& device, cudaStream_t stream) {
     Result<std::shared_ptr<Cublas>> cublas = Cublas::create();
@@ -29,20 +27,10 @@ class DeviceWork {
     return DeviceWork(device, stream, *std::move(cublas));
   }
 
-  [[nodiscard]] const Device& device() const noexcept { return device_; }
-  [[nodiscard]] cudaStream_t stream() const noexcept { return stream_; }
-  [[nodiscard]] bool ok() const noexcept { return status_.ok(); }
-
   /// Waits; the first failure since the last call.
   [[nodiscard]] Status finish() {
     synchronize();
-    return std::exchange(status_, Status());
-  }
-  void synchronize() {
-    if (ok()) keep(cuda_status(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"));
-  }
-  void keep(Status status) {
-    if (ok()) static_cast<void>(status_ = std::move(status));
+    return take();
   }
 
   /// Room for `size` elements; what was there is lost where it did not suffice.
@@ -61,11 +49,8 @@ class DeviceWork {
   template <class T>
   void copy(T* to, const T* from, std::int64_t count, cudaMemcpyKind kind) {
     if (!ok() || count == 0) return;
-    keep(cuda_status(cudaMemcpyAsync(to, from, static_cast<std::size_t>(count) * sizeof(T), kind, stream_),
-                     "cudaMemcpyAsync"));
-  }
-  void zero(void* to, std::size_t bytes) {
-    if (ok() && bytes > 0) keep(cuda_status(cudaMemsetAsync(to, 0, bytes, stream_), "cudaMemsetAsync"));
+    check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(count) * sizeof(T), kind, stream()),
+          "cudaMemcpyAsync");
   }
   /// `values`, which may go then.
   template <class T>
@@ -84,27 +69,6 @@ class DeviceWork {
     return out;
   }
 
-  template <class Args>
-  void start(void (*kernel)(Args), const Args& args, dim3 grid, int threads, std::size_t shared = 0) {
-    if (!ok() || grid.x == 0) return;
-    LaunchShape shape;
-    shape.grid = grid;
-    shape.threads = static_cast<unsigned>(threads);
-    shape.shared_bytes = shared;
-    keep(launch(kernel, shape, args, stream_));
-  }
-  template <class Args>
-  void start(void (*kernel)(Args), const Args& args, std::int64_t blocks, int threads) {
-    start(kernel, args, dim3(static_cast<unsigned>(blocks)), threads);
-  }
-
-  /// body(handle) gives a cublasStatus_t. cuBLAS counts columns first: it sees every matrix transposed.
-  template <class Body>
-  void blas(const char* what, Body&& body) {
-    if (!ok()) return;
-    const Result<cublasHandle_t> handle = cublas_->in(stream_);
-    keep(handle.ok() ? Cublas::status_of(body(*handle), what) : handle.status());
-  }
   /// out[rows][width] = a[rows][inner] b[inner][width]; rows of a and b are a_stride and b_stride apart.
   void multiply(const float* a, std::int64_t a_stride, const float* b, std::int64_t b_stride,
                 std::int64_t rows, std::int64_t inner, std::int64_t width, float* out) {
@@ -123,12 +87,7 @@ class DeviceWork {
 
  private:
   DeviceWork(const Device& device, cudaStream_t stream, std::shared_ptr<Cublas> cublas)
-      : device_(device), stream_(stream), cublas_(std::move(cublas)) {}
-
-  Device device_;
-  cudaStream_t stream_ = nullptr;
-  std::shared_ptr<Cublas> cublas_;
-  Status status_;
+      : StreamWork(device, stream, std::move(cublas), false) {}
 };
 
 }  // namespace codegemm::cuda::detail

@@ -28,22 +28,25 @@
 namespace prefillshare::cuda {
 
 /// Minimizes the Kullback-Leibler divergence of the student's next-token distribution from the teacher's,
-/// mean over the tokens of sequences, by AdamW. Each tensor learns at options.rate times its root mean
-/// square at the beginning. Codes stay, or move with the gradient (CodeMoveOptions). The teacher runs once
-/// over all sequences; its last hidden states are kept (hidden_size numbers a token). Of TrainOptions
-/// `sharing` and `max_tokens` have no meaning here. The same bits for the same seed on the same card, so
-/// that a run that was killed is run again. One read back from the device a step. S: TrainStorage.
+/// mean over the tokens of sequences, by AdamW; with a share s of labels (1 - s) of it and s times the
+/// cross-entropy of the text's own next token (section 2 of arXiv 1503.02531, at temperature 1). Each tensor
+/// learns at options.rate times its root mean square at the beginning. Codes stay, or move with the gradient
+/// (CodeMoveOptions). The teacher runs once over all sequences; its last hidden states are kept (hidden_size
+/// numbers a token). Of TrainOptions `sharing` and `max_tokens` have no meaning here. The same bits for the
+/// same seed on the same card, so that a run that was killed is run again. One read back from the device a
+/// step. S: TrainStorage.
 template <TrainStorage S>
 class DeviceDistiller {
  public:
   /// Trains `student`, which must outlive the distiller, as must the stream; the teacher has its config.
-  /// Errors: kInvalidArgument for options and for a sequence of fewer than 2 tokens or more than
-  /// context_length, with its number; kShapeMismatch for a teacher of another config; those of
-  /// DeviceTrainPass.
+  /// Errors: kInvalidArgument for options, for a share of labels outside 0..1, and for a sequence of fewer
+  /// than 2 tokens or more than context_length, with its number; kShapeMismatch for a teacher of another
+  /// config; those of DeviceTrainPass.
   [[nodiscard]] static Result<DeviceDistiller> create(
       TrainableModel<float>& student, std::shared_ptr<const DeviceFrozenWeights<S>> teacher,
       std::vector<std::vector<std::int32_t>> sequences, const TrainOptions& options, const Device& device,
-      cudaStream_t stream, Activations activations = Activations::kKept, const CodeMoveOptions& moves = {}) {
+      cudaStream_t stream, Activations activations = Activations::kKept, const CodeMoveOptions& moves = {},
+      double label_share = 0.0) {
     if (teacher == nullptr) return codegemm::error(StatusCode::kNullPointer, "DeviceDistiller: no teacher");
     if (Status s = prefillshare::detail::check_train_options(options); !s.ok()) return s;
     const ModelConfig& c = student.config();
@@ -60,6 +63,10 @@ class DeviceDistiller {
                              moves.rate, " every ", moves.every, " steps until ", moves.until,
                              " of them: must be 0 or more, 1 or more and in 0..1");
     }
+    if (!(label_share >= 0.0 && label_share <= 1.0)) {
+      return codegemm::error(StatusCode::kInvalidArgument, "DeviceDistiller: a share of labels of ",
+                             label_share, ", must be in 0..1");
+    }
     std::int64_t longest = 0;
     for (const auto& tokens : sequences) longest = std::max(longest, std::ssize(tokens));
     const std::int64_t rows = std::max(options.pass_tokens, longest);
@@ -75,6 +82,7 @@ class DeviceDistiller {
     try {
       DeviceDistiller out(student, std::move(teacher), *std::move(pass), *std::move(weights),
                           *std::move(optimizer), *std::move(stepper), options);
+      out.label_share_ = label_share;
       out.sequences_ = std::move(sequences);
       out.order_ =
           prefillshare::detail::ExampleOrder(static_cast<std::int64_t>(out.sequences_.size()), options);
@@ -274,10 +282,13 @@ class DeviceDistiller {
   }
 
   [[nodiscard]] Status ask_teacher() {
-    for (std::size_t i = 0; i < sequences_.size(); ++i) {
+    for (std::size_t i = 0; i < sequences_.size();) {
+      S* const to = hidden_of(i);  // of sequences that lie one after the other
       batch_.clear();
-      append(sequences_[i]);
-      if (Status s = pass_.hidden(teacher_->view(), batch_, hidden_of(i)); !s.ok()) return s;
+      do append(sequences_[i++]);
+      while (i < sequences_.size() &&
+             std::ssize(batch_.tokens) + targets_of(sequences_[i]) <= pass_.max_rows());
+      if (Status s = pass_.hidden(teacher_->view(), batch_, to); !s.ok()) return s;
     }
     pass_.train_stream().synchronize();
     return pass_.train_stream().take();
@@ -303,6 +314,7 @@ class DeviceDistiller {
       }
       batch_.teacher = teacher_rows_.data();
       batch_.teacher_head = teacher_->view().head();
+      batch_.label_share = label_share_;
       if (Status s = body(losses_.data() + done); !s.ok()) return s;
       done += std::ssize(batch_.labels);
     }
@@ -319,6 +331,7 @@ class DeviceDistiller {
   CodeMoveOptions move_options_;
   std::optional<detail::DeviceCodeMoves> moves_;
   std::int64_t codes_moved_ = 0;
+  double label_share_ = 0.0;
   Sequences sequences_;
   std::vector<std::int64_t> first_;  // [sequences]: its first row in hidden_
   prefillshare::detail::ExampleOrder order_;

@@ -34,6 +34,8 @@ struct DeviceLossBatch {
   /// learned in place of the labels. Null: no teacher.
   const S* teacher = nullptr;
   const S* teacher_head = nullptr;  ///< [vocab][hidden], device memory: the teacher's output layer
+  /// 0 to 1, beside a teacher: how much of what is learned are the labels after all.
+  double label_share = 0.0;
 
   /// No rows, no prefixes, no teacher.
   void clear() {
@@ -43,6 +45,7 @@ struct DeviceLossBatch {
     labels.clear();
     prefixes = {};
     teacher = teacher_head = nullptr;
+    label_share = 0.0;
   }
 };
 
@@ -67,7 +70,7 @@ class SentBatch {
     return input_.allocate(3 * r + 4 * segments +
                            2 * (AttentionTiles::most(r * (c_.heads / c_.kv_heads), segments) +
                                 AttentionTiles::most(r, segments)) +
-                           2 * r + 3 * r + 1 + 2);
+                           2 * r + 3 * r + 1 + 3);
   }
 
   /// Before anything of the batch is used.
@@ -96,6 +99,8 @@ class SentBatch {
     if (at != rows) return wrong("segments cover ", at, " of ", rows, " rows");
     if (batch.teacher != nullptr && batch.teacher_head == nullptr)
       return codegemm::error(StatusCode::kNullPointer, "LossBatch: a teacher without its output layer");
+    if (!(batch.label_share >= 0.0 && batch.label_share <= 1.0))
+      return wrong("a share of labels of ", batch.label_share, ", must be in 0..1");
     if (batch.labels.size() != batch.loss_rows.size())
       return wrong(batch.labels.size(), " labels for ", batch.loss_rows.size(), " rows");
     for (const auto* ids : {&batch.tokens, &batch.labels}) {
@@ -142,7 +147,8 @@ class SentBatch {
     loss_list_.resize(static_cast<std::size_t>(loss_count_), static_cast<std::int32_t>(rows) - 1);
     label_list_.assign(batch.labels.begin(), batch.labels.end());
     label_list_.resize(static_cast<std::size_t>(loss_count_), 0);
-    const LossNumbers numbers{scale, static_cast<std::int32_t>(batch.loss_rows.size())};
+    const LossNumbers numbers{scale, static_cast<std::int32_t>(batch.loss_rows.size()),
+                              static_cast<float>(batch.label_share)};
 
     using Ints = std::span<const std::int32_t>;
     if (Status s = input_.begin(); !s.ok()) return s;

@@ -103,6 +103,7 @@ class LossHead {
       DistillationArgs args;
       args.logits = logits_.data();
       args.teacher = teacher_logits_.data();
+      args.labels = in.labels + first;
       args.losses = losses_.data() + first;
       args.d = backward ? d_logits_.data() : nullptr;
       args.stride = stride_;

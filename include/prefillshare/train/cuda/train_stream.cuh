@@ -17,7 +17,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
-#include <codegemm/cuda/launch.cuh>
+#include <codegemm/cuda/stream_work.cuh>
 #include <prefillshare/model/cuda/dense_linear.cuh>
 #include <prefillshare/model/cuda/staged_input.cuh>
 
@@ -29,8 +29,8 @@ concept TrainStorage = std::same_as<S, float> || std::same_as<S, __nv_bfloat16>;
 
 namespace detail {
 
-/// Copies move with it; one thread, one stream.
-class TrainStream {
+/// A pass in its stream. Its kernels wait for those before them by themselves.
+class TrainStream : public codegemm::cuda::StreamWork {
  public:
   [[nodiscard]] static Result<TrainStream> create(const Device& device, cudaStream_t stream) {
     Result<std::shared_ptr<Cublas>> cublas = Cublas::create();
@@ -38,48 +38,12 @@ class TrainStream {
     return TrainStream(device, stream, *std::move(cublas));
   }
 
-  [[nodiscard]] const Device& device() const noexcept { return device_; }
-  [[nodiscard]] cudaStream_t stream() const noexcept { return stream_; }
-  [[nodiscard]] bool ok() const noexcept { return status_.ok(); }
   /// Before a capture: the handle is in the stream.
   void bind() {
-    if (!ok()) return;
-    static_cast<void>(status_ = cublas_->in(stream_).status());
-  }
-  void keep(Status status) {
-    if (ok()) static_cast<void>(status_ = std::move(status));
-  }
-  /// The first failure since the last call.
-  [[nodiscard]] Status take() { return std::exchange(status_, Status()); }
-
-  template <class Args>
-  void start(void (*kernel)(Args), const Args& args, dim3 grid, int threads, std::size_t shared = 0) {
-    if (!ok() || grid.x == 0 || grid.y == 0) return;
-    codegemm::cuda::LaunchShape shape;
-    shape.grid = grid;
-    shape.threads = static_cast<unsigned>(threads);
-    shape.shared_bytes = shared;
-    shape.overlap = device_.arch >= 90;
-    static_cast<void>(status_ = codegemm::cuda::launch(kernel, shape, args, stream_));
-  }
-  /// A grid along x.
-  template <class Args>
-  void start(void (*kernel)(Args), const Args& args, std::int64_t blocks, int threads) {
-    start(kernel, args, dim3(static_cast<unsigned>(blocks)), threads);
-  }
-
-  void check(cudaError_t code, const char* what) {
-    if (code != cudaSuccess) static_cast<void>(cudaGetLastError());
-    if (ok()) static_cast<void>(status_ = codegemm::cuda::cuda_status(code, what));
-  }
-  void zero(void* to, std::size_t bytes) {
-    if (ok() && bytes > 0) check(cudaMemsetAsync(to, 0, bytes, stream_), "cudaMemsetAsync");
+    blas("cuBLAS", [](cublasHandle_t) { return CUBLAS_STATUS_SUCCESS; });
   }
   void copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
-    if (ok() && bytes > 0) check(cudaMemcpyAsync(to, from, bytes, kind, stream_), "cudaMemcpyAsync");
-  }
-  void synchronize() {
-    if (ok()) check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+    if (ok() && bytes > 0) check(cudaMemcpyAsync(to, from, bytes, kind, stream()), "cudaMemcpyAsync");
   }
 
   // Row-major products; cuBLAS, which counts columns first, sees every matrix transposed. Sums are fp32.
@@ -106,7 +70,7 @@ class TrainStream {
 
  private:
   TrainStream(const Device& device, cudaStream_t stream, std::shared_ptr<Cublas> cublas)
-      : device_(device), stream_(stream), cublas_(std::move(cublas)) {}
+      : StreamWork(device, stream, std::move(cublas), device.arch >= 90) {}
 
   template <class T>
   static constexpr cudaDataType_t kType = std::is_same_v<T, float> ? CUDA_R_32F : CUDA_R_16BF;
@@ -116,24 +80,13 @@ class TrainStream {
                 std::int64_t k, const S* a, std::int64_t lda, const S* b, std::int64_t ldb, float beta, Y* c,
                 std::int64_t ldc) {
     if (!ok() || m == 0 || n == 0 || k == 0) return;
-    const Result<cublasHandle_t> handle = cublas_->in(stream_);
-    if (!handle.ok()) {
-      static_cast<void>(status_ = handle.status());
-      return;
-    }
     const float alpha = 1.0F;
     const auto i = [](std::int64_t x) { return static_cast<int>(x); };
-    static_cast<void>(
-        status_ = Cublas::status_of(
-            cublasGemmEx(*handle, op_a, op_b, i(m), i(n), i(k), &alpha, a, kType<S>, i(lda), b, kType<S>,
-                         i(ldb), &beta, c, kType<Y>, i(ldc), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
-            "cublasGemmEx"));
+    blas("cublasGemmEx", [&](cublasHandle_t handle) {
+      return cublasGemmEx(handle, op_a, op_b, i(m), i(n), i(k), &alpha, a, kType<S>, i(lda), b, kType<S>,
+                          i(ldb), &beta, c, kType<Y>, i(ldc), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+    });
   }
-
-  Device device_;
-  cudaStream_t stream_ = nullptr;
-  std::shared_ptr<Cublas> cublas_;
-  Status status_;
 };
 
 /// Makes arrays and keeps the first failure.

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -37,7 +38,8 @@ struct DeviceBlockGradients {
 template <TrainStorage S>
 class DeviceTrainable {
  public:
-  /// A copy of `model`'s parameters; its dense model is read too, and nothing is kept of either.
+  /// A copy of `model`'s parameters; its dense model is read too, but for the weights of layers of codes, and
+  /// nothing is kept of either.
   /// kUnsupported as check_trainable(), kOutOfMemory, kCudaError.
   [[nodiscard]] static Result<DeviceTrainable> create(const TrainableModel<float>& model,
                                                       const Device& device, cudaStream_t stream) {
@@ -245,18 +247,20 @@ class DeviceTrainable {
     if (full_) return {};
     const LlamaModel<DenseLinear>& source = *model.source();
     const detail::WeightsLayout at = layout();
+    const std::map<std::string, codegemm::QuantizedMatrix> codes = model.matrices();
+    std::set<std::string> coded;  // the dense model need not have these
+    for (const auto& [name, matrix] : codes) coded.insert(name);
     DeviceArray<float> dense;
     detail::Allocations memory;
-    memory.make(dense, at.matrices());
+    memory.zeros(dense, at.matrices());
     if (Status s = memory.finish(); !s.ok()) return s.with_prefix("DeviceTrainable");
-    if (Status s = detail::upload_matrices(source, dense.data()); !s.ok()) return s;
+    if (Status s = detail::upload_matrices(source, dense.data(), {}, coded); !s.ok()) return s;
     detail::round_to(ts, dense.data(), matrices_.data(), at.matrices());
     ts.synchronize();
     if (Status s = ts.take(); !s.ok()) return s;
 
     std::map<std::string, std::size_t> number;
     for (const Parameter<float>& p : model.parameters()) number.emplace(p.name, number.size());
-    const std::map<std::string, codegemm::QuantizedMatrix> codes = model.matrices();
     Status status;
     bool keep_dense = false;
     at.for_each_matrix(

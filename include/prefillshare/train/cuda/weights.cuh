@@ -8,10 +8,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include <prefillshare/model/block_reader.hpp>
 #include <prefillshare/model/dense_linear.hpp>
 #include <prefillshare/model/llama.hpp>
 #include <prefillshare/train/cuda/kernels/elementwise.cuh>
@@ -164,22 +166,48 @@ struct DeviceWeightsView {
   [[nodiscard]] const float* final_norm() const { return vectors + WeightsLayout(*config).final_norm(); }
 };
 
-/// All matrices of a dense model, in fp32 on the device.
-[[nodiscard]] inline Status upload_matrices(const LlamaModel<DenseLinear>& model, float* to) {
+/// All matrices of a dense model but those whose names are in `skipped`, in fp32 on the device. Blocks come
+/// from `read` where there is one, each freed before the next. kNullPointer for a layer without weights.
+[[nodiscard]] inline Status upload_matrices(const LlamaModel<DenseLinear>& model, float* to,
+                                            const BlockReader& read = {},
+                                            const std::set<std::string>& skipped = {}) {
   const WeightsLayout at(model.config);
   Status status;
   const auto upload = [&](std::int64_t offset, const float* from, std::int64_t size) {
-    if (!status.ok()) return;
     static_cast<void>(status = codegemm::cuda::cuda_status(
                           cudaMemcpy(to + offset, from, static_cast<std::size_t>(size) * sizeof(float),
                                      cudaMemcpyHostToDevice),
                           "cudaMemcpy"));
   };
   upload(0, model.embedding->data(), at.table());
-  at.for_each_matrix(model,
-                     [&](const std::string&, const DenseLinear& layer, std::int64_t offset, std::int64_t) {
-                       upload(offset, layer.weights().data, layer.rows() * layer.cols());
-                     });
+  LlamaLayer<DenseLinear> block;  // as it was read
+  std::int64_t at_hand = -1;
+  std::int64_t number = 0;
+  at.for_each_matrix(
+      model, [&](const std::string& name, const DenseLinear& own, std::int64_t offset, std::int64_t) {
+        const std::int64_t i = number++;
+        if (!status.ok() || skipped.count(name) > 0) return;
+        const DenseLinear* layer = &own;
+        if (read && i < 7 * model.config.layers) {
+          if (at_hand != i / 7) {
+            Result<LlamaLayer<DenseLinear>> next = read(i / 7);
+            if (!next.ok()) {
+              static_cast<void>(status = next.status());
+              return;
+            }
+            block = *std::move(next);
+            at_hand = i / 7;
+          }
+          const DenseLinear* const parts[] = {&block.q,    &block.k,  &block.v,   &block.o,
+                                              &block.gate, &block.up, &block.down};
+          layer = parts[i % 7];
+        }
+        if (layer->weights().data == nullptr) {
+          static_cast<void>(status = codegemm::error(StatusCode::kNullPointer, name, " has no weights"));
+          return;
+        }
+        upload(offset, layer->weights().data, own.rows() * own.cols());
+      });
   // cudaMemcpy from pageable memory may return before the device has the last of it, and what reads it runs
   // in another stream.
   if (status.ok()) {
@@ -223,9 +251,11 @@ void round_to(TrainStream& ts, const float* from, S* to, std::int64_t size) {
 template <TrainStorage S>
 class DeviceFrozenWeights {
  public:
-  /// A copy of `model`. kUnsupported as check_trainable(), kOutOfMemory, kCudaError.
+  /// A copy of `model`, whose blocks come from `read` where there is one. kUnsupported as check_trainable(),
+  /// kNullPointer for a layer without weights, kOutOfMemory, kCudaError, errors of `read`.
   [[nodiscard]] static Result<DeviceFrozenWeights> create(const LlamaModel<DenseLinear>& model,
-                                                          const Device& device, cudaStream_t stream) {
+                                                          const Device& device, cudaStream_t stream,
+                                                          const BlockReader& read = {}) {
     if (Status s = check_trainable(model); !s.ok()) return s;
     Result<detail::TrainStream> ts = detail::TrainStream::create(device, stream);
     if (!ts.ok()) return ts.status();
@@ -239,7 +269,7 @@ class DeviceFrozenWeights {
     memory.copy<float>(out.vectors_, detail::merged_vectors(model));
     memory.copy<float>(out.biases_, detail::merged_biases(model));
     if (Status s = memory.finish(); !s.ok()) return s.with_prefix("DeviceFrozenWeights");
-    if (Status s = detail::upload_matrices(model, source.data()); !s.ok()) return s;
+    if (Status s = detail::upload_matrices(model, source.data(), read); !s.ok()) return s;
     detail::round_to(*ts, source.data(), out.matrices_.data(), at.matrices());
     ts->synchronize();
     if (Status s = ts->take(); !s.ok()) return s;

@@ -81,6 +81,24 @@ __device__ __forceinline__ void stage_row(float* shared, const S* row, int head_
   __syncwarp();
 }
 
+// A warp's place in its block, and the row and head that it takes.
+struct WarpItem {
+  int lane;
+  int warp;
+  std::int64_t item;  // into [rows][heads]
+  std::int64_t row;
+  int head;
+};
+__device__ __forceinline__ WarpItem warp_item(int heads) {
+  WarpItem out;
+  out.lane = static_cast<int>(threadIdx.x) % 32;
+  out.warp = static_cast<int>(threadIdx.x) / 32;
+  out.item = static_cast<std::int64_t>(blockIdx.x) * kAttentionWarps + out.warp;
+  out.row = out.item / heads;
+  out.head = static_cast<int>(out.item - out.row * heads);
+  return out;
+}
+
 // A warp takes a query row and a head.
 template <class S>
 __global__ void __launch_bounds__(kAttentionThreads)
@@ -88,12 +106,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
   wait_for_previous_kernel();
   allow_next_kernel();
   __shared__ float queries[kAttentionWarps][kAttentionHead];
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * kAttentionWarps + warp;
-  const std::int64_t row = item / a.heads;
+  const auto [lane, warp, item, row, head] = warp_item(a.heads);
   if (row >= a.rows) return;
-  const int head = static_cast<int>(item - row * a.heads);
   const int kv = head / (a.heads / a.kv_heads);
   const DeviceSegment s = a.segments[a.segment_of[row]];
   const int keys = s.prefix + static_cast<int>(row) - s.first + 1;
@@ -140,12 +154,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
   allow_next_kernel();
   __shared__ float queries[kAttentionWarps][kAttentionHead];
   __shared__ float gradients[kAttentionWarps][kAttentionHead];
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * kAttentionWarps + warp;
-  const std::int64_t row = item / a.heads;
+  const auto [lane, warp, item, row, head] = warp_item(a.heads);
   if (row >= a.rows) return;
-  const int head = static_cast<int>(item - row * a.heads);
   const int kv = head / (a.heads / a.kv_heads);
   const DeviceSegment s = a.segments[a.segment_of[row]];
   const int keys = s.prefix + static_cast<int>(row) - s.first + 1;
@@ -194,12 +204,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
   allow_next_kernel();
   __shared__ float keys[kAttentionWarps][kAttentionHead];
   __shared__ float values[kAttentionWarps][kAttentionHead];
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * kAttentionWarps + warp;
-  const std::int64_t row = item / a.kv_heads;
+  const auto [lane, warp, item, row, kv] = warp_item(a.kv_heads);
   if (row >= a.rows) return;
-  const int kv = static_cast<int>(item - row * a.kv_heads);
   const int group = a.heads / a.kv_heads;
   const DeviceSegment s = a.segments[a.segment_of[row]];
   float* const key = keys[warp];

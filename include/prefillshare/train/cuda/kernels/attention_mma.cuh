@@ -152,6 +152,41 @@ struct GroupedRows {
   }
 };
 
+// Keys and values of KV head `kv` that a tile of query rows sees, in two stages: one is read while the other
+// is brought.
+template <class Tile>
+struct KeyStages {
+  using E = __nv_bfloat16;
+  const AttentionArgs& a;
+  const DeviceSegment& s;
+  int kv;
+  int keys;
+  E* pairs;  // [2][k, v]
+
+  __device__ __forceinline__ void load(int base, int stage) const {
+    E* const to = pairs + stage * Tile::kPair;
+    load_tile<Tile, Tile::kOther>(to, a.q, [&](int r) {
+      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.k, a.prefix_k) : nullptr;
+    });
+    load_tile<Tile, Tile::kOther>(to + Tile::kOther * Tile::kStride, a.q, [&](int r) {
+      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.v, a.prefix_v) : nullptr;
+    });
+    end_copy_group();
+  }
+  // The pair from key `base` on, which load() was called for; the one behind it is on its way then.
+  __device__ __forceinline__ const E* take(int base, int stage) const {
+    __syncthreads();  // the tiles before these are used up
+    if (base + Tile::kOther < keys) {
+      load(base + Tile::kOther, stage ^ 1);
+      wait_for_copies<1>();
+    } else {
+      wait_for_copies<0>();
+    }
+    __syncthreads();
+    return pairs + stage * Tile::kPair;
+  }
+};
+
 // Block (x, y): kRows query rows of tile x (segment, first row) and KV head y.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads)
@@ -172,16 +207,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
   });
   const int last = min(rows.begin + Tile::kRows, rows.end) - 1;
   const int keys = s.prefix + last / group + 1;
-  const auto load_keys = [&](int base, E* to) {
-    load_tile<Tile, Tile::kOther>(to, a.q, [&](int r) {
-      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.k, a.prefix_k) : nullptr;
-    });
-    load_tile<Tile, Tile::kOther>(to + Tile::kOther * Tile::kStride, a.q, [&](int r) {
-      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.v, a.prefix_v) : nullptr;
-    });
-    end_copy_group();
-  };
-  load_keys(0, pairs);
+  const KeyStages<Tile> stages{a, s, kv, keys, pairs};
+  stages.load(0, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int mine = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4;  // and mine + 8
   const int seen[2] = {s.prefix + rows.query(mine) + 1, s.prefix + rows.query(mine + 8) + 1};
@@ -190,16 +217,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
   float sum[2] = {0.0F, 0.0F};
   const float scale_log2 = a.scale * kLog2E;
   for (int base = 0, stage = 0; base < keys; base += Tile::kOther, stage ^= 1) {
-    const E* const k = pairs + stage * Tile::kPair;
+    const E* const k = stages.take(base, stage);
     const E* const v = k + Tile::kOther * Tile::kStride;
-    __syncthreads();  // the tiles before these are used up
-    if (base + Tile::kOther < keys) {
-      load_keys(base + Tile::kOther, pairs + (stage ^ 1) * Tile::kPair);
-      wait_for_copies<1>();
-    } else {
-      wait_for_copies<0>();
-    }
-    __syncthreads();
     float p[Tile::kOther / 8][4];
     multiply_rows<Tile, Tile::kOther>(p, q, static_cast<int>(threadIdx.x) / 32 * 16, k);
 #pragma unroll
@@ -275,16 +294,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
   end_copy_group();
   const int last = min(rows.begin + Tile::kRows, rows.end) - 1;
   const int keys = s.prefix + last / group + 1;
-  const auto load_keys = [&](int base, E* to) {
-    load_tile<Tile, Tile::kOther>(to, a.q, [&](int r) {
-      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.k, a.prefix_k) : nullptr;
-    });
-    load_tile<Tile, Tile::kOther>(to + Tile::kOther * Tile::kStride, a.q, [&](int r) {
-      return base + r < keys ? key_row<E>(a, s, base + r, kv, a.v, a.prefix_v) : nullptr;
-    });
-    end_copy_group();
-  };
-  load_keys(0, pairs);
+  const KeyStages<Tile> stages{a, s, kv, keys, pairs};
+  stages.load(0, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int mine = warp_row + lane / 4;  // and mine + 8
@@ -315,16 +326,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
   float dq[Tile::kDim / 8][4] = {};
   const float scale_log2 = a.scale * kLog2E;
   for (int base = 0, stage = 0; base < keys; base += Tile::kOther, stage ^= 1) {
-    const E* const k = pairs + stage * Tile::kPair;
+    const E* const k = stages.take(base, stage);
     const E* const v = k + Tile::kOther * Tile::kStride;
-    __syncthreads();  // the tiles before these are used up
-    if (base + Tile::kOther < keys) {
-      load_keys(base + Tile::kOther, pairs + (stage ^ 1) * Tile::kPair);
-      wait_for_copies<1>();
-    } else {
-      wait_for_copies<0>();
-    }
-    __syncthreads();
     float p[Tile::kOther / 8][4];
     float dp[Tile::kOther / 8][4];
     multiply_rows<Tile, Tile::kOther>(p, q, warp_row, k);

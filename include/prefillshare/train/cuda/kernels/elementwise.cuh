@@ -78,8 +78,9 @@ __global__ void __launch_bounds__(kElementThreads)
 
 // Of a batch: read by kernels, since a graph may be replayed for others.
 struct LossNumbers {
-  float scale = 0.0F;      // of the gradient
-  std::int32_t count = 0;  // loss rows; those behind have no gradient
+  float scale = 0.0F;        // of the gradient
+  std::int32_t count = 0;    // loss rows; those behind have no gradient
+  float label_share = 0.0F;  // of the labels beside a teacher
 };
 
 struct CrossEntropyArgs {
@@ -168,10 +169,13 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
 }
 
 struct DistillationArgs {
-  const float* logits = nullptr;   // [gridDim.x][stride], the student's
-  const float* teacher = nullptr;  // [gridDim.x][stride]
-  float* losses = nullptr;  // [gridDim.x], sum of p log(p / q): p the teacher's softmax, q the student's
-  void* d = nullptr;        // [gridDim.x][stride], scale * (q - p); or null
+  const float* logits = nullptr;         // [gridDim.x][stride], the student's
+  const float* teacher = nullptr;        // [gridDim.x][stride]
+  const std::int32_t* labels = nullptr;  // [gridDim.x]
+  // [gridDim.x]: (1 - s) sum of p log(p / q) - s log q(label), with p the teacher's softmax, q the student's
+  // and s the labels' share.
+  float* losses = nullptr;
+  void* d = nullptr;  // [gridDim.x][stride], scale * (q - (1 - s) p - s (one hot)); or null
   std::int64_t stride = 0;
   const LossNumbers* numbers = nullptr;
   int first = 0;  // loss row of the first block
@@ -193,14 +197,16 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
   S* const d = a.d == nullptr ? nullptr : static_cast<S*>(a.d) + blockIdx.x * a.stride;
   const bool padding = a.first + static_cast<int>(blockIdx.x) >= a.numbers->count;
   const float scale = padding ? 0.0F : a.numbers->scale;
+  const float of_label = a.numbers->label_share;
+  const int label = a.labels[blockIdx.x];
   float loss = 0.0F;
   const auto slope = [&](float x, float t, int i) {
     if (i >= a.vocab) return 0.0F;
     const float log_p = t - p_log;
     const float log_q = x - q_log;
-    const float chance = __expf(log_p);
-    loss += chance * (log_p - log_q);
-    return (__expf(log_q) - chance) * scale;
+    const float chance = __expf(log_p) * (1.0F - of_label);
+    loss += chance * (log_p - log_q) - (i == label ? of_label * log_q : 0.0F);
+    return (__expf(log_q) - chance - (i == label ? of_label : 0.0F)) * scale;
   };
   for (int i = static_cast<int>(threadIdx.x) * 4; i < a.stride; i += 4 * kCrossEntropyThreads) {
     const float4 x = *reinterpret_cast<const float4*>(row + i);
