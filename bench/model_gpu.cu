@@ -2,8 +2,9 @@
 //
 // bench/model_gpu.cu - suite model-gpu: whole decoders at the shapes of Llama-3.1 8B and 70B on the GPU, with
 // random weights: decode steps as CUDA graphs behind a context, and prefill. Layers of codes beside the same
-// weights dense, multiplied by cuBLAS, and one token by our own kernel too; and steps of sequences whose
-// contexts begin alike, with that beginning read for each and once for all.
+// weights dense, multiplied by cuBLAS, by its own choice of algorithms and by those that are fastest when all
+// that it proposes are tried, and one token by our own kernel too; and steps of sequences whose contexts
+// begin alike, with that beginning read for each and once for all.
 //
 // First the logits of one prompt by both are compared, then those of a step of one token by each. A step is
 // timed over many replays behind a full
@@ -11,8 +12,9 @@
 // weights, K and V.
 //
 // usage: model-gpu [--json FILE] [--quick] [--model 8b|70b]... [--format NAME] [--context TOKENS] [--steps N]
-//                  [--no-dense] [--once]
-//   --once  one decode step of each model outside of a graph, and no timing: for a profiler
+//                  [--no-dense] [--once] [--few-keys N]
+//   --few-keys  up to so many keys appending and attention of one sequence are one kernel
+//   --once      one decode step of each model outside of a graph, and no timing: for a profiler
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -43,6 +45,7 @@ struct Options {
   int steps = 200;
   bool dense = true;
   bool once = false;
+  int few_keys = kFewKeys;
 };
 
 // A cache of `sequences` contexts, whose pages are filled.
@@ -153,7 +156,7 @@ Measured measure_decode(const Model& model, int batch, const Options& options, c
   Measured out;
   using Graph = DecodeGraph<typename Model::Linear, typename Model::Head>;
   auto made = Graph::capture(model, cache.storage, workspace, batch, std::ssize(table.indices), false, device,
-                             stream);
+                             stream, options.few_keys);
   check(made.status());
   Graph& graph = **made;
   DecodeStep step;
@@ -292,6 +295,7 @@ class Suite {
       if (options_.once && batch > 1) break;
       const std::vector<float> logits = decode(name, options_.format, coded, batch);
       if (dense) compare(name, logits, decode(name, "fp16", *beside, batch));
+      if (dense && batch > 1) searched(name, "fp16, searched", *beside, batch, logits);
       if (batch > 1) continue;
       // The same with cuBLAS's products.
       set_one_token(coded, OneToken::kCublas);
@@ -300,6 +304,14 @@ class Suite {
       if (!dense) continue;
       set_one_token(*beside, OneToken::kCublas);
       compare(name, logits, decode(name, "fp16 by cuBLAS", *beside, batch));
+      searched(name, "fp16 by cuBLAS, searched", *beside, batch, logits);
+      // Those that cuBLAS reads at nine tenths of the bandwidth by itself, the others in our own kernel.
+      for (auto& l : beside->layers) {
+        for (Dense* layer : {&l.qkv, &l.o, &l.down}) layer->set_one_token(OneToken::kStream);
+      }
+      compare(name, logits, decode(name, "fp16, gate and up and the head by cuBLAS", *beside, batch));
+      for (auto& l : beside->layers) l.down.set_one_token(OneToken::kCublas);
+      compare(name, logits, decode(name, "fp16, all but qkv and o by cuBLAS", *beside, batch));
       set_one_token(*beside, OneToken::kStream);
     }
     if (options_.once) return;
@@ -343,6 +355,7 @@ class Suite {
                      {"weights", weights},
                      {"batch", batch},
                      {"context", options_.context},
+                     {"few_keys", options_.few_keys},
                      {"step_us", m.step_us},
                      {"loop_us", m.loop_us},
                      {"tokens_per_s", batch * 1e6 / m.loop_us},
@@ -350,6 +363,16 @@ class Suite {
                      {"share_of_read", share}});
     write();
     return m.logits;
+  }
+  /// The same by the algorithms that are fastest; the model is as it was afterwards.
+  void searched(const std::string& name, const std::string& weights, DenseModel& model, int batch,
+                const std::vector<float>& logits) {
+    auto made = CublasProducts::create();
+    check(made.status());
+    const std::shared_ptr<CublasProducts> products = std::move(*made);
+    check(search_products(model, batch, products, stream_));
+    compare(name, logits, decode(name, weights, model, batch));
+    set_products(model, nullptr);
   }
   template <class Model>
   void shared(const std::string& name, const std::string& weights, const Model& model, int batch) {
@@ -415,6 +438,7 @@ int program(int argc, char** argv) {
        {"--context", Option::value(options.context)},
        {"--steps", Option::value(options.steps)},
        {"--no-dense", Option::flag(options.dense, false)},
+       {"--few-keys", Option::value(options.few_keys)},
        {"--once", Option::flag(options.once)}});
   if (options.context < 1 || options.steps < 5)
     throw std::runtime_error("--context from 1, --steps from 5 on");

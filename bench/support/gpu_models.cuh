@@ -17,6 +17,7 @@
 #include <codegemm/cuda/dequantize.cuh>
 #include <prefillshare/model/cuda/dense_linear.cuh>
 #include <prefillshare/model/cuda/modules.cuh>
+#include <prefillshare/model/cuda/search_products.cuh>
 
 #include "gpu_timing.cuh"
 

@@ -4,6 +4,8 @@
 // Layer: cpu (host only).
 #pragma once
 
+#include <cstddef>
+
 #include <codegemm/cpu/lookup_args.hpp>
 #include <codegemm/cpu/lookup_avx2.hpp>
 
@@ -107,7 +109,7 @@ CODEGEMM_TARGET_AVX512 FlushStats flush_stats_avx512(const float* sums, std::int
         __m512 v[std::size_t{kTogether}];
         CODEGEMM_UNROLL
         for (int n = 0; n < kTogether; ++n) {
-          v[n] = _mm512_loadu_ps(sums + i + 16 * n);
+          v[n] = _mm512_loadu_ps(sums + i + std::ptrdiff_t{16} * n);
           power[n] = _mm512_fmadd_ps(v[n], v[n], power[n]);
         }
         CODEGEMM_UNROLL

@@ -64,6 +64,14 @@ class Cublas {
     return any_.handle;
   }
 
+  /// Whether a stream was added.
+  [[nodiscard]] bool has_added(cudaStream_t stream) const {
+    for (const Bound& one : added_) {
+      if (one.stream == stream) return true;
+    }
+    return false;
+  }
+
   /// A cuBLAS code as a Status.
   [[nodiscard]] static Status status_of(cublasStatus_t code, const char* what) {
     if (code == CUBLAS_STATUS_SUCCESS) return {};

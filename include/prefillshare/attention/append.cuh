@@ -48,6 +48,20 @@ struct AppendProblem {
   bool overlap = false;
 };
 
+namespace detail {
+
+[[nodiscard]] inline RopeArgs rope_args(const DeviceRope& rope) {
+  RopeArgs out;
+  out.cos = rope.cos;
+  out.sin = rope.sin;
+  out.frequencies = rope.frequencies;
+  out.positions = static_cast<int>(rope.positions);
+  out.interleaved = rope.layout == RopeLayout::kInterleaved;
+  return out;
+}
+
+}  // namespace detail
+
 /// Everything that run() refuses, with the numbers; looks at no device memory. head_dim: any multiple of 16
 /// up to 256.
 template <class T, class C>
@@ -117,9 +131,7 @@ template <class T, class C>
   args.indptr = p.table.indptr;
   args.indices = p.table.indices;
   args.last_page_len = p.table.last_page_len;
-  args.cos = p.rope.cos;
-  args.sin = p.rope.sin;
-  args.frequencies = p.rope.frequencies;
+  args.rope = detail::rope_args(p.rope);
   args.tokens = static_cast<int>(p.k.rows);
   args.sequences = p.table.sequences;
   args.heads = p.heads;
@@ -127,8 +139,6 @@ template <class T, class C>
   args.head_dim = p.kv.head_dim;
   args.page_size = p.kv.page_size;
   args.pages = p.kv.pages;
-  args.positions = static_cast<int>(p.rope.positions);
-  args.interleaved = p.rope.layout == RopeLayout::kInterleaved;
   args.overlap = p.overlap && device.arch >= 90;
   const std::int64_t heads = (args.q != nullptr ? args.heads : 0) + std::int64_t{2} * args.kv_heads;
   const std::int64_t threads = p.k.rows * heads * (args.head_dim / 16);

@@ -98,7 +98,10 @@ template <class T, class C>
   int bytes = 0;
   static_cast<void>(codegemm::first_match(
       HeadSizes{}, [&](auto c) { return c.kHeadDim == head_dim; },
-      [&](auto c) { bytes = TailShape<T, C, c.kHeadDim>::kSharedBytes; }));
+      [&](auto c) {
+        using Tail = TailShape<T, C, c.kHeadDim>;
+        bytes = Tail::kSharedBytes + kBoxBarrierBytes<Tail>;
+      }));
   bytes += 1024;  // the system's
   return device.multiprocessors * std::clamp((device.shared_bytes + 1024) / bytes, 1, 2);
 }
@@ -260,7 +263,13 @@ template <DecodeSort Sort, class T, class Y, class C>
             Sort == DecodeSort::kAlone
                 ? Tail::kSharedBytes
                 : std::max({Tail::kSharedBytes, Few::kSharedBytes, Some::kSharedBytes, Many::kSharedBytes});
-        const auto attend = decode_kernel<Tail, Few, Some, Many, Sort>;
+        auto attend = decode_kernel<Tail, Few, Some, Many, Sort, false>;
+        if constexpr (Sort == DecodeSort::kAlone && kHasBoxes<Tail>) {
+          if (device.arch >= 90 && describe_pages(p.kv, args.maps)) {
+            attend = decode_kernel<Tail, Few, Some, Many, Sort, true>;
+            shape.shared_bytes += kBoxBarrierBytes<Tail>;
+          }
+        }
         static_cast<void>(status = codegemm::cuda::launch(attend, shape, args, stream));
         if (!status.ok() || (Sort == DecodeSort::kAlone && merge.shared_only)) return;
         // The fewer rows, the more parts each has, and the more warps to share them.

@@ -154,6 +154,7 @@ template <class T, class Y, class C>
       [&](auto c) {
         if constexpr (!detail::kIsFp8<C>) {
           if (wgmma) {
+            args.boxes = detail::describe_pages(p.kv, args.maps);
             static_cast<void>(status =
                                   detail::launch_prefill_wgmma<T, c.kHeadDim>(args, tiles, device, stream));
             return;

@@ -28,9 +28,15 @@ TEST_CASE("cuda gemm: a small one of each kind", "[gpu]") {
   check<BFloat16, float>({{8, 2, 8, 128}, 33, 2048, 1, false, 0}, device, seed++);
   check<Half, Half>({{4, 1, 8, 32}, 700, 544, 1}, device, seed++);
   check<Half, Half>({{4, 1, 8, 32}, 400, 5000, 1}, device, seed++);
-  check<Half, Half>({{8, 2, 8, 128}, 5200, 4096, 1}, device, seed++);  // blocks of more than 20 row tiles
+  check<Half, Half>({{8, 2, 8, 128}, 5200, 4096, 2}, device, seed++);  // two tokens in one pass
   check<Half, float>({{16, 3, 6, 48}, 40, 1600, 1}, device, seed++);
   check<Half, Half>({{4, 1, 8, 128}, 40, 16384, 1, false, 0, alone}, device, seed++);
+}
+
+TEST_CASE("cuda gemm: so many row tiles that blocks are large", "[gpu]") {
+  const cuda::Device device = gpu_or_skip();
+  check<Half, Half>({{4, 1, 8, 128}, 31000, 4096, 1}, device, seed_or(700));
+  check<Half, Half>({{8, 2, 8, -1}, 32000, 4096, 1, true, 8}, device, seed_or(701));
 }
 
 TEST_CASE("cuda gemm: tuned formats on every edge of their tiles", "[gpu]") {

@@ -132,6 +132,9 @@ TEST_CASE("cuda decode: a small one of each kind") {
   check<BFloat16, float>(
       {{16, cuda::KvLayout::kNhd, 1, 4, 64}, {90, 100, 80, 200}, {{0, 3, 5}}, cuda::SharedPath::kAlways},
       seed);
+  check<Half, float>(
+      {{5, cuda::KvLayout::kHnd, 1, 4, 64}, {90, 100, 80, 200}, {{0, 3, 16}}, cuda::SharedPath::kAlways},
+      seed);
 }
 
 TEST_CASE("cuda decode: groups, page sizes, head sizes, layouts") {
@@ -184,6 +187,9 @@ TEST_CASE("cuda decode: shared prefixes") {
     check<Half, Half>({{16, cuda::KvLayout::kNhd, 1, 20, 64}, uneven, {{0, 5, 40}}, path}, seed);
     check<BFloat16, float>({{16, cuda::KvLayout::kHnd, 8, 16, 128}, uneven, {{0, 3, 40}, {3, 2, 43}}, path},
                            seed);
+    // What is shared ends within a page, since the first sequence does: no tile behind begins at one.
+    check<Half, Half>({{16, cuda::KvLayout::kNhd, 2, 4, 128}, {633, 900, 1100, 633}, {{0, 4, 40}}, path},
+                      seed);
     // Groups of few, some and many query rows, the first two sharing more than the crossover.
     std::vector<int> mixed(50, 1100);
     std::fill(mixed.begin() + 11, mixed.end(), 333);

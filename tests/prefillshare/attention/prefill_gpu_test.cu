@@ -87,6 +87,7 @@ void check(const BatchShape& shape, const std::vector<int>& lengths, const std::
 
 TEST_CASE("cuda prefill: a small one of each kind") {
   check<Half, Half>({16, cuda::KvLayout::kNhd, 1, 4, 128}, {50, 70}, {50, 3}, seed_or(1));
+  check<Half, float>({16, cuda::KvLayout::kNhd, 2, 4, 64}, {300}, {260}, seed_or(1));
   check<BFloat16, float>({5, cuda::KvLayout::kHnd, 2, 3, 64}, {70}, {70}, seed_or(1));
 }
 

@@ -206,7 +206,83 @@ void check_layer(std::int64_t rows, std::int64_t cols, const cuda::Device& devic
   }
 }
 
+// Products whose algorithm was searched: they need rows that lie together.
+template <class T>
+void check_searched(std::int64_t rows, std::int64_t cols, std::int64_t tokens, const cuda::Device& device) {
+  CAPTURE(rows, cols, tokens);
+  Rng rng(static_cast<std::uint64_t>(rows * cols));
+  const std::vector<T> weights =
+      random_values<T>(rng, rows * cols, 1.0F / std::sqrt(static_cast<float>(cols)));
+  const std::vector<T> x = random_values<T>(rng, tokens * cols, 1.0F);
+  auto cublas = cuda::Cublas::create();
+  require_ok(cublas.status());
+  auto layer = cuda::DeviceDenseLinear<T>::create(
+      *cublas, std::make_shared<const cuda::DeviceArray<T>>(*cuda::DeviceArray<T>::copy_of(weights)), rows,
+      cols);
+  require_ok(layer.status());
+  layer->set_one_token(cuda::OneToken::kCublas);
+  auto made = cuda::CublasProducts::create();
+  require_ok(made.status());
+  const std::shared_ptr<cuda::CublasProducts> products = std::move(*made);
+  layer->set_products(products);
+  DeviceBuffer<T> x_device(x);
+  const auto cells = static_cast<std::size_t>(tokens * rows);
+  DeviceBuffer<T> low(std::vector<T>(cells, static_cast<T>(7.0F)));
+  DeviceBuffer<float> full(std::vector<float>(cells, 3.0F));
+  const void* const w = layer->weights()->data();
+  cudaStream_t stream = nullptr;
+  REQUIRE_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  CHECK_FALSE(products->has(layer->product(tokens)));
+  CHECK(products->run(layer->product(tokens), w, x_device.data(), low.data(), nullptr).code() ==
+        codegemm::StatusCode::kUnsupported);
+  require_ok(products->search(layer->product(tokens), {&w, 1}, x_device.data(), low.data(), stream));
+  for (const bool adds : {false, true}) {
+    require_ok(
+        products->search(layer->product(tokens, true, adds), {&w, 1}, x_device.data(), full.data(), stream));
+    CHECK(products->has(layer->product(tokens, true, adds)));
+  }
+  CHECK_FALSE(products->has(layer->product(tokens + 1)));
+  REQUIRE_CUDA(cudaStreamDestroy(stream));
+  cuda::LinearCall call;
+  call.device = device;
+  const MatrixView<const T> view(x_device.data(), tokens, cols);
+  require_ok(layer->forward(view, MatrixView<T>(low.data(), tokens, rows), call));
+  require_ok(layer->project(view, MatrixView<float>(full.data(), tokens, rows), call));
+  require_ok(layer->add(view, MatrixView<float>(full.data(), tokens, rows), call));
+  REQUIRE_CUDA(cudaDeviceSynchronize());
+  REQUIRE(low.guards_intact());
+  REQUIRE(full.guards_intact());
+  const auto got = low.download();
+  const auto got_full = full.download();
+  int wrong = 0;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (std::int64_t n = 0; n < rows; ++n) {
+      double sum = 0.0;
+      double all = 0.0;
+      for (std::int64_t k = 0; k < cols; ++k) {
+        const double part = at(x, t * cols + k) * at(weights, n * cols + k);
+        sum += part;
+        all += std::abs(part);
+      }
+      const double off = static_cast<double>(cols) * 0x1p-24 * all;
+      const double ulp = std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8;
+      wrong += std::abs(at(got, t * rows + n) - sum) <= off + ulp * std::abs(sum) + 1e-6 ? 0 : 1;
+      wrong +=
+          std::abs(at(got_full, t * rows + n) - 2.0 * sum) <= 2.0 * off + 0x1p-22 * std::abs(sum) ? 0 : 1;
+    }
+  }
+  CHECK(wrong == 0);
+}
+
 }  // namespace
+
+TEST_CASE("a dense layer's products by an algorithm that was searched equal double loops") {
+  const auto device = gpu_or_skip();
+  check_searched<__half>(64, 128, 1, device);
+  check_searched<__half>(1040, 2048, 1, device);
+  check_searched<__half>(80, 1088, 8, device);
+  check_searched<__nv_bfloat16>(256, 576, 3, device);
+}
 
 TEST_CASE("a dense layer's products of few and many tokens equal double loops") {
   const auto device = gpu_or_skip();

@@ -362,7 +362,7 @@ TEST_CASE("a graph that goes on with its own tokens generates what single steps 
   const auto host = rounded_model<__half>(config, seed_or(61));
   const auto model = upload_dense<__half>(*host);
   using Graph = cuda::DecodeGraph<Dense<__half>, Dense<__half>>;
-  const auto generate = [&](bool feed, float temperature) {
+  const auto generate = [&](bool feed, float temperature, std::int64_t few_keys = cuda::kFewKeys) {
     ForwardRig<__half> rig(*model, device, 8);
     std::vector<Sequence> sequences;
     for (int i = 0; i < 2; ++i) {
@@ -370,8 +370,8 @@ TEST_CASE("a graph that goes on with its own tokens generates what single steps 
       require_ok(rig.allocator->reserve(sequences.back(), 40));
     }
     const std::vector<const Sequence*> pointers{&sequences[0], &sequences[1]};
-    auto graph =
-        take(Graph::capture(*model, rig.storage, rig.workspace, 2, 16, false, device, rig.stream.get));
+    auto graph = take(
+        Graph::capture(*model, rig.storage, rig.workspace, 2, 16, false, device, rig.stream.get, few_keys));
     std::vector<std::int32_t> last{5, 9};
     std::vector<std::int32_t> out;
     PageTable table;
@@ -397,6 +397,9 @@ TEST_CASE("a graph that goes on with its own tokens generates what single steps 
   CHECK(generate(true, 0.0F) == generate(false, 0.0F));
   CHECK(generate(true, 1.5F) == generate(false, 1.5F));
   CHECK(generate(true, 1.5F) != generate(true, 0.0F));
+  // Appending and attention in one kernel, apart, and apart from 33 keys on.
+  CHECK(generate(true, 0.0F) == generate(true, 0.0F, 0));
+  CHECK(generate(true, 0.0F) == generate(true, 0.0F, 32));
 }
 
 TEST_CASE("sampling draws from the softmax, and takes the lowest of equal logits without a temperature") {

@@ -347,6 +347,18 @@ TEST_CASE("gradients on the GPU are the same bits again, and where activations a
 
 namespace {
 
+/// The model with no weights in its blocks' linear layers but in that one.
+std::shared_ptr<const LlamaModel<DenseLinear>> without_weights(const LlamaModel<DenseLinear>& model,
+                                                               const std::string& but = {}) {
+  const auto out = std::make_shared<LlamaModel<DenseLinear>>(model);
+  for_each_linear(*out, [&](const std::string& name, DenseLinear& layer) {
+    if (name == "lm_head" || name == but) return;
+    layer = DenseLinear::without_weights(layer.rows(), layer.cols(),
+                                         std::vector<float>(layer.bias().begin(), layer.bias().end()));
+  });
+  return out;
+}
+
 template <class S>
 std::shared_ptr<const DeviceFrozenWeights<S>> on_device(const LlamaModel<DenseLinear>& base,
                                                         const Device& device, cudaStream_t stream) {
@@ -854,12 +866,7 @@ TEST_CASE("distillation on the GPU brings a quantized model nearer to the dense 
   CHECK(std::abs(idle->divergence(d.sequences).value()) <= 1e-6);
 
   // The same model read a block at a time: but for one layer without codes, weights are not there else.
-  const auto hollow = std::make_shared<LlamaModel<DenseLinear>>(*d.dense);
-  for_each_linear(*hollow, [](const std::string& name, DenseLinear& layer) {
-    if (name == "lm_head" || name == "model.layers.1.mlp.gate_proj") return;
-    layer = DenseLinear::without_weights(layer.rows(), layer.cols(),
-                                         std::vector<float>(layer.bias().begin(), layer.bias().end()));
-  });
+  const auto hollow = without_weights(*d.dense, "model.layers.1.mlp.gate_proj");
   CHECK(DeviceFrozenWeights<Distilling::S>::create(*hollow, d.device, d.stream.get).status().code() ==
         StatusCode::kNullPointer);
   auto read =
@@ -1021,12 +1028,7 @@ TEST_CASE("calibration on the GPU gives layers the inputs and weights of the hos
     const Variant v = variants()[which];
     const auto model = random_model(v.config, 1031);
     // The GPU's run has no weights but those of the block that it reads.
-    auto hollow = std::make_shared<LlamaModel<DenseLinear>>(*model);
-    for_each_linear(*hollow, [](const std::string& name, DenseLinear& layer) {
-      if (name == "lm_head") return;
-      layer = DenseLinear::without_weights(layer.rows(), layer.cols(),
-                                           std::vector<float>(layer.bias().begin(), layer.bias().end()));
-    });
+    const auto hollow = without_weights(*model);
     const auto read = [&](std::int64_t index) -> Result<LlamaLayer<DenseLinear>> {
       return model->layers.at(static_cast<std::size_t>(index));
     };

@@ -156,17 +156,18 @@ __device__ __forceinline__ void push(unsigned address, float value, unsigned bar
       "r"(__float_as_uint(value)), "r"(barrier)
       : "memory");
 }
-// The same with eight values, at a multiple of 16 bytes.
+// The same with four values, at a multiple of 16 bytes.
+__device__ __forceinline__ void push4(unsigned address, const float4& values, unsigned barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          address),
+      "r"(__float_as_uint(values.x)), "r"(__float_as_uint(values.y)), "r"(__float_as_uint(values.z)),
+      "r"(__float_as_uint(values.w)), "r"(barrier)
+      : "memory");
+}
 __device__ __forceinline__ void push8(unsigned address, const float (&values)[8], unsigned barrier) {
-#pragma unroll
-  for (int i = 0; i < 8; i += 4) {
-    asm volatile(
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::
-            "r"(address + static_cast<unsigned>(i) * 4U),
-        "r"(__float_as_uint(values[i])), "r"(__float_as_uint(values[i + 1])),
-        "r"(__float_as_uint(values[i + 2])), "r"(__float_as_uint(values[i + 3])), "r"(barrier)
-        : "memory");
-  }
+  push4(address, make_float4(values[0], values[1], values[2], values[3]), barrier);
+  push4(address + 16U, make_float4(values[4], values[5], values[6], values[7]), barrier);
 }
 // What was pushed lies in shared memory, of which no cache holds a copy: the scope of the block is enough.
 __device__ __forceinline__ void wait_for_pushes(unsigned barrier) {
@@ -230,9 +231,26 @@ __device__ __forceinline__ void arrive_and_expect(unsigned barrier, unsigned byt
 __device__ __forceinline__ void arrive_after_copies(unsigned barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
+// `bytes` (a multiple of 16) into shared memory, counted at the barrier. One thread.
+__device__ __forceinline__ void copy_bulk(unsigned shared, const void* from, unsigned bytes,
+                                          unsigned barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
 // The description of a tensor, in global or parameter memory, is brought to where copies look for it.
 __device__ __forceinline__ void prefetch_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+// A box of a four-dimensional tensor, from these coordinates on, into this block.
+__device__ __forceinline__ void copy_box_4(unsigned shared, const void* map, int x, int y, int z, int w,
+                                           unsigned barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
+      : "memory");
 }
 // A box of a two-dimensional tensor, from (column, row) on, into the same place of every block in `blocks`.
 __device__ __forceinline__ void copy_box(unsigned shared, const void* map, int column, int row,

@@ -50,6 +50,7 @@ struct WgmmaFragments {
   int row_of_lane = 0;
   unsigned stream_of_lane = 0;  // from the codes of a step to those that the lane reads
   unsigned select = 0;          // the byte permute that makes the address of byte 0
+  int vector_of_lane = 0;       // without ldmatrix: which vector of eight columns the lane's pair is in
 
   __device__ __forceinline__ void begin(const char* table_memory, int code_bits, int scale_steps, int lane) {
     table = table_memory;
@@ -68,6 +69,8 @@ struct WgmmaFragments {
                                          (V == 16 ? half * Table::kPlaneBytes : 0));
     } else {
       lane_bytes = static_cast<unsigned>(lane) * 4U % static_cast<unsigned>(Table::kPlaneBytes);
+      vector_of_lane = 2 * q % (kLaneSpan < 8 ? kLaneSpan : 8) / V;
+      select = 0x7604U + (static_cast<unsigned>(vector_of_lane * kCodebooks) << 4);
     }
   }
 
@@ -76,7 +79,6 @@ struct WgmmaFragments {
     unsigned rows[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int k = 16 * step + 8 * half + 2 * q;
       const int owner = kLaneSpan >= 16  ? 16 * step / kLaneSpan
                         : kLaneSpan == 8 ? 2 * step + half
                                          : 4 * step + 2 * half + q / 2;
@@ -90,7 +92,7 @@ struct WgmmaFragments {
 #pragma unroll
       for (int e = 0; e < 2; ++e) out.scales[half][e] = scale_pairs[e];
       if constexpr (!kRows) {
-        const int vector = k % kLaneSpan / V;
+        const int vector = (16 * step + 8 * half) % kLaneSpan / V;  // of lane 0
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
 #pragma unroll
@@ -191,10 +193,10 @@ struct WgmmaFragments {
   [[nodiscard]] __device__ __forceinline__ unsigned pair(unsigned row, int vector, int c, int half) const {
     const int p = vector * kCodebooks + c;
     if constexpr (Config::kCodeBytes == 1) {
-      const unsigned at = __byte_perm(row, lane_bytes, 0x7604U | (static_cast<unsigned>(p) << 4));
+      const unsigned at = __byte_perm(row, lane_bytes, select + (static_cast<unsigned>(p) << 4));
       return Table::lookup_pair(table, at, Table::plane(c, bits));
     } else {
-      const unsigned code = row >> (16 * p) & 0xFFFFU;
+      const unsigned code = row >> (16 * (vector_of_lane * kCodebooks + p)) & 0xFFFFU;
       const std::uint16_t* const centroid = codebooks + ((static_cast<unsigned>(c) << bits) + code) * V;
       return __ldg(reinterpret_cast<const unsigned*>(centroid) + (8 * half + 2 * q) % V / 2);
     }

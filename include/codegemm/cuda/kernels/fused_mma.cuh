@@ -47,8 +47,8 @@ struct FusedMmaShape {
   static_assert(Tokens == 8 || Tokens == 16, "codegemm: fused_mma_kernel Tokens must be 8 or 16");
   static constexpr int kLaneSpan = Config::kSets / Config::kCodebooks * Config::kVecLen;  // k of a lane
   static constexpr int kWarps = kFusedMmaThreads / 32;
-  static constexpr int kSlabSpan = 16 * kLaneSpan;  // k of a slab
-  static constexpr int kGroup = 4;                  // row tiles between two barriers
+  static constexpr int kSlabSpan = 16 * kLaneSpan;                // k of a slab
+  static constexpr int kGroup = Config::kCodeBytes == 2 ? 1 : 4;  // row tiles between two barriers
   using Table = CentroidTable<Config::kVecLen, Config::kCodebooks>;
 
   [[nodiscard]] static __host__ __device__ constexpr int table_bytes(int bits) {
@@ -243,6 +243,23 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
       }
     }
   }
+  [[maybe_unused]] const auto load_wide = [&](unsigned row, int p, int c, unsigned(&vector)[V / 2]) {
+    const unsigned code = p == 0 ? row & 0xFFFFU : row >> 16;
+    detail::load_centroid<V>(codebooks + ((static_cast<unsigned>(c) << a.code_bits) + code) * V, vector);
+  };
+  // What the first tile takes of them comes while the kernel before ends.
+  constexpr bool kLooksAhead = Config::kCodeBytes == 2 && Tokens == 8;
+  [[maybe_unused]] unsigned first_centroids[kLooksAhead ? 8 * Config::kSets : 1][V / 2];
+  if constexpr (kLooksAhead) {
+    if (slab0 + warp < slab1) {
+#pragma unroll
+      for (int i = 0; i < 8 * Config::kSets; ++i) {
+        const int p = i % Config::kSets;
+        const unsigned select = i / Config::kSets % 2 == 0 ? select0 : select1;
+        load_wide(codes[i / Config::kSets / 2].row(select), p, p % kCodebooks, first_centroids[i]);
+      }
+    }
+  }
   detail::wait_for_previous_kernel();
 
   int stage = 0;
@@ -250,7 +267,8 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   unsigned x[4 * kChunkSteps][2 * kHalves];  // fragments of x: the lane's four k of tokens r and r + 8
   // ptxas would keep 16 tokens in the order of the loads, and move four words in front of every product.
   const unsigned zero = Tokens == 16 ? static_cast<unsigned>(a.tokens) >> 31 : 0U;
-  for (int window = slab0; window < slab1;) {
+  int window = slab0;
+  const auto multiply_window = [&](auto first) {
     const int slab = window + warp;
     const int warps = min(kWarps, slab1 - window);  // that have a slab
     const bool last_window = window + kWarps >= slab1;
@@ -278,7 +296,7 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
 
     const int half_tile = half * a.rows.half_tiles;
     float* const half_sums = block_sums + half * (Tokens * block_rows);
-    for (int group = 0; group < tiles; group += Shape::kGroup) {
+    const auto multiply_group = [&](auto looked_up, int group) {
       float* const of_stage = warp_sums + ((stage * Shape::kGroup * kWarps) << log_sums);
       const int end = min(group + Shape::kGroup, tiles);
       if (slab < slab1) {
@@ -334,10 +352,12 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
                       unsigned vector[V / 2];
                       if constexpr (Config::kCodeBytes == 1) {
                         Table::lookup(table, Table::address(rows[e], p, lane_bytes), c, a.code_bits, vector);
+                      } else if constexpr (decltype(looked_up)::value) {
+#pragma unroll
+                        for (int w = 0; w < V / 2; ++w)
+                          vector[w] = first_centroids[(j * 2 + e) * Config::kSets + p][w];
                       } else {
-                        const unsigned code = p == 0 ? rows[e] & 0xFFFFU : rows[e] >> 16;
-                        detail::load_centroid<V>(
-                            codebooks + ((static_cast<unsigned>(c) << a.code_bits) + code) * V, vector);
+                        load_wide(rows[e], p, c, vector);
                       }
 #pragma unroll
                       for (int w = 0; w < V / 2; ++w) {
@@ -429,7 +449,13 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
         }
       }
       stage ^= 1;  // the other half of the sums: nobody still reads it
+    };
+    int group = 0;
+    if constexpr (decltype(first)::value) {
+      multiply_group(first, group);
+      group += Shape::kGroup;
     }
+    for (; group < tiles; group += Shape::kGroup) multiply_group(std::false_type{}, group);
     window += kWarps;
     if (last_window && Gated && half == 0) {
       half = 1;
@@ -439,7 +465,9 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
         if constexpr (Config::kCodeBytes == 2) codebooks = codebooks_of(1);
       }
     }
-  }
+  };
+  if constexpr (kLooksAhead) multiply_window(std::true_type{});
+  while (window < slab1) multiply_window(std::false_type{});
   if (direct) return;
   __syncthreads();
 

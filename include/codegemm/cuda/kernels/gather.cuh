@@ -231,9 +231,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     return first_row + i;
   };
   const int share = kCluster ? a.slots * 16 : tiles * 16;
-  if (a.out.row_scales != nullptr && static_cast<int>(threadIdx.x) < share) {  // no register to spare for it
-    const int row = row_of(static_cast<int>(threadIdx.x));
-    if (row >= 0 && row < a.out.rows) detail::prefetch_l1(a.out.row_scales + row);
+  if constexpr (kSteps == 5 || kSteps < 0) {
+    // No register to spare for it.
+    if (a.out.row_scales != nullptr && static_cast<int>(threadIdx.x) < share) {
+      const int row = row_of(static_cast<int>(threadIdx.x));
+      if (row >= 0 && row < a.out.rows) detail::prefetch_l1(a.out.row_scales + row);
+    }
   }
   auto ones = detail::ones_of<Book, kSteps, kHalf>();
   if constexpr (kHalf) asm volatile("" : "+r"(ones.bytes[0]), "+r"(ones.bytes[1]));  // not later

@@ -24,8 +24,7 @@ inline constexpr bool kHalfPsumbook = requires {
 namespace detail {
 
 // A configuration with fewer warps, for blocks of few row tiles: what every warp does before its first
-// look-up is then done by fewer of them, and issued sooner. And where 32 warps have 33 to 40 tiles, 20 of
-// them end sooner with two each.
+// look-up is then done by fewer of them, and issued sooner.
 template <class Config>
 struct Narrow : Config {
   static constexpr int kThreads = 640;

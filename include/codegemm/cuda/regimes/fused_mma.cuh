@@ -175,7 +175,7 @@ struct FusedMmaRegime {
     args.code_bits = w.format.b;
     args.rows = cut_rows(w.layout.first_tile, w.layout.parts, plan.tiles_per_block, gated(p));
     args.slabs_per_split = plan.slabs_per_split;
-    args.tiles_ahead = p.tuning.rounds_ahead;
+    args.tiles_ahead = plan.tiles_per_block > 2 ? p.tuning.rounds_ahead : 0;  // few come at once anyway
     args.x_aligned = aligned(args.x, 16) && p.x.stride % 8 == 0;
     args.codebook_bytes = static_cast<unsigned>(w.layout.row_scales_at - w.layout.codebooks_at);
     args.out = from_token<Y>(output_of(p), token);

@@ -15,22 +15,9 @@
 #include <codegemm/cuda/launch.cuh>
 #include <codegemm/cuda/problem.cuh>
 #include <codegemm/cuda/regimes/fused_wgmma_plan.hpp>
+#include <codegemm/cuda/tensor_map.cuh>
 
 namespace codegemm::cuda::detail {
-
-// The driver's function that describes a tensor to the copy engine; null where there is none. Asked once, so
-// that no program has to link the driver.
-[[nodiscard]] inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
-  static const auto encoder = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                              cudaEnableDefault, &found);
-    if (code != cudaSuccess || found != cudaDriverEntryPointSuccess) function = nullptr;
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
-  return encoder;
-}
 
 /// The regime over a config_list of fused configurations, see configs.cuh; with or without SwiGLU.
 template <class Configs, bool SwiGlu = true>

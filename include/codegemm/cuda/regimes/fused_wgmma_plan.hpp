@@ -54,7 +54,6 @@ struct FusedWgmmaLimits {
   constexpr double kEvenBytesACycle = 17.0;      // while all do
   const int row_tiles = limits.halves ? 8 : 16;  // of a cluster, in each half
   const std::int64_t row_blocks = cut_rows(l.first_tile, l.parts, row_tiles, limits.halves).blocks();
-  constexpr int kCodeStages = 2;
   const auto divide_up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const std::int64_t slab_span = std::int64_t{16} * limits.lane_span;
   const std::int64_t slabs = divide_up(cols, slab_span);
@@ -63,7 +62,14 @@ struct FusedWgmmaLimits {
   for (const int tile : {32, 64, 128, 256}) {
     if (tuning.token_tile != 0 && tile != tuning.token_tile) continue;
     const std::size_t stage = static_cast<std::size_t>(tile) * 128;
-    const std::size_t fixed = limits.table_bytes + kCodeStages * limits.code_stage_bytes + limits.other_bytes;
+    // With few tokens a slab is multiplied before the next one has come from memory.
+    int code_stages = tile < 128 ? 4 : tile == 128 ? 3 : 2;
+    std::size_t fixed = 0;
+    for (;; --code_stages) {
+      fixed = limits.table_bytes + limits.other_bytes +
+              static_cast<std::size_t>(code_stages) * limits.code_stage_bytes;
+      if (code_stages == 2 || fixed + 6 * stage <= limits.shared_bytes) break;
+    }
     if (fixed + 3 * stage > limits.shared_bytes) continue;
     const auto x_stages = static_cast<int>(
         std::min((limits.shared_bytes - fixed) / stage, static_cast<std::size_t>(limits.max_stages)));
@@ -72,7 +78,7 @@ struct FusedWgmmaLimits {
     const double steps_of_slab = limits.lane_span;  // of 16 k
     // As measured on an H200, in cycles of its clock.
     const double step =
-        std::max(std::max(0.9 * tile + 45.0, 0.38 * tile + 128.0) + limits.lookup_cycles, limits.step_cycles);
+        std::max(std::max(0.9 * tile + 38.0, 0.47 * tile + 112.0) + limits.lookup_cycles, limits.step_cycles);
     const double slab_cycles = steps_of_slab * step;
     const double product_cycles = kProductCycles + kTokenCycles * tile;  // beside its slabs
     for (int splits = 1; splits <= 8; ++splits) {
@@ -96,7 +102,7 @@ struct FusedWgmmaLimits {
       p.token_blocks = static_cast<int>(token_blocks);
       p.row_tiles = row_tiles;
       p.x_stages = x_stages;
-      p.code_stages = kCodeStages;
+      p.code_stages = code_stages;
       p.shared_bytes = fixed + static_cast<std::size_t>(x_stages) * stage;
       p.cost = s.whole * (static_cast<double>(slabs) * slab_cycles + product_cycles);
       const double block_bytes = static_cast<double>(piece_bytes) / 2.0;

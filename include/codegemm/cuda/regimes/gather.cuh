@@ -161,15 +161,15 @@ struct GatherRegime {
     return static_cast<std::int64_t>(w.layout.row_tiles) * w.layout.tile_bytes;
   }
 
-  // Whether the warps of a smaller block have enough to do: a row tile each at most, or two where some of the
-  // larger block would have two and most of them one.
+  // Whether a smaller block is faster, as measured on an H200: where it has little to do in all, so that its
+  // start counts, or where some warps of the larger one would have two tiles and most of them one.
   template <class Config, class Problem>
   [[nodiscard]] static bool narrow(const Problem& p, const Device& device) {
-    constexpr int kNarrow = Narrow<Config>::kThreads / 32;
-    constexpr int kWide = Config::kThreads / 32;
+    constexpr int kMostTiles = 128;  // of all granules
     const GatherPlan plan = GatherRegime::plan<Narrow<Config>, 1>(p.weights, device, gated(p), p.tuning);
     const int tiles = plan.tiles_per_block;
-    return plan.cluster && plan.groups == 1 && (tiles <= kNarrow || (tiles > kWide && tiles <= 2 * kNarrow));
+    const bool uneven = tiles > Config::kThreads / 32 && tiles <= 2 * (Narrow<Config>::kThreads / 32);
+    return plan.cluster && plan.groups == 1 && (tiles * plan.granules_per_block <= kMostTiles || uneven);
   }
 
   template <class Config, int Tokens, class Problem>

@@ -19,6 +19,8 @@
 #include <codegemm/cuda/device.cuh>
 #include <codegemm/cuda/launch.cuh>
 #include <codegemm/cuda/problem.cuh>
+#include <codegemm/cuda/tensor_map.cuh>
+#include <prefillshare/attention/cuda/block/page_boxes.cuh>
 #include <prefillshare/attention/cuda/block/page_loader.cuh>
 #include <prefillshare/attention/cuda/kv_pages.hpp>
 #include <prefillshare/kv/element.hpp>
@@ -195,6 +197,25 @@ template <class T>
   out.page_size = kv.page_size;
   out.pages = kv.pages;
   return out;
+}
+
+// Whether the pages have boxes: whole ones, and strides that the copy engine takes.
+template <class C>
+[[nodiscard]] bool describe_pages(const KvPages<const C>& kv, PageMaps& maps) {
+  const auto encode = codegemm::cuda::detail::tensor_map_encoder();
+  if (encode == nullptr || kv.page_size % kBoxKeys != 0 || kv.head_dim % kBoxColumns != 0) return false;
+  const auto bytes = [](std::int64_t elements) { return static_cast<cuuint64_t>(elements) * sizeof(C); };
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(kv.head_dim), static_cast<cuuint64_t>(kv.kv_heads),
+                               static_cast<cuuint64_t>(kv.page_size), static_cast<cuuint64_t>(kv.pages)};
+  const cuuint64_t strides[3] = {bytes(kv.head_stride), bytes(kv.token_stride), bytes(kv.page_stride)};
+  const cuuint32_t box[4] = {kBoxColumns, 1, kBoxKeys, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const auto describe = [&](const C* data, CUtensorMap& map) {
+    return encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<std::remove_const_t<C>*>(data), sizes,
+                  strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  };
+  return describe(kv.k, maps.k) && describe(kv.v, maps.v);
 }
 
 }  // namespace detail

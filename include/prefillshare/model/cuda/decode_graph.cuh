@@ -15,6 +15,7 @@
 
 #include <prefillshare/kv/page_table.hpp>
 #include <prefillshare/model/cuda/forward.cuh>
+#include <prefillshare/model/cuda/sampling.cuh>
 #include <prefillshare/model/cuda/staged_input.cuh>
 
 namespace prefillshare::cuda {
@@ -39,29 +40,33 @@ class DecodeGraph {
   using T = typename Linear::Scalar;  ///< of activations
 
   /// Captures a step of `sequences` sequences with up to `max_pages` pages in all. `share`: sequences may
-  /// share prefixes. C: as forward() has it. The stream must not be the default one, and holds no work of
-  /// another thread. Errors as forward(), kOutOfMemory, kCudaError.
+  /// share prefixes. few_keys: steps in which no sequence has more keys go through a second graph, with
+  /// DeviceBatch::few_keys, if that is another one. C: as forward() has it. The stream must not be the
+  /// default one, and holds no work of another thread. Errors as forward(), kOutOfMemory, kCudaError.
   template <class C>
-  [[nodiscard]] static Result<std::unique_ptr<DecodeGraph>> capture(const DeviceLlama<Linear, Head>& model,
-                                                                    const DeviceKvStorage<C>& storage,
-                                                                    DeviceWorkspace<T>& workspace,
-                                                                    int sequences, std::int64_t max_pages,
-                                                                    bool share, const Device& device,
-                                                                    cudaStream_t stream) {
+  [[nodiscard]] static Result<std::unique_ptr<DecodeGraph>> capture(
+      const DeviceLlama<Linear, Head>& model, const DeviceKvStorage<C>& storage,
+      DeviceWorkspace<T>& workspace, int sequences, std::int64_t max_pages, bool share, const Device& device,
+      cudaStream_t stream, std::int64_t few_keys = kFewKeys) {
     if (sequences < 1 || max_pages < sequences || max_pages > (std::int64_t{1} << 30)) {
       return codegemm::error(StatusCode::kInvalidArgument, "DecodeGraph of ", sequences, " sequences in ",
                              max_pages, " pages");
     }
     std::unique_ptr<DecodeGraph> out(new DecodeGraph(sequences, max_pages, share, stream));
     if (Status s = out->allocate(); !s.ok()) return s;
-    if (Status s = out->record(model, storage, workspace, device); !s.ok()) return s;
+    out->few_pages_ = few_keys / storage.shape().block_tokens;
+    for (const bool few : {false, true}) {
+      if (Status s = out->record(model, storage, workspace, device, few); !s.ok()) return s;
+    }
     return out;
   }
   DecodeGraph(const DecodeGraph&) = delete;
   DecodeGraph& operator=(const DecodeGraph&) = delete;
   ~DecodeGraph() {
     static_cast<void>(cudaStreamSynchronize(stream_));  // it may still read and write the buffers
-    if (exec_ != nullptr) cudaGraphExecDestroy(exec_);
+    for (cudaGraphExec_t one : exec_) {
+      if (one != nullptr) cudaGraphExecDestroy(one);
+    }
     cudaFreeHost(chosen_);
   }
 
@@ -98,7 +103,9 @@ class DecodeGraph {
     const std::size_t first = step.tokens.empty() ? at_.indptr : at_.tokens;
     const std::size_t last = at_.indices + table.indices.size() * sizeof(std::int32_t);
     if (Status s = input_.send(first, last, stream_); !s.ok()) return s;
-    return cuda_ok(cudaGraphLaunch(exec_, stream_), "cudaGraphLaunch");
+    bool few = exec_[1] != nullptr;
+    for (std::size_t i = 0; i < n; ++i) few = few && table.indptr[i + 1] - table.indptr[i] <= few_pages_;
+    return cuda_ok(cudaGraphLaunch(exec_[few ? 1 : 0], stream_), "cudaGraphLaunch");
   }
 
   /// Waits for the steps that were launched: the tokens that the last one chose, [sequences], until the next
@@ -161,9 +168,10 @@ class DecodeGraph {
     return {};
   }
 
+  // The graph for any number of keys, or the one for few, if that is another one.
   template <class C>
   [[nodiscard]] Status record(const DeviceLlama<Linear, Head>& model, const DeviceKvStorage<C>& storage,
-                              DeviceWorkspace<T>& workspace, const Device& device) {
+                              DeviceWorkspace<T>& workspace, const Device& device, bool few) {
     DeviceBatch batch;
     auto* const tokens = input_.device<std::int32_t>(at_.tokens);
     batch.tokens = tokens;
@@ -174,6 +182,10 @@ class DecodeGraph {
       batch.prefixes = {input_.device<std::int32_t>(at_.group_indptr),
                         input_.device<std::int32_t>(at_.shared_pages), sequences_};
     }
+    batch.few_keys = few;
+    if (few &&
+        !detail::DeviceForward<Linear, Head, C>(model, batch, storage, workspace, device, stream_).at_once())
+      return {};
     DeviceSampling how;
     how.temperatures = input_.device<float>(at_.temperatures);
     how.seeds = input_.device<std::uint64_t>(at_.seeds);
@@ -194,10 +206,12 @@ class DecodeGraph {
     const Status ended = cuda_ok(cudaStreamEndCapture(stream_, &graph), "cudaStreamEndCapture");
     if (status.ok()) static_cast<void>(status = ended);
     if (status.ok()) {
-      static_cast<void>(status = cuda_ok(cudaGraphInstantiate(&exec_, graph, 0), "cudaGraphInstantiate"));
+      static_cast<void>(
+          status = cuda_ok(cudaGraphInstantiate(&exec_[few ? 1 : 0], graph, 0), "cudaGraphInstantiate"));
     }
     // So that the first launch makes nothing: other GPUs may wait for it.
-    if (status.ok()) static_cast<void>(status = cuda_ok(cudaGraphUpload(exec_, stream_), "cudaGraphUpload"));
+    if (status.ok())
+      static_cast<void>(status = cuda_ok(cudaGraphUpload(exec_[few ? 1 : 0], stream_), "cudaGraphUpload"));
     if (graph != nullptr) cudaGraphDestroy(graph);
     return status;
   }
@@ -236,7 +250,8 @@ class DecodeGraph {
   Places at_;
   std::uint64_t steps_ = 0;         // launched so far: the counter of the draws
   std::int32_t* chosen_ = nullptr;  // page-locked, what the last step chose
-  cudaGraphExec_t exec_ = nullptr;
+  std::int64_t few_pages_ = 0;      // that a sequence may have for the second graph
+  cudaGraphExec_t exec_[2] = {};    // for any number of keys, and for few of them or null
   StagedInput input_;
   DeviceArray<std::uint64_t> best_;
   DeviceArray<unsigned> arrived_;

@@ -18,6 +18,7 @@
 #include <cuda_runtime.h>
 
 #include <codegemm/cuda/cublas.cuh>
+#include <codegemm/cuda/cublas_products.cuh>
 #include <prefillshare/model/cuda/kernels/stream_product.cuh>
 #include <prefillshare/model/cuda/kernels/tokens.cuh>
 #include <prefillshare/model/cuda/linear.cuh>
@@ -25,6 +26,8 @@
 namespace prefillshare::cuda {
 
 using codegemm::cuda::Cublas;
+using codegemm::cuda::CublasProduct;
+using codegemm::cuda::CublasProducts;
 
 /// What multiplies one token by dense weights.
 enum class OneToken {
@@ -90,6 +93,15 @@ class DeviceDenseLinear {
   [[nodiscard]] const std::shared_ptr<const DeviceArray<T>>& weights() const noexcept { return weights_; }
   /// Before the first call.
   void set_one_token(OneToken kernel) noexcept { one_token_ = kernel; }
+  /// Products for which an algorithm was searched go that way, in streams that were not added to the cuBLAS
+  /// handle. Before the first call; null: all as cuBLAS chooses.
+  void set_products(std::shared_ptr<const CublasProducts> products) noexcept {
+    products_ = std::move(products);
+  }
+  /// What cuBLAS multiplies where y is T, or fp32 that is stored or added to.
+  [[nodiscard]] CublasProduct product(std::int64_t tokens, bool full = false, bool adds = false) const {
+    return {rows_, cols_, tokens, kType, full ? CUDA_R_32F : kType, adds};
+  }
 
   /// As NormalizingLayer says.
   [[nodiscard]] bool normalizes(std::int64_t tokens, const Device& device) const {
@@ -226,6 +238,10 @@ class DeviceDenseLinear {
                              ": x is ", x.rows, " x ", x.cols, ", y is ", y_rows, " x ", y_cols);
     }
     if (x.rows == 0) return {};
+    if (products_ != nullptr && x.stride == cols_ && y_stride == rows_ && !cublas_->has_added(call.stream)) {
+      const CublasProduct wanted = product(x.rows, type == CUDA_R_32F, beta != 0.0F);
+      if (products_->has(wanted)) return products_->run(wanted, weights_->data(), x.data, y, call.stream);
+    }
     const Result<cublasHandle_t> handle = cublas_->in(call.stream);
     if (!handle.ok()) return handle.status();
     const float alpha = 1.0F;
@@ -238,6 +254,7 @@ class DeviceDenseLinear {
   }
 
   std::shared_ptr<Cublas> cublas_;
+  std::shared_ptr<const CublasProducts> products_;
   std::shared_ptr<const DeviceArray<T>> weights_;  // [rows][cols]
   DeviceArray<T> bias_;                            // [rows] or empty
   std::int64_t rows_ = 0;

@@ -5,17 +5,13 @@
 // See: PrefillShare (arXiv 2602.12029) equations 2 to 4: (y, dC) = F(x, C_past).
 #pragma once
 
-#include <algorithm>
-#include <cstddef>
 #include <cstdint>
-#include <span>
-#include <type_traits>
-#include <utility>
 
 #include <cuda_runtime.h>
 
 #include <prefillshare/attention/append.cuh>
 #include <prefillshare/attention/decode.cuh>
+#include <prefillshare/attention/decode_append.cuh>
 #include <prefillshare/attention/prefill.cuh>
 #include <prefillshare/attention/prefill_split.cuh>
 #include <prefillshare/kv/device_storage.cuh>
@@ -23,6 +19,7 @@
 #include <prefillshare/model/cuda/kernels/rms_norm.cuh>
 #include <prefillshare/model/cuda/kernels/tokens.cuh>
 #include <prefillshare/model/cuda/llama.cuh>
+#include <prefillshare/model/cuda/workspace.cuh>
 
 namespace prefillshare::cuda {
 
@@ -34,118 +31,12 @@ struct DeviceBatch {
   const std::int32_t* query_indptr = nullptr;  ///< [sequences + 1] rows of each; null: one token a sequence
   PageTableView table;                         ///< the sequences' pages, with the new tokens
   SharedPrefixes prefixes;                     ///< what decoding sequences share; where query_indptr is null
+  /// Where query_indptr is null: no sequence has more than some kFewKeys keys. Appending and attention are
+  /// then one kernel, if there is one for the batch; of more keys two kernels are faster.
+  bool few_keys = false;
   /// Where query_indptr is not null: contexts are so long that a pass of few tokens splits their keys over
   /// the card (prefill_split.cuh, whose splits_keys() says which are few).
   bool split_keys = false;
-};
-
-/// The activations of a pass and the memory of its kernels, on the device: allocated once, used by one pass
-/// at a time.
-template <class T>
-class DeviceWorkspace {
- public:
-  /// Room for `max_tokens` tokens of up to `max_sequences` sequences a pass. kInvalidArgument for numbers
-  /// below 1; kOutOfMemory, kCudaError.
-  template <class Linear, class Head>
-  [[nodiscard]] static Result<DeviceWorkspace> create(const DeviceLlama<Linear, Head>& model,
-                                                      std::int64_t max_tokens, std::int64_t max_sequences,
-                                                      const Device& device) {
-    const ModelConfig& c = model.config;
-    if (max_tokens < 1 || max_tokens > kMaxQueryTokens || max_sequences < 1 || max_sequences > max_tokens ||
-        max_sequences > kMaxSequences) {
-      return codegemm::error(StatusCode::kInvalidArgument, "DeviceWorkspace for ", max_tokens, " tokens of ",
-                             max_sequences, " sequences");
-    }
-    LinearMemory linear = model.head.memory(max_sequences, device);
-    for (const DeviceLlamaLayer<Linear>& l : model.layers) {
-      for (const Linear* layer : {&l.qkv, &l.o, &l.gate_up, &l.down})
-        linear = larger(linear, layer->memory(max_tokens, device));
-    }
-    const std::size_t attention = std::max(attention_bytes<T>(c, max_tokens, max_sequences, device),
-                                           attention_bytes<Fp8E4M3>(c, max_tokens, max_sequences, device));
-
-    DeviceWorkspace out;
-    out.max_tokens_ = max_tokens;
-    out.max_sequences_ = max_sequences;
-    Status status;
-    const auto make = [&](auto& array, std::int64_t size, bool zeroed = false) {
-      using Array = std::remove_reference_t<decltype(array)>;
-      if (!status.ok()) return;
-      auto made = zeroed ? Array::zeros(static_cast<std::size_t>(size))
-                         : Array::create(static_cast<std::size_t>(size));
-      if (made.ok()) {
-        array = std::move(made).value();
-      } else {
-        static_cast<void>(status = made.status().with_prefix("DeviceWorkspace"));
-      }
-    };
-    make(out.hidden, max_tokens * c.hidden_size);
-    make(out.normed, max_tokens * c.hidden_size);
-    make(out.qkv, max_tokens * (c.q_size() + 2 * c.kv_size()));
-    make(out.attended, max_tokens * c.q_size());
-    make(out.gated, max_tokens * c.intermediate_size);
-    make(out.logits, max_sequences * c.vocab_size);
-    make(out.attention, static_cast<std::int64_t>(attention));
-    make(out.zeroed, static_cast<std::int64_t>(linear.zeroed), true);
-    make(out.scratch, static_cast<std::int64_t>(linear.scratch));
-    if (!status.ok()) return status;
-    return out;
-  }
-
-  [[nodiscard]] std::int64_t max_tokens() const noexcept { return max_tokens_; }        ///< of a pass
-  [[nodiscard]] std::int64_t max_sequences() const noexcept { return max_sequences_; }  ///< of a pass
-
-  DeviceArray<float> hidden;         ///< [tokens][hidden], the residual stream
-  DeviceArray<T> normed;             ///< [tokens][hidden]
-  DeviceArray<T> qkv;                ///< [tokens][(heads + 2 * kv_heads) * head_dim]
-  DeviceArray<T> attended;           ///< [tokens][heads * head_dim]
-  DeviceArray<T> gated;              ///< [tokens][intermediate]
-  DeviceArray<float> logits;         ///< [sequences][vocab], of the last pass that asked for them
-  DeviceArray<std::byte> attention;  ///< of decode, and of prefill with keys split
-  DeviceArray<std::byte> zeroed;     ///< of linear layers
-  DeviceArray<std::byte> scratch;    ///< the same
-
- private:
-  DeviceWorkspace() = default;
-
-  // Of decode and of prefill with keys split, over a cache of type C.
-  template <class C>
-  [[nodiscard]] static std::size_t attention_bytes(const ModelConfig& c, std::int64_t max_tokens,
-                                                   std::int64_t max_sequences, const Device& device) {
-    DecodeProblem<T, T, C> decode;
-    decode.heads = static_cast<int>(c.heads);
-    decode.kv.kv_heads = static_cast<int>(c.kv_heads);
-    decode.kv.head_dim = static_cast<int>(c.head_dim);
-    decode.kv.page_size = 1;
-    decode.table.sequences = static_cast<int>(max_sequences);
-    const std::size_t plain = workspace_bytes(decode, device);
-    // As many groups as sequences is the most that decoding needs.
-    decode.prefixes.groups = static_cast<int>(max_sequences);
-    return std::max(
-        {plain, workspace_bytes(decode, device), most_split_workspace(decode, max_tokens, device)});
-  }
-
-  // Of any pass that splits keys: the more tokens and sequences, the more; few of them are split.
-  template <class C>
-  [[nodiscard]] static std::size_t most_split_workspace(const DecodeProblem<T, T, C>& like,
-                                                        std::int64_t max_tokens, const Device& device) {
-    PrefillProblem<T, T, C> p;
-    p.kv = like.kv;
-    p.heads = like.heads;
-    p.table.sequences = 1;
-    std::int64_t tokens = 0;
-    for (std::int64_t step = max_tokens; step > 0; step /= 2) {
-      for (p.q.rows = tokens + step; p.q.rows <= max_tokens && splits_keys(p, device); p.q.rows += step) {
-        tokens = p.q.rows;
-      }
-    }
-    p.q.rows = tokens;
-    p.table.sequences = static_cast<int>(std::min<std::int64_t>(tokens, like.table.sequences));
-    return split_workspace_bytes(p, device);
-  }
-
-  std::int64_t max_tokens_ = 0;
-  std::int64_t max_sequences_ = 0;
 };
 
 namespace detail {
@@ -182,12 +73,12 @@ class DeviceForward {
       return prepare_split(prefill_problem(0), call_.device, ws_.attention.data(), ws_.attention.size(),
                            call_.stream);
     }
-    if (!decoding()) return {};
+    if (!decoding() || at_once()) return {};
     return cuda::prepare(decode_problem(0), call_.device, ws_.attention.data(), ws_.attention.size(),
                          call_.stream);
   }
 
-  /// Q, K and V of one layer; K and V to the cache.
+  /// Q, K and V of one layer; K and V to the cache. Where one kernel does both, attention too.
   [[nodiscard]] Status write_cache(int index) {
     const DeviceLlamaLayer<Linear>& l = layer(index);
     const auto to_qkv = [&](const auto& x) { return l.qkv.forward(x, qkv(), call_); };
@@ -209,23 +100,14 @@ class DeviceForward {
           !s.ok())
         return s;
     }
-    AppendProblem<T, C> p;
-    p.kv = pages(index);
-    p.table = batch_.table;
-    p.query_indptr = batch_.query_indptr;
-    p.q = q();
-    p.k = MatrixView<const T>(ws_.qkv.data() + c_.q_size(), batch_.count, c_.kv_size(), qkv_width());
-    p.v = MatrixView<const T>(ws_.qkv.data() + c_.q_size() + c_.kv_size(), batch_.count, c_.kv_size(),
-                              qkv_width());
-    p.heads = static_cast<int>(c_.heads);
-    p.rope.frequencies = model_.rope_frequencies.data();
-    p.rope.layout = c_.rope.layout;
-    p.overlap = true;
-    return cuda::run(p, call_.device, call_.stream);
+    if (at_once()) return cuda::run(append_and_attend(index), call_.device, call_.stream);
+    return cuda::run(append_problem(index), call_.device, call_.stream);
   }
 
   [[nodiscard]] Status attend(int index) {
-    if (decoding()) {
+    if (at_once()) {
+      // write_cache() did it.
+    } else if (decoding()) {
       if (Status s = cuda::run(decode_problem(index), call_.device, ws_.attention.data(),
                                ws_.attention.size(), call_.stream);
           !s.ok()) {
@@ -257,6 +139,12 @@ class DeviceForward {
                       [&](const auto& x) { return model_.head.project(x, logits, call_); });
   }
 
+  /// Whether appending and attention of a layer are one kernel.
+  [[nodiscard]] bool at_once() const {
+    const bool shares = batch_.prefixes.groups > 0 && batch_.table.sequences > 1;
+    return batch_.few_keys && decoding() && !shares && serves(append_and_attend(0), call_.device);
+  }
+
  private:
   [[nodiscard]] bool decoding() const { return batch_.query_indptr == nullptr; }
   [[nodiscard]] const DeviceLlamaLayer<Linear>& layer(int index) const {
@@ -279,6 +167,24 @@ class DeviceForward {
   }
   [[nodiscard]] bool splitting() const {
     return batch_.split_keys && !decoding() && splits_keys(prefill_problem(0), call_.device);
+  }
+  [[nodiscard]] AppendProblem<T, C> append_problem(int index) const {
+    AppendProblem<T, C> p;
+    p.kv = pages(index);
+    p.table = batch_.table;
+    p.query_indptr = batch_.query_indptr;
+    p.q = q();
+    p.k = MatrixView<const T>(ws_.qkv.data() + c_.q_size(), batch_.count, c_.kv_size(), qkv_width());
+    p.v = MatrixView<const T>(ws_.qkv.data() + c_.q_size() + c_.kv_size(), batch_.count, c_.kv_size(),
+                              qkv_width());
+    p.heads = static_cast<int>(c_.heads);
+    p.rope.frequencies = model_.rope_frequencies.data();
+    p.rope.layout = c_.rope.layout;
+    p.overlap = true;
+    return p;
+  }
+  [[nodiscard]] DecodeAppendProblem<T, T, C> append_and_attend(int index) const {
+    return {append_problem(index), MatrixView<T>(ws_.attended.data(), batch_.count, c_.q_size())};
   }
   [[nodiscard]] PrefillProblem<T, T, C> prefill_problem(int index) const {
     PrefillProblem<T, T, C> p;
@@ -394,44 +300,6 @@ template <class Linear, class Head, class C, class AfterLayer = IgnoreLayers>
     if (Status s = pass.feed_forward(i); !s.ok()) return s;
   }
   return logits.rows > 0 ? pass.head(logits) : Status();
-}
-
-/// How rows of logits become tokens; device arrays of one element a row.
-struct DeviceSampling {
-  const float* temperatures = nullptr;   ///< 0: the largest logit; null: all 0
-  const std::uint64_t* seeds = nullptr;  ///< read where the temperature is not 0
-  const std::uint64_t* steps = nullptr;  ///< a number that no other draw with this seed has; null: 0
-  std::uint64_t* best = nullptr;         ///< scratch, zeroed once
-  unsigned* arrived = nullptr;           ///< the same
-  std::int32_t* copy = nullptr;          ///< page-locked host memory that gets the tokens too, or null
-};
-
-/// Puts into the stream: tokens[i] = a draw from softmax(logits[i] / temperature), or the largest logit's id
-/// (the lowest among equals). The same bits for the same seed and step.
-[[nodiscard]] inline Status sample(MatrixView<const float> logits, const DeviceSampling& how,
-                                   std::int32_t* tokens, const Device& device, cudaStream_t stream) {
-  if (logits.rows == 0) return {};
-  if (logits.rows < 0 || logits.rows > 65535 || logits.cols < 1) {
-    return codegemm::error(StatusCode::kInvalidArgument, "sample from logits of ", logits.rows, " x ",
-                           logits.cols);
-  }
-  if (logits.data == nullptr || how.best == nullptr || how.arrived == nullptr || tokens == nullptr ||
-      (how.temperatures != nullptr && how.seeds == nullptr)) {
-    return codegemm::error(StatusCode::kNullPointer, "sample: logits, scratch, tokens or seeds is null");
-  }
-  SampleArgs args;
-  args.logits = logits.data;
-  args.temperatures = how.temperatures;
-  args.seeds = how.seeds;
-  args.steps = how.steps;
-  args.best = how.best;
-  args.arrived = how.arrived;
-  args.tokens = tokens;
-  args.copy = how.copy;
-  args.stride = logits.stride;
-  args.vocab = static_cast<int>(logits.cols);
-  const dim3 grid(static_cast<unsigned>(sample_slices(logits.rows)), static_cast<unsigned>(logits.rows));
-  return detail::start(sample_kernel<0>, args, grid, kSampleThreads, device, stream);
 }
 
 }  // namespace prefillshare::cuda

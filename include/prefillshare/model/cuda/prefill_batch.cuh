@@ -25,7 +25,7 @@ namespace prefillshare::cuda {
 class PrefillBatch {
  public:
   /// Behind so many tokens at least a pass of few splits their keys (suite kv-gpu).
-  static constexpr std::int64_t kMinSplitContext = 4096;
+  static constexpr std::int64_t kMinSplitContext = 1024;
 
   /// For up to so many tokens of so many sequences in so many pages. kInvalidArgument, kOutOfMemory,
   /// kCudaError.

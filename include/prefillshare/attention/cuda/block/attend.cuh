@@ -102,20 +102,21 @@ struct AwaitNewest {
 
 namespace detail {
 
-// The warp's keys of the tile in `stage`, which start at first_key.
-template <class Shape, class Limit>
+// The warp's keys of the tile in `stage`, which start at first_key. Swizzled: see multiply_keys().
+template <bool Swizzled = false, class Shape, class Limit>
 __device__ __forceinline__ void attend_tile(AttendState<Shape>& state, const Queries<Shape>& queries,
                                             unsigned stage, int first_key, int whole, const Limit& limit,
                                             float scale_log2) {
   constexpr int kTiles = Shape::kWarpKeys / 8;  // column tiles of the scores
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int key_at = static_cast<int>(threadIdx.x) / 32 % Shape::kWarpsN * Shape::kWarpKeys;
+  constexpr int kPitch = Swizzled ? 128 : Shape::kRowBytes;
+  const int chunk = Swizzled ? lane / 16 ^ lane % 8 : lane / 16;
   const unsigned v_at =
-      stage +
-      static_cast<unsigned>(Shape::kTileBytes + (key_at + lane % 16) * Shape::kRowBytes + lane / 16 * 16);
+      stage + static_cast<unsigned>(Shape::kTileBytes + (key_at + lane % 16) * kPitch + chunk * 16);
 
   float score[Shape::kRowTiles][kTiles][4] = {};
-  multiply_keys(score, queries, stage, key_at);
+  multiply_keys<Swizzled>(score, queries, stage, key_at);
   if (first_key + kTileKeys > whole) {
 #pragma unroll
     for (int r = 0; r < Shape::kRowTiles; ++r) {
@@ -191,7 +192,7 @@ __device__ __forceinline__ void attend_tile(AttendState<Shape>& state, const Que
         }
       }
     }
-    multiply_values<Shape>(state.out, a, rest, v_at + static_cast<unsigned>(n * 8 * Shape::kRowBytes));
+    multiply_values<Shape, Swizzled>(state.out, a, rest, v_at + static_cast<unsigned>(n * 8 * kPitch));
   }
 }
 

@@ -118,8 +118,9 @@ struct Queries {
   }
 };
 
-// score += the warp's rows of Q times its keys of the tile in `stage`.
-template <class Shape>
+// score += the warp's rows of Q times its keys of the tile in `stage`. Swizzled: 64 columns of all keys lie
+// together, 128 bytes a key, in the 128-byte swizzle.
+template <bool Swizzled = false, class Shape>
 __device__ __forceinline__ void multiply_keys(float (&score)[Shape::kRowTiles][Shape::kWarpKeys / 8][4],
                                               const Queries<Shape>& queries, unsigned stage, int key_at) {
   constexpr int kTiles = Shape::kWarpKeys / 8;
@@ -148,9 +149,10 @@ __device__ __forceinline__ void multiply_keys(float (&score)[Shape::kRowTiles][S
       }
     }
   } else {
+    constexpr int kPitch = Swizzled ? 128 : Shape::kRowBytes;
+    const int chunk = Swizzled ? lane / 8 % 2 ^ lane % 8 : lane / 8 % 2;
     const unsigned k_at =
-        stage +
-        static_cast<unsigned>((key_at + lane % 8 + lane / 16 * 8) * Shape::kRowBytes + lane / 8 % 2 * 16);
+        stage + static_cast<unsigned>((key_at + lane % 8 + lane / 16 * 8) * kPitch + chunk * 16);
 #pragma unroll
     for (int k = 0; k < Shape::kHeadDim / 16; ++k) {
       unsigned a[Shape::kRowTiles][4];
@@ -158,7 +160,10 @@ __device__ __forceinline__ void multiply_keys(float (&score)[Shape::kRowTiles][S
 #pragma unroll
       for (int n = 0; n < kTiles; n += 2) {
         unsigned b[4];
-        load_matrices(b, k_at + static_cast<unsigned>(n * 8 * Shape::kRowBytes + k * 32));
+        const auto row = static_cast<unsigned>(n * 8 * kPitch);
+        load_matrices(b, Swizzled ? (k_at ^ static_cast<unsigned>(k % 4 * 32)) + row +
+                                        static_cast<unsigned>(k / 4) * Shape::kColumnTileBytes
+                                  : k_at + row + static_cast<unsigned>(k * 32));
 #pragma unroll
         for (int r = 0; r < Shape::kRowTiles; ++r) {
           mma<Shape::kType>(score[r][n], a[r], b[0], b[1]);
@@ -170,8 +175,8 @@ __device__ __forceinline__ void multiply_keys(float (&score)[Shape::kRowTiles][S
 }
 
 // out += weights times 16 rows of V, `v_at` being this lane's address of the first columns for ldmatrix.
-// rest: what rounding took from the weights.
-template <class Shape>
+// rest: what rounding took from the weights. Swizzled: see multiply_keys().
+template <class Shape, bool Swizzled = false>
 __device__ __forceinline__ void multiply_values(float (&out)[Shape::kRowTiles][Shape::kHeadDim / 8][4],
                                                 const unsigned (&weights)[Shape::kRowTiles][4],
                                                 const unsigned (&rest)[Shape::kRowTiles][4], unsigned v_at) {
@@ -205,7 +210,9 @@ __device__ __forceinline__ void multiply_values(float (&out)[Shape::kRowTiles][S
 #pragma unroll
     for (int d = 0; d < Shape::kHeadDim / 8; d += 2) {
       unsigned b[4];
-      load_matrices_transposed(b, v_at + static_cast<unsigned>(d * 16));
+      load_matrices_transposed(b, Swizzled ? (v_at ^ static_cast<unsigned>(d % 8 * 16)) +
+                                                 static_cast<unsigned>(d / 8) * Shape::kColumnTileBytes
+                                           : v_at + static_cast<unsigned>(d * 16));
       multiply(d, b[0], b[1]);
       multiply(d + 1, b[2], b[3]);
     }

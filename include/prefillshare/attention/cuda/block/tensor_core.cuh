@@ -60,6 +60,12 @@ __device__ __forceinline__ void load_words(unsigned (&out)[Words], unsigned shar
   }
 }
 
+__device__ __forceinline__ void store_shared16(unsigned shared, const uint4& words) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
 // Copies 16 bytes into shared memory while the thread goes on, or writes 16 zeros there.
 __device__ __forceinline__ void copy_or_zero(unsigned shared, const void* from, bool copy) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
@@ -116,6 +122,20 @@ __device__ __forceinline__ unsigned widen_fp8(unsigned pair) {
     const float2 wide = __half22float2(__half2(raw));
     return pack<Type>(wide.x, wide.y);
   }
+}
+
+// Lanes 4 i to 4 i + 3 have four words each: word j of the l-th of them becomes word l of the j-th.
+__device__ __forceinline__ void transpose_words(unsigned (&words)[4]) {
+  // Lanes that differ in `bit`: the one without it gives `second` for the other's `first`.
+  const auto swap = [](unsigned& first, unsigned& second, int bit) {
+    const bool has = (static_cast<int>(threadIdx.x) & bit) != 0;
+    const unsigned got = __shfl_xor_sync(0xFFFFFFFFU, has ? first : second, bit);
+    (has ? first : second) = got;
+  };
+  swap(words[0], words[1], 1);
+  swap(words[2], words[3], 1);
+  swap(words[0], words[2], 2);
+  swap(words[1], words[3], 2);
 }
 
 // Two neighbours of an output row; the first is at an even element.

@@ -8,13 +8,14 @@
 #include <cstdint>
 
 #include <codegemm/cuda/block/intrinsics.cuh>
+#include <prefillshare/attention/cuda/block/page_boxes.cuh>
 #include <prefillshare/attention/cuda/block/page_loader.cuh>
 #include <prefillshare/attention/cuda/block/wgmma_products.cuh>
 
 namespace prefillshare::cuda {
 
 /// What a block that multiplies by wgmma holds in shared memory: a tile of queries, a ring of tiles of K
-/// or V, the item that is worked on, and barriers. A tile is 128 rows; 64 columns of all rows lie together,
+/// or V, and barriers. A tile is 128 rows; 64 columns of all rows lie together,
 /// 128 bytes a row, in the 128-byte swizzle: of row r, 16 bytes number c are at place c ^ (r % 8). Offsets
 /// are bytes from the beginning of shared memory.
 template <ScalarType Type, int HeadDim>
@@ -31,10 +32,9 @@ struct PrefillWgmmaShape {
   static constexpr int kSlots = 6;                                                ///< tiles of the ring
   static constexpr unsigned kQueriesAt = 0;                                       ///< the tile of queries
   static constexpr unsigned kBarriersAt = kTileBytes * (1 + kSlots);              ///< see below
-  static constexpr unsigned kQueriesFull = kBarriersAt + 16 * kSlots;  ///< barrier: queries and item
-  static constexpr unsigned kQueriesFree = kQueriesFull + 8;           ///< barrier: the other direction
-  static constexpr unsigned kItemAt = kQueriesFree + 8;                ///< the item
-  static constexpr int kSharedBytes = static_cast<int>(kItemAt) + 32;  ///< of a block
+  static constexpr unsigned kQueriesFull = kBarriersAt + 16 * kSlots;             ///< barrier: the queries
+  static constexpr unsigned kQueriesFree = kQueriesFull + 8;               ///< barrier: the other direction
+  static constexpr int kSharedBytes = static_cast<int>(kQueriesFree) + 8;  ///< of a block
 
   /// The tile in a slot.
   [[nodiscard]] static __device__ constexpr unsigned tile_at(int slot) {
@@ -52,8 +52,8 @@ struct PrefillWgmmaShape {
   static __device__ __forceinline__ void init_barriers(unsigned shared) {
     constexpr unsigned kLoaders = 128;    // threads
     constexpr unsigned kMultipliers = 8;  // warps
-    for (int i = 0; i <= kSlots; ++i) {   // the last pair are the queries', where the item arrives, too
-      codegemm::cuda::detail::init_barrier(shared + full_at(i), kLoaders + (i == kSlots ? 1U : 0U));
+    for (int i = 0; i <= kSlots; ++i) {   // the last pair are the queries'
+      codegemm::cuda::detail::init_barrier(shared + full_at(i), kLoaders);
       codegemm::cuda::detail::init_barrier(shared + free_at(i), kMultipliers);
     }
     codegemm::cuda::detail::publish_barriers();
@@ -65,6 +65,7 @@ struct PrefillWgmmaShape {
 struct PrefillItem {
   int rows = 0;            ///< of the sequence; 0: there are no more items
   int first_row = 0;       ///< of these
+  int sequence = 0;        ///< whose they are
   int first_query = 0;     ///< token of the batch that the sequence begins with
   int first_position = 0;  ///< in the context, of the sequence's first query
   int keys = 0;            ///< that the last row sees
@@ -152,6 +153,26 @@ class TileLoader {
       copy_rows(from, mine, Shape::tile_at(place_.slot));
     }
     codegemm::cuda::detail::arrive_after_copies(shared_ + Shape::full_at(place_.slot));
+    place_.next();
+  }
+  // The same by the copy engine, of a whole tile: this lane's row is at `slot` of `page`.
+  __device__ __forceinline__ void ask_tile(const CUtensorMap& map, int page, int slot, int head) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int warp = static_cast<int>(threadIdx.x) % 128 / 32;
+    const unsigned full = shared_ + Shape::full_at(place_.slot);
+    codegemm::cuda::detail::wait_for_phase(shared_ + Shape::free_at(place_.slot), place_.phase ^ 1U);
+    if (lane % kBoxKeys == 0) {
+      codegemm::cuda::detail::arrive_and_expect(full, kBoxKeys * Shape::kHeadDim * 2U);
+      const unsigned to =
+          shared_ + Shape::tile_at(place_.slot) + static_cast<unsigned>(warp * 32 + lane) * 128U;
+#pragma unroll
+      for (int half = 0; half < Shape::kHeadDim / kBoxColumns; ++half) {
+        codegemm::cuda::detail::copy_box_4(to + static_cast<unsigned>(half) * Shape::kColumnTileBytes, &map,
+                                           half * kBoxColumns, head, slot, page, full);
+      }
+    } else {
+      codegemm::cuda::detail::arrive(full);
+    }
     place_.next();
   }
   // When the queries before have been multiplied.

@@ -13,6 +13,33 @@
 
 namespace prefillshare::cuda {
 
+/// Where angles come from: a table, frequencies, or neither (nothing is turned). Pointers are to device
+/// memory.
+struct RopeArgs {
+  const float* cos = nullptr;  // [positions][head_dim / 2], or null: from frequencies
+  const float* sin = nullptr;
+  const float* frequencies = nullptr;  // [head_dim / 2], or null: nothing is turned
+  int positions = 0;                   // of the table
+  bool interleaved = false;
+
+  [[nodiscard]] __device__ __forceinline__ bool turns() const {
+    return cos != nullptr || frequencies != nullptr;
+  }
+  // Cosine and sine of a pair's angle. Past the table's end its last angles (an assertion in debug).
+  [[nodiscard]] __device__ __forceinline__ float2 of(int position, int pair, int half) const {
+    CODEGEMM_ASSERT(cos == nullptr || position < positions);
+    float2 out;
+    if (cos != nullptr) {
+      const std::int64_t at = static_cast<std::int64_t>(min(position, positions - 1)) * half + pair;
+      out = make_float2(cos[at], sin[at]);
+    } else {
+      // Rounded as RopeTable rounds it: an fp32 product.
+      sincosf(static_cast<float>(position) * frequencies[pair], &out.y, &out.x);
+    }
+    return out;
+  }
+};
+
 /// Everything that the kernel reads, by value. Pointers are to device memory.
 struct AppendArgs {
   std::uint16_t* q = nullptr;        // [tokens][q_stride], turned in place; null: no Q
@@ -32,9 +59,7 @@ struct AppendArgs {
   const std::int32_t* indptr = nullptr;        // [sequences + 1]
   const std::int32_t* indices = nullptr;
   const std::int32_t* last_page_len = nullptr;  // [sequences]
-  const float* cos = nullptr;                   // [positions][head_dim / 2], or null: from frequencies
-  const float* sin = nullptr;
-  const float* frequencies = nullptr;  // [head_dim / 2], or null: nothing is turned
+  RopeArgs rope;
   int tokens = 0;
   int sequences = 0;
   int heads = 0;  // of Q
@@ -42,14 +67,19 @@ struct AppendArgs {
   int head_dim = 0;
   int page_size = 0;
   int pages = 0;
-  int positions = 0;  // of the table
-  bool interleaved = false;
   bool overlap = false;  // places and angles are found while the kernel in front still runs
 };
 
 inline constexpr int kAppendThreads = 256;
 
 namespace detail {
+
+// A pair of numbers turned by an angle's (cosine, sine).
+__device__ __forceinline__ void turn_pair(float& a, float& b, const float2& angle) {
+  const float turned = a * angle.x - b * angle.y;
+  b = b * angle.x + a * angle.y;
+  a = turned;
+}
 
 // Sixteen elements of a head: for rotate-half the first and the second of eight pairs, which lie in its two
 // halves; interleaved, eight neighbours and the next eight.
@@ -77,13 +107,9 @@ struct Sixteen {
       }
     }
   }
-  __device__ __forceinline__ void turn(const float (&cos)[8], const float (&sin)[8]) {
+  __device__ __forceinline__ void turn(const float2 (&angles)[8]) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float turned = a[i] * cos[i] - b[i] * sin[i];
-      b[i] = b[i] * cos[i] + a[i] * sin[i];
-      a[i] = turned;
-    }
+    for (int i = 0; i < 8; ++i) turn_pair(a[i], b[i], angles[i]);
   }
   // Elements 2 i and 2 i + 1 of the first eight in memory, or of the second.
   [[nodiscard]] __device__ __forceinline__ float2 low(int i, bool interleaved) const {
@@ -92,7 +118,25 @@ struct Sixteen {
   [[nodiscard]] __device__ __forceinline__ float2 high(int i, bool interleaved) const {
     return interleaved ? make_float2(a[i + 4], b[i + 4]) : make_float2(b[2 * i], b[2 * i + 1]);
   }
+  template <ScalarType Type>
+  __device__ __forceinline__ void store(uint4& first, uint4& second, bool interleaved) const {
+    unsigned words[8];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = low(i, interleaved);
+      const float2 y = high(i, interleaved);
+      words[i] = pack<Type>(x.x, x.y);
+      words[i + 4] = pack<Type>(y.x, y.y);
+    }
+    first = make_uint4(words[0], words[1], words[2], words[3]);
+    second = make_uint4(words[4], words[5], words[6], words[7]);
+  }
 };
+
+// Where part `part` of a head has its sixteen elements: two times eight.
+[[nodiscard]] __device__ __forceinline__ int2 sixteen_at(int part, int head_dim, bool interleaved) {
+  return interleaved ? make_int2(part * 16, part * 16 + 8) : make_int2(part * 8, head_dim / 2 + part * 8);
+}
 
 // Two numbers divided by the scale, as e4m3: to nearest even, beyond 448 to 448.
 __device__ __forceinline__ unsigned narrow_fp8(const float2& pair, float scale) {
@@ -143,30 +187,16 @@ __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_con
   const bool is_q = head < q_heads;
   const bool is_k = !is_q && head < q_heads + a.kv_heads;
   const int kv_head = head - q_heads - (is_k ? 0 : a.kv_heads);
-  const int half = a.head_dim / 2;
-  const int low_at = a.interleaved ? part * 16 : part * 8;
-  const int high_at = a.interleaved ? part * 16 + 8 : half + part * 8;
+  const int2 at = detail::sixteen_at(part, a.head_dim, a.rope.interleaved);
   const std::uint16_t* const from =
       is_q   ? a.q + token * a.q_stride + static_cast<std::int64_t>(head) * a.head_dim
       : is_k ? a.k + token * a.k_stride + static_cast<std::int64_t>(kv_head) * a.head_dim
              : a.v + token * a.v_stride + static_cast<std::int64_t>(kv_head) * a.head_dim;
-  const bool turns = (is_q || is_k) && (a.cos != nullptr || a.frequencies != nullptr);
-  float cos[8];
-  float sin[8];
+  const bool turns = (is_q || is_k) && a.rope.turns();
+  float2 angles[8];
   if (turns) {
-    CODEGEMM_ASSERT(a.cos == nullptr || position < a.positions);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int pair = part * 8 + i;
-      if (a.cos != nullptr) {
-        const std::int64_t at = static_cast<std::int64_t>(min(position, a.positions - 1)) * half + pair;
-        cos[i] = a.cos[at];
-        sin[i] = a.sin[at];
-      } else {
-        // Rounded as RopeTable rounds it: an fp32 product.
-        sincosf(static_cast<float>(position) * a.frequencies[pair], &sin[i], &cos[i]);
-      }
-    }
+    for (int i = 0; i < 8; ++i) angles[i] = a.rope.of(position, part * 8 + i, a.head_dim / 2);
   }
   std::int64_t to_page = 0;
   if (!is_q) {
@@ -175,18 +205,13 @@ __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_con
     to_page = page * a.page_stride + position % a.page_size * a.token_stride + kv_head * a.head_stride;
   }
   wait();
-  uint4 low = *reinterpret_cast<const uint4*>(from + low_at);
-  uint4 high = *reinterpret_cast<const uint4*>(from + high_at);
+  uint4 low = *reinterpret_cast<const uint4*>(from + at.x);
+  uint4 high = *reinterpret_cast<const uint4*>(from + at.y);
   detail::Sixteen numbers;
-  if (turns || (Fp8 && !is_q)) numbers.load<Type>(low, high, a.interleaved);
+  if (turns || (Fp8 && !is_q)) numbers.load<Type>(low, high, a.rope.interleaved);
   if (turns) {
-    numbers.turn(cos, sin);
-    const auto packed = [&](int i, bool second) {
-      const float2 pair = second ? numbers.high(i, a.interleaved) : numbers.low(i, a.interleaved);
-      return detail::pack<Type>(pair.x, pair.y);
-    };
-    low = make_uint4(packed(0, false), packed(1, false), packed(2, false), packed(3, false));
-    high = make_uint4(packed(0, true), packed(1, true), packed(2, true), packed(3, true));
+    numbers.turn(angles);
+    numbers.store<Type>(low, high, a.rope.interleaved);
   }
   std::uint16_t* to = nullptr;
   if (is_q) {
@@ -197,18 +222,19 @@ __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_con
       auto* const row = static_cast<std::uint8_t*>(pages) + to_page;
       const float scale = is_k ? a.k_scale : a.v_scale;
       const auto four = [&](int i, bool second) {
-        const float2 x = second ? numbers.high(i, a.interleaved) : numbers.low(i, a.interleaved);
-        const float2 y = second ? numbers.high(i + 1, a.interleaved) : numbers.low(i + 1, a.interleaved);
+        const float2 x = second ? numbers.high(i, a.rope.interleaved) : numbers.low(i, a.rope.interleaved);
+        const float2 y =
+            second ? numbers.high(i + 1, a.rope.interleaved) : numbers.low(i + 1, a.rope.interleaved);
         return detail::narrow_fp8(x, scale) | detail::narrow_fp8(y, scale) << 16;
       };
-      *reinterpret_cast<uint2*>(row + low_at) = make_uint2(four(0, false), four(2, false));
-      *reinterpret_cast<uint2*>(row + high_at) = make_uint2(four(0, true), four(2, true));
+      *reinterpret_cast<uint2*>(row + at.x) = make_uint2(four(0, false), four(2, false));
+      *reinterpret_cast<uint2*>(row + at.y) = make_uint2(four(0, true), four(2, true));
       return;
     }
     to = static_cast<std::uint16_t*>(pages) + to_page;
   }
-  *reinterpret_cast<uint4*>(to + low_at) = low;
-  *reinterpret_cast<uint4*>(to + high_at) = high;
+  *reinterpret_cast<uint4*>(to + at.x) = low;
+  *reinterpret_cast<uint4*>(to + at.y) = high;
 }
 
 }  // namespace prefillshare::cuda

@@ -5,6 +5,8 @@
 // Layer: attention/cuda/kernels (device).
 #pragma once
 
+#include <type_traits>
+
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <prefillshare/attention/cuda/block/attend.cuh>
 #include <prefillshare/attention/cuda/kernels/decode_store.cuh>
@@ -14,10 +16,14 @@ namespace prefillshare::cuda {
 
 namespace detail {
 
+// In place of BoxBarriers.
+struct NoBoxes {};
+
 // Tiles of keys of one item, in the shape that its kind asks for.
-template <class Shape, WorkKind Kind, DecodeSort Sort>
+template <class Shape, WorkKind Kind, DecodeSort Sort, class Barriers>
 __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily& family,
-                                            const DecodeItem& item, bool waits, char* shared_memory) {
+                                            const DecodeItem& item, bool waits, char* shared_memory,
+                                            Barriers& barriers) {
   const DecodePartials& partials = a.partials[Kind == WorkKind::kTail ? 0 : 1];
   QueryRows rows;
   rows.q = a.q;
@@ -41,8 +47,14 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
   AttendState<Shape> state;
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory));
   const std::int32_t* const pages = a.indices + family.page_begin;
-  attend(state, shared, a.kv, pages, item.kv_head, rows, keys, limit, a.scale_log2,
-         AwaitNewest{waits, Kind == WorkKind::kTail || family.shared >= 0 ? family.key_end - 1 : -1});
+  const AwaitNewest await{waits, Kind == WorkKind::kTail || family.shared >= 0 ? family.key_end - 1 : -1};
+  if constexpr (std::is_same_v<Barriers, NoBoxes>) {
+    attend(state, shared, a.kv, pages, item.kv_head, rows, keys, limit, a.scale_log2, await);
+  } else {
+#if __CUDA_ARCH__ >= 900
+    attend_boxes(state, shared, barriers, a.kv, a.maps, pages, item.kv_head, rows, keys, a.scale_log2, await);
+#endif
+  }
   if constexpr (Shape::kWarpsN > 1) {
     __syncthreads();
     const bool is_alone = Kind == WorkKind::kTail && family.shared < 0;
@@ -56,6 +68,9 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
   } else {
     store_rows_split(state, a, partials, rows, item.part);
   }
+#if __CUDA_ARCH__ >= 900
+  if constexpr (!std::is_same_v<Barriers, NoBoxes>) leave_to_boxes();
+#endif
 }
 
 }  // namespace detail
@@ -68,12 +83,15 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
 
 /// Each block takes its numbers of the work, which may end one item and begin another. Items of sequences
 /// that share nothing go to the output, those of several blocks through the one that ends last, if those are
-/// few; what else there is of a row is put together by decode_merge_kernel.
-template <class Tail, class Few, class Some, class Many, DecodeSort Sort>
+/// few; what else there is of a row is put together by decode_merge_kernel. Boxes: the copy engine brings the
+/// tiles, see attend_boxes(); of sequences alone, on compute capability 9.0.
+template <class Tail, class Few, class Some, class Many, DecodeSort Sort, bool Boxes>
 __global__ void PREFILLSHARE_DECODE_BOUNDS decode_kernel(const __grid_constant__ DecodeArgs a) {
   static_assert(
       Tail::kThreads == Few::kThreads && Tail::kThreads == Some::kThreads && Tail::kThreads == Many::kThreads,
       "prefillshare: decode_kernel's shapes share one launch");
+  static_assert(!Boxes || Sort == DecodeSort::kAlone,
+                "prefillshare: decode_kernel takes shared keys without boxes");
   static_assert(Tail::kRows == kTailRows && Few::kRows == rows_of(WorkKind::kFewRows) &&
                     Some::kRows == rows_of(WorkKind::kSomeRows) && Many::kRows == kManyRows,
                 "prefillshare: decode_kernel's shapes have the rows that prepare() counts on");
@@ -81,6 +99,14 @@ __global__ void PREFILLSHARE_DECODE_BOUNDS decode_kernel(const __grid_constant__
   const int superblock = static_cast<int>(blockIdx.x) / a.lanes;
   const int lane = static_cast<int>(blockIdx.x) - superblock * a.lanes;
   bool waits = a.overlap;
+#if __CUDA_ARCH__ >= 900
+  if constexpr (Boxes) {
+    if (threadIdx.x == 0) {
+      codegemm::cuda::detail::prefetch_map(&a.maps.k);
+      codegemm::cuda::detail::prefetch_map(&a.maps.v);
+    }
+  }
+#endif
   if (!waits) {
     codegemm::cuda::detail::wait_for_previous_kernel();
     codegemm::cuda::detail::allow_next_kernel();
@@ -92,6 +118,12 @@ __global__ void PREFILLSHARE_DECODE_BOUNDS decode_kernel(const __grid_constant__
     if (start.family.has_empty != 0) detail::store_empty<Tail::kHeadDim>(a);
     return;
   }
+  std::conditional_t<Boxes, BoxBarriers<Tail>, detail::NoBoxes> barriers;
+#if __CUDA_ARCH__ >= 900
+  if constexpr (Boxes) {
+    barriers.init(static_cast<unsigned>(__cvta_generic_to_shared(decode_memory)) + Tail::kSharedBytes);
+  }
+#endif
   const bool is_shared = Sort != DecodeSort::kAlone && start.first % 2 != 0;
   KeyFamily family = start.family;
   int number = start.number;
@@ -102,14 +134,14 @@ __global__ void PREFILLSHARE_DECODE_BOUNDS decode_kernel(const __grid_constant__
     const WorkKind kind =
         is_shared ? shared_kind(family.rows, Sort == DecodeSort::kSharedFew) : WorkKind::kTail;
     if (Sort != DecodeSort::kCausal && kind == WorkKind::kTail) {
-      detail::decode_item<Tail, WorkKind::kTail, Sort>(a, family, item, waits, decode_memory);
+      detail::decode_item<Tail, WorkKind::kTail, Sort>(a, family, item, waits, decode_memory, barriers);
     } else if constexpr (Sort != DecodeSort::kAlone) {
       if (kind == WorkKind::kFewRows) {
-        detail::decode_item<Few, WorkKind::kFewRows, Sort>(a, family, item, waits, decode_memory);
+        detail::decode_item<Few, WorkKind::kFewRows, Sort>(a, family, item, waits, decode_memory, barriers);
       } else if (kind == WorkKind::kSomeRows) {
-        detail::decode_item<Some, WorkKind::kSomeRows, Sort>(a, family, item, waits, decode_memory);
+        detail::decode_item<Some, WorkKind::kSomeRows, Sort>(a, family, item, waits, decode_memory, barriers);
       } else if constexpr (Sort != DecodeSort::kSharedFew) {
-        detail::decode_item<Many, WorkKind::kManyRows, Sort>(a, family, item, waits, decode_memory);
+        detail::decode_item<Many, WorkKind::kManyRows, Sort>(a, family, item, waits, decode_memory, barriers);
       }
     }
     waits = false;

@@ -173,7 +173,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
       const int owner = a.causal ? g : first;
       const int all = detail::tokens_of(a, owner);
       const int pages = a.causal ? 0 : min(a.shared_pages[g], a.indptr[first + 1] - a.indptr[first]);
-      const int tokens = a.causal ? all : max(0, min(pages * a.page_size, all));
+      // Whole pages, so that each family begins with a page.
+      const int tokens = a.causal ? all : max(0, min(pages, all / a.page_size) * a.page_size);
       if (tokens > 0 && tokens >= a.min_shared_tokens && count >= a.min_shared_sequences) {
         family.key_end = tokens;
         family.tiles = (tokens + kTileKeys - 1) / kTileKeys;

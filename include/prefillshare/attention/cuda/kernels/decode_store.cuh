@@ -26,12 +26,12 @@ __device__ __forceinline__ void store_row(const DecodeArgs& a, const QueryRows& 
   store_pair(a.out, at + 2, a.out_type, sums.z * factor, sums.w * factor);
 }
 
-// The sums of warps that had different keys of the same rows, through shared memory: to the output if the
-// item is whole, else to part `part`. All threads, after a barrier.
-template <class Shape>
-__device__ __forceinline__ void store_keys_split(const AttendState<Shape>& state, char* shared,
-                                                 const DecodeArgs& a, const DecodePartials& partials,
-                                                 const QueryRows& rows, bool whole, int part) {
+// The sums of warps that had different keys of the same rows, through shared memory: fn(row, column, sums of
+// four columns, largest scaled score, sum of weights) for all of the block's first `count` rows. All threads,
+// after a barrier.
+template <class Shape, class Fn>
+__device__ __forceinline__ void for_warp_sums(const AttendState<Shape>& state, char* shared, float scale_log2,
+                                              int count, Fn&& fn) {
   constexpr int kPitch = Shape::kHeadDim + 8;  // floats; the padding spreads rows over the banks
   static_assert(Shape::kWarps * 16 * (kPitch + 2) * 4 <= Shape::kSharedBytes,
                 "prefillshare: AttendShape has too few stages for its warps' sums");
@@ -39,12 +39,11 @@ __device__ __forceinline__ void store_keys_split(const AttendState<Shape>& state
   float2* const tops = reinterpret_cast<float2*>(sums + Shape::kWarps * 16 * kPitch);  // [warps][16]
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int count = min(Shape::kRows, rows.rows - rows.first_row);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = lane / 4 + 8 * h;
     if (warp_row<Shape>() + row >= count) continue;
-    if (lane % 4 == 0) tops[warp * 16 + row] = make_float2(state.top[0][h] * a.scale_log2, state.sum[0][h]);
+    if (lane % 4 == 0) tops[warp * 16 + row] = make_float2(state.top[0][h] * scale_log2, state.sum[0][h]);
 #pragma unroll
     for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
       *reinterpret_cast<float2*>(sums + (warp * 16 + row) * kPitch + state.lane_column() +
@@ -73,14 +72,26 @@ __device__ __forceinline__ void store_keys_split(const AttendState<Shape>& state
       out.z += factor * s.z;
       out.w += factor * s.w;
     }
-    if (whole) {
-      store_row<Shape>(a, rows, row, column, out, 1.0F / sum);
-    } else {
-      const std::int64_t at = static_cast<std::int64_t>(part) * partials.rows + row;
-      *reinterpret_cast<float4*>(partials.out + at * Shape::kHeadDim + column) = out;
-      if (column == 0) partials.top[at] = make_float2(top, sum);
-    }
+    fn(row, column, out, top, sum);
   }
+}
+
+// The same to the output if the item is whole, else to part `part`.
+template <class Shape>
+__device__ __forceinline__ void store_keys_split(const AttendState<Shape>& state, char* shared,
+                                                 const DecodeArgs& a, const DecodePartials& partials,
+                                                 const QueryRows& rows, bool whole, int part) {
+  const int count = min(Shape::kRows, rows.rows - rows.first_row);
+  for_warp_sums(state, shared, a.scale_log2, count,
+                [&](int row, int column, const float4& out, float top, float sum) {
+                  if (whole) {
+                    store_row<Shape>(a, rows, row, column, out, 1.0F / sum);
+                    return;
+                  }
+                  const std::int64_t at = static_cast<std::int64_t>(part) * partials.rows + row;
+                  *reinterpret_cast<float4*>(partials.out + at * Shape::kHeadDim + column) = out;
+                  if (column == 0) partials.top[at] = make_float2(top, sum);
+                });
 }
 
 // After a part of a tail's item has been stored: the block whose part is the last to arrive adds all of them

@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include <codegemm/base/macros.hpp>
-#include <prefillshare/attention/cuda/block/page_loader.cuh>
+#include <prefillshare/attention/cuda/block/attend_boxes.cuh>
 
 namespace prefillshare::cuda {
 
@@ -95,6 +95,7 @@ struct DecodeArgs {
   void* out = nullptr;  // [sequences][out_stride]
   std::int64_t out_stride = 0;
   ScalarType out_type = ScalarType::kHalf;
+  PageMaps maps;  // of kv, where the kernel has boxes
   int sequences = 0;
   int kv_heads = 0;
   int group = 0;  // query heads of a K/V head

@@ -10,6 +10,7 @@
 #include <codegemm/base/macros.hpp>
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <prefillshare/attention/cuda/block/attend.cuh>
+#include <prefillshare/attention/cuda/block/page_boxes.cuh>
 
 namespace prefillshare::cuda {
 
@@ -29,6 +30,8 @@ struct PrefillArgs {
   int kv_heads = 0;
   int group = 0;  // query heads of a K/V head
   float scale_log2 = 0.0F;
+  PageMaps maps;       // of kv, if there are boxes
+  bool boxes = false;  // of kBoxKeys, which pages have whole ones of
 };
 
 namespace detail {

@@ -18,6 +18,30 @@ namespace prefillshare::cuda {
 #if CODEGEMM_HAS_WGMMA
 namespace detail {
 
+// What a block takes in round `round`, which each warp finds by itself: who multiplies does it while the last
+// products run. All lanes.
+template <class Shape>
+[[nodiscard]] __device__ __forceinline__ PrefillItem find_item(const PrefillArgs& a, int round) {
+  // To and fro: who had the longest item of a round gets the shortest of the next.
+  const int place = static_cast<int>(round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+  const int number = round * static_cast<int>(gridDim.x) + place;
+  const PrefillTile found = find_tile(a, number / a.kv_heads, Shape::kRows);
+  PrefillItem item;
+  if (found.sequence < 0) return item;
+  item.kv_head = number % a.kv_heads;
+  item.sequence = found.sequence;
+  item.first_query = a.query_indptr[found.sequence];
+  const int queries = a.query_indptr[found.sequence + 1] - item.first_query;
+  const int pages = a.indptr[found.sequence + 1] - a.indptr[found.sequence];
+  const int context = pages > 0 ? (pages - 1) * a.kv.page_size + a.last_page_len[found.sequence] : 0;
+  item.first_position = context - queries;
+  item.rows = queries * a.group;
+  item.first_row = found.tile * Shape::kRows;
+  const int last_row = min(item.first_row + Shape::kRows, item.rows) - 1;
+  item.keys = max(0, item.first_position + last_row / a.group + 1);
+  return item;
+}
+
 // The warpgroup that loads: goes through the block's items and for each brings the queries, then tiles of K
 // and V in the order in which they are multiplied: K0, K1, V0, K2, V1, ... Asserts nothing: a call in any
 // branch of a kernel makes the compiler wait for each of its products.
@@ -30,35 +54,12 @@ __device__ __forceinline__ void load_prefill(const PrefillArgs& a, char* shared_
   const bool in_eights = a.kv.page_size % 8 == 0 && a.kv.token_stride < (1 << 24);
   const int step = in_eights ? static_cast<int>(a.kv.token_stride) : 0;
   for (int round = 0;; ++round, phase ^= 1U) {
-    // To and fro: who had the longest item of a round gets the shortest of the next.
-    const int place = static_cast<int>(round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-    const int number = round * static_cast<int>(gridDim.x) + place;
-    const PrefillTile found = find_tile(a, number / a.kv_heads, Shape::kRows);
-    PrefillItem item;
-    int page_begin = 0;
-    if (found.sequence >= 0) {
-      item.kv_head = number % a.kv_heads;
-      item.first_query = a.query_indptr[found.sequence];
-      const int queries = a.query_indptr[found.sequence + 1] - item.first_query;
-      page_begin = a.indptr[found.sequence];
-      const int pages = a.indptr[found.sequence + 1] - page_begin;
-      const int context = pages > 0 ? (pages - 1) * a.kv.page_size + a.last_page_len[found.sequence] : 0;
-      item.first_position = context - queries;
-      item.rows = queries * a.group;
-      item.first_row = found.tile * Shape::kRows;
-      const int last_row = min(item.first_row + Shape::kRows, item.rows) - 1;
-      item.keys = max(0, item.first_position + last_row / a.group + 1);
-    }
-    codegemm::cuda::detail::wait_for_phase(shared + Shape::kQueriesFree, phase ^ 1U);
-    if (threadIdx.x % 128 == 0) {
-      *reinterpret_cast<PrefillItem*>(shared_memory + Shape::kItemAt) = item;
-      codegemm::cuda::detail::arrive(shared + Shape::kQueriesFull);
-    }
+    const PrefillItem item = find_item<Shape>(a, round);
     if (item.rows == 0) {
-      codegemm::cuda::detail::arrive(shared + Shape::kQueriesFull);
       wait_for_copies<0>();
       return;
     }
+    codegemm::cuda::detail::wait_for_phase(shared + Shape::kQueriesFree, phase ^ 1U);
     const int query = item.first_row + row;
     std::int64_t from = -1;
     if (query < item.rows) {
@@ -69,7 +70,7 @@ __device__ __forceinline__ void load_prefill(const PrefillArgs& a, char* shared_
     loader.copy_queries(a.q, from);
 
     // A page is looked up a tile ahead of its copy, since the copy's address waits for it.
-    const std::int32_t* const table = a.indices + page_begin;
+    const std::int32_t* const table = a.indices + a.indptr[item.sequence];
     const auto page_at = [&](int key) { return key < item.keys ? __ldg(table + page_of(a.kv, key)) : -1; };
     const auto offset_at = [&](int key, int page) -> std::int64_t {
       if (page < 0) return -1;
@@ -77,17 +78,27 @@ __device__ __forceinline__ void load_prefill(const PrefillArgs& a, char* shared_
              item.kv_head * a.kv.head_stride;
     };
     const int tiles = (item.keys + Shape::kKeys - 1) / Shape::kKeys;
-    int page = page_at(row);
-    std::int64_t k_from = -1;
-    for (int t = 0; t <= tiles; ++t) {
-      const std::int64_t v_from = k_from;
-      if (t < tiles) {
-        const int key = t * Shape::kKeys + row;
-        k_from = offset_at(key, page);
-        page = page_at(key + Shape::kKeys);
-        loader.copy_tile(a.kv.k, k_from, (t + 1) * Shape::kKeys <= item.keys ? step : 0);
+    // Tiles that are not whole go by copies of threads, which clear what is missing.
+    const int whole = item.keys / Shape::kKeys;
+    const auto load_tile = [&](bool of_keys, int tile, int of_page) {
+      const int key = tile * Shape::kKeys + row;
+      if (Shape::kHeadDim % kBoxColumns == 0 && a.boxes && tile < whole) {
+        loader.ask_tile(of_keys ? a.maps.k : a.maps.v, of_page, key - page_of(a.kv, key) * a.kv.page_size,
+                        item.kv_head);
+      } else {
+        loader.copy_tile(of_keys ? a.kv.k : a.kv.v, offset_at(key, of_page), tile < whole ? step : 0);
       }
-      if (t > 0) loader.copy_tile(a.kv.v, v_from, t * Shape::kKeys <= item.keys ? step : 0);
+    };
+    int page = page_at(row);
+    int k_page = -1;
+    for (int t = 0; t <= tiles; ++t) {
+      const int v_page = k_page;
+      if (t < tiles) {
+        k_page = page;
+        page = page_at((t + 1) * Shape::kKeys + row);
+        load_tile(true, t, k_page);
+      }
+      if (t > 0) load_tile(false, t - 1, v_page);
     }
   }
 }
@@ -236,23 +247,12 @@ struct PrefillMultiplier {
           words[i] = a.out_type == ScalarType::kHalf ? pack<ScalarType::kHalf>(low, high)
                                                      : pack<ScalarType::kBFloat16>(low, high);
         }
-        swap_words(words[0], words[1], 1);
-        swap_words(words[2], words[3], 1);
-        swap_words(words[0], words[2], 2);
-        swap_words(words[1], words[3], 2);
+        transpose_words(words);
         if (!there) continue;
         *reinterpret_cast<uint4*>(static_cast<unsigned short*>(a.out) + at + (n + lane % 4) * 8) =
             make_uint4(words[0], words[1], words[2], words[3]);
       }
     }
-  }
-
- private:
-  // Lanes that differ in `bit`: the one without it gives `second` for the other's `first`.
-  static __device__ __forceinline__ void swap_words(unsigned& first, unsigned& second, int bit) {
-    const bool has = (static_cast<int>(threadIdx.x) & bit) != 0;
-    const unsigned got = __shfl_xor_sync(0xFFFFFFFFU, has ? first : second, bit);
-    (has ? first : second) = got;
   }
 };
 
@@ -280,11 +280,10 @@ __device__ __forceinline__ void multiply_prefill(const PrefillArgs& a, char* sha
     if (lane == 0) codegemm::cuda::detail::arrive(shared + barrier);
   };
   constexpr int kTurn = 1;  // the first of two named barriers
-  for (unsigned phase = 0;; phase ^= 1U) {
-    codegemm::cuda::detail::wait_for_phase(shared + Shape::kQueriesFull, phase);
-    const PrefillItem item = *reinterpret_cast<const PrefillItem*>(shared_memory + Shape::kItemAt);
-    __syncwarp();  // all lanes have read it before lane 0 says so
-    if (item.rows == 0) return;
+  PrefillItem next = find_item<Shape>(a, 0);
+  for (int round = 0; next.rows != 0; ++round) {
+    const PrefillItem item = next;
+    codegemm::cuda::detail::wait_for_phase(shared + Shape::kQueriesFull, static_cast<unsigned>(round) & 1U);
     const int tiles = (item.keys + Shape::kKeys - 1) / Shape::kKeys;
     const int first_row = item.first_row + half * 64 + warp * 16;  // of the warp
     const int row = first_row + lane / 4;
@@ -342,12 +341,14 @@ __device__ __forceinline__ void multiply_prefill(const PrefillArgs& a, char* sha
       publish_to_products();
       wgmma_fence();
       m.multiply_values(values_at());
+      next = find_item<Shape>(a, round + 1);
       wgmma_wait<0>();
       hold(m.out);
       release(Shape::free_at(place.slot));
       place.next();
     } else {
       release(Shape::kQueriesFree);
+      next = find_item<Shape>(a, round + 1);
     }
     m.store(a, item, row);
   }

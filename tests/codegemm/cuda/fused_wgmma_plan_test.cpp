@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// tests/codegemm/cuda/fused_wgmma_plan_test.cpp - how a fused product by wgmma is cut.
+#include <codegemm/cuda/regimes/fused_wgmma_plan.hpp>
+
+#include <support/catch.hpp>
+
+namespace codegemm::test {
+namespace {
+
+using cuda::FusedWgmmaLimits;
+using cuda::FusedWgmmaPlan;
+using cuda::kTileRows;
+using cuda::PackedLayout;
+
+PackedLayout layout_of(std::int64_t rows, std::int64_t cols) {
+  PackedLayout out;
+  out.granules = (cols + 511) / 512;
+  out.row_tiles = (rows + kTileRows - 1) / kTileRows;
+  for (std::size_t i = 1; i < out.first_tile.size(); ++i)
+    out.first_tile[i] = static_cast<std::int32_t>(out.row_tiles);
+  return out;
+}
+
+// Vectors of `codebooks` codebooks with 16 columns a lane on an H200.
+FusedWgmmaLimits limits_of(int codebooks) {
+  FusedWgmmaLimits out;
+  out.cluster_pairs = 66;
+  out.shared_bytes = 232448;
+  out.table_bytes = static_cast<std::size_t>((codebooks + 1) / 2 * 65536);
+  out.code_stage_bytes = 8 * (1024 + 64);
+  out.other_bytes = 8 * 1280 + 512;
+  out.max_stages = 8;
+  out.lane_span = 16;
+  return out;
+}
+
+TEST_CASE("cuda fused wgmma: every plan covers the tokens and fits") {
+  for (const int codebooks : {1, 2, 3, 4}) {
+    const FusedWgmmaLimits limits = limits_of(codebooks);
+    for (const std::int64_t rows : {96, 1024, 4096, 28672}) {
+      for (const std::int64_t cols : {512, 4096, 14336}) {
+        for (const std::int64_t tokens : {1, 17, 64, 100, 512, 8192}) {
+          for (const int token_tile : {0, 32, 64, 128, 256}) {
+            cuda::GemmTuning tuning;
+            tuning.token_tile = token_tile;
+            const FusedWgmmaPlan p =
+                cuda::plan_fused_wgmma(layout_of(rows, cols), cols, tokens, limits, tuning);
+            CAPTURE(codebooks, rows, cols, tokens, token_tile, p.token_tile, p.x_stages, p.shared_bytes);
+            if (p.token_tile == 0) {
+              CHECK(token_tile != 0);
+              continue;
+            }
+            CHECK((token_tile == 0 || p.token_tile == token_tile));
+            CHECK(std::int64_t{p.token_tile} * p.token_blocks >= tokens);
+            CHECK(p.x_stages >= 3);
+            CHECK(p.code_stages >= 2);
+            CHECK(p.code_stages <= limits.max_stages);
+            CHECK(p.x_stages <= limits.max_stages);
+            CHECK(p.shared_bytes ==
+                  limits.table_bytes + limits.other_bytes +
+                      static_cast<std::size_t>(p.code_stages) * limits.code_stage_bytes +
+                      static_cast<std::size_t>(p.x_stages) * static_cast<std::size_t>(p.token_tile) * 128);
+            CHECK(p.shared_bytes <= limits.shared_bytes);
+            CHECK(p.partial_bytes <= std::size_t{32} << 20);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace codegemm::test
