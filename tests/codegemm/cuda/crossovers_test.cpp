@@ -33,6 +33,7 @@ TEST_CASE("cuda crossovers: the nearest measurement is taken") {
   CHECK(mma_of({4, 1, 8, 128}, cuda::kSmallWeights, kH100) == 11);
   CHECK(mma_of({4, 1, 8, 128}, kLarge, {90, 132, 6016}) == 62);  // an H200
   CHECK(mma_of({4, 1, 8, -1}, kLarge, {90, 132, 6016}) == 62);
+  CHECK(mma_of({4, 1, 8, 128}, kLarge, {90, 132, 6144}) == 62);  // as many stacks of memory
   CHECK(mma_of({8, 1, 16, -1}, kLarge, {90, 132, 6016}) == 52);  // was not measured on it
   CHECK(mma_of({4, 1, 6, 64}, kLarge, kH100) == 12);             // another b and g of the same kind
   CHECK(mma_of({4, 1, 8, -1}, kLarge, kH100) == 22);             // one scale a row
