@@ -8,7 +8,7 @@
 // scale a row (g-1), in AQLM's. A run that was stopped goes on where it was when started again. The dense
 // model is read a block at a time. 06_quantize_gpu.cu is the same with --device gpu.
 // test: {model} {work}/model --format m1v8b4g-1 --calibration {source}/examples/data/river_report.txt --sequences 2 --length 64 --rounds 1 --beam 1 --codebook-steps 2 --finetune-steps 2 --quiet
-// test: {model} {work}/regrouped --format m1v8b2g128 --regroup --method kmeans --quiet
+// test: {model} {work}/regrouped --format m1v8b4g128 --regroup --method kmeans --quiet
 // refused: {model} {work}/model --kind codegemm --format m2v8g-1 --calibration {source}/LICENSE
 
 #include <chrono>

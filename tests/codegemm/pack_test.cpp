@@ -81,10 +81,15 @@ TEST_CASE("the reference is the product with the dequantized matrix", "[codegemm
 
 namespace {
 
-// Bytes of the codebooks that only some processors' kernels take.
-std::size_t byte_codebooks(const QuantizedMatrix& w) {
-  if (pack(w.view())->view().codebooks_bytes == nullptr) return 0;
-  return static_cast<std::size_t>(detail::byte_codebook_bytes(w.format()));
+// Bytes of the codebooks that only some processors' kernels take: in bytes, and in pairs of 16-bit integers.
+std::size_t more_codebooks(const QuantizedMatrix& w) {
+  const PackedMatrix packed = pack(w.view()).value();
+  std::size_t out = 0;
+  if (packed.view().codebooks_bytes != nullptr) {
+    out += static_cast<std::size_t>(detail::byte_codebook_bytes(w.format()));
+  }
+  if (packed.view().codebooks_pairs != nullptr) out += w.codebooks().size() * sizeof(std::int16_t);
+  return out;
 }
 
 }  // namespace
@@ -123,10 +128,10 @@ TEST_CASE("packing there and back changes nothing", "[codegemm]") {
   }
   // 2 bits a weight, plus scales, plus codebooks: two in fp32 and one rounded.
   const QuantizedMatrix w = test::random_quantized(rng, Format{4, 1, 8, 64}, 64, 256);
-  CHECK(pack(w.view())->bytes() == 4096U + 512U + 8192U + 2048U + byte_codebooks(w));
+  CHECK(pack(w.view())->bytes() == 4096U + 512U + 8192U + 2048U + more_codebooks(w));
   // 4-bit codes take 4 bits: 1 bit a weight, plus scales, plus codebooks: two in fp32 and one rounded.
   const QuantizedMatrix nibbles = test::random_quantized(rng, Format{4, 1, 4, 64}, 64, 256);
-  CHECK(pack(nibbles.view())->bytes() == 2048U + 512U + 512U + 128U + byte_codebooks(nibbles));
+  CHECK(pack(nibbles.view())->bytes() == 2048U + 512U + 512U + 128U + more_codebooks(nibbles));
 }
 
 TEST_CASE("empty matrices are packed and unpacked", "[codegemm]") {

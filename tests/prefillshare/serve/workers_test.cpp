@@ -11,6 +11,7 @@
 #include <map>
 #include <optional>
 #include <set>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -48,6 +49,17 @@ PrefillJob job_of(std::uint64_t id, std::vector<std::int32_t> tokens, KvTime dea
   return job;
 }
 
+// By how much of all logits' spread the largest leads the next.
+float lead_of(std::span<const float> logits) {
+  const auto best = std::ranges::max_element(logits);
+  float next = *std::ranges::min_element(logits);
+  const float least = next;
+  for (auto i = logits.begin(); i != logits.end(); ++i) {
+    if (i != best) next = std::max(next, *i);
+  }
+  return (*best - next) / (*best - least);
+}
+
 }  // namespace
 
 TEST_CASE("many requests on three modules and one pool get what each gets alone") {
@@ -75,6 +87,11 @@ TEST_CASE("many requests on three modules and one pool get what each gets alone"
     REQUIRE(prefill.worker.submit(job_of(id, base_of(contexts[id]))).ok());
   }
   Answers answers;
+  std::map<std::uint64_t, std::vector<float>> leads;
+  const auto greedy = [&leads](std::uint64_t id, std::span<float> logits) {
+    leads[id].push_back(lead_of(logits));
+    return argmax(logits);
+  };
   std::map<std::uint64_t, int> done;
   std::int64_t computed = 0;
   for (KvTime now = 0; now < 400 && (answers.by_id.size() < 18 || decode.active() > 0); ++now) {
@@ -95,15 +112,26 @@ TEST_CASE("many requests on three modules and one pool get what each gets alone"
   CHECK(prefill.worker.idle());
   CHECK(computed > 0);
   REQUIRE(answers.by_id.size() == 18);
+  int ties = 0;
   for (const auto& [id, answer] : answers.by_id) {
     CAPTURE(id);
     CHECK(done[id] == 1);
     CHECK((answer.ends == 1 && answer.last.kind == Kind::kLength));
     const auto& context = contexts[id];
-    CHECK(answer.tokens == (id % 3 == 0   ? alone(base, base, context, 20, pool)
-                            : id % 3 == 1 ? alone(base, task, context, 20, pool)
-                                          : alone(base, codes, context, 20, pool)));
+    const auto want = id % 3 == 0   ? alone(base, base, context, 20, pool)
+                      : id % 3 == 1 ? alone(base, task, context, 20, pool)
+                                    : alone(base, codes, context, 20, pool);
+    // A token of codes alone and one of a batch are multiplied in different ways, each rounded by up to 1e-3
+    // of a product: what two tokens lead by less than that makes of them is no fault, and what follows is
+    // another text.
+    const auto [ours, theirs] = std::ranges::mismatch(answer.tokens, want);
+    if (ours == answer.tokens.end()) continue;
+    const auto at = static_cast<std::size_t>(ours - answer.tokens.begin());
+    CAPTURE(at, answer.tokens, want, leads[id][at]);
+    CHECK((id % 3 == 2 && leads[id][at] < 2e-3F));
+    ++ties;
   }
+  CHECK(ties <= 1);
   CHECK(prefill.in_use() == 0);
   CHECK(prefill.cache.allocator->check_invariants().ok());
 }
