@@ -11,6 +11,9 @@
 #include <stdexcept>
 #include <vector>
 
+#include <codegemm/cpu/configs.hpp>
+#include <codegemm/cpu/integer_tables.hpp>
+#include <codegemm/pack.hpp>
 #include <codegemm/quantized_matrix.hpp>
 #include <codegemm/reference.hpp>
 #include <support/random.hpp>

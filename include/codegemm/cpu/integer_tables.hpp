@@ -54,7 +54,7 @@ inline constexpr float kTableNorm = 32700.0F;
       largest = std::max(largest, norm2);
     }
     norms += std::sqrt(largest);
-    power += *std::min_element(squares, squares + f.v) / f.centroids();
+    power += *std::min_element(squares, squares + f.v) / static_cast<double>(f.centroids());
   }
   // A little below 2^16: each element is off by half a unit.
   const double step = norms * std::sqrt(static_cast<double>(flush_vectors(f))) / 65300.0;

@@ -77,7 +77,7 @@ CODEGEMM_TARGET_AVX512_VBMI float make_tables_vbmi(const IntegerTableArgs& a) {
   const float power = sum_squares_avx512(a.x, a.vectors * kVecLen);
   if (!(power > 1e-30F && power < 1e30F)) return -1.0F;
   const float norm = std::sqrt(power);
-  alignas(64) std::int16_t rounded[CpuTiles::kFlushEntries * kVecLen + 16];
+  alignas(64) std::int16_t rounded[static_cast<std::size_t>(CpuTiles::kFlushEntries) * kVecLen + 16];
   round_vectors_avx512(a.x, a.vectors * kVecLen, kTableNorm / norm, rounded);
 
   alignas(64) std::uint8_t bytes[64];

@@ -17,12 +17,18 @@ struct LastTokens {
   int mma = 16;    ///< last one that goes through mma.sync
 };
 
-/// A kind of card. An H100 (5120) and an H200 (6144) differ in the last number alone.
+/// A kind of card. An H100 (5120) and an H200 (6144; the one that was measured says 6016) differ in the last
+/// number alone.
 struct Card {
-  int arch = 0;                                                ///< as Device::arch
-  int multiprocessors = 0;                                     ///< how many
-  int memory_bits = 0;                                         ///< width of the memory's bus
-  [[nodiscard]] bool operator==(const Card&) const = default;  ///< the same kind
+  int arch = 0;             ///< as Device::arch
+  int multiprocessors = 0;  ///< how many
+  int memory_bits = 0;      ///< width of the memory's bus
+
+  /// The same kind: as many stacks of memory, each 1,024 bits wide.
+  [[nodiscard]] constexpr bool operator==(const Card& o) const noexcept {
+    return arch == o.arch && multiprocessors == o.multiprocessors &&
+           (memory_bits + 1023) / 1024 == (o.memory_bits + 1023) / 1024;
+  }
 };
 
 /// What was measured on one card for one format.
@@ -43,7 +49,9 @@ inline constexpr Crossover kCrossovers[] = {
     {{90, 132, 5120}, {4, 1, 8, 128}, {1, 16}, {1, 16}}, {{90, 132, 5120}, {8, 2, 8, 128}, {1, 16}, {1, 16}},
     {{90, 132, 5120}, {4, 1, 8, 32}, {1, 24}, {1, 16}},  {{90, 132, 5120}, {4, 1, 8, -1}, {1, 16}, {1, 16}},
     {{90, 132, 5120}, {8, 2, 8, -1}, {1, 24}, {1, 16}},  {{90, 132, 5120}, {8, 1, 16, -1}, {0, 16}, {0, 16}},
-    {{90, 132, 6144}, {4, 1, 8, 128}, {1, 16}, {1, 16}}, {{90, 132, 6144}, {8, 2, 8, 128}, {1, 16}, {1, 16}},
+    {{90, 132, 6016}, {4, 1, 8, 128}, {1, 16}, {2, 16}}, {{90, 132, 6016}, {8, 2, 8, 128}, {2, 16}, {2, 16}},
+    {{90, 132, 6016}, {4, 1, 8, 32}, {1, 24}, {1, 16}},  {{90, 132, 6016}, {4, 1, 8, -1}, {1, 16}, {1, 16}},
+    {{90, 132, 6016}, {8, 2, 8, -1}, {1, 24}, {1, 16}},  {{90, 132, 6016}, {8, 1, 16, -1}, {0, 16}, {0, 16}},
     // tune: end
 };
 

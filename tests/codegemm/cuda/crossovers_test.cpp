@@ -19,7 +19,7 @@ using cuda::last_tokens;
 constexpr Crossover kMeasured[] = {
     {{90, 132, 5120}, {4, 1, 8, 128}, {1, 11}, {1, 12}}, {{90, 132, 5120}, {4, 1, 8, -1}, {2, 21}, {2, 22}},
     {{90, 78, 4096}, {4, 1, 8, 128}, {3, 31}, {3, 32}},  {{80, 108, 5120}, {8, 2, 8, 128}, {4, 41}, {4, 42}},
-    {{90, 132, 5120}, {8, 1, 16, -1}, {0, 51}, {0, 52}}, {{90, 132, 6144}, {4, 1, 8, 128}, {1, 61}, {1, 62}},
+    {{90, 132, 5120}, {8, 1, 16, -1}, {0, 51}, {0, 52}}, {{90, 132, 6016}, {4, 1, 8, 128}, {1, 61}, {1, 62}},
 };
 
 int mma_of(Format f, std::int64_t weights, cuda::Card card) {
@@ -31,9 +31,10 @@ TEST_CASE("cuda crossovers: the nearest measurement is taken") {
   constexpr cuda::Card kH100{90, 132, 5120};
   CHECK(mma_of({4, 1, 8, 128}, kLarge, kH100) == 12);
   CHECK(mma_of({4, 1, 8, 128}, cuda::kSmallWeights, kH100) == 11);
-  CHECK(mma_of({4, 1, 8, 128}, kLarge, {90, 132, 6144}) == 62);  // an H200
-  CHECK(mma_of({4, 1, 8, -1}, kLarge, {90, 132, 6144}) == 62);
-  CHECK(mma_of({8, 1, 16, -1}, kLarge, {90, 132, 6144}) == 52);  // was not measured on it
+  CHECK(mma_of({4, 1, 8, 128}, kLarge, {90, 132, 6016}) == 62);  // an H200
+  CHECK(mma_of({4, 1, 8, -1}, kLarge, {90, 132, 6016}) == 62);
+  CHECK(mma_of({4, 1, 8, 128}, kLarge, {90, 132, 6144}) == 62);  // as many stacks of memory
+  CHECK(mma_of({8, 1, 16, -1}, kLarge, {90, 132, 6016}) == 52);  // was not measured on it
   CHECK(mma_of({4, 1, 6, 64}, kLarge, kH100) == 12);             // another b and g of the same kind
   CHECK(mma_of({4, 1, 8, -1}, kLarge, kH100) == 22);             // one scale a row
   CHECK(mma_of({4, 1, 8, 128}, kLarge, {90, 78, 4096}) == 32);   // another card
