@@ -3,6 +3,7 @@
 // tests/codegemm/cuda/fused_wgmma_plan_test.cpp - how a fused product by wgmma is cut.
 #include <codegemm/cuda/regimes/fused_wgmma_plan.hpp>
 
+#include <codegemm/cuda/plan_layout.hpp>
 #include <support/catch.hpp>
 
 namespace codegemm::test {
@@ -11,16 +12,6 @@ namespace {
 using cuda::FusedWgmmaLimits;
 using cuda::FusedWgmmaPlan;
 using cuda::kTileRows;
-using cuda::PackedLayout;
-
-PackedLayout layout_of(std::int64_t rows, std::int64_t cols) {
-  PackedLayout out;
-  out.granules = (cols + 511) / 512;
-  out.row_tiles = (rows + kTileRows - 1) / kTileRows;
-  for (std::size_t i = 1; i < out.first_tile.size(); ++i)
-    out.first_tile[i] = static_cast<std::int32_t>(out.row_tiles);
-  return out;
-}
 
 // Vectors of `codebooks` codebooks with 16 columns a lane on an H200.
 FusedWgmmaLimits limits_of(int codebooks) {

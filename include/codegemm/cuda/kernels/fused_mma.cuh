@@ -12,58 +12,11 @@
 
 #include <codegemm/cuda/block/centroid_table.cuh>
 #include <codegemm/cuda/block/intrinsics.cuh>
-#include <codegemm/cuda/block/row_parts.hpp>
 #include <codegemm/cuda/block/tile_pairs.cuh>
+#include <codegemm/cuda/kernels/fused_mma_args.cuh>
 #include <codegemm/cuda/kernels/output.cuh>
 
 namespace codegemm::cuda {
-
-/// Everything that the kernel reads, by value. Pointers are to device memory.
-struct FusedMmaArgs {
-  const unsigned char* tiles = nullptr;      // [granules][row_tiles][tile_bytes], see packed_matrix.hpp
-  const std::uint16_t* codebooks = nullptr;  // fp16 [parts][m][2^b][v]
-  const std::uint16_t* x = nullptr;          // [tokens][x_stride]
-  std::int64_t x_stride = 0;
-  int tokens = 0;
-  int cols = 0;
-  int row_tiles = 0;
-  int slabs = 0;  // half granules
-  int tile_bytes = 0;
-  int scale_steps = 0;  // as PackedLayout
-  int code_bits = 0;
-  RowBlocks rows;  // its halves are those of SwiGLU
-  int slabs_per_split = 0;
-  int tiles_ahead = 0;          // how far the second-level cache is ahead
-  bool x_aligned = false;       // every row of x starts at a multiple of 16 bytes
-  unsigned codebook_bytes = 0;  // codes of two bytes: of all codebooks
-  Output out;
-};
-
-inline constexpr int kFusedMmaThreads = 512;
-
-/// Sizes of a block that host and device agree on.
-template <class Config, int Tokens>
-struct FusedMmaShape {
-  static_assert(Tokens == 8 || Tokens == 16, "codegemm: fused_mma_kernel Tokens must be 8 or 16");
-  static constexpr int kLaneSpan = Config::kSets / Config::kCodebooks * Config::kVecLen;  // k of a lane
-  static constexpr int kWarps = kFusedMmaThreads / 32;
-  static constexpr int kSlabSpan = 16 * kLaneSpan;                // k of a slab
-  static constexpr int kGroup = Config::kCodeBytes == 2 ? 1 : 4;  // row tiles between two barriers
-  using Table = CentroidTable<Config::kVecLen, Config::kCodebooks>;
-
-  [[nodiscard]] static __host__ __device__ constexpr int table_bytes(int bits) {
-    return Config::kCodeBytes == 1 ? Table::bytes(bits) : 0;
-  }
-  /// log2 of the floats of a warp's tile. Where codebooks stay in global memory, the less a block has of
-  /// shared memory, the more of them the first-level cache holds: then one token has the room of one.
-  [[nodiscard]] static __host__ __device__ constexpr int log_tile_sums(int tokens) {
-    return Config::kCodeBytes == 2 && tokens == 1 ? 4 : Tokens == 8 ? 7 : 8;
-  }
-  /// Of all warps, for one group of tiles and the next.
-  [[nodiscard]] static __host__ __device__ constexpr int sum_bytes(int tokens) {
-    return (2 * kGroup * kWarps * 4) << log_tile_sums(tokens);
-  }
-};
 
 /// Block (split, i) multiplies the slabs of its split with the i-th block of row tiles, and the splits of one
 /// i are a cluster that adds its sums. With SwiGLU it does so in both halves, one after the other. Each warp
