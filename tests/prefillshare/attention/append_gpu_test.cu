@@ -3,7 +3,7 @@
 // tests/prefillshare/attention/append_gpu_test.cu - RoPE and page writes against the CPU's RopeTable.
 #include <prefillshare/attention/append.cuh>
 
-#include "gpu_pages.cuh"
+#include "gpu_angles.cuh"
 
 namespace prefillshare::test {
 namespace {
@@ -11,8 +11,6 @@ namespace {
 using codegemm::test::gpu_or_skip;
 using codegemm::test::random_vector;
 using codegemm::test::seed_or;
-
-enum class Angles { kTable, kFrequencies, kNone };
 
 template <class T, class C = T>
 void check(const BatchShape& shape, const RopeConfig& rope, Angles angles, const std::vector<int>& lengths,
@@ -37,15 +35,7 @@ void check(const BatchShape& shape, const RopeConfig& rope, Angles angles, const
   const auto k = random_vector<T>(static_cast<std::size_t>(tokens * cols), rng);
   const auto v = random_vector<T>(static_cast<std::size_t>(tokens * (cols + 16)), rng);
   const std::int64_t positions = *std::max_element(lengths.begin(), lengths.end());
-  const auto table = RopeTable::create(rope, positions);
-  REQUIRE(table.ok());
-  const int pairs = shape.head_dim / 2;
-  std::vector<float> frequencies;
-  for (int i = 0; i < pairs; ++i) frequencies.push_back(rope_frequency(rope, i));
-  const auto angle_count = static_cast<std::ptrdiff_t>(positions * pairs);
-  DeviceBuffer<float> cos(std::vector<float>(table->cos(0), table->cos(0) + angle_count));
-  DeviceBuffer<float> sin(std::vector<float>(table->sin(0), table->sin(0) + angle_count));
-  DeviceBuffer<float> frequencies_device(frequencies);
+  DeviceAngles turn(rope, positions);
   DeviceBuffer<C> cache(batch.values);
   DeviceTable pages(batch);
   DeviceBuffer<std::int32_t> query_indptr_device(query_indptr);
@@ -61,11 +51,7 @@ void check(const BatchShape& shape, const RopeConfig& rope, Angles angles, const
   p.heads = shape.heads();
   p.k = MatrixView<const T>(k_device.data(), tokens, cols);
   p.v = MatrixView<const T>(v_device.data(), tokens, cols, cols + 16);
-  if (angles == Angles::kTable) {
-    p.rope = {cos.data(), sin.data(), positions, nullptr, rope.layout};
-  } else if (angles == Angles::kFrequencies) {
-    p.rope = {nullptr, nullptr, 0, frequencies_device.data(), rope.layout};
-  }
+  p.rope = turn.rope(angles);
   const Status status = cuda::run(p, device, nullptr);
   codegemm::test::require_ok(status);
   REQUIRE_CUDA(cudaDeviceSynchronize());
@@ -77,7 +63,7 @@ void check(const BatchShape& shape, const RopeConfig& rope, Angles angles, const
     std::vector<float> out;
     for (std::int64_t i = 0; i < count; ++i) out.push_back(row[i].to_float());
     if (angles != Angles::kNone) {
-      REQUIRE(table->apply(MatrixView<float>(out.data(), 1, count), position).ok());
+      REQUIRE(turn.table.apply(MatrixView<float>(out.data(), 1, count), position).ok());
     }
     return out;
   };

@@ -4,7 +4,7 @@
 // appending leaves, bit for bit, and attention against sums in double.
 #include <prefillshare/attention/decode_append.cuh>
 
-#include "gpu_pages.cuh"
+#include "gpu_angles.cuh"
 
 namespace prefillshare::test {
 namespace {
@@ -12,8 +12,6 @@ namespace {
 using codegemm::test::gpu_or_skip;
 using codegemm::test::random_vector;
 using codegemm::test::seed_or;
-
-enum class Angles { kTable, kFrequencies, kNone };
 
 template <class T, class Y>
 void check(const BatchShape& shape, const std::vector<int>& lengths, Angles angles, RopeLayout layout,
@@ -32,15 +30,7 @@ void check(const BatchShape& shape, const std::vector<int>& lengths, Angles angl
   rope.head_dim = shape.head_dim;
   rope.layout = layout;
   const std::int64_t positions = *std::max_element(lengths.begin(), lengths.end());
-  const auto table = RopeTable::create(rope, positions);
-  REQUIRE(table.ok());
-  const int pairs = shape.head_dim / 2;
-  std::vector<float> frequencies;
-  for (int i = 0; i < pairs; ++i) frequencies.push_back(rope_frequency(rope, i));
-  const auto angle_count = static_cast<std::ptrdiff_t>(positions * pairs);
-  DeviceBuffer<float> cos(std::vector<float>(table->cos(0), table->cos(0) + angle_count));
-  DeviceBuffer<float> sin(std::vector<float>(table->sin(0), table->sin(0) + angle_count));
-  DeviceBuffer<float> frequencies_device(frequencies);
+  DeviceAngles turn(rope, positions);
   DeviceTable pages(batch);
   // What append alone leaves: in pages, and of Q.
   DeviceBuffer<T> appended(batch.values);
@@ -57,11 +47,7 @@ void check(const BatchShape& shape, const std::vector<int>& lengths, Angles angl
     a.k = MatrixView<const T>(from.data() + cols, rows, kv_cols, width);
     a.v = MatrixView<const T>(from.data() + cols + kv_cols, rows, kv_cols, width);
     a.heads = shape.heads();
-    if (angles == Angles::kTable) {
-      a.rope = {cos.data(), sin.data(), positions, nullptr, layout};
-    } else if (angles == Angles::kFrequencies) {
-      a.rope = {nullptr, nullptr, 0, frequencies_device.data(), layout};
-    }
+    a.rope = turn.rope(angles);
   };
   p.out = MatrixView<Y>(out.data(), rows, cols, cols + 8);
   rows_of(turned, appended);

@@ -39,6 +39,25 @@ double at(const std::vector<T>& values, std::int64_t i) {
   return static_cast<double>(static_cast<float>(values[static_cast<std::size_t>(i)]));
 }
 
+// One output in double, and the sum of its parts' sizes, which errors are relative to.
+struct Product {
+  double sum = 0.0;
+  double size = 0.0;
+};
+
+// Of the row of x from `x_at` on and row n of the weights.
+template <class T>
+Product product_of(const std::vector<T>& x, std::int64_t x_at, const std::vector<T>& weights, std::int64_t n,
+                   std::int64_t cols) {
+  Product out;
+  for (std::int64_t k = 0; k < cols; ++k) {
+    const double part = at(x, x_at + k) * at(weights, n * cols + k);
+    out.sum += part;
+    out.size += std::abs(part);
+  }
+  return out;
+}
+
 // A row that the layer normalizes: as the products of that row, of which each value was rounded to T.
 template <class T>
 void check_normed(const cuda::DeviceDenseLinear<T>& layer, const std::vector<T>& weights,
@@ -120,15 +139,9 @@ void check_layer(std::int64_t rows, std::int64_t cols, const cuda::Device& devic
     std::vector<double> size(want.size());  // what errors are relative to
     for (std::int64_t t = 0; t < tokens; ++t) {
       for (std::int64_t n = 0; n < rows; ++n) {
-        double sum = 0.0;
-        double all = 0.0;
-        for (std::int64_t k = 0; k < cols; ++k) {
-          const double part = at(x, t * x_stride + k) * at(weights, n * cols + k);
-          sum += part;
-          all += std::abs(part);
-        }
-        want[static_cast<std::size_t>(t * rows + n)] = sum;
-        size[static_cast<std::size_t>(t * rows + n)] = all;
+        const Product one = product_of(x, t * x_stride, weights, n, cols);
+        want[static_cast<std::size_t>(t * rows + n)] = one.sum;
+        size[static_cast<std::size_t>(t * rows + n)] = one.size;
       }
     }
     DeviceBuffer<T> x_device(x);
@@ -257,13 +270,7 @@ void check_searched(std::int64_t rows, std::int64_t cols, std::int64_t tokens, c
   int wrong = 0;
   for (std::int64_t t = 0; t < tokens; ++t) {
     for (std::int64_t n = 0; n < rows; ++n) {
-      double sum = 0.0;
-      double all = 0.0;
-      for (std::int64_t k = 0; k < cols; ++k) {
-        const double part = at(x, t * cols + k) * at(weights, n * cols + k);
-        sum += part;
-        all += std::abs(part);
-      }
+      const auto [sum, all] = product_of(x, t * cols, weights, n, cols);
       const double off = static_cast<double>(cols) * 0x1p-24 * all;
       const double ulp = std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8;
       wrong += std::abs(at(got, t * rows + n) - sum) <= off + ulp * std::abs(sum) + 1e-6 ? 0 : 1;
