@@ -49,7 +49,8 @@ struct PeerRig {
   std::vector<cudaStream_t> streams;
   std::vector<cuda::PeerGroup> groups;
 
-  PeerRig(int ranks, bool spread, const cuda::PeerGroup::Options& options) {
+  PeerRig(int ranks, bool spread, cuda::PeerGroup::Options options) {
+    options.gpu_shared = !spread;
     for (int r = 0; r < ranks; ++r) {
       devices.push_back(spread ? r : 0);
       use(r);

@@ -28,13 +28,16 @@ namespace prefillshare::cuda {
 /// for exactly that many would be misread.
 ///
 /// Owns nothing. The ranks may be GPUs of one process (cudaDeviceEnablePeerAccess) or of several
-/// (cudaIpcOpenMemHandle), or streams of one GPU. One stream at a time uses it.
+/// (cudaIpcOpenMemHandle), or streams of one GPU (Options::gpu_shared). One stream at a time uses it.
 class PeerGroup {
  public:
   /// How a group is used.
   struct Options {
     std::int64_t most = std::int64_t{1} << 19;            ///< values of a launch
     std::int64_t timeout_ns = std::int64_t{10000000000};  ///< that a peer may keep others waiting
+    /// Several ranks on a GPU: no kernel behind a sum gets its place before the sum is there. One that fills
+    /// the GPU and then waits would keep out the very rank that it waits for.
+    bool gpu_shared = false;
   };
 
   PeerGroup() = default;
@@ -120,6 +123,7 @@ class PeerGroup {
     args.timeout_ns = options_.timeout_ns;
     args.rank = rank_;
     args.ranks = ranks_;
+    args.next_early = !options_.gpu_shared;
     return args;
   }
   [[nodiscard]] Status exchange(void (*kernel)(PeerExchangeArgs), PeerExchangeArgs& args, std::int64_t items,
