@@ -49,8 +49,7 @@ struct PeerRig {
   std::vector<cudaStream_t> streams;
   std::vector<cuda::PeerGroup> groups;
 
-  PeerRig(int ranks, bool spread, cuda::PeerGroup::Options options) {
-    options.gpu_shared = !spread;
+  PeerRig(int ranks, bool spread, const cuda::PeerGroup::Options& options) {
     for (int r = 0; r < ranks; ++r) {
       devices.push_back(spread ? r : 0);
       use(r);
