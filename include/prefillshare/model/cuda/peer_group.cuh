@@ -29,9 +29,9 @@ namespace prefillshare::cuda {
 /// for exactly that many would be misread.
 ///
 /// Owns nothing. The ranks may be GPUs of one process (cudaDeviceEnablePeerAccess) or of several
-/// (cudaIpcOpenMemHandle), or streams of one GPU. One stream at a time uses it. Where two mailboxes lie on one
-/// GPU, no kernel behind a sum gets its place before the sum is there: one that fills the GPU and then waits
-/// would keep out the very rank that it waits for.
+/// (cudaIpcOpenMemHandle), or streams of one GPU. One stream at a time uses it. Where two mailboxes lie on
+/// one GPU, no kernel behind a sum gets its place before the sum is there: one that fills the GPU and then
+/// waits would keep out the very rank that it waits for.
 class PeerGroup {
  public:
   /// How a group is used.
