@@ -30,6 +30,7 @@
 #include <Eigen/Dense>
 
 #include <codegemm/base/thread_pool.hpp>
+#include <codegemm/base/weight_arena.hpp>
 #include <codegemm/gemm.hpp>
 #include <codegemm/reference.hpp>
 #include <support/random.hpp>
@@ -133,14 +134,15 @@ double time_psumbook(const PackedMatrix& packed, const Matrix& x, Executor& exec
   return best;
 }
 
-// One format's weights of a shape, packed again and again.
+// One format's weights of a shape, packed again and again into one arena, as the layers of a model are.
 struct OurWeights {
   Format format;
   QuantizedMatrix first;
+  WeightArena arena;
   std::vector<PackedMatrix> packed;
 
   OurWeights(Format f, Shape shape, test::Rng& random) : format(f), first(random_weights(f, shape, random)) {
-    packed.push_back(pack(first.view()).value());
+    packed.push_back(pack(first.view(), arena).value());
     packed.resize(cold_copies(static_cast<double>(packed[0].bytes())));
   }
 };
@@ -162,7 +164,7 @@ void pack_copies(std::list<OurWeights>& all, Executor& executor) {
   std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.part < b.part; });
   parallel_for(executor, std::ssize(places), [&](std::int64_t i, int) {
     const Place& place = places[static_cast<std::size_t>(i)];
-    place.weights->packed[place.copy] = pack(place.weights->first.view()).value();
+    place.weights->packed[place.copy] = pack(place.weights->first.view(), place.weights->arena).value();
   });
 }
 
