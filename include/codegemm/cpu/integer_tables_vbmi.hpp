@@ -72,7 +72,7 @@ template <int kPairs>
 CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void spread_pairs_avx512(const std::int16_t* vector,
                                                                        __m512i* x) {
   CODEGEMM_UNROLL
-  for (int p = 0; p < kPairs; ++p) {
+  for (std::ptrdiff_t p = 0; p < kPairs; ++p) {
     std::int32_t pair;
     __builtin_memcpy(&pair, vector + 2 * p, sizeof(pair));
     x[p] = _mm512_set1_epi32(pair);
