@@ -15,6 +15,7 @@
 #include <cub/device/device_radix_sort.cuh>
 
 #include <codegemm/cuda/device_array.cuh>
+#include <codegemm/format.hpp>
 #include <codegemm/quantize/calibrated.hpp>
 #include <codegemm/quantize/cuda/cholesky.cuh>
 #include <codegemm/quantize/cuda/device_work.cuh>
@@ -163,12 +164,7 @@ class DeviceSteps {
   }
 
   [[nodiscard]] Status search(SearchMode mode, int beam) {
-    switch (layer_.v) {
-      case 2: search_rows<2>(mode, beam); break;
-      case 4: search_rows<4>(mode, beam); break;
-      case 8: search_rows<8>(mode, beam); break;
-      default: search_rows<16>(mode, beam); break;
-    }
+    codegemm::detail::with_vec_len(layer_.v, [&](auto v) { search_rows<v>(mode, beam); });
     return work_.finish();
   }
 
