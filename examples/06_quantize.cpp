@@ -14,7 +14,6 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
-#include <filesystem>
 #include <memory>
 #include <string>
 #include <vector>
@@ -147,7 +146,7 @@ int run(Options options) {
     weights += count;
   }
   check(write_quantized_model(*source, options.out, kind_of(options, format), named, layers.norms));
-  if (!options.keep_state && options.method != "kmeans") std::filesystem::remove_all(state);
+  if (!options.keep_state && options.method != "kmeans") remove_state(state);
   std::printf("%s: %zu layers in %s, %.3f bits a weight, in %.1f s\n", options.out.c_str(), named.size(),
               codegemm::format_name(stored).c_str(), bits / weights,
               std::chrono::duration<double>(Clock::now() - start).count());
