@@ -65,6 +65,7 @@ codegemm::Format stored_format(const Options& options, codegemm::Format format, 
                                const TensorSource& source) {
   const codegemm::CheckpointKind kind = kind_of(options, format);
   check(source_config(source).status());
+  check(check_target(source, options.out));
   const codegemm::Status fits = check_writable(kind, format, *loaded.model);
   if (fits.ok()) return format;
   const Result<codegemm::Format> other = writable_format(kind, format, *loaded.model);

@@ -246,6 +246,10 @@ TEST_CASE("a quantized model is written in either format and read as the dequant
     CHECK(get_file(out + "/tokenizer.json") == "{}");
     CHECK(contains(write_quantized_model(*source, out, kind, named, {{norm, {1.0F}}}).message(),
                    "model.layers.1.input_layernorm.weight: 1 values in place of 24"));
+    const std::map<std::string, std::string> before = files_of(dense);
+    CHECK(write_quantized_model(*source, dense.path() + "/.", kind, named).code() ==
+          StatusCode::kInvalidArgument);
+    CHECK((files_of(dense) == before));
 
     const auto again = open_model(out).value();
     CHECK(again->hyperparameters().hidden_size == 24);
