@@ -193,8 +193,8 @@ namespace detail {
 /// they hold more than `most_shard_bytes`, model-00001-of-0000N.safetensors and so on with their index. Every
 /// file appears whole or not at all, the index last, and then model.safetensors or the index of an earlier
 /// model goes where this one has none. An index whose shards are written over goes first, so that a killed
-/// run leaves no mixture of two models that could be opened. Each file says "format": "pt" in its metadata, without which transformers refuses it. Errors of
-/// write_safetensors; kInvalidArgument for a limit of 0.
+/// run leaves no mixture of two models that could be opened. Each file says "format": "pt" in its metadata,
+/// without which transformers refuses it. Errors of write_safetensors; kInvalidArgument for a limit of 0.
 [[nodiscard]] inline Status write_safetensors_folder(const std::string& folder,
                                                      std::span<const SafetensorsTensor> tensors,
                                                      std::uint64_t most_shard_bytes) {
