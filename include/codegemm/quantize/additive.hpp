@@ -2,6 +2,7 @@
 //
 // codegemm/quantize/additive.hpp - trains m codebooks whose centroids add up, and codes vectors with them.
 // Layer: quantize (host only).
+// See: AQLM (arXiv 2401.06118), algorithm 1; Arthur and Vassilvitskii, k-means++ (SODA 2007)
 #pragma once
 
 #include <algorithm>

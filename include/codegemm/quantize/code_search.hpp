@@ -2,6 +2,7 @@
 //
 // codegemm/quantize/code_search.hpp - new codes for all rows, given codebooks and scales.
 // Layer: quantize (host only).
+// See: AQLM (arXiv 2401.06118), algorithm 1; GPTQ (arXiv 2210.17323); QuIP (arXiv 2307.13304)
 #pragma once
 
 #include <algorithm>
