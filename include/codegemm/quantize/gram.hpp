@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include <Eigen/Core>
@@ -81,9 +82,9 @@ class InputSums {
                                                   std::int64_t width) {
     return {sums_.data() + first * inputs_, count, width, Stride(inputs_)};
   }
-  [[nodiscard]] float sum(std::int64_t row, std::int64_t column) const {
-    return sums_[static_cast<std::size_t>(row * inputs_ + column)];
-  }
+  [[nodiscard]] const std::vector<float>& sums() const { return sums_; }
+  /// Leaves none behind.
+  [[nodiscard]] std::vector<float> take_sums() { return std::move(sums_); }
   /// What makes sums means.
   [[nodiscard]] float scale() const { return tokens_ > 0 ? 1.0F / static_cast<float>(tokens_) : 0.0F; }
 
@@ -122,19 +123,22 @@ class GramMatrix : public detail::InputSums {
   }
 
   /// H, [K][K] row-major.
-  [[nodiscard]] std::vector<float> matrix() const {
-    std::vector<float> out(static_cast<std::size_t>(inputs() * inputs()));
+  [[nodiscard]] std::vector<float> matrix() const& { return finished(sums()); }
+  /// The same in the memory of the sums.
+  [[nodiscard]] std::vector<float> matrix() && { return finished(take_sums()); }
+
+ private:
+  [[nodiscard]] std::vector<float> finished(std::vector<float> out) const {
     for (std::int64_t i = 0; i < inputs(); ++i) {
       for (std::int64_t j = 0; j <= i; ++j) {
-        const float value = scale() * sum(i, j);
-        out[static_cast<std::size_t>(i * inputs() + j)] = value;
+        float& value = out[static_cast<std::size_t>(i * inputs() + j)];
+        value *= scale();
         out[static_cast<std::size_t>(j * inputs() + i)] = value;
       }
     }
     return out;
   }
 
- private:
   GramMatrix() : InputSums("GramMatrix") {}
 };
 
@@ -166,16 +170,16 @@ class CrossGramMatrix : public detail::InputSums {
   }
 
   /// C, [K][K] row-major.
-  [[nodiscard]] std::vector<float> matrix() const {
-    std::vector<float> out(static_cast<std::size_t>(inputs() * inputs()));
-    for (std::int64_t i = 0; i < inputs(); ++i) {
-      for (std::int64_t j = 0; j < inputs(); ++j)
-        out[static_cast<std::size_t>(i * inputs() + j)] = scale() * sum(i, j);
-    }
+  [[nodiscard]] std::vector<float> matrix() const& { return finished(sums()); }
+  /// The same in the memory of the sums.
+  [[nodiscard]] std::vector<float> matrix() && { return finished(take_sums()); }
+
+ private:
+  [[nodiscard]] std::vector<float> finished(std::vector<float> out) const {
+    for (float& value : out) value *= scale();
     return out;
   }
 
- private:
   CrossGramMatrix() : InputSums("CrossGramMatrix") {}
 };
 

@@ -105,6 +105,8 @@ TEST_CASE("GramMatrix sums X^T X, whatever the workers", "[gram]") {
   const std::vector<float> c = cross.matrix();
   const std::vector<float> h = gram.matrix();
   for (std::size_t i = 0; i < h.size(); ++i) CHECK(std::abs(c[i] - h[i]) <= 1e-6F);
+  CHECK(std::move(gram).matrix() == h);
+  CHECK(std::move(cross).matrix() == c);
   CHECK(GramMatrix::create(0).status().code() == StatusCode::kInvalidArgument);
 }
 
