@@ -44,6 +44,18 @@ struct QuantizedLayers {
   ReplacedTensors norms;
 };
 
+/// Bits per weight of all matrices together.
+[[nodiscard]] inline double bits_of(const std::vector<codegemm::QuantizedMatrix>& matrices) {
+  double bits = 0.0;
+  double weights = 0.0;
+  for (const codegemm::QuantizedMatrix& matrix : matrices) {
+    const double count = static_cast<double>(matrix.rows()) * static_cast<double>(matrix.cols());
+    bits += count * codegemm::bits_per_weight(matrix.format(), matrix.rows(), matrix.cols());
+    weights += count;
+  }
+  return bits / weights;
+}
+
 /// The same for the same tokens in the same order, on every machine.
 [[nodiscard]] inline std::uint64_t hash_tokens(const std::vector<std::vector<std::int32_t>>& sequences) {
   std::uint64_t state = 0x243F6A8885A308D3ULL;
