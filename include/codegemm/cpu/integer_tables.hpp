@@ -32,8 +32,8 @@ inline constexpr float kTableNorm = 32700.0F;
   return isa == Isa::kAvx512Vbmi && code_bits >= 4;
 }
 
-/// The largest norm of what the codes of a row and a flush stand for, scales left out. Flushes begin anew with
-/// each tile and each scale group.
+/// The largest norm of what the codes of a row and a flush stand for, scales left out. Flushes begin anew
+/// with each tile and each scale group.
 [[nodiscard]] inline double longest_flush(const QuantizedMatrixView& w, const float* codebooks,
                                           std::int64_t tile_vectors) {
   const Format f = w.format;
@@ -64,8 +64,8 @@ inline constexpr float kTableNorm = 32700.0F;
   return std::sqrt(static_cast<double>(longest));
 }
 
-/// By what codebooks[m][2^b][v] are to be rounded, `longest` being longest_flush(), or 0 where 16 bits are not
-/// enough: centroids or rows that are far out, beyond what the others are like, stretch the step.
+/// By what codebooks[m][2^b][v] are to be rounded, `longest` being longest_flush(), or 0 where 16 bits are
+/// not enough: centroids or rows that are far out, beyond what the others are like, stretch the step.
 [[nodiscard]] inline float pair_step(const float* codebooks, Format f, double longest) noexcept {
   // Of a typical row's sum, as in flush_step(); rounding activations and centroids adds some hundredths.
   constexpr double kAccepted = 8e-4;
