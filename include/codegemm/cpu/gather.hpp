@@ -203,7 +203,7 @@ struct LanesAvx2 {
   }
 };
 
-// Tokens in the lanes: an entry is one load. Named sums, since an array might end up in memory.
+// Tokens in the lanes: an entry is one load. With optimization the sums are registers.
 template <int kLanes, int kCodeBits, int kWords>
 CODEGEMM_TARGET_AVX2 void gather_lanes_avx2(const GatherArgs& a) {
   constexpr std::int64_t kTable = std::int64_t{kLanes} << kCodeBits;
@@ -212,59 +212,29 @@ CODEGEMM_TARGET_AVX2 void gather_lanes_avx2(const GatherArgs& a) {
   for (std::int64_t octet = 0; octet < a.octets; ++octet) {
     const OctetCodes<kCodeBits, kWords> codes(a, octet);
     float* const part = a.part + octet * 8 * kLanes;
-    LanesAvx2<kLanes> s0, s1, s2, s3, s4, s5, s6, s7;
+    LanesAvx2<kLanes> sums[8];
     if (a.first) {
-      s0.clear();
-      s1.clear();
-      s2.clear();
-      s3.clear();
-      s4.clear();
-      s5.clear();
-      s6.clear();
-      s7.clear();
+      CODEGEMM_UNROLL
+      for (int r = 0; r < 8; ++r) sums[r].clear();
     } else {
-      s0.load(part);
-      s1.load(part + kStep);
-      s2.load(part + 2 * kStep);
-      s3.load(part + 3 * kStep);
-      s4.load(part + 4 * kStep);
-      s5.load(part + 5 * kStep);
-      s6.load(part + 6 * kStep);
-      s7.load(part + 7 * kStep);
+      CODEGEMM_UNROLL
+      for (int r = 0; r < 8; ++r) sums[r].load(part + r * kStep);
     }
     const float* table = a.tables;
     for (std::int64_t e = 0; e < a.entries; ++e, table += kTable) {
       const std::uint64_t word = codes[e];
-      s0.add(table + (word & 255U) * kLanes);
-      s1.add(table + ((word >> 8) & 255U) * kLanes);
-      s2.add(table + ((word >> 16) & 255U) * kLanes);
-      s3.add(table + ((word >> 24) & 255U) * kLanes);
-      s4.add(table + ((word >> 32) & 255U) * kLanes);
-      s5.add(table + ((word >> 40) & 255U) * kLanes);
-      s6.add(table + ((word >> 48) & 255U) * kLanes);
-      s7.add(table + (word >> 56) * kLanes);
+      CODEGEMM_UNROLL
+      for (int r = 0; r < 8; ++r) sums[r].add(table + ((word >> (8 * r)) & 255U) * kLanes);
     }
     if (!a.last) {
-      s0.store(part);
-      s1.store(part + kStep);
-      s2.store(part + 2 * kStep);
-      s3.store(part + 3 * kStep);
-      s4.store(part + 4 * kStep);
-      s5.store(part + 5 * kStep);
-      s6.store(part + 6 * kStep);
-      s7.store(part + 7 * kStep);
+      CODEGEMM_UNROLL
+      for (int r = 0; r < 8; ++r) sums[r].store(part + r * kStep);
       continue;
     }
     _mm256_store_ps(scales, load_halves_avx2(a.scales + octet * 8));
     float* const y = a.y + octet * 8 * kLanes;
-    s0.add_scaled_to(y, scales[0]);
-    s1.add_scaled_to(y + kStep, scales[1]);
-    s2.add_scaled_to(y + 2 * kStep, scales[2]);
-    s3.add_scaled_to(y + 3 * kStep, scales[3]);
-    s4.add_scaled_to(y + 4 * kStep, scales[4]);
-    s5.add_scaled_to(y + 5 * kStep, scales[5]);
-    s6.add_scaled_to(y + 6 * kStep, scales[6]);
-    s7.add_scaled_to(y + 7 * kStep, scales[7]);
+    CODEGEMM_UNROLL
+    for (int r = 0; r < 8; ++r) sums[r].add_scaled_to(y + r * kStep, scales[r]);
   }
 }
 

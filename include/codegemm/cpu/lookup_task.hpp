@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cpu/lookup_task.hpp - one task by register look-ups: tables tile by tile, codes asked for
-// meanwhile.
+// codegemm/cpu/lookup_task.hpp - one task by register look-ups: tables tile by tile, encoded, and codes
+// asked for meanwhile.
 // Layer: cpu (host only).
 #pragma once
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/cpu/psumbook_task.hpp - the operands of a multiplication through Psumbooks, one task of it and a
-// worker's scratch.
+// codegemm/cpu/psumbook_task.hpp - the operands of a multiplication through Psumbooks, one task of it and
+// a worker's scratch.
 // Layer: cpu (host only).
 #pragma once
 
