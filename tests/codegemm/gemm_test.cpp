@@ -172,7 +172,8 @@ TEST_CASE("more rows than share one Psumbook, and K split or not", "[codegemm]")
   // An odd number of splits, the last one in two parts, or rows in two chunks for one token.
   sweep(Format{4, 1, 8, -1}, 130, 276, {1, 3}, 8);
   sweep(Format{8, 2, 8, 64}, 70, 576, {1}, 10);
-  sweep(Format{4, 2, 4, 64}, CpuTiles::kCutRows + 70, 276, {1, 2}, 9);
+  sweep(Format{4, 2, 4, 64}, CpuTiles::kCutRows4 + 70, 276, {1, 2}, 9);
+  sweep(Format{4, 1, 8, 64}, CpuTiles::kCutRows + 70, 276, {1, 2}, 11);
 }
 
 TEST_CASE("the result has the same bits for any number of workers", "[codegemm]") {

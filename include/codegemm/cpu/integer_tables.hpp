@@ -32,6 +32,29 @@ inline constexpr float kTableNorm = 32700.0F;
   return isa == Isa::kAvx512Vbmi && code_bits >= 4;
 }
 
+// squares[n] += |the sum over codebooks [first, end) of what the codes of row n and vector j stand for|^2.
+template <int kVecLen>
+void add_flush_squares(const QuantizedMatrixView& w, const float* codebooks, std::int64_t j,
+                       std::int64_t first, std::int64_t end, float* squares) noexcept {
+  const Format f = w.format;
+  const int per_word = f.codes_per_word();
+  const int shift = static_cast<int>(j % per_word) * f.stored_code_bits();
+  const std::uint32_t mask = (1U << f.stored_code_bits()) - 1U;
+  const std::int64_t words = (w.vectors() + per_word - 1) / per_word;
+  const std::uint32_t* const codes = w.codes + j / per_word * w.rows;
+  for (std::int64_t n = 0; n < w.rows; ++n) {
+    float sums[kVecLen] = {};
+    for (std::int64_t c = first; c < end; ++c) {
+      const std::int64_t code = codes[c * words * w.rows + n] >> shift & mask;
+      const float* const centroid = codebooks + (c * f.centroids() + code) * kVecLen;
+      for (int d = 0; d < kVecLen; ++d) sums[d] += centroid[d];
+    }
+    float square = 0.0F;
+    for (int d = 0; d < kVecLen; ++d) square += sums[d] * sums[d];
+    squares[n] += square;
+  }
+}
+
 /// The largest norm of what the codes of a row and a flush stand for, scales left out. Flushes begin anew
 /// with each tile and each scale group.
 [[nodiscard]] inline double longest_flush(const QuantizedMatrixView& w, const float* codebooks,
@@ -39,6 +62,10 @@ inline constexpr float kTableNorm = 32700.0F;
   const Format f = w.format;
   const std::int64_t m = f.m;
   const std::int64_t segment = f.g < 0 ? std::max<std::int64_t>(1, w.vectors()) : f.g / f.v;
+  const auto add = f.v == 2   ? &add_flush_squares<2>
+                   : f.v == 4 ? &add_flush_squares<4>
+                   : f.v == 8 ? &add_flush_squares<8>
+                              : &add_flush_squares<16>;
   std::vector<float> squares(static_cast<std::size_t>(w.rows));
   float longest = 0.0F;
   for (std::int64_t j = 0, next = 0; j < w.vectors(); j = next) {
@@ -47,16 +74,8 @@ inline constexpr float kTableNorm = 32700.0F;
       end = std::min(first + flush_entries(f.b), next * m);
       std::fill(squares.begin(), squares.end(), 0.0F);
       for (std::int64_t i = first / m; i * m < end; ++i) {
-        const std::int64_t c0 = std::max<std::int64_t>(0, first - i * m);
-        const std::int64_t c1 = std::min(m, end - i * m);
-        for (std::int64_t n = 0; n < w.rows; ++n) {
-          float sums[kMaxVecLen] = {};
-          for (std::int64_t c = c0; c < c1; ++c) {
-            const float* const centroid = codebooks + (c * f.centroids() + w.code(c, n, i)) * f.v;
-            for (int d = 0; d < f.v; ++d) sums[d] += centroid[d];
-          }
-          for (int d = 0; d < f.v; ++d) squares[static_cast<std::size_t>(n)] += sums[d] * sums[d];
-        }
+        add(w, codebooks, i, std::max<std::int64_t>(0, first - i * m), std::min(m, end - i * m),
+            squares.data());
       }
       for (const float sum : squares) longest = std::max(longest, sum);
     }
