@@ -23,9 +23,8 @@ FusedMmaLimits limits_of(int tokens) {
   out.table_bytes = 65536 + 16 * 3 * (1024 + 64);
   out.tokens = tokens;
   out.warps = 16;
-  out.sum_bytes = static_cast<std::size_t>(2 * 16 * tokens * kTileRows * 4);
-  out.most_group = 4;
-  if (tokens == 8) out.x_bytes = 65536;
+  const int group = tokens == 8 ? 4 : 2;
+  out.sum_bytes = static_cast<std::size_t>(2 * group * 16 * tokens * kTileRows * 4);
   if (tokens == 16) out.window_cycles = 3200;
   out.slab_cycles = (256 * kTileRows * 2 + 2 * tokens * kTileRows * 4) / 128 + 12;
   return out;
@@ -43,11 +42,7 @@ void check_plan(const PackedLayout& l, const FusedMmaLimits& limits, const cuda:
   CHECK(p.splits * p.slabs_per_split >= slabs);
   const int halves = limits.halves ? 2 : 1;
   CHECK(std::int64_t{p.blocks} * p.tiles_per_block * halves >= l.row_tiles);
-  CHECK(p.group >= 1);
-  CHECK(p.group <= limits.most_group);
-  if (p.stages_x) CHECK(p.slabs_per_split > limits.warps);
-  std::size_t bytes = limits.table_bytes + static_cast<std::size_t>(p.group) * limits.sum_bytes +
-                      (p.stages_x ? limits.x_bytes : 0);
+  std::size_t bytes = limits.table_bytes + limits.sum_bytes;
   if (p.splits > 1 || p.slabs_per_split > limits.warps || limits.halves)
     bytes += static_cast<std::size_t>(p.tiles_per_block * halves * kTileRows * limits.tokens) * sizeof(float);
   CHECK(p.shared_bytes == bytes);
@@ -84,20 +79,6 @@ TEST_CASE("cuda fused mma: a long K is cut where x takes long") {
   CHECK(splits(8192, 8192, 8) == 1);
   CHECK(splits(4096, 4096, 16) == 1);  // one window as it is: a cluster's sum would only be added
   CHECK(splits(14336, 4096, 16) == 1);
-}
-
-TEST_CASE("cuda fused mma: slabs of x are staged where there are several windows and room") {
-  const auto plan = [](std::int64_t rows, std::int64_t cols, int tokens) {
-    return cuda::plan_fused_mma(layout_of(rows, cols), limits_of(tokens), {});
-  };
-  CHECK(plan(8192, 28672, 8).stages_x);
-  CHECK(plan(57344, 8192, 8).stages_x);
-  CHECK(plan(57344, 8192, 8).group == 2);
-  CHECK_FALSE(plan(4096, 4096, 8).stages_x);
-  CHECK(plan(4096, 4096, 8).group == 4);
-  CHECK_FALSE(plan(8192, 28672, 16).stages_x);  // no room
-  CHECK_FALSE(plan(128256, 8192, 8).stages_x);  // its blocks' sums need the room
-  CHECK(plan(128256, 8192, 8).blocks <= 132);
 }
 
 TEST_CASE("cuda fused mma: no plan where the tables leave no room") {

@@ -59,14 +59,12 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   constexpr int kHalves = kWeightRows ? 1 : 2;  // tokens r, and r + 8
   constexpr int kSums = kWeightRows ? 1 : 2;    // fragments of sums
 
-  // The table; codes of the warps' next tiles, [warp][stage], and their scales; their next slabs of x; what
-  // they made of a group of tiles, [2][tile][warp][token][16 rows]; where blocks or windows are added: the
-  // block's sums [half][token][row].
+  // The table; codes of the warps' next tiles, [warp][stage], and their scales; what warps made of a group of
+  // tiles, [2][tile][warp][token][16 rows]; where blocks or windows are added: the block's sums
+  // [half][token][row].
   extern __shared__ __align__(1024) char table[];
   const int table_bytes = Shape::table_bytes(a.code_bits);
-  [[maybe_unused]] char* const staged_x = table + table_bytes + Shape::staged_bytes(a.scale_steps);
-  constexpr int kXBytes = Shape::kXBytes;
-  float* const warp_sums = reinterpret_cast<float*>(staged_x + (a.stages_x ? kXBytes : 0));
+  float* const warp_sums = reinterpret_cast<float*>(table + table_bytes + Shape::staged_bytes(a.scale_steps));
   const int log_sums = Shape::log_tile_sums(a.tokens);
   float* const block_sums = warp_sums + Shape::sum_bytes(a.tokens, a.group) / 4;
 
@@ -237,20 +235,6 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     }
     detail::commit_copies();
   };
-  [[maybe_unused]] char* const own_x = staged_x + warp * (kXBytes / kWarps);
-  [[maybe_unused]] const auto copy_x = [&](int slab) {
-    constexpr int kChunks = Shape::kSlabSpan / 8;  // of 16 bytes
-    const auto to = static_cast<unsigned>(__cvta_generic_to_shared(own_x));
-#pragma unroll 4
-    for (int i = lane; i < Tokens * kChunks; i += 32) {
-      const int token = i / kChunks;
-      const int k = slab * Shape::kSlabSpan + i % kChunks * 8;
-      const int valid = min(max(a.cols - k, 0), 8);
-      // What is no token is the last one again: nobody stores its sums.
-      detail::copy_16_bytes(to + static_cast<unsigned>(Shape::x_place(token, i % kChunks)),
-                            a.x + min(token, a.tokens - 1) * a.x_stride + (valid > 0 ? k : 0), valid * 2);
-    }
-  };
   if (slab0 + warp < slab1) {
     if constexpr (kStaged) {
       at = first_stage;
@@ -319,49 +303,25 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     const bool last_window = window + kWarps >= slab1;
     if (slab < slab1 && (!Gated || half == 0 || window > slab0 || !last_window)) {
       constexpr int kOf = kLaneSpan >= 8 ? 2 : 1;  // steps loaded at once
-      const bool from_stage = kXBytes > 0 && a.stages_x && (half > 0 || window > slab0);
-      if (from_stage) {
-        detail::wait_for_copies<0>();
-        __syncwarp();
-      }
-      const auto load_x = [&](auto&& load) {
 #pragma unroll
-        for (int step = 0; step < 4 * kChunkSteps; step += kOf) {
-          const int k = (step / kChunkSteps * 4 + q) * kLaneSpan + step % kChunkSteps * 4;  // of the slab
+      for (int step = 0; step < 4 * kChunkSteps; step += kOf) {
+        const int k =
+            slab * Shape::kSlabSpan + (step / kChunkSteps * 4 + q) * kLaneSpan + step % kChunkSteps * 4;
 #pragma unroll
-          for (int i = 0; i < kHalves; ++i) {
-            unsigned words[kOf * 2];
-            load(r + 8 * i, k, words);
+        for (int i = 0; i < kHalves; ++i) {
+          unsigned words[kOf * 2];
+          // What is no token is the last one again: nobody stores its sums.
+          detail::load_fours<kOf>(a.x + min(r + 8 * i, a.tokens - 1) * a.x_stride + k,
+                                  min(a.cols - k, 4 * kOf), a.x_aligned, words);
 #pragma unroll
-            for (int s = 0; s < kOf; ++s) {
-              x[step + s][i] = words[s * 2] | zero;
-              x[step + s][kHalves + i] = words[s * 2 + 1] | zero;
-            }
+          for (int s = 0; s < kOf; ++s) {
+            x[step + s][i] = words[s * 2] | zero;
+            x[step + s][kHalves + i] = words[s * 2 + 1] | zero;
           }
         }
-      };
-      if (from_stage) {
-        load_x([&](int token, int k, unsigned(&words)[kOf * 2]) {
-          detail::load_fours<kOf>(
-              reinterpret_cast<const std::uint16_t*>(own_x + Shape::x_place(token, k / 8) + k % 8 * 2),
-              4 * kOf, true, words);
-        });
-      } else {
-        load_x([&](int token, int k, unsigned(&words)[kOf * 2]) {
-          const int column = slab * Shape::kSlabSpan + k;
-          detail::load_fours<kOf>(a.x + min(token, a.tokens - 1) * a.x_stride + column,
-                                  min(a.cols - column, 4 * kOf), a.x_aligned, words);
-        });
       }
     }
     if (window == slab0) __syncthreads();  // the table
-    if (kXBytes > 0 && a.stages_x && slab < slab1) {
-      const int next = slab + kWarps < slab1                          ? slab + kWarps
-                       : Gated && half == 0 && slab1 - slab0 > kWarps ? slab0 + warp
-                                                                      : slab1;
-      __syncwarp();  // all have read the slab before
-      if (next < slab1) copy_x(next);
-    }
 
     [[maybe_unused]] const int half_tile = half * a.rows.half_tiles;
     float* const half_sums = block_sums + half * (Tokens * block_rows);

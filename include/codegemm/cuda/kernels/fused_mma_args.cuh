@@ -28,7 +28,6 @@ struct FusedMmaArgs {
   RowBlocks rows;  // its halves are those of SwiGLU
   int slabs_per_split = 0;
   int group = 0;                // row tiles between two barriers
-  bool stages_x = false;        // a warp's next slab of x comes while it goes over the tiles
   int tiles_ahead = 0;          // how far the second-level cache is ahead, where codes come straight from it
   bool x_aligned = false;       // every row of x starts at a multiple of 16 bytes
   unsigned codebook_bytes = 0;  // codes of two bytes: of all codebooks
@@ -83,13 +82,6 @@ struct FusedMmaShape {
   /// Of a block.
   [[nodiscard]] static __host__ __device__ constexpr int staged_bytes(int steps) {
     return kStaged ? kWarps * kCodeStages * stage_bytes(steps) : 0;
-  }
-
-  /// Of all warps: the next slab of x.
-  static constexpr int kXBytes = kStaged && Tokens == 8 ? kWarps * Tokens * kSlabSpan * 2 : 0;
-  /// Where 16 bytes number `chunk` of a token lie: of two tokens that follow each other the banks differ.
-  [[nodiscard]] static __host__ __device__ constexpr int x_place(int token, int chunk) {
-    return token * kSlabSpan * 2 + (chunk ^ token % 2) * 16;
   }
 
   [[nodiscard]] static __host__ __device__ constexpr int table_bytes(int bits) {

@@ -48,9 +48,8 @@ struct FusedMmaRegime {
     limits.clusters = device.clusters;
     limits.table_bytes =
         static_cast<std::size_t>(Shape::table_bytes(w.format.b) + Shape::staged_bytes(w.layout.scale_steps));
-    limits.sum_bytes = static_cast<std::size_t>(Shape::sum_bytes(Tokens, 1));
-    limits.most_group = Shape::kMostGroup;
-    limits.x_bytes = static_cast<std::size_t>(Shape::kXBytes);
+    limits.sum_bytes =
+        static_cast<std::size_t>(Shape::sum_bytes(Tokens, group_of<Config, Tokens>(w, device)));
     limits.tokens = Tokens;
     limits.halves = gated;
     limits.warps = Shape::kWarps;
@@ -59,6 +58,17 @@ struct FusedMmaRegime {
     // As measured on an H200: with one codebook the look-ups are too few to hide 16 tokens of x.
     if (Tokens == 16 && Config::kCodebooks == 1 && Config::kCodeBytes == 1) limits.window_cycles = 3200;
     return plan_fused_mma(w.layout, limits, tuning);
+  }
+
+  // Row tiles between two barriers: the most that leave room for the sums of a block's rows.
+  template <class Config, int Tokens>
+  [[nodiscard]] static int group_of(const DevicePackedView& w, const Device& device) {
+    using Shape = FusedMmaShape<Config, Tokens>;
+    const int fixed = Shape::table_bytes(w.format.b) + Shape::staged_bytes(w.layout.scale_steps);
+    int group = Shape::kMostGroup;
+    while (group > 1 && fixed + Shape::sum_bytes(Tokens, group) + kLeastBlockSums > device.shared_bytes)
+      group /= 2;
+    return group;
   }
 
   template <class X, class Y>
@@ -94,6 +104,8 @@ struct FusedMmaRegime {
   }
 
  private:
+  static constexpr int kLeastBlockSums = 8192;
+
   template <class Config, class X, class Y>
   [[nodiscard]] static bool tiled(const GemmProblem<X, Y>& p, const Device& device) {
     const int bits = p.weights.format.b;
@@ -178,10 +190,9 @@ struct FusedMmaRegime {
     args.code_bits = w.format.b;
     args.rows = cut_rows(w.layout.first_tile, w.layout.parts, plan.tiles_per_block, gated(p));
     args.slabs_per_split = plan.slabs_per_split;
-    args.group = plan.group;
+    args.group = group_of<Config, Tokens>(w, device);
     args.tiles_ahead = plan.tiles_per_block > 2 ? p.tuning.rounds_ahead : 0;  // few come at once anyway
     args.x_aligned = aligned(args.x, 16) && p.x.stride % 8 == 0;
-    args.stages_x = plan.stages_x && args.x_aligned;
     args.codebook_bytes = static_cast<unsigned>(w.layout.row_scales_at - w.layout.codebooks_at);
     args.out = from_token<Y>(output_of(p), token);
     LaunchShape shape;

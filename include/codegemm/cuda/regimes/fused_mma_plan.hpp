@@ -21,8 +21,6 @@ struct FusedMmaPlan {
   int blocks = 0;                ///< of rows
   int tiles_per_block = 0;       ///< row tiles
   int slabs_per_split = 0;       ///< slabs of K
-  int group = 0;                 ///< row tiles between two barriers
-  bool stages_x = false;         ///< a warp's next slab of x comes while it goes over the tiles
   std::size_t shared_bytes = 0;  ///< of a block
   double cost = 0.0;             ///< estimated cycles
 };
@@ -33,9 +31,7 @@ struct FusedMmaLimits {
   std::size_t shared_bytes = 0;      ///< of a block at most
   std::array<int, 9> clusters = {};  ///< as Device::clusters
   std::size_t table_bytes = 0;       ///< a block's codebooks, and codes on their way
-  std::size_t sum_bytes = 0;         ///< of the warps, for each row tile of a group
-  int most_group = 1;                ///< row tiles between two barriers at most
-  std::size_t x_bytes = 0;           ///< the next slabs of x; 0: they are never staged
+  std::size_t sum_bytes = 0;         ///< of the warps, for two groups of row tiles
   int tokens = 0;                    ///< of a pass, padded
   int warps = 0;                     ///< of a block
   bool halves = false;               ///< SwiGLU
@@ -49,7 +45,6 @@ struct FusedMmaLimits {
                                                  const GemmTuning& tuning) {
   constexpr double kTileLatency = 900.0;     // of one warp alone
   constexpr double kClusterCycles = 2200.0;  // two barriers of a cluster and reading between them
-  constexpr int kStagedWindowCycles = 200;   // until x is in registers, from shared memory
   const auto divide_up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const std::int64_t slabs = 2 * l.granules;
   const int halves = limits.halves ? 2 : 1;  // one after the other
@@ -61,40 +56,27 @@ struct FusedMmaLimits {
     const std::int64_t slabs_per_split = divide_up(slabs, splits);
     if (slots < 1 || (splits - 1) * slabs_per_split >= slabs) continue;
     FusedMmaPlan p;
-    const std::int64_t wanted = least_tiles_per_block(l.first_tile, l.parts, slots, limits.halves);
-    const bool windows = slabs_per_split > limits.warps;
-    const bool sums = splits > 1 || windows || limits.halves;
-    const std::size_t tile = static_cast<std::size_t>(kTileRows * limits.tokens * halves) * sizeof(float);
-    std::int64_t per_block = 0;
-    // The sums of a block's rows have to fit: else there are more blocks than run at once. Larger groups and
-    // staged slabs have what is left, the latter first.
-    const auto consider = [&](bool stages_x, int group) {
-      const std::size_t fixed = limits.table_bytes + static_cast<std::size_t>(group) * limits.sum_bytes +
-                                (stages_x ? limits.x_bytes : 0);
-      if (fixed > limits.shared_bytes || per_block == wanted) return;
+    std::size_t fixed = limits.table_bytes + limits.sum_bytes;
+    if (fixed > limits.shared_bytes) continue;
+    std::int64_t per_block = least_tiles_per_block(l.first_tile, l.parts, slots, limits.halves);
+    if (splits > 1 || slabs_per_split > limits.warps || limits.halves) {
+      // The sums of a block's rows have to fit: else there are more blocks than run at once.
+      const std::size_t tile = static_cast<std::size_t>(kTileRows * limits.tokens * halves) * sizeof(float);
       const auto room = static_cast<std::int64_t>((limits.shared_bytes - fixed) / tile);
-      const std::int64_t tiles = sums ? std::min(wanted, room) : wanted;
-      if (tiles <= per_block) return;
-      per_block = tiles;
-      p.group = group;
-      p.stages_x = stages_x;
-      p.shared_bytes = fixed + (sums ? static_cast<std::size_t>(tiles) * tile : 0);
-    };
-    if (windows && limits.x_bytes > 0) {
-      for (int group = limits.most_group; group > 1; group /= 2) consider(true, group);
-      if (per_block < wanted) per_block = 0;  // not at the price of more blocks
+      if (room < 1) continue;
+      per_block = std::min(per_block, room);
+      fixed += static_cast<std::size_t>(per_block) * tile;
     }
-    for (int group = limits.most_group; group >= 1; group /= 2) consider(false, group);
-    if (per_block == 0) continue;
     p.splits = splits;
     p.blocks = cut_rows(l.first_tile, l.parts, static_cast<int>(per_block), limits.halves).blocks();
     p.tiles_per_block = static_cast<int>(per_block);
     p.slabs_per_split = static_cast<int>(slabs_per_split);
+    p.shared_bytes = fixed;
     if (p.blocks > 65535) continue;  // limit of a grid
     double work = 0.0;
     for (std::int64_t slab = 0; slab < slabs_per_split; slab += limits.warps) {
       const double active = static_cast<double>(std::min<std::int64_t>(limits.warps, slabs_per_split - slab));
-      work += (slab > 0 && p.stages_x ? kStagedWindowCycles : limits.window_cycles) +
+      work += limits.window_cycles +
               static_cast<double>(per_block) * std::max(active * limits.slab_cycles, kTileLatency);
     }
     p.cost =
