@@ -77,6 +77,7 @@ TEST_CASE("cuda gemm: a small one of each fused kind", "[gpu]") {
   check<Half, Half>({{4, 1, 8, 128}, 77, 1096, 5, true, 8}, device, seed++);
   check<BFloat16, float>({{8, 2, 8, 128}, 33, 2048, 12, true, 8, split}, device, seed++);
   check<Half, Half>({{8, 1, 12, 32}, 40, 544, 9}, device, seed++);
+  check<Half, Half>({{8, 2, 8, 128}, 40, 4640, 3, true, 8}, device, seed++);  // two windows
   split.splits = 3;
   split.token_tile = 32;
   check<Half, Half>({{4, 1, 8, 128}, 300, 1032, 40, true, 8, split}, device, seed++);

@@ -63,10 +63,11 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   // tiles, [2][tile][warp][token][16 rows]; where blocks or windows are added: the block's sums
   // [half][token][row].
   extern __shared__ __align__(1024) char table[];
+  const int most_tiles = kStaged ? a.group : Shape::kMostGroup;  // between two barriers
   const int table_bytes = Shape::table_bytes(a.code_bits);
   float* const warp_sums = reinterpret_cast<float*>(table + table_bytes + Shape::staged_bytes(a.scale_steps));
   const int log_sums = Shape::log_tile_sums(a.tokens);
-  float* const block_sums = warp_sums + Shape::sum_bytes(a.tokens, a.group) / 4;
+  float* const block_sums = warp_sums + Shape::sum_bytes(a.tokens, most_tiles) / 4;
 
   detail::allow_next_kernel();
   const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / 32, 0);
@@ -303,22 +304,35 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     const bool last_window = window + kWarps >= slab1;
     if (slab < slab1 && (!Gated || half == 0 || window > slab0 || !last_window)) {
       constexpr int kOf = kLaneSpan >= 8 ? 2 : 1;  // steps loaded at once
+      const int valid = a.cols - slab * Shape::kSlabSpan;
+      const auto load_x = [&](auto whole) {
 #pragma unroll
-      for (int step = 0; step < 4 * kChunkSteps; step += kOf) {
-        const int k =
-            slab * Shape::kSlabSpan + (step / kChunkSteps * 4 + q) * kLaneSpan + step % kChunkSteps * 4;
+        for (int step = 0; step < 4 * kChunkSteps; step += kOf) {
+          const int k = (step / kChunkSteps * 4 + q) * kLaneSpan + step % kChunkSteps * 4;  // of the slab
 #pragma unroll
-        for (int i = 0; i < kHalves; ++i) {
-          unsigned words[kOf * 2];
-          // What is no token is the last one again: nobody stores its sums.
-          detail::load_fours<kOf>(a.x + min(r + 8 * i, a.tokens - 1) * a.x_stride + k,
-                                  min(a.cols - k, 4 * kOf), a.x_aligned, words);
+          for (int i = 0; i < kHalves; ++i) {
+            unsigned words[kOf * 2];
+            // What is no token is the last one again: nobody stores its sums.
+            const std::uint16_t* const from =
+                a.x + min(r + 8 * i, a.tokens - 1) * a.x_stride + slab * Shape::kSlabSpan + k;
+            if constexpr (decltype(whole)::value) {
+              detail::load_fours<kOf>(from, 4 * kOf, true, words);
+            } else {
+              detail::load_fours<kOf>(from, min(valid - k, 4 * kOf), a.x_aligned, words);
+            }
 #pragma unroll
-          for (int s = 0; s < kOf; ++s) {
-            x[step + s][i] = words[s * 2] | zero;
-            x[step + s][kHalves + i] = words[s * 2 + 1] | zero;
+            for (int s = 0; s < kOf; ++s) {
+              x[step + s][i] = words[s * 2] | zero;
+              x[step + s][kHalves + i] = words[s * 2 + 1] | zero;
+            }
           }
         }
+      };
+      // One branch for all loads, so that nothing stands between them.
+      if (Tokens == 8 && a.x_aligned && valid >= Shape::kSlabSpan) {
+        load_x(std::true_type{});
+      } else {
+        load_x(std::false_type{});
       }
     }
     if (window == slab0) __syncthreads();  // the table
@@ -326,8 +340,8 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     [[maybe_unused]] const int half_tile = half * a.rows.half_tiles;
     float* const half_sums = block_sums + half * (Tokens * block_rows);
     const auto multiply_group = [&](auto looked_up, int group) {
-      float* const of_stage = warp_sums + ((stage * a.group * kWarps) << log_sums);
-      const int end = min(group + a.group, tiles);
+      float* const of_stage = warp_sums + ((stage * most_tiles * kWarps) << log_sums);
+      const int end = min(group + most_tiles, tiles);
       if (slab < slab1) {
 #pragma unroll 1
         for (int tile = group; tile < end; ++tile) {
@@ -465,23 +479,48 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
         }
       }
       __syncthreads();
-      // A sum a thread, so that no warp comes late to the next barrier.
-      for (int i = static_cast<int>(threadIdx.x); i < (end - group) << log_sums; i += kFusedMmaThreads) {
-        const int in_tile = i & ((1 << log_sums) - 1);
-        const int token = kWeightRows ? in_tile / 16 ^ in_tile / 64 : in_tile / 16;
-        const int row =
-            (group + (i >> log_sums)) * kTileRows + ((in_tile >> 3 ^ token >> 1) & 1) * 8 + in_tile % 8;
-        const float* const from = of_stage + (((i >> log_sums) * kWarps) << log_sums) + in_tile;
-        float sum = *from;
+      if constexpr (kWeightRows) {
+        // A sum a thread, so that no warp comes late to the next barrier.
+        for (int i = static_cast<int>(threadIdx.x); i < (end - group) << log_sums; i += kFusedMmaThreads) {
+          const int in_tile = i & ((1 << log_sums) - 1);
+          const int token = in_tile / 16 ^ in_tile / 64;
+          const int row =
+              (group + (i >> log_sums)) * kTileRows + ((in_tile >> 3 ^ token >> 1) & 1) * 8 + in_tile % 8;
+          const float* const from = of_stage + (((i >> log_sums) * kWarps) << log_sums) + in_tile;
+          float sum = *from;
 #pragma unroll 5
-        for (int w = 1; w < warps; ++w) sum += from[w << log_sums];
-        if (direct) {
-          if (token < a.tokens && tile0 * kTileRows + row < a.out.rows)
-            detail::store_output(a.out, token, tile0 * kTileRows + row, sum);
-        } else {
-          float& total = half_sums[token * block_rows + row];
-          if (window > slab0) sum += total;
-          total = sum;
+          for (int w = 1; w < warps; ++w) sum += from[w << log_sums];
+          if (direct) {
+            if (token < a.tokens && tile0 * kTileRows + row < a.out.rows)
+              detail::store_output(a.out, token, tile0 * kTileRows + row, sum);
+          } else {
+            float& total = half_sums[token * block_rows + row];
+            if (window > slab0) sum += total;
+            total = sum;
+          }
+        }
+      } else {
+        // Four rows of a token at a time: with 16 tokens a sum a thread takes longer.
+        constexpr int kLogFours = Shape::log_tile_sums(Tokens) - 2;
+        for (int i = static_cast<int>(threadIdx.x); i < (end - group) << kLogFours; i += kFusedMmaThreads) {
+          const int in_tile = i & ((1 << kLogFours) - 1);
+          const int token = in_tile / 4;
+          const int row =
+              (group + (i >> kLogFours)) * kTileRows + ((i >> 1 ^ token >> 1) & 1) * 8 + i % 2 * 4;
+          const float* const from = of_stage + (((i >> kLogFours) * kWarps) << log_sums) + in_tile * 4;
+          float4 sum = *reinterpret_cast<const float4*>(from);
+#pragma unroll 5
+          for (int w = 1; w < warps; ++w) {
+            const float4 more = *reinterpret_cast<const float4*>(from + (w << log_sums));
+            sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+          }
+          if (direct) {
+            if (token < a.tokens) detail::store_output4(a.out, token, tile0 * kTileRows + row, sum);
+          } else {
+            float4& total = *reinterpret_cast<float4*>(half_sums + token * block_rows + row);
+            if (window > slab0) sum.x += total.x, sum.y += total.y, sum.z += total.z, sum.w += total.w;
+            total = sum;
+          }
         }
       }
       stage ^= 1;  // the other half of the sums: nobody still reads it
@@ -489,9 +528,9 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     int group = 0;
     if constexpr (decltype(first)::value) {
       multiply_group(first, group);
-      group += a.group;
+      group += most_tiles;
     }
-    for (; group < tiles; group += a.group) multiply_group(std::false_type{}, group);
+    for (; group < tiles; group += most_tiles) multiply_group(std::false_type{}, group);
     window += kWarps;
     if (last_window && Gated && half == 0) {
       half = 1;

@@ -27,7 +27,7 @@ struct FusedMmaArgs {
   int code_bits = 0;
   RowBlocks rows;  // its halves are those of SwiGLU
   int slabs_per_split = 0;
-  int group = 0;                // row tiles between two barriers
+  int group = 0;                // row tiles between two barriers, where codes are staged
   int tiles_ahead = 0;          // how far the second-level cache is ahead, where codes come straight from it
   bool x_aligned = false;       // every row of x starts at a multiple of 16 bytes
   unsigned codebook_bytes = 0;  // codes of two bytes: of all codebooks
@@ -57,8 +57,8 @@ struct FusedMmaShape {
 
   /// Whether codes and scales of a warp come by asynchronous copies into shared memory. A lane's pieces of
   /// them are 8 bytes, and of four lines a warp: loaded straight they take its pipe four times as long as
-  /// copied in whole ones. Large tables leave no room for it.
-  static constexpr bool kStaged = Config::kCodeBytes == 1 && Table::kRowSets == 1;
+  /// copied in whole ones. Large tables leave no room for it, nor do the sums of 16 tokens.
+  static constexpr bool kStaged = Tokens == 8 && Config::kCodeBytes == 1 && Table::kRowSets == 1;
   static constexpr int kCodeStages = 3;
   /// Codes of a warp's slab of a tile: kRowBytes rows of 16 bytes a lane, see staged_place().
   static constexpr int kStagedCodeBytes = kRowBytes * 256;

@@ -66,7 +66,8 @@ struct FusedMmaRegime {
     using Shape = FusedMmaShape<Config, Tokens>;
     const int fixed = Shape::table_bytes(w.format.b) + Shape::staged_bytes(w.layout.scale_steps);
     int group = Shape::kMostGroup;
-    while (group > 1 && fixed + Shape::sum_bytes(Tokens, group) + kLeastBlockSums > device.shared_bytes)
+    while (Shape::kStaged && group > 1 &&
+           fixed + Shape::sum_bytes(Tokens, group) + kLeastBlockSums > device.shared_bytes)
       group /= 2;
     return group;
   }
