@@ -18,5 +18,7 @@ inline constexpr std::size_t kWindowStart = 1024;
 inline constexpr std::size_t kHalfStagedBytes = 1296;
 /// What a block keeps of a row that it normalizes: each warp's sum of squares.
 inline constexpr std::size_t kSquaresBytes = 128;
+/// The barrier of the copy of its activations, before these.
+inline constexpr std::size_t kRowBarrierBytes = 16;
 
 }  // namespace codegemm::cuda

@@ -152,48 +152,43 @@ struct HalfPsumbook {
     }
     keep(staged, words.of, finite ? unscale_of(exponent) : __int_as_float(0x7FC00000), token);
   }
-  /// What a lane holds of RMSNorm's weights for stage_products().
-  struct Factors {
-    float2 pairs[8];  ///< as the words of stage()
-  };
-  /// Those of the 512 columns from number `k0` on, of `cols`, an even number.
-  [[nodiscard]] static __device__ __forceinline__ Factors load_factors(const float* weight, int cols,
-                                                                       int k0) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    Factors out;
-#pragma unroll
-    for (int f = 0; f < 8; ++f) {
-      const int k = k0 + activation_of(lane, f);
-      out.pairs[f] = k < cols ? __ldg(reinterpret_cast<const float2*>(weight + k)) : make_float2(0.0F, 0.0F);
-    }
-    return out;
-  }
-  /// The same as stage() of fp32 activations times these.
-  static __device__ __forceinline__ void stage_products(char* staged, const float* x, const Factors& factors,
+  /// The same of fp32 activations times others, of the 512 columns from number `k0` on, of `cols`, a multiple
+  /// of 4.
+  static __device__ __forceinline__ void stage_products(char* staged, const float* x, const float* factors,
                                                         int cols, int k0) {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    float2 pairs[8];
+    float4 fours[4];
+    float4 by[4];
 #pragma unroll
-    for (int f = 0; f < 8; ++f) {
-      const int k = k0 + activation_of(lane, f);
-      pairs[f] = k < cols ? *reinterpret_cast<const float2*>(x + k) : make_float2(0.0F, 0.0F);
+    for (int f = 0; f < 4; ++f) {
+      const int k = k0 + activation_of(lane, 2 * f);
+      fours[f] = k < cols ? *reinterpret_cast<const float4*>(x + k) : float4{};
+      by[f] = k < cols ? *reinterpret_cast<const float4*>(factors + k) : float4{};
     }
     unsigned most = 0;
+    const auto times = [&](float& value, float factor) {
+      value *= factor;
+      most = max(most, __float_as_uint(value) & 0x7FFFFFFFU);
+    };
 #pragma unroll
-    for (int f = 0; f < 8; ++f) {
-      pairs[f].x *= factors.pairs[f].x;
-      pairs[f].y *= factors.pairs[f].y;
-      most = max(most,
-                 max(__float_as_uint(pairs[f].x) & 0x7FFFFFFFU, __float_as_uint(pairs[f].y) & 0x7FFFFFFFU));
+    for (int f = 0; f < 4; ++f) {
+      times(fours[f].x, by[f].x);
+      times(fours[f].y, by[f].y);
+      times(fours[f].z, by[f].z);
+      times(fours[f].w, by[f].w);
     }
     const int largest = static_cast<int>(__reduce_max_sync(0xFFFFFFFFU, most));
     const int exponent = min(135 - kLogV - (largest >> 23), 126);
     const float factor = __int_as_float((127 + exponent) << 23);
     unsigned words[8];
+    const auto halves = [&](float low, float high) {
+      const __half2 pair = __floats2half2_rn(low * factor, high * factor);
+      return *reinterpret_cast<const unsigned*>(&pair);
+    };
 #pragma unroll
-    for (int f = 0; f < 8; ++f) {
-      const __half2 pair = __floats2half2_rn(pairs[f].x * factor, pairs[f].y * factor);
-      words[f] = *reinterpret_cast<const unsigned*>(&pair);
+    for (int f = 0; f < 4; ++f) {
+      words[2 * f] = halves(fours[f].x, fours[f].y);
+      words[2 * f + 1] = halves(fours[f].z, fours[f].w);
     }
     keep(staged, words, unscale_of(exponent), 0);
   }
@@ -271,10 +266,11 @@ struct HalfPsumbook {
   /// sums[t][i] = token t's sum of row row_slot(lane, i) over the columns of the lane's group of
   /// 2^kSummedSteps lanes.
   /// `codes` is the lane's stream of 16 rows, `column` the table's address in the shared window less
-  /// kWindowStart (of which the lowest 16 bits are 0) plus column_bytes(lane).
-  template <int Steps>
+  /// kWindowStart (of which the lowest 16 bits are 0) plus column_bytes(lane). refill(c): codes[c] has been
+  /// used.
+  template <int Steps, class Refill>
   static __device__ __forceinline__ void gather(unsigned column, const uint4 (&codes)[4], Ones ones,
-                                                float (&sums)[Tokens][kSums<Steps>]) {
+                                                float (&sums)[Tokens][kSums<Steps>], Refill&& refill) {
     static_assert(Steps >= 1, "codegemm: HalfPsumbook wants groups of at least two lanes with one scale");
     float d[Tokens][2][4];
     asm volatile("" : "+r"(ones.bytes[0]), "+r"(ones.bytes[1]));  // two registers, not sixteen
@@ -308,6 +304,7 @@ struct HalfPsumbook {
           }
         }
       }
+      refill(c);
     }
 #pragma unroll
     for (int t = 0; t < Tokens; ++t) {

@@ -12,6 +12,7 @@
 #include <codegemm/cuda/kernels/gather_tile.cuh>
 #include <codegemm/cuda/kernels/normed_row.cuh>
 #include <codegemm/cuda/kernels/output.cuh>
+#include <codegemm/cuda/kernels/row_copy.cuh>
 
 namespace codegemm::cuda {
 
@@ -70,7 +71,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   const unsigned char* at = first_tile + static_cast<unsigned>(warp) * tile_bytes;
   const unsigned step = kWarps * tile_bytes;
   Tile tile;
-  if (warp < tiles) tile.load(at, lane);
+  if constexpr (!kHalf) {
+    if (warp < tiles) tile.load(at, lane);
+  }
 
   // With a fixed format each warp keeps its share of the centroids and builds one position of the table.
   constexpr bool kFixed = Config::kVecLen != 0 && Config::kCodeBits != 0 && kWarps % kSets == 0;
@@ -98,6 +101,33 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     }
   }
 
+  // Of an address in the shared window the highest byte is the block's rank in its cluster.
+  const auto start = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const unsigned window = start & 0xFF000000U;
+  char* const table = kHalf ? shared + (window + static_cast<unsigned>(kWindowStart) - start) : shared;
+  [[maybe_unused]] auto copy = detail::row_copy_of<Book, Tokens, kHalf>(a, granule0);
+#if __CUDA_ARCH__ >= 900
+  [[maybe_unused]] const auto turn_of = [&](int w) {  // w / ranks
+    return static_cast<int>(static_cast<unsigned>(w) * a.ranks_inverse >> 16);
+  };
+  const int rank = kCluster ? static_cast<int>(detail::cluster_rank()) : 0;
+  const unsigned table_at = kHalf ? window + static_cast<unsigned>(kWindowStart) : start;
+  const unsigned barrier = table_at + static_cast<unsigned>(a.barrier_at);
+  [[maybe_unused]] const unsigned row_barrier =
+      table_at + static_cast<unsigned>(a.sums_at) - static_cast<unsigned>(kSquaresBytes + kRowBarrierBytes);
+  if constexpr (kHalf) {
+    if (warp == kWarps - 1) {  // before its tile: of all that comes, the activations are waited for longest
+      copy.prepare(a, table_at, row_barrier);
+      if constexpr (kCluster) detail::cluster_arrive();
+      detail::wait_for_previous_kernel();
+      copy.start(a, table_at, row_barrier);
+    }
+  }
+#endif
+  if constexpr (kHalf) {  // loads come in the order of their requests, and those are wanted first
+    if (warp < tiles) tile.load(at, lane);
+  }
+
   const auto prefetch_round = [&](const unsigned char* block_tiles, int round) {
     const int first = round * kWarps;
     if (first < tiles && lane == 0) {
@@ -107,33 +137,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   };
   if (warp > 0 && warp <= a.rounds_ahead) prefetch_round(first_tile, warp);
 
-  // Of an address in the shared window the highest byte is the block's rank in its cluster.
-  const auto start = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  const unsigned window = start & 0xFF000000U;
-  char* const table = kHalf ? shared + (window + static_cast<unsigned>(kWindowStart) - start) : shared;
 #if __CUDA_ARCH__ >= 900
-  [[maybe_unused]] const auto turn_of = [&](int w) {  // w / ranks
-    return static_cast<int>(static_cast<unsigned>(w) * a.ranks_inverse >> 16);
-  };
-  const int rank = kCluster ? static_cast<int>(detail::cluster_rank()) : 0;
-  const unsigned table_at = kHalf ? window + static_cast<unsigned>(kWindowStart) : start;
-  const unsigned barrier = table_at + static_cast<unsigned>(a.barrier_at);
   if constexpr (kCluster) {
-    if (warp == kWarps - 1) {
+    if (warp == kWarps - 2) {
       const bool owned = lane < kWarps && lane < tiles && lane - turn_of(lane) * ranks == rank;
       const unsigned expected = __reduce_add_sync(
           0xFFFFFFFFU, owned ? static_cast<unsigned>(tiles - lane + kWarps - 1) / kWarps : 0U);
       if (lane == 0) detail::expect_pushes(barrier, expected * static_cast<unsigned>(ranks * Tokens) * 64U);
     }
-    detail::cluster_arrive();
+    if (!kHalf || warp != kWarps - 1) detail::cluster_arrive();
+  } else if constexpr (kHalf) {
+    __syncthreads();
   }
 #endif
-  [[maybe_unused]] auto factors = detail::no_factors<Book, kHalf>();
-  if constexpr (kNormed) {
-    if (a.normed.x != nullptr && warp < granule1 - granule0) {
-      factors = Book::load_factors(a.normed.weight, a.cols, (granule0 + warp) * Book::kActivations);
-    }
-  }
 
   detail::wait_for_previous_kernel();
   Activations x[Tokens];
@@ -145,14 +161,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   [[maybe_unused]] auto words = detail::no_words<Book, kHalf>();
   // HalfPsumbook: warp by warp the tokens of a granule, then those of the next.
   [[maybe_unused]] const auto load_words = [&](int i) {
-    if constexpr (kHalf) {
-      const Activations token{x[0].x + i % Tokens * a.x_stride, a.cols, x[0].bf16};
-      words = Book::load(token, (granule0 + i / Tokens) * Book::kActivations);
-    }
+    if constexpr (kHalf)
+      words = Book::load(copy.token(a, table, i % Tokens), (granule0 + i / Tokens) * Book::kActivations);
   };
+  const bool norms = kNormed && a.normed.x != nullptr;
   const int all_words = (granule1 - granule0) * Tokens;
   if constexpr (kHalf) {
-    if (!(kNormed && a.normed.x != nullptr) && warp < all_words) load_words(warp);
+    if (!norms && !a.copies_row && warp < all_words) load_words(warp);
   } else if constexpr (kFixed) {
 #pragma unroll
     for (int t = 0; t < Tokens; ++t) {
@@ -194,11 +209,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     return first_row + i;
   };
   const int share = kCluster ? a.slots * 16 : tiles * 16;
-  if constexpr (kSteps == 5 || kSteps < 0) {
-    // No register to spare for it.
-    if (a.out.row_scales != nullptr && static_cast<int>(threadIdx.x) < share) {
-      const int row = row_of(static_cast<int>(threadIdx.x));
-      if (row >= 0 && row < a.out.rows) detail::prefetch_l1(a.out.row_scales + row);
+  // No register to spare for what the end reads.
+  const bool ends_with_scale = (kSteps == 5 || kSteps < 0) && a.out.row_scales != nullptr;
+  if ((ends_with_scale || a.out.residual != nullptr) && static_cast<int>(threadIdx.x) < share) {
+    const int row = row_of(static_cast<int>(threadIdx.x));
+    if (row >= 0 && row < a.out.rows) {
+      if (ends_with_scale) detail::prefetch_l1(a.out.row_scales + row);
+      if (a.out.residual != nullptr) detail::prefetch_scalar(a.out.residual, row, a.out.type);
     }
   }
   auto ones = detail::ones_of<Book, kSteps, kHalf>();
@@ -222,18 +239,21 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     }
   };
   if constexpr (kHalf) {
-    if (!kNormed || a.normed.x == nullptr) {
+#if __CUDA_ARCH__ >= 900
+    copy.wait(a, row_barrier);
+#endif
+    if (!norms) {
+      if (a.copies_row && warp < all_words) load_words(warp);
       for (int i = warp; i < all_words;) {
         Book::stage(staged(granule0 + i / Tokens), words, x[0].bf16, i % Tokens);
         i += kWarps;
         if (i < all_words) load_words(i);
       }
     } else if constexpr (kNormed) {
-      const float squares = detail::squares_of<Config::kThreads>(a.normed, a.cols);
+      const NormedRow normed = copy.normed(a, table);
+      const float squares = detail::squares_of<Config::kThreads>(normed, a.cols);
       for (int i = granule0 + warp; i < granule1; i += kWarps) {
-        const int first = i * Book::kActivations;
-        if (i != granule0 + warp) factors = Book::load_factors(a.normed.weight, a.cols, first);
-        Book::stage_products(staged(i), a.normed.x, factors, a.cols, first);
+        Book::stage_products(staged(i), normed.x, normed.weight, a.cols, i * Book::kActivations);
       }
       const float sum = detail::warp_sum(squares);
       if (lane == 0) row_sums[warp - static_cast<int>(kSquaresBytes / sizeof(float))] = sum;
@@ -253,7 +273,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   const auto sum_tile = [&](const unsigned char* tile_at, const unsigned char* next, bool first, bool last) {
     float sums[Tokens][kSums];
     if constexpr (kHalf) {
-      Book::template gather<kSteps>(column, tile.codes, ones, sums);
+      // Each part of the next tile is asked for as soon as there are registers: warps are at the same place
+      // of their tiles most of the time, and would all wait for the next ones together.
+      Book::template gather<kSteps>(column, tile.codes, ones, sums, [&](int c) {
+        if (next != nullptr) tile.load_codes(next, lane, c);
+      });
     } else {
       Book::gather(table, tile.codes, lane, sums);
     }
@@ -261,7 +285,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
 #pragma unroll
     for (unsigned i = 0; i < sizeof(tile.scale_bits) / sizeof(unsigned); ++i)
       scale_bits[i] = tile.scale_bits[i];
-    if (next != nullptr) tile.load(next, lane);
+    if (next != nullptr) {
+      if constexpr (kHalf) {
+        tile.load_scales(next, lane);
+      } else {
+        tile.load(next, lane);
+      }
+    }
 #pragma unroll
     for (int t = 0; t < Tokens; ++t) {
       float total;
@@ -288,6 +318,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
 #endif
   };
 
+  // Warps without a tile build the next table while the others gather.
+  [[maybe_unused]] const bool apart =
+      kHalf && Config::kThreads < 1024 && a.tables == 2 && tiles + 4 <= kWarps;
   for (int granule = granule0; granule < granule1; ++granule) {
     if constexpr (kHalf) {
       column = window + table_offset(granule) + Book::column_bytes(lane);
@@ -312,6 +345,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     const unsigned char* const block_tiles = at - static_cast<unsigned>(warp) * tile_bytes;
     __syncthreads();
     const bool first = granule == granule0;
+    if constexpr (kHalf) {
+      if (apart && !last && warp >= tiles) {
+#pragma unroll 4
+        for (int block = warp - tiles; block < 32; block += kWarps - tiles) {
+          Book::build(table + table_offset(granule + 1), staged(granule + 1),
+                      Book::load_centroids(codebooks, block), block);
+        }
+      }
+    }
     so_far = row_sums + warp * 16 + row_slot(lane, 0);
     for (int i = 0; i < mine; ++i) {
       if ((i & 15) == warp) {
@@ -329,7 +371,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     }
     if constexpr (kHalf) {  // nobody gathers from the other table any more
       if (!last && a.tables == 1) __syncthreads();
-      if (!last) build_half(granule + 1);
+      if (!last && !apart) build_half(granule + 1);
     } else {
       if (!last) __syncthreads();
     }

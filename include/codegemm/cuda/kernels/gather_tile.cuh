@@ -53,7 +53,13 @@ struct TileRegisters {
 
   __device__ __forceinline__ void load(const unsigned char* tile, int lane) {
 #pragma unroll
-    for (int p = 0; p < Sets; ++p) codes[p] = load_once(tile + (p * 32 + lane) * 16);
+    for (int p = 0; p < Sets; ++p) load_codes(tile, lane, p);
+    load_scales(tile, lane);
+  }
+  __device__ __forceinline__ void load_codes(const unsigned char* tile, int lane, int p) {
+    codes[p] = load_once(tile + (p * 32 + lane) * 16);
+  }
+  __device__ __forceinline__ void load_scales(const unsigned char* tile, int lane) {
     const unsigned char* const scales = tile + Sets * 512 + lane * kScales * 2;
     if constexpr (kScales == 1) {
       scale_bits[0] = __ldg(reinterpret_cast<const unsigned short*>(scales));
@@ -93,14 +99,6 @@ template <class Book, int Tokens, bool Half>
       typename Book::Segments of[Tokens];
     } out = {};
     return out;
-  }
-}
-template <class Book, bool Half>
-[[nodiscard]] __device__ __forceinline__ auto no_factors() {
-  if constexpr (Half) {
-    return typename Book::Factors{};
-  } else {
-    return 0;
   }
 }
 template <class Book, bool Half>
