@@ -28,7 +28,7 @@ __device__ __forceinline__ void multiply_halves(unsigned (&d)[2], const unsigned
 template <int Offset>
 __device__ __forceinline__ unsigned load_word(unsigned address) {
   unsigned out;
-  asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(out) : "r"(address), "n"(Offset));
+  asm volatile("ld.volatile.shared.u32 %0, [%1 + %2];" : "=r"(out) : "r"(address), "n"(Offset));
   return out;
 }
 

@@ -33,6 +33,15 @@ __device__ __forceinline__ uint4 load_once(const void* address) {
   return out;
 }
 
+// The same, where it stands among other loads of this kind: compilers put loads last, for the registers.
+__device__ __forceinline__ uint4 load_in_order(const void* address) {
+  uint4 out;
+  asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
+               : "l"(address));
+  return out;
+}
+
 // For what a later kernel reads again, though more than the second-level cache holds is read in between: it
 // is the last that goes from there.
 __device__ __forceinline__ unsigned long long keep_in_l2() {

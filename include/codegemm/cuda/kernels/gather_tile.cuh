@@ -57,7 +57,7 @@ struct TileRegisters {
     load_scales(tile, lane);
   }
   __device__ __forceinline__ void load_codes(const unsigned char* tile, int lane, int p) {
-    codes[p] = load_once(tile + (p * 32 + lane) * 16);
+    codes[p] = load_in_order(tile + (p * 32 + lane) * 16);
   }
   __device__ __forceinline__ void load_scales(const unsigned char* tile, int lane) {
     const unsigned char* const scales = tile + Sets * 512 + lane * kScales * 2;

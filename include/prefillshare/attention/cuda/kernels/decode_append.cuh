@@ -268,11 +268,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const auto append = [&] {
     newest.append<Shape>(newest_at, (keys_end - 1) % kGroupKeys, group_at(mine - 1));
   };
-  newest.find_angles<Shape>();
-  __syncthreads();
-  codegemm::cuda::detail::wait_for_previous_kernel();
+  codegemm::cuda::detail::wait_for_previous_kernel();  // mostly over: blocks start as those in front end
   detail::Queries<Shape> queries;
   queries.load(rows, shared);
+  newest.find_angles<Shape>();  // while they come
+  __syncthreads();
   if (appends && mine <= Shape::kStages) append();
   newest.turn(queries);
   AttendState<Shape> state;
