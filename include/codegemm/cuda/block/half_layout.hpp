@@ -8,6 +8,8 @@
 
 namespace codegemm::cuda {
 
+/// Activations that a HalfPsumbook covers.
+inline constexpr int kHalfActivations = 512;
 /// Bytes of a HalfPsumbook. It lies kWindowStart behind a multiple of that in the shared window: the byte of
 /// a code and the byte of a lane are an address then, and what is to be added is part of the instruction.
 inline constexpr std::size_t kHalfTableBytes = 65536;

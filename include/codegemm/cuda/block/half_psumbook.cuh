@@ -24,7 +24,7 @@ __device__ __forceinline__ void multiply_halves(unsigned (&d)[2], const unsigned
       : "r"(a[0]), "r"(a[1]), "r"(b), "r"(0U));
 }
 
-// The word `Offset` bytes behind an address of the shared window.
+// The word `Offset` bytes behind an address of the shared window; in order with load_in_order().
 template <int Offset>
 __device__ __forceinline__ unsigned load_word(unsigned address) {
   unsigned out;
@@ -57,8 +57,8 @@ struct HalfPsumbook {
   static_assert((V == 4 && Codebooks == 1) || (V == 8 && Codebooks == 2),
                 "codegemm: HalfPsumbook is for V = 4 and one codebook, or V = 8 and two");
 
-  static constexpr int kSets = 4;           ///< columns that a lane owns
-  static constexpr int kActivations = 512;  ///< k covered
+  static constexpr int kSets = 4;                        ///< columns that a lane owns
+  static constexpr int kActivations = kHalfActivations;  ///< k covered
   /// Bytes of shared memory, kWindowStart behind a multiple of that in the shared window: a code and a lane
   /// become an address by one permute.
   static constexpr int kBytes = Tokens * static_cast<int>(kHalfTableBytes);

@@ -42,19 +42,6 @@ __device__ __forceinline__ uint4 load_in_order(const void* address) {
   return out;
 }
 
-// For what a later kernel reads again, though more than the second-level cache holds is read in between: it
-// is the last that goes from there.
-__device__ __forceinline__ unsigned long long keep_in_l2() {
-  unsigned long long policy;
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ std::int32_t load_kept(const std::int32_t* address, unsigned long long policy) {
-  std::int32_t out;
-  asm volatile("ld.global.nc.L2::cache_hint.b32 %0, [%1], %2;" : "=r"(out) : "l"(address), "l"(policy));
-  return out;
-}
-
 // Asynchronous copies of a thread, in groups; both sides are at multiples of 16 bytes.
 __device__ __forceinline__ void copy_16_bytes(unsigned shared, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");

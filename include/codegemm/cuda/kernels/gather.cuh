@@ -105,7 +105,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   const auto start = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   const unsigned window = start & 0xFF000000U;
   char* const table = kHalf ? shared + (window + static_cast<unsigned>(kWindowStart) - start) : shared;
-  [[maybe_unused]] auto copy = detail::row_copy_of<Book, Tokens, kHalf>(a, granule0);
+  [[maybe_unused]] const bool norms = kNormed && a.normed.x != nullptr;
+  [[maybe_unused]] const bool copies = kNormed && a.copies_row;
+  [[maybe_unused]] const detail::RowCopy copy{granule0 * kHalfActivations};
 #if __CUDA_ARCH__ >= 900
   [[maybe_unused]] const auto turn_of = [&](int w) {  // w / ranks
     return static_cast<int>(static_cast<unsigned>(w) * a.ranks_inverse >> 16);
@@ -115,13 +117,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   const unsigned barrier = table_at + static_cast<unsigned>(a.barrier_at);
   [[maybe_unused]] const unsigned row_barrier =
       table_at + static_cast<unsigned>(a.sums_at) - static_cast<unsigned>(kSquaresBytes + kRowBarrierBytes);
-  if constexpr (kHalf) {
-    if (warp == kWarps - 1) {  // before its tile: of all that comes, the activations are waited for longest
-      copy.prepare(a, table_at, row_barrier);
-      if constexpr (kCluster) detail::cluster_arrive();
-      detail::wait_for_previous_kernel();
-      copy.start(a, table_at, row_barrier);
-    }
+  if (copies && warp == kWarps - 1) {  // before its tile: of all that comes, the row is waited for longest
+    copy.prepare(a, table_at, row_barrier);
+    if constexpr (kCluster) detail::cluster_arrive();
+    detail::wait_for_previous_kernel();
+    copy.start(a, table_at, row_barrier);
   }
 #endif
   if constexpr (kHalf) {  // loads come in the order of their requests, and those are wanted first
@@ -145,9 +145,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
           0xFFFFFFFFU, owned ? static_cast<unsigned>(tiles - lane + kWarps - 1) / kWarps : 0U);
       if (lane == 0) detail::expect_pushes(barrier, expected * static_cast<unsigned>(ranks * Tokens) * 64U);
     }
-    if (!kHalf || warp != kWarps - 1) detail::cluster_arrive();
-  } else if constexpr (kHalf) {
-    __syncthreads();
+    if (!copies || warp != kWarps - 1) detail::cluster_arrive();
+  } else {
+    if (copies) __syncthreads();
   }
 #endif
 
@@ -161,13 +161,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   [[maybe_unused]] auto words = detail::no_words<Book, kHalf>();
   // HalfPsumbook: warp by warp the tokens of a granule, then those of the next.
   [[maybe_unused]] const auto load_words = [&](int i) {
-    if constexpr (kHalf)
-      words = Book::load(copy.token(a, table, i % Tokens), (granule0 + i / Tokens) * Book::kActivations);
+    if constexpr (kHalf) {
+      const Activations token{x[0].x + i % Tokens * a.x_stride, a.cols, x[0].bf16};
+      words = Book::load(token, (granule0 + i / Tokens) * Book::kActivations);
+    }
   };
-  const bool norms = kNormed && a.normed.x != nullptr;
   const int all_words = (granule1 - granule0) * Tokens;
   if constexpr (kHalf) {
-    if (!norms && !a.copies_row && warp < all_words) load_words(warp);
+    if (!norms && warp < all_words) load_words(warp);
   } else if constexpr (kFixed) {
 #pragma unroll
     for (int t = 0; t < Tokens; ++t) {
@@ -209,13 +210,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     return first_row + i;
   };
   const int share = kCluster ? a.slots * 16 : tiles * 16;
-  // No register to spare for what the end reads.
-  const bool ends_with_scale = (kSteps == 5 || kSteps < 0) && a.out.row_scales != nullptr;
-  if ((ends_with_scale || a.out.residual != nullptr) && static_cast<int>(threadIdx.x) < share) {
-    const int row = row_of(static_cast<int>(threadIdx.x));
-    if (row >= 0 && row < a.out.rows) {
-      if (ends_with_scale) detail::prefetch_l1(a.out.row_scales + row);
-      if (a.out.residual != nullptr) detail::prefetch_scalar(a.out.residual, row, a.out.type);
+  if constexpr (kSteps == 5 || kSteps < 0) {
+    // No register to spare for it.
+    if (a.out.row_scales != nullptr && static_cast<int>(threadIdx.x) < share) {
+      const int row = row_of(static_cast<int>(threadIdx.x));
+      if (row >= 0 && row < a.out.rows) detail::prefetch_l1(a.out.row_scales + row);
     }
   }
   auto ones = detail::ones_of<Book, kSteps, kHalf>();
@@ -239,18 +238,20 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     }
   };
   if constexpr (kHalf) {
-#if __CUDA_ARCH__ >= 900
-    copy.wait(a, row_barrier);
-#endif
     if (!norms) {
-      if (a.copies_row && warp < all_words) load_words(warp);
       for (int i = warp; i < all_words;) {
         Book::stage(staged(granule0 + i / Tokens), words, x[0].bf16, i % Tokens);
         i += kWarps;
         if (i < all_words) load_words(i);
       }
     } else if constexpr (kNormed) {
-      const NormedRow normed = copy.normed(a, table);
+      NormedRow normed = a.normed;
+#if __CUDA_ARCH__ >= 900
+      if (copies) {
+        detail::wait_for_phase(row_barrier, 0);
+        normed = copy.in(table, normed, a.cols);
+      }
+#endif
       const float squares = detail::squares_of<Config::kThreads>(normed, a.cols);
       for (int i = granule0 + warp; i < granule1; i += kWarps) {
         Book::stage_products(staged(i), normed.x, normed.weight, a.cols, i * Book::kActivations);

@@ -29,7 +29,7 @@ struct GatherArgs {
   RowBlocks rows;  // chunks; its halves are those of SwiGLU
   int granules_per_block = 0;
   int splits = 0;           // of a group
-  bool copies_row = false;  // the activations (of fp16 Psumbooks) by one copy, for which they are aligned
+  bool copies_row = false;  // normed, see RowCopy
   // In a block's shared memory, from its first Psumbook on: the sums of its rows, before them kSquaresBytes,
   // before these kRowBarrierBytes; for a cluster what its blocks push here, and the barrier.
   int sums_at = 0;

@@ -53,9 +53,10 @@ struct TileRegisters {
 
   __device__ __forceinline__ void load(const unsigned char* tile, int lane) {
 #pragma unroll
-    for (int p = 0; p < Sets; ++p) load_codes(tile, lane, p);
+    for (int p = 0; p < Sets; ++p) codes[p] = load_once(tile + (p * 32 + lane) * 16);
     load_scales(tile, lane);
   }
+  // A part of it, between look-ups.
   __device__ __forceinline__ void load_codes(const unsigned char* tile, int lane, int p) {
     codes[p] = load_in_order(tile + (p * 32 + lane) * 16);
   }

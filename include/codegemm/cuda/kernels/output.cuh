@@ -10,7 +10,6 @@
 #include <cuda_fp16.h>
 
 #include <codegemm/cuda/block/centroid_table.cuh>
-#include <codegemm/cuda/block/intrinsics.cuh>
 
 namespace codegemm::cuda {
 
@@ -38,11 +37,6 @@ __device__ __forceinline__ float load_scalar(const void* from, std::int64_t at, 
     case ScalarType::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(from)[at]);
     default: return static_cast<const float*>(from)[at];
   }
-}
-
-// Asks for it in the first-level cache.
-__device__ __forceinline__ void prefetch_scalar(const void* from, std::int64_t at, ScalarType type) {
-  prefetch_l1(static_cast<const char*>(from) + at * (type == ScalarType::kFloat ? 4 : 2));
 }
 
 __device__ __forceinline__ void store_scalar(void* to, std::int64_t at, ScalarType type, float value) {

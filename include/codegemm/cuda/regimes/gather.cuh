@@ -191,18 +191,9 @@ struct GatherRegime {
     args.pushed_at = args.sums_at + Tokens * plan.tiles_per_block * kTileRows * 4;
     args.barrier_at = args.pushed_at + plan.ranks * Tokens * args.slots * kTileRows * 4;
     if constexpr (kHalfPsumbook<Config>) {
-      const auto at_sixteen = [](const void* data) {
-        return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
-      };
-      const auto room = static_cast<std::size_t>(plan.tables) * kHalfTableBytes * Tokens;
-      const std::size_t columns = static_cast<std::size_t>(args.cols);
-      const std::size_t share = static_cast<std::size_t>(plan.granules_per_block) *
-                                static_cast<std::size_t>(BookOf<Config, Tokens>::Type::kActivations);
-      args.copies_row = device.arch >= 90 &&
-                        (args.normed.x != nullptr
-                             ? at_sixteen(args.normed.x) && (columns + share) * sizeof(float) <= room
-                             : at_sixteen(args.x) && columns % 8 == 0 &&
-                                   (Tokens == 1 || args.x_stride % 8 == 0) && share * 2 * Tokens <= room);
+      const auto floats = static_cast<std::size_t>(args.cols + plan.granules_per_block * kHalfActivations);
+      args.copies_row = device.arch >= 90 && args.normed.x != nullptr &&
+                        floats * sizeof(float) <= static_cast<std::size_t>(plan.tables) * kHalfTableBytes;
     }
     // In many rounds the loads of the next tiles keep the memory busy, and asking ahead gets in their way.
     args.rounds_ahead = args.most >= 4 ? 0 : p.tuning.rounds_ahead;

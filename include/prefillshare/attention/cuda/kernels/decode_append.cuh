@@ -177,15 +177,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int share = a.group * kQuads / kDecodeRanks;  // quads that a block ends
   if (!a.overlap) codegemm::cuda::detail::wait_for_previous_kernel();
   codegemm::cuda::detail::allow_next_kernel();
-  // The next layer reads these again, behind the weights of this one.
-  const auto policy = codegemm::cuda::detail::keep_in_l2();
-  const auto load = [&](const std::int32_t* from) { return codegemm::cuda::detail::load_kept(from, policy); };
-  const int first_page = load(a.indptr + sequence);
-  const int end_page = load(a.indptr + sequence + 1);
-  const int last_page_len = load(a.last_page_len + sequence);
+  const int first_page = a.indptr[sequence];
+  const int end_page = a.indptr[sequence + 1];
+  const int last_page_len = a.last_page_len[sequence];
   float frequency = 0.0F;
   if (a.rope.cos == nullptr && a.rope.frequencies != nullptr && threadIdx.x < Shape::kHeadDim / 2)
-    frequency = __int_as_float(load(reinterpret_cast<const std::int32_t*>(a.rope.frequencies) + threadIdx.x));
+    frequency = a.rope.frequencies[threadIdx.x];
   const int pages = end_page - first_page;
   const int keys_end = pages > 0 ? (pages - 1) * a.kv.page_size + last_page_len : 0;
   const unsigned ring = shared + static_cast<unsigned>(warp * Shape::kRingBytes);
@@ -214,7 +211,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   };
   const auto element_of = [&](int key) {
     const int slot = detail::page_of(a.kv, key);
-    return load(a.indices + first_page + slot) * a.kv.page_stride +
+    return __ldg(a.indices + first_page + slot) * a.kv.page_stride +
            (key - slot * a.kv.page_size) * a.kv.token_stride + kv_head * a.kv.head_stride;
   };
   // This lane's key of the warp's i-th group, and where an older one than the newest lies.
