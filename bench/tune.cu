@@ -91,25 +91,55 @@ double time_of(const Times& us, std::size_t t, cuda::LastTokens last) {
   return mma > 0.0 ? mma : gather;
 }
 
-// The pair with the least geometric mean of the times over the measured matrices and token counts.
-cuda::LastTokens choose(const std::vector<const Measured*>& all) {
-  cuda::LastTokens best;
-  double least = 0.0;
+// The pair with the least geometric mean of the times over the measured matrices and token counts, and the
+// sum of the logarithms. Matrices of fewer than `gather_rows` rows are gathered for one token at most.
+std::pair<cuda::LastTokens, double> choose(const std::vector<const Measured*>& all,
+                                           std::int64_t gather_rows) {
+  std::pair<cuda::LastTokens, double> best;
   bool first = true;
   const bool gathers =
       std::any_of(all.begin(), all.end(), [](const Measured* m) { return m->us[0][0] > 0.0; });
   for (int gather = 0; gather <= (gathers ? kMostGatherTokens : 0); ++gather) {
     if (gather > 0 && std::find(kTokens.begin(), kTokens.end(), gather) == kTokens.end()) continue;
     for (const int mma : kTokens) {
+      const cuda::LastTokens last{gather, mma};
+      const cuda::Crossover crossover{{}, {}, last, last, gather_rows};
       double sum = 0.0;
       for (const Measured* m : all) {
         for (std::size_t t = 0; t < kTokens.size(); ++t) {
-          const double us = time_of(m->us, t, {gather, mma});
+          const double us = time_of(m->us, t, crossover.of(m->shape.rows, m->shape.cols));
           if (us > 0.0) sum += std::log(us);
         }
       }
       // Of equals the last: where a regime serves nothing, the others go on.
-      if (first || sum <= least) best = {gather, mma}, least = sum, first = false;
+      if (first || sum <= best.second) best = {last, sum}, first = false;
+    }
+  }
+  return best;
+}
+
+// The best line for a format: with every number of rows that was measured as the least for more than one
+// gathered token, and without one.
+cuda::Crossover choose_all(cuda::Card card, Format format, const std::vector<Measured>& measured) {
+  std::vector<const Measured*> small, large;
+  std::vector<std::int64_t> least_rows = {0};
+  for (const Measured& m : measured) {
+    (m.shape.rows * m.shape.cols <= cuda::kSmallWeights ? small : large).push_back(&m);
+    least_rows.push_back(m.shape.rows);
+  }
+  std::sort(least_rows.begin(), least_rows.end());
+  // Without matrices of one size, those of the other speak for both.
+  if (small.empty()) small = large;
+  if (large.empty()) large = small;
+  cuda::Crossover best;
+  double least = 0.0;
+  for (const std::int64_t rows : least_rows) {
+    const auto of_small = choose(small, rows);
+    const auto of_large = choose(large, rows);
+    const double sum = of_small.second + of_large.second;
+    if (rows == 0 || sum < least) {
+      best = {card, format, of_small.first, of_large.first, rows};
+      least = sum;
     }
   }
   return best;
@@ -118,7 +148,8 @@ cuda::LastTokens choose(const std::vector<const Measured*>& all) {
 std::string line_of(const cuda::Crossover& c) {
   return concat("    {{", c.card.arch, ", ", c.card.multiprocessors, ", ", c.card.memory_bits, "}, {",
                 c.format.v, ", ", c.format.m, ", ", c.format.b, ", ", c.format.g, "}, {", c.small.gather,
-                ", ", c.small.mma, "}, {", c.large.gather, ", ", c.large.mma, "}},\n");
+                ", ", c.small.mma, "}, {", c.large.gather, ", ", c.large.mma, "}",
+                c.gather_rows > 0 ? concat(", ", c.gather_rows) : std::string(), "},\n");
 }
 
 // Replaces the lines between the marks: this card's formats by what was measured now, all others as they
@@ -195,13 +226,8 @@ int program(int argc, char** argv) {
       }
       std::fflush(stdout);
     }
-    cuda::Crossover c{{device->arch, device->multiprocessors, device->memory_bits}, format, {}, {}};
-    std::vector<const Measured*> small, large;
-    for (const Measured& m : measured)
-      (m.shape.rows * m.shape.cols <= cuda::kSmallWeights ? small : large).push_back(&m);
-    // Without matrices of one size, those of the other speak for both.
-    c.small = choose(small.empty() ? large : small);
-    c.large = choose(large.empty() ? small : large);
+    const cuda::Crossover c =
+        choose_all({device->arch, device->multiprocessors, device->memory_bits}, format, measured);
     crossovers.push_back(c);
     std::printf("%s", line_of(c).c_str());
   }

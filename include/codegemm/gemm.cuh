@@ -55,7 +55,7 @@ template <class Configs = DefaultConfigs, class X, class Y>
   const bool few_rows = w.layout.row_tiles <= device.multiprocessors &&
                         !(gather && p.x.rows == 1 && Gather::suits_few_rows(w, device));
   const LastTokens last =
-      last_tokens(w.format, w.rows * w.cols, {device.arch, device.multiprocessors, device.memory_bits});
+      last_tokens(w.format, w.rows, w.cols, {device.arch, device.multiprocessors, device.memory_bits});
   // Tokens gathered one by one are slower than mma.sync.
   const bool one_by_one =
       p.x.rows > 1 && !(gather && Gather::takes_two(w, device, detail::gated(p), p.tuning));

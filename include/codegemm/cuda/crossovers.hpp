@@ -37,10 +37,22 @@ struct Crossover {
   Format format;     ///< measured with
   LastTokens small;  ///< matrices of at most kSmallWeights weights
   LastTokens large;  ///< all larger ones
+  /// Matrices of fewer rows are gathered for one token at most: a Psumbook of two is as much work as two of
+  /// one, and few row tiles share it.
+  std::int64_t gather_rows = 0;
+
+  /// For a matrix of this size.
+  [[nodiscard]] constexpr LastTokens of(std::int64_t rows, std::int64_t cols) const noexcept;
 };
 
 /// Up to here a matrix counts as small.
 inline constexpr std::int64_t kSmallWeights = std::int64_t{6144} * 4096;
+
+constexpr LastTokens Crossover::of(std::int64_t rows, std::int64_t cols) const noexcept {
+  LastTokens out = rows * cols <= kSmallWeights ? small : large;
+  if (rows < gather_rows && out.gather > 1) out.gather = 1;
+  return out;
+}
 
 /// The lines between the two marks are written by `scripts/bench tune --write` on the card that they name.
 /// The first one is what formats near none of the others get.
@@ -58,7 +70,7 @@ inline constexpr Crossover kCrossovers[] = {
 /// The nearest measurement: of the same v, m and code bytes before any other, then of the same card, then of
 /// the same kind of scales (one a row, or groups), then of the same format; the first of those that are
 /// equally near.
-[[nodiscard]] constexpr LastTokens last_tokens(Format f, std::int64_t weights, Card card,
+[[nodiscard]] constexpr LastTokens last_tokens(Format f, std::int64_t rows, std::int64_t cols, Card card,
                                                std::span<const Crossover> measured = kCrossovers) {
   const auto nearness = [&](const Crossover& c) {
     const Format& o = c.format;
@@ -75,7 +87,7 @@ inline constexpr Crossover kCrossovers[] = {
   for (const Crossover& c : measured) {
     if (nearness(c) > nearness(*best)) best = &c;
   }
-  return weights <= kSmallWeights ? best->small : best->large;
+  return best->of(rows, cols);
 }
 
 }  // namespace codegemm::cuda

@@ -23,7 +23,7 @@ constexpr Crossover kMeasured[] = {
 };
 
 int mma_of(Format f, std::int64_t weights, cuda::Card card) {
-  return last_tokens(f, weights, card, kMeasured).mma;
+  return last_tokens(f, weights, 1, card, kMeasured).mma;
 }
 
 TEST_CASE("cuda crossovers: the nearest measurement is taken") {
@@ -45,6 +45,21 @@ TEST_CASE("cuda crossovers: the nearest measurement is taken") {
   CHECK(mma_of({2, 4, 8, 32}, kLarge, {120, 188, 512}) == 12);   // near to none: the first
 }
 
+TEST_CASE("cuda crossovers: two tokens of low matrices are not gathered") {
+  constexpr cuda::Card kH200{90, 132, 6016};
+  constexpr Crossover kTall[] = {{kH200, {4, 1, 8, 128}, {2, 16}, {2, 24}, 9000},
+                                 {kH200, {8, 1, 16, -1}, {0, 16}, {0, 16}, 9000}};
+  const auto last = [&](std::int64_t rows, std::int64_t cols) {
+    return last_tokens({4, 1, 8, 128}, rows, cols, kH200, kTall);
+  };
+  CHECK(last(8999, 8192).gather == 1);
+  CHECK(last(9000, 8192).gather == 2);
+  CHECK(last(8999, 8192).mma == 24);
+  CHECK(last(9000, 512).gather == 2);  // small ones alike
+  CHECK(last(512, 512).gather == 1);
+  CHECK(last_tokens({8, 1, 16, -1}, 512, 512, kH200, kTall).gather == 0);
+}
+
 TEST_CASE("cuda crossovers: every line is sensible") {
   for (const Crossover& c : cuda::kCrossovers) {
     CAPTURE(c.card.arch, c.card.multiprocessors, c.card.memory_bits, format_name(c.format));
@@ -53,7 +68,8 @@ TEST_CASE("cuda crossovers: every line is sensible") {
       CHECK(last.gather >= 0);
       CHECK(last.mma >= last.gather);
     }
-    CHECK(last_tokens(c.format, 1, c.card).mma == c.small.mma);
+    CHECK(last_tokens(c.format, 1, 1, c.card).mma == c.small.mma);
+    CHECK(c.gather_rows >= 0);
   }
 }
 

@@ -20,10 +20,11 @@ FusedMmaLimits limits_of(int tokens) {
   out.multiprocessors = 132;
   out.shared_bytes = 232448;
   out.clusters = {0, 132, 66, 39, 30, 22, 17, 15, 15};
-  out.table_bytes = 65536;
+  out.table_bytes = 65536 + 16 * 3 * (1024 + 64);
   out.tokens = tokens;
   out.warps = 16;
-  out.sum_bytes = static_cast<std::size_t>(2 * 4 * 16 * tokens * kTileRows * 4);
+  const int group = tokens == 8 ? 4 : 2;
+  out.sum_bytes = static_cast<std::size_t>(2 * group * 16 * tokens * kTileRows * 4);
   if (tokens == 16) out.window_cycles = 3200;
   out.slab_cycles = (256 * kTileRows * 2 + 2 * tokens * kTileRows * 4) / 128 + 12;
   return out;

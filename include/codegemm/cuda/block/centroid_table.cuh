@@ -17,19 +17,19 @@ namespace codegemm::cuda {
 /// What a pair of 16-bit weights is multiplied in.
 enum class PairType : int { kHalf = 0, kBFloat16 = 1 };
 
-/// Codebooks of a block, m = Codebooks of 2^b centroids with V values of 16 bits. A centroid (for V = 16,
-/// each half of it) is a *plane* of 128 bytes that holds as many copies of it as fit; a lane reads its own
-/// copy, so that the lanes of a wavefront hit different banks whatever their codes are. (More than four
-/// planes: 64 bytes, and two lanes share a bank.) Entry (code, plane) lies at  plane / kPlanesOfRow * 2^b *
-/// 256 + code * 256 + plane % kPlanesOfRow * kPlaneBytes: a code becomes an address by one byte permute.
-template <int V, int Codebooks>
+/// Codebooks of a block, m = Codebooks of 2^b centroids with V values of 16 bits. Each of the Pieces of a
+/// centroid is a *plane* of 128 bytes that holds as many copies of it as fit; a lane reads its own copy, so
+/// that the lanes of a wavefront hit different banks whatever their codes are. (More than four planes: 64
+/// bytes, and two lanes share a bank.) Entry (code, plane) lies at  plane / kPlanesOfRow * 2^b * 256 +
+/// code * 256 + plane % kPlanesOfRow * kPlaneBytes: a code becomes an address by one byte permute.
+template <int V, int Codebooks, int Pieces = V == 16 ? 2 : 1>
 struct CentroidTable {
   static_assert(V == 2 || V == 4 || V == 8 || V == 16, "codegemm: CentroidTable V must be 2, 4, 8 or 16");
   static_assert(Codebooks >= 1 && Codebooks <= 4, "codegemm: CentroidTable Codebooks must be 1 to 4");
 
-  static constexpr int kHalves = V == 16 ? 2 : 1;             ///< planes of a centroid
-  static constexpr int kEntryBytes = 2 * V / kHalves;         ///< of a copy
-  static constexpr int kPlanes = Codebooks * kHalves;         ///< planes of all codebooks
+  static constexpr int kPieces = Pieces;                      ///< planes of a centroid
+  static constexpr int kEntryBytes = 2 * V / Pieces;          ///< of a copy
+  static constexpr int kPlanes = Codebooks * Pieces;          ///< planes of all codebooks
   static constexpr int kPlaneBytes = kPlanes > 4 ? 64 : 128;  ///< bytes of a plane
   static constexpr int kPlanesOfRow = 256 / kPlaneBytes;      ///< planes beside each other in 256 bytes
   static constexpr int kCopies = kPlaneBytes / kEntryBytes;   ///< copies of a centroid in its plane
@@ -59,7 +59,7 @@ struct CentroidTable {
       const int code = i / 2 / kPlanes;
       const int p = i / 2 % kPlanes;
       const std::uint16_t* const from =
-          codebooks + ((p / kHalves << bits) + code) * V + p % kHalves * (V / kHalves);
+          codebooks + ((p / Pieces << bits) + code) * V + p % Pieces * (V / Pieces);
       unsigned words[4];
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
@@ -95,17 +95,17 @@ struct CentroidTable {
                                                 unsigned (&pairs)[V / 2]) {
     const char* const at = table + address;
 #pragma unroll
-    for (int h = 0; h < kHalves; ++h) {
-      const char* const entry = at + plane(codebook * kHalves + h, bits);
+    for (int h = 0; h < Pieces; ++h) {
+      const char* const entry = at + plane(codebook * Pieces + h, bits);
       if constexpr (kEntryBytes == 16) {
         const uint4 four = *reinterpret_cast<const uint4*>(entry);
         pairs[h * 4] = four.x, pairs[h * 4 + 1] = four.y, pairs[h * 4 + 2] = four.z,
                   pairs[h * 4 + 3] = four.w;
       } else if constexpr (kEntryBytes == 8) {
         const uint2 two = *reinterpret_cast<const uint2*>(entry);
-        pairs[0] = two.x, pairs[1] = two.y;
+        pairs[h * 2] = two.x, pairs[h * 2 + 1] = two.y;
       } else {
-        pairs[0] = *reinterpret_cast<const unsigned*>(entry);
+        pairs[h] = *reinterpret_cast<const unsigned*>(entry);
       }
     }
   }

@@ -53,22 +53,33 @@ __device__ __forceinline__ void load_centroid(const std::uint16_t* from, unsigne
   }
 }
 
+// A value of weights that lie in global memory, or (Staged) of a copy of them in shared memory.
+template <class T, bool Staged>
+[[nodiscard]] __device__ __forceinline__ T load_weights(const unsigned char* from) {
+  const T* const at = reinterpret_cast<const T*>(from);
+  if constexpr (Staged) {
+    return *at;
+  } else {
+    return __ldg(at);
+  }
+}
+
 // Codes of rows r and r + 8 in one lane of the packed layout: the parts of 4, 2 and 1 bytes of a row.
 template <int RowBytes>
 struct PairCodes {
   static_assert(RowBytes >= 1 && RowBytes <= 4, "codegemm: a lane of a Config must have 1 to 4 bytes a row");
   unsigned words[RowBytes >= 3 ? 2 : 1];
 
+  template <bool Staged = false>
   __device__ __forceinline__ void load(const unsigned char* tiles, unsigned offset, unsigned offset_of_last) {
     if constexpr (RowBytes == 4) {
-      const uint2 two = __ldg(reinterpret_cast<const uint2*>(tiles + offset));
+      const uint2 two = load_weights<uint2, Staged>(tiles + offset);
       words[0] = two.x, words[1] = two.y;
     } else if constexpr (RowBytes == 1) {
-      words[0] = __ldg(reinterpret_cast<const unsigned short*>(tiles + offset));
+      words[0] = load_weights<unsigned short, Staged>(tiles + offset);
     } else {
-      words[0] = __ldg(reinterpret_cast<const unsigned*>(tiles + offset));
-      if constexpr (RowBytes == 3)
-        words[1] = __ldg(reinterpret_cast<const unsigned short*>(tiles + offset_of_last));
+      words[0] = load_weights<unsigned, Staged>(tiles + offset);
+      if constexpr (RowBytes == 3) words[1] = load_weights<unsigned short, Staged>(tiles + offset_of_last);
     }
   }
   // How to take the bytes of a row out, for the first or the second slot of the pair.
@@ -93,9 +104,10 @@ struct WeightScales {
   unsigned short bits[2];
 
   // `offset` is that of row r; `second` bytes on lies row r + 8.
+  template <bool Staged = false>
   __device__ __forceinline__ void load(const unsigned char* tiles, unsigned offset, unsigned second) {
-    bits[0] = __ldg(reinterpret_cast<const unsigned short*>(tiles + offset));
-    bits[1] = __ldg(reinterpret_cast<const unsigned short*>(tiles + (offset + second)));
+    bits[0] = load_weights<unsigned short, Staged>(tiles + offset);
+    bits[1] = load_weights<unsigned short, Staged>(tiles + (offset + second));
   }
 };
 
@@ -108,13 +120,14 @@ struct SumScales {
   unsigned words[2];
 
   // `offset` is that of row 2 q for the group whose first lane has bit 3 clear.
+  template <bool Staged = false>
   __device__ __forceinline__ void load(const unsigned char* tiles, unsigned offset) {
     if constexpr (Steps == 3) {
-      const uint2 two = __ldg(reinterpret_cast<const uint2*>(tiles + (offset & ~7U)));
+      const uint2 two = load_weights<uint2, Staged>(tiles + (offset & ~7U));
       words[0] = two.x, words[1] = two.y;
     } else {
-      words[0] = __ldg(reinterpret_cast<const unsigned*>(tiles + (offset & ~3U)));
-      words[1] = __ldg(reinterpret_cast<const unsigned*>(tiles + (offset & ~3U) + (Steps == 2 ? 8 : 16)));
+      words[0] = load_weights<unsigned, Staged>(tiles + (offset & ~3U));
+      words[1] = load_weights<unsigned, Staged>(tiles + (offset & ~3U) + (Steps == 2 ? 8 : 16));
     }
   }
   // [rows 2 q + 8 e + i]. `odd`: bit 3 of the group's first lane, which swaps neighbours.

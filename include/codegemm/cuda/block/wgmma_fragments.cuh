@@ -109,7 +109,7 @@ struct WgmmaFragments {
       for (int c = 0; c < kCodebooks; ++c) {
         const unsigned byte = static_cast<unsigned>(vector * kCodebooks + c) << 4;
         load_matrices_of_constants(shared + __byte_perm(row, lane_bytes, select + byte) +
-                                       static_cast<unsigned>(Table::plane(c * Table::kHalves, bits)),
+                                       static_cast<unsigned>(Table::plane(c * Table::kPieces, bits)),
                                    out.values[c]);
       }
     }

@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   using Table = typename Shape::Table;
   constexpr int V = Config::kVecLen;
   constexpr int kCodebooks = Config::kCodebooks;
-  constexpr int kRowBytes = Config::kSets * Config::kCodeBytes;
+  constexpr int kRowBytes = Shape::kRowBytes;
+  constexpr bool kStaged = Shape::kStaged;
   constexpr int kLaneSpan = Shape::kLaneSpan;
   constexpr int kWarps = Shape::kWarps;
   static_assert(kLaneSpan % 4 == 0, "codegemm: a lane of a Config must own a multiple of 4 columns");
@@ -58,12 +59,14 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   constexpr int kHalves = kWeightRows ? 1 : 2;  // tokens r, and r + 8
   constexpr int kSums = kWeightRows ? 1 : 2;    // fragments of sums
 
-  // The table; what warps made of a group of tiles, [2][tile][warp][token][16 rows]; where blocks or windows
-  // are added: the block's sums [half][token][row].
+  // The table; codes of the warps' next tiles, [warp][stage], and their scales; what warps made of a group of
+  // tiles, [2][tile][warp][token][16 rows]; where blocks or windows are added: the block's sums
+  // [half][token][row].
   extern __shared__ __align__(1024) char table[];
-  float* const warp_sums = reinterpret_cast<float*>(table + Shape::table_bytes(a.code_bits));
+  const int table_bytes = Shape::table_bytes(a.code_bits);
+  float* const warp_sums = reinterpret_cast<float*>(table + table_bytes + Shape::staged_bytes(a.scale_steps));
   const int log_sums = Shape::log_tile_sums(a.tokens);
-  float* const block_sums = warp_sums + Shape::sum_bytes(a.tokens) / 4;
+  float* const block_sums = warp_sums + Shape::sum_bytes(a.tokens, a.group) / 4;
 
   detail::allow_next_kernel();
   const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / 32, 0);
@@ -83,10 +86,13 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
 
   // Where a lane finds what it needs in a tile for chunk 0 of a slab. Other chunks differ in bits that are
   // known.
-  const unsigned first_code =
-      static_cast<unsigned>(tile_offset(q, stream_offset(kRowBytes, row_slot(q, r) & 7, 0)));
+  const auto code_offset = [](int owner, int offset) {
+    return kStaged ? Shape::staged_offset(owner, offset) : static_cast<unsigned>(tile_offset(owner, offset));
+  };
+  const unsigned first_code = code_offset(q, stream_offset(kRowBytes, row_slot(q, r) & 7, 0));
   [[maybe_unused]] const unsigned first_last =
-      static_cast<unsigned>(tile_offset(q, stream_offset(kRowBytes, row_slot(q, r) & 7, kRowBytes - 1)));
+      code_offset(q, stream_offset(kRowBytes, row_slot(q, r) & 7, kRowBytes - 1));
+  constexpr int kScalesAt = kStaged ? 0 : kRowBytes * 512;
   // Without scales in the tiles (known at run time only) weights are multiplied by 1.
   const bool has_scales = kOnSums || (kOnWeights && a.scale_steps < 5);
   const int steps = kOnSums ? Config::kScaleSteps : has_scales ? a.scale_steps : 0;
@@ -95,13 +101,13 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
       : (q & 1) != 0 ? static_cast<unsigned>(-16)
                      : 16U;
   [[maybe_unused]] const unsigned first_sum_scale =
-      static_cast<unsigned>(kRowBytes * 512 + 2 * scale_offset(steps, 0, 2 * q));
+      static_cast<unsigned>(kScalesAt + 2 * scale_offset(steps, 0, 2 * q));
   [[maybe_unused]] unsigned weight_scale_at[kOnWeights ? 4 : 1];
   if constexpr (kOnWeights) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       weight_scale_at[j] =
-          static_cast<unsigned>(kRowBytes * 512 + 2 * scale_offset(steps, (4 * j + q) >> steps << steps, r));
+          static_cast<unsigned>(kScalesAt + 2 * scale_offset(steps, (4 * j + q) >> steps << steps, r));
     }
   }
   [[maybe_unused]] unsigned sum_scale_at[4 / kChunksPerScale];  // of row r, see second_scale
@@ -109,10 +115,10 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
 #pragma unroll
     for (int i = 0; i < 4 / kChunksPerScale; ++i) {
       sum_scale_at[i] =
-          static_cast<unsigned>(kRowBytes * 512 + 2 * scale_offset(steps, 4 * i * kChunksPerScale, r));
+          static_cast<unsigned>(kScalesAt + 2 * scale_offset(steps, 4 * i * kChunksPerScale, r));
     }
   }
-  const unsigned scale_half = 32U * (16U >> steps);  // from a slab to the other one of its granule
+  [[maybe_unused]] const unsigned scale_half = 32U * (16U >> steps);  // to the granule's other slab
   const unsigned select0 = detail::PairCodes<kRowBytes>::selector((q & 1) != 0);
   const unsigned select1 = detail::PairCodes<kRowBytes>::selector((q & 1) == 0);
   const unsigned lane_bytes = Table::lane_bytes(lane);
@@ -123,53 +129,123 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   [[maybe_unused]] SumScales sum_scales[4 / kChunksPerScale];
   [[maybe_unused]] detail::WeightScales weight_scales[4];
   const unsigned granule_bytes = static_cast<unsigned>(a.row_tiles) * static_cast<unsigned>(a.tile_bytes);
-  unsigned at = 0;         // of the tile to be loaded, plus 256 for an odd slab
-  unsigned scales_at = 0;  // of its scales, less their place in a tile
+  unsigned at = 0;         // of the tile to be loaded, plus 256 for an odd slab; or of its copy
+  unsigned scales_at = 0;  // of its scales, less their place in a tile; or of their copy
+  const unsigned char* const weights_from = kStaged ? reinterpret_cast<unsigned char*>(table) : a.tiles;
   const auto load_chunk = [&](int j) {
     const int slot = (j & 1) * 2 + j / 2;  // what row_slot() of lane 4 j flips
-    codes[j].load(
-        a.tiles,
-        at + (first_code ^ static_cast<unsigned>(tile_offset(4 * j, stream_offset(kRowBytes, slot, 0)))),
-        at + (first_last ^ static_cast<unsigned>(tile_offset(4 * j, slot * 2))));
+    codes[j].template load<kStaged>(weights_from,
+                                    at + (first_code ^ code_offset(4 * j, stream_offset(kRowBytes, slot, 0))),
+                                    at + (first_last ^ code_offset(4 * j, slot * 2)));
     // The scales of a group are needed until its last chunk.
     if constexpr (kOnSums) {
       if (j % kChunksPerScale == kChunksPerScale - 1) {
         if constexpr (kWeightRows) {
-          sum_scales[j / kChunksPerScale].load(a.tiles, scales_at + sum_scale_at[j / kChunksPerScale],
-                                               second_scale);
+          sum_scales[j / kChunksPerScale].template load<kStaged>(
+              weights_from, scales_at + sum_scale_at[j / kChunksPerScale], second_scale);
         } else {
           const int first = j / kChunksPerScale * kChunksPerScale;
           const unsigned flip = Config::kScaleSteps == 2 && first % 2 == 1 ? 4U : 0U;
-          sum_scales[j / kChunksPerScale].load(a.tiles, scales_at + (first_sum_scale ^ flip) +
-                                                            static_cast<unsigned>(8 * first * (16 >> steps)));
+          sum_scales[j / kChunksPerScale].template load<kStaged>(
+              weights_from,
+              scales_at + (first_sum_scale ^ flip) + static_cast<unsigned>(8 * first * (16 >> steps)));
         }
       }
     }
     if constexpr (kOnWeights) {
       weight_scales[j].bits[0] = weight_scales[j].bits[1] = 0x3C00;  // 1
-      if (has_scales) weight_scales[j].load(a.tiles, scales_at + weight_scale_at[j], second_scale);
+      if (has_scales) {
+        weight_scales[j].template load<kStaged>(weights_from, scales_at + weight_scale_at[j], second_scale);
+      }
     }
+  };
+  const auto load_chunks = [&] {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) load_chunk(j);
+  };
+  const auto offset_of = [&](int slab, int tile) {
+    return static_cast<unsigned>(slab / 2) * granule_bytes +
+           static_cast<unsigned>(tile0 + tile) * static_cast<unsigned>(a.tile_bytes);
   };
   const auto aim = [&](int slab, int tile) {
     const auto odd = static_cast<unsigned>(slab % 2);
-    const unsigned of_tile = static_cast<unsigned>(slab / 2) * granule_bytes +
-                             static_cast<unsigned>(tile0 + tile) * static_cast<unsigned>(a.tile_bytes);
+    const unsigned of_tile = offset_of(slab, tile);
     at = of_tile + odd * 256U;
     scales_at = of_tile + odd * scale_half;
   };
   // One of the two warps of a granule asks for the tile.
   const auto prefetch = [&](int slab, int tile) {
     if (lane == 0 && (slab % 2 == 0 || slab == slab0)) {
-      detail::prefetch_l2(a.tiles + static_cast<unsigned>(slab / 2) * granule_bytes +
-                              static_cast<unsigned>(tile0 + tile) * static_cast<unsigned>(a.tile_bytes),
-                          static_cast<unsigned>(a.tile_bytes));
+      detail::prefetch_l2(a.tiles + offset_of(slab, tile), static_cast<unsigned>(a.tile_bytes));
     }
   };
-  if (slab0 + warp < slab1) {
-    aim(slab0 + warp, 0);
+
+  // Copies of a warp's tiles in their order, each into the stage that was multiplied last.
+  constexpr int kStages = Shape::kCodeStages;
+  const auto stage_bytes =
+      static_cast<unsigned>(Shape::stage_bytes(kOnSums ? Config::kScaleSteps : a.scale_steps));
+  const auto first_stage =
+      static_cast<unsigned>(table_bytes) + static_cast<unsigned>(warp * kStages) * stage_bytes;
+  [[maybe_unused]] const auto next_stage = [&](unsigned& stage_at) {
+    stage_at += stage_bytes;
+    if (stage_at == first_stage + kStages * stage_bytes) stage_at = first_stage;
+  };
+  const int scale_bytes = static_cast<int>(stage_bytes) - Shape::kStagedCodeBytes;
+  [[maybe_unused]] int copy_slab = slab0 + warp;
+  [[maybe_unused]] int copy_half = 0;
+  [[maybe_unused]] int copies_left = 0;  // of the slab
+  [[maybe_unused]] unsigned copy_to = first_stage;
+  [[maybe_unused]] const unsigned char* copy_from = nullptr;  // the lane's first 16 bytes
+  [[maybe_unused]] int to_scales = 0;                         // from there, for lanes 0 to 15
+  [[maybe_unused]] const unsigned copy_lane =
+      static_cast<unsigned>(__cvta_generic_to_shared(table)) + Shape::staged_place(lane % 16, lane / 16);
+  [[maybe_unused]] const auto begin_copies = [&] {
+    if (copy_slab >= slab1) return;
+    const int odd = copy_slab % 2;
+    copy_from = a.tiles + offset_of(copy_slab, copy_half * a.rows.half_tiles) +
+                (lane / 16 * 512 + odd * 256 + lane % 16 * 16);
+    to_scales = kRowBytes * 512 + odd * (scale_bytes - 256);
+    copies_left = tiles;
+  };
+  [[maybe_unused]] const auto copy_next = [&] {
+    if (copies_left > 0) {
+      const unsigned to = copy_to + copy_lane;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) load_chunk(j);
-    for (int i = 1; i <= min(a.tiles_ahead, tiles - 1); ++i) prefetch(slab0 + warp, i);
+      for (int i = 0; i < (kRowBytes + 1) / 2; ++i) {
+        if (i < kRowBytes / 2 || lane < 16)
+          detail::copy_16_bytes(to + static_cast<unsigned>(i * 512), copy_from + i * 1024);
+      }
+#pragma unroll 1
+      for (int i = 0; i < scale_bytes; i += 256) {
+        if (lane < 16 && lane * 16 < scale_bytes - i) {
+          detail::copy_16_bytes(to + static_cast<unsigned>(Shape::kStagedCodeBytes + i),
+                                copy_from + (to_scales + i));
+        }
+      }
+      copy_from += a.tile_bytes;
+      next_stage(copy_to);
+      if (--copies_left == 0) {
+        copy_slab += kWarps;
+        if (Gated && copy_slab >= slab1 && copy_half == 0) {
+          copy_half = 1;
+          copy_slab = slab0 + warp;
+        }
+        begin_copies();
+      }
+    }
+    detail::commit_copies();
+  };
+  if (slab0 + warp < slab1) {
+    if constexpr (kStaged) {
+      at = first_stage;
+      begin_copies();
+#pragma unroll
+      for (int i = 1; i < kStages; ++i) copy_next();
+    } else {
+      aim(slab0 + warp, 0);
+      load_chunks();
+      for (int i = 1; i <= min(a.tiles_ahead, tiles - 1); ++i) prefetch(slab0 + warp, i);
+    }
   }
   const auto fill_table = [&](int half) {
     if constexpr (Config::kCodeBytes == 1) {
@@ -247,22 +323,31 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     }
     if (window == slab0) __syncthreads();  // the table
 
-    const int half_tile = half * a.rows.half_tiles;
+    [[maybe_unused]] const int half_tile = half * a.rows.half_tiles;
     float* const half_sums = block_sums + half * (Tokens * block_rows);
     const auto multiply_group = [&](auto looked_up, int group) {
-      float* const of_stage = warp_sums + ((stage * Shape::kGroup * kWarps) << log_sums);
-      const int end = min(group + Shape::kGroup, tiles);
+      float* const of_stage = warp_sums + ((stage * a.group * kWarps) << log_sums);
+      const int end = min(group + a.group, tiles);
       if (slab < slab1) {
 #pragma unroll 1
         for (int tile = group; tile < end; ++tile) {
           // After the last tile of a window comes the first of the next; after all, the last one again.
-          if (tile + 1 + a.tiles_ahead < tiles) prefetch(slab, half_tile + tile + 1 + a.tiles_ahead);
-          if (tile + 1 < tiles) {
-            aim(slab, half_tile + tile + 1);
-          } else if (slab + kWarps < slab1) {
-            aim(slab + kWarps, half_tile);
-          } else if (Gated && half == 0) {
-            aim(slab0 + warp, a.rows.half_tiles);
+          if constexpr (kStaged) {
+            detail::wait_for_copies<kStages - 2>();
+            __syncwarp();
+            scales_at = at + Shape::kStagedCodeBytes;
+            load_chunks();
+            next_stage(at);
+            copy_next();
+          } else {
+            if (tile + 1 + a.tiles_ahead < tiles) prefetch(slab, half_tile + tile + 1 + a.tiles_ahead);
+            if (tile + 1 < tiles) {
+              aim(slab, half_tile + tile + 1);
+            } else if (slab + kWarps < slab1) {
+              aim(slab + kWarps, half_tile);
+            } else if (Gated && half == 0) {
+              aim(slab0 + warp, a.rows.half_tiles);
+            }
           }
           float sums[kSums][4] = {};
           [[maybe_unused]] float part[kSums][4];
@@ -288,7 +373,7 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
               weight_scale[0] = __ushort_as_half(weight_scales[j].bits[0]);
               weight_scale[1] = __ushort_as_half(weight_scales[j].bits[1]);
             }
-            load_chunk(j);
+            if constexpr (!kStaged) load_chunk(j);
             constexpr int kTogether = kCombine ? kCodebooks : 1;
 #pragma unroll
             for (int u = 0; u < kLaneSpan / kUnit; ++u) {
@@ -380,24 +465,22 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
         }
       }
       __syncthreads();
-      // Four rows of a token at a time.
-      const int log_fours = log_sums - 2;
-      for (int i = static_cast<int>(threadIdx.x); i < (end - group) << log_fours; i += kFusedMmaThreads) {
-        const int in_tile = i & ((1 << log_fours) - 1);
-        const int token = kWeightRows ? in_tile / 4 ^ in_tile / 16 : in_tile / 4;
-        const int row = (group + (i >> log_fours)) * kTileRows + ((i >> 1 ^ token >> 1) & 1) * 8 + i % 2 * 4;
-        const float* const from = of_stage + (((i >> log_fours) * kWarps) << log_sums) + in_tile * 4;
-        float4 sum = *reinterpret_cast<const float4*>(from);
+      // A sum a thread, so that no warp comes late to the next barrier.
+      for (int i = static_cast<int>(threadIdx.x); i < (end - group) << log_sums; i += kFusedMmaThreads) {
+        const int in_tile = i & ((1 << log_sums) - 1);
+        const int token = kWeightRows ? in_tile / 16 ^ in_tile / 64 : in_tile / 16;
+        const int row =
+            (group + (i >> log_sums)) * kTileRows + ((in_tile >> 3 ^ token >> 1) & 1) * 8 + in_tile % 8;
+        const float* const from = of_stage + (((i >> log_sums) * kWarps) << log_sums) + in_tile;
+        float sum = *from;
 #pragma unroll 5
-        for (int w = 1; w < warps; ++w) {
-          const float4 more = *reinterpret_cast<const float4*>(from + (w << log_sums));
-          sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-        }
+        for (int w = 1; w < warps; ++w) sum += from[w << log_sums];
         if (direct) {
-          if (token < a.tokens) detail::store_output4(a.out, token, tile0 * kTileRows + row, sum);
+          if (token < a.tokens && tile0 * kTileRows + row < a.out.rows)
+            detail::store_output(a.out, token, tile0 * kTileRows + row, sum);
         } else {
-          float4& total = *reinterpret_cast<float4*>(half_sums + token * block_rows + row);
-          if (window > slab0) sum.x += total.x, sum.y += total.y, sum.z += total.z, sum.w += total.w;
+          float& total = half_sums[token * block_rows + row];
+          if (window > slab0) sum += total;
           total = sum;
         }
       }
@@ -406,9 +489,9 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     int group = 0;
     if constexpr (decltype(first)::value) {
       multiply_group(first, group);
-      group += Shape::kGroup;
+      group += a.group;
     }
-    for (; group < tiles; group += Shape::kGroup) multiply_group(std::false_type{}, group);
+    for (; group < tiles; group += a.group) multiply_group(std::false_type{}, group);
     window += kWarps;
     if (last_window && Gated && half == 0) {
       half = 1;

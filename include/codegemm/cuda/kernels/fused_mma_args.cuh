@@ -27,7 +27,8 @@ struct FusedMmaArgs {
   int code_bits = 0;
   RowBlocks rows;  // its halves are those of SwiGLU
   int slabs_per_split = 0;
-  int tiles_ahead = 0;          // how far the second-level cache is ahead
+  int group = 0;                // row tiles between two barriers
+  int tiles_ahead = 0;          // how far the second-level cache is ahead, where codes come straight from it
   bool x_aligned = false;       // every row of x starts at a multiple of 16 bytes
   unsigned codebook_bytes = 0;  // codes of two bytes: of all codebooks
   Output out;
@@ -41,9 +42,47 @@ struct FusedMmaShape {
   static_assert(Tokens == 8 || Tokens == 16, "codegemm: fused_mma_kernel Tokens must be 8 or 16");
   static constexpr int kLaneSpan = Config::kSets / Config::kCodebooks * Config::kVecLen;  // k of a lane
   static constexpr int kWarps = kFusedMmaThreads / 32;
-  static constexpr int kSlabSpan = 16 * kLaneSpan;                // k of a slab
-  static constexpr int kGroup = Config::kCodeBytes == 2 ? 1 : 4;  // row tiles between two barriers
-  using Table = CentroidTable<Config::kVecLen, Config::kCodebooks>;
+  static constexpr int kRowBytes = Config::kSets * Config::kCodeBytes;
+  static constexpr int kSlabSpan = 16 * kLaneSpan;                    // k of a slab
+  static constexpr int kMostGroup = Config::kCodeBytes == 2 ? 1 : 4;  // row tiles between two barriers
+  /// With weights as rows of a product, the halves of a centroid of four values are registers that do not
+  /// follow each other: looked up one by one, in planes of their own, they need not be moved. Where weights
+  /// are multiplied or added first, that puts them in place.
+  static constexpr int kPieces =
+      Config::kVecLen == 16 ||
+              (Tokens == 8 && Config::kVecLen == 4 && Config::kCodebooks == 1 && Config::kScaleSteps >= 2)
+          ? 2
+          : 1;
+  using Table = CentroidTable<Config::kVecLen, Config::kCodebooks, kPieces>;
+
+  /// Whether codes and scales of a warp come by asynchronous copies into shared memory. A lane's pieces of
+  /// them are 8 bytes, and of four lines a warp: loaded straight they take its pipe four times as long as
+  /// copied in whole ones. Large tables leave no room for it.
+  static constexpr bool kStaged = Config::kCodeBytes == 1 && Table::kRowSets == 1;
+  static constexpr int kCodeStages = 3;
+  /// Codes of a warp's slab of a tile: kRowBytes rows of 16 bytes a lane, see staged_place().
+  static constexpr int kStagedCodeBytes = kRowBytes * 256;
+
+  /// Where 16 bytes number `chunk` of a lane lie: of any two that follow each other in a lane's stream the
+  /// banks differ.
+  [[nodiscard]] static __host__ __device__ constexpr unsigned staged_place(int lane, int chunk) {
+    return static_cast<unsigned>(chunk * 256 + ((lane * 16) ^ (chunk % 2 * 64)));
+  }
+  /// The same for byte `offset` of a lane's stream.
+  [[nodiscard]] static __host__ __device__ constexpr unsigned staged_offset(int lane, int offset) {
+    return staged_place(lane, offset / 16) + static_cast<unsigned>(offset % 16);
+  }
+  [[nodiscard]] static __host__ __device__ constexpr int scale_bytes(int steps) {
+    return steps < 5 ? 512 >> steps : 0;
+  }
+  /// Of a warp: codes, then scales.
+  [[nodiscard]] static __host__ __device__ constexpr int stage_bytes(int steps) {
+    return kStagedCodeBytes + scale_bytes(steps);
+  }
+  /// Of a block.
+  [[nodiscard]] static __host__ __device__ constexpr int staged_bytes(int steps) {
+    return kStaged ? kWarps * kCodeStages * stage_bytes(steps) : 0;
+  }
 
   [[nodiscard]] static __host__ __device__ constexpr int table_bytes(int bits) {
     return Config::kCodeBytes == 1 ? Table::bytes(bits) : 0;
@@ -54,8 +93,8 @@ struct FusedMmaShape {
     return Config::kCodeBytes == 2 && tokens == 1 ? 4 : Tokens == 8 ? 7 : 8;
   }
   /// Of all warps, for one group of tiles and the next.
-  [[nodiscard]] static __host__ __device__ constexpr int sum_bytes(int tokens) {
-    return (2 * kGroup * kWarps * 4) << log_tile_sums(tokens);
+  [[nodiscard]] static __host__ __device__ constexpr int sum_bytes(int tokens, int group) {
+    return (2 * group * kWarps * 4) << log_tile_sums(tokens);
   }
 };
 

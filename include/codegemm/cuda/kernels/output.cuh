@@ -99,29 +99,6 @@ __device__ __forceinline__ void store_gated(const Output& o, std::int64_t token,
   store_scalar(o.y, token * o.y_stride + row, o.type, sum);
 }
 
-// Without SwiGLU, four rows from a multiple of 4 on, as one store where that fits.
-__device__ __forceinline__ void store_output4(const Output& o, std::int64_t token, int row, float4 sum) {
-  const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
-  if (row + 4 > o.rows || o.type == ScalarType::kFloat || o.y_stride % 4 != 0 ||
-      reinterpret_cast<std::uintptr_t>(o.y) % 8 != 0) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (row + i < o.rows) store_output(o, token, row + i, sums[i]);
-    }
-    return;
-  }
-  unsigned words[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float low = finish_sum(o, token, row + i * 2, sums[i * 2]);
-    const float high = finish_sum(o, token, row + i * 2 + 1, sums[i * 2 + 1]);
-    words[i] = o.type == ScalarType::kHalf ? pack_pair<PairType::kHalf>(low, high)
-                                           : pack_pair<PairType::kBFloat16>(low, high);
-  }
-  *reinterpret_cast<uint2*>(static_cast<unsigned short*>(o.y) + token * o.y_stride + row) =
-      make_uint2(words[0], words[1]);
-}
-
 __device__ __forceinline__ void load_eight(const float* from, float (&out)[8]) {
   const float4 low = *reinterpret_cast<const float4*>(from);
   const float4 high = *reinterpret_cast<const float4*>(from + 4);

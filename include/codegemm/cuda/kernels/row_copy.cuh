@@ -10,8 +10,8 @@
 
 namespace codegemm::cuda::detail {
 
-// The row, and behind it RMSNorm's weights of the block's granules, come to where the block's first table will
-// be. Loads would stand in a line behind those of the first tiles.
+// The row, and behind it RMSNorm's weights of the block's granules, come to where the block's first table
+// will be. Loads would stand in a line behind those of the first tiles.
 struct RowCopy {
   int first = 0;  // column of the granules
 

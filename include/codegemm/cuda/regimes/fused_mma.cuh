@@ -46,8 +46,10 @@ struct FusedMmaRegime {
     limits.multiprocessors = device.multiprocessors;
     limits.shared_bytes = static_cast<std::size_t>(device.shared_bytes);
     limits.clusters = device.clusters;
-    limits.table_bytes = static_cast<std::size_t>(Shape::table_bytes(w.format.b));
-    limits.sum_bytes = Shape::sum_bytes(Tokens);
+    limits.table_bytes =
+        static_cast<std::size_t>(Shape::table_bytes(w.format.b) + Shape::staged_bytes(w.layout.scale_steps));
+    limits.sum_bytes =
+        static_cast<std::size_t>(Shape::sum_bytes(Tokens, group_of<Config, Tokens>(w, device)));
     limits.tokens = Tokens;
     limits.halves = gated;
     limits.warps = Shape::kWarps;
@@ -56,6 +58,17 @@ struct FusedMmaRegime {
     // As measured on an H200: with one codebook the look-ups are too few to hide 16 tokens of x.
     if (Tokens == 16 && Config::kCodebooks == 1 && Config::kCodeBytes == 1) limits.window_cycles = 3200;
     return plan_fused_mma(w.layout, limits, tuning);
+  }
+
+  // Row tiles between two barriers: the most that leave room for the sums of a block's rows.
+  template <class Config, int Tokens>
+  [[nodiscard]] static int group_of(const DevicePackedView& w, const Device& device) {
+    using Shape = FusedMmaShape<Config, Tokens>;
+    const int fixed = Shape::table_bytes(w.format.b) + Shape::staged_bytes(w.layout.scale_steps);
+    int group = Shape::kMostGroup;
+    while (group > 1 && fixed + Shape::sum_bytes(Tokens, group) + kLeastBlockSums > device.shared_bytes)
+      group /= 2;
+    return group;
   }
 
   template <class X, class Y>
@@ -91,6 +104,8 @@ struct FusedMmaRegime {
   }
 
  private:
+  static constexpr int kLeastBlockSums = 8192;
+
   template <class Config, class X, class Y>
   [[nodiscard]] static bool tiled(const GemmProblem<X, Y>& p, const Device& device) {
     const int bits = p.weights.format.b;
@@ -175,6 +190,7 @@ struct FusedMmaRegime {
     args.code_bits = w.format.b;
     args.rows = cut_rows(w.layout.first_tile, w.layout.parts, plan.tiles_per_block, gated(p));
     args.slabs_per_split = plan.slabs_per_split;
+    args.group = group_of<Config, Tokens>(w, device);
     args.tiles_ahead = plan.tiles_per_block > 2 ? p.tuning.rounds_ahead : 0;  // few come at once anyway
     args.x_aligned = aligned(args.x, 16) && p.x.stride % 8 == 0;
     args.codebook_bytes = static_cast<unsigned>(w.layout.row_scales_at - w.layout.codebooks_at);
@@ -183,8 +199,8 @@ struct FusedMmaRegime {
     shape.grid = dim3(static_cast<unsigned>(plan.splits), static_cast<unsigned>(plan.blocks));
     shape.threads = kFusedMmaThreads;
     using Shape = FusedMmaShape<Config, Tokens>;
-    shape.shared_bytes =
-        plan.shared_bytes - static_cast<std::size_t>(Shape::sum_bytes(Tokens) - Shape::sum_bytes(tokens));
+    shape.shared_bytes = plan.shared_bytes - static_cast<std::size_t>(Shape::sum_bytes(Tokens, args.group) -
+                                                                      Shape::sum_bytes(tokens, args.group));
     shape.prefer_cache = Config::kCodeBytes == 2;
     shape.cluster = plan.splits > 1 ? static_cast<unsigned>(plan.splits) : 0;
     shape.overlap = p.overlap && device.arch >= 90;

@@ -30,8 +30,8 @@ struct FusedMmaLimits {
   int multiprocessors = 0;           ///< of the card
   std::size_t shared_bytes = 0;      ///< of a block at most
   std::array<int, 9> clusters = {};  ///< as Device::clusters
-  std::size_t table_bytes = 0;       ///< a block's codebooks
-  std::size_t sum_bytes = 0;         ///< of the warps
+  std::size_t table_bytes = 0;       ///< a block's codebooks, and codes on their way
+  std::size_t sum_bytes = 0;         ///< of the warps, for two groups of row tiles
   int tokens = 0;                    ///< of a pass, padded
   int warps = 0;                     ///< of a block
   bool halves = false;               ///< SwiGLU
