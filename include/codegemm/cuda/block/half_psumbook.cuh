@@ -24,11 +24,11 @@ __device__ __forceinline__ void multiply_halves(unsigned (&d)[2], const unsigned
       : "r"(a[0]), "r"(a[1]), "r"(b), "r"(0U));
 }
 
-// The word `Offset` bytes behind an address of the shared window; in order with load_in_order().
+// The word `Offset` bytes behind an address of the shared window.
 template <int Offset>
 __device__ __forceinline__ unsigned load_word(unsigned address) {
   unsigned out;
-  asm volatile("ld.volatile.shared.u32 %0, [%1 + %2];" : "=r"(out) : "r"(address), "n"(Offset));
+  asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(out) : "r"(address), "n"(Offset));
   return out;
 }
 
@@ -266,11 +266,10 @@ struct HalfPsumbook {
   /// sums[t][i] = token t's sum of row row_slot(lane, i) over the columns of the lane's group of
   /// 2^kSummedSteps lanes.
   /// `codes` is the lane's stream of 16 rows, `column` the table's address in the shared window less
-  /// kWindowStart (of which the lowest 16 bits are 0) plus column_bytes(lane). refill(c): codes[c] has been
-  /// used.
-  template <int Steps, class Refill>
+  /// kWindowStart (of which the lowest 16 bits are 0) plus column_bytes(lane).
+  template <int Steps>
   static __device__ __forceinline__ void gather(unsigned column, const uint4 (&codes)[4], Ones ones,
-                                                float (&sums)[Tokens][kSums<Steps>], Refill&& refill) {
+                                                float (&sums)[Tokens][kSums<Steps>]) {
     static_assert(Steps >= 1, "codegemm: HalfPsumbook wants groups of at least two lanes with one scale");
     float d[Tokens][2][4];
     asm volatile("" : "+r"(ones.bytes[0]), "+r"(ones.bytes[1]));  // two registers, not sixteen
@@ -304,7 +303,6 @@ struct HalfPsumbook {
           }
         }
       }
-      refill(c);
     }
 #pragma unroll
     for (int t = 0; t < Tokens; ++t) {

@@ -33,15 +33,6 @@ __device__ __forceinline__ uint4 load_once(const void* address) {
   return out;
 }
 
-// The same, where it stands among other loads of this kind: compilers put loads last, for the registers.
-__device__ __forceinline__ uint4 load_in_order(const void* address) {
-  uint4 out;
-  asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
-               : "l"(address));
-  return out;
-}
-
 // Asynchronous copies of a thread, in groups; both sides are at multiples of 16 bytes.
 __device__ __forceinline__ void copy_16_bytes(unsigned shared, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");

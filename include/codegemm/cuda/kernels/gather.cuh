@@ -274,11 +274,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   const auto sum_tile = [&](const unsigned char* tile_at, const unsigned char* next, bool first, bool last) {
     float sums[Tokens][kSums];
     if constexpr (kHalf) {
-      // Each part of the next tile is asked for as soon as there are registers: warps are at the same place
-      // of their tiles most of the time, and would all wait for the next ones together.
-      Book::template gather<kSteps>(column, tile.codes, ones, sums, [&](int c) {
-        if (next != nullptr) tile.load_codes(next, lane, c);
-      });
+      Book::template gather<kSteps>(column, tile.codes, ones, sums);
     } else {
       Book::gather(table, tile.codes, lane, sums);
     }
@@ -286,13 +282,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
 #pragma unroll
     for (unsigned i = 0; i < sizeof(tile.scale_bits) / sizeof(unsigned); ++i)
       scale_bits[i] = tile.scale_bits[i];
-    if (next != nullptr) {
-      if constexpr (kHalf) {
-        tile.load_scales(next, lane);
-      } else {
-        tile.load(next, lane);
-      }
-    }
+    if (next != nullptr) tile.load(next, lane);
 #pragma unroll
     for (int t = 0; t < Tokens; ++t) {
       float total;
@@ -319,9 +309,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
 #endif
   };
 
-  // Warps without a tile build the next table while the others gather.
-  [[maybe_unused]] const bool apart =
-      kHalf && Config::kThreads < 1024 && a.tables == 2 && tiles + 4 <= kWarps;
   for (int granule = granule0; granule < granule1; ++granule) {
     if constexpr (kHalf) {
       column = window + table_offset(granule) + Book::column_bytes(lane);
@@ -346,15 +333,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     const unsigned char* const block_tiles = at - static_cast<unsigned>(warp) * tile_bytes;
     __syncthreads();
     const bool first = granule == granule0;
-    if constexpr (kHalf) {
-      if (apart && !last && warp >= tiles) {
-#pragma unroll 4
-        for (int block = warp - tiles; block < 32; block += kWarps - tiles) {
-          Book::build(table + table_offset(granule + 1), staged(granule + 1),
-                      Book::load_centroids(codebooks, block), block);
-        }
-      }
-    }
     so_far = row_sums + warp * 16 + row_slot(lane, 0);
     for (int i = 0; i < mine; ++i) {
       if ((i & 15) == warp) {
@@ -372,7 +350,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     }
     if constexpr (kHalf) {  // nobody gathers from the other table any more
       if (!last && a.tables == 1) __syncthreads();
-      if (!last && !apart) build_half(granule + 1);
+      if (!last) build_half(granule + 1);
     } else {
       if (!last) __syncthreads();
     }

@@ -54,13 +54,6 @@ struct TileRegisters {
   __device__ __forceinline__ void load(const unsigned char* tile, int lane) {
 #pragma unroll
     for (int p = 0; p < Sets; ++p) codes[p] = load_once(tile + (p * 32 + lane) * 16);
-    load_scales(tile, lane);
-  }
-  // A part of it, between look-ups.
-  __device__ __forceinline__ void load_codes(const unsigned char* tile, int lane, int p) {
-    codes[p] = load_in_order(tile + (p * 32 + lane) * 16);
-  }
-  __device__ __forceinline__ void load_scales(const unsigned char* tile, int lane) {
     const unsigned char* const scales = tile + Sets * 512 + lane * kScales * 2;
     if constexpr (kScales == 1) {
       scale_bits[0] = __ldg(reinterpret_cast<const unsigned short*>(scales));
