@@ -6,58 +6,84 @@
 //
 // The activations X of a flush are rounded so that their norm is kTableNorm, centroids C so that the sum of a
 // flush's entries C X / 2^16 fits into 16 bits whatever the activations: by Cauchy's inequality it is at most
-// N sqrt(vectors) |X| / 2^16, N being the sum over codebooks of the largest norm of a centroid. So the step
-// is known before the table, and the error, relative to a typical row's sum, from the codebooks alone.
+// |W| |X| / 2^16, W being what a row's codes of the flush stand for. pack() knows the longest W of all rows,
+// so the step is known before the table is, and the error, relative to a typical row's sum, too. Only the sum
+// of a row has to fit: entries, like the sums on the way, are what they are modulo 2^16.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include <codegemm/cpu/configs.hpp>
 #include <codegemm/cpu/isa.hpp>
 #include <codegemm/format.hpp>
+#include <codegemm/quantized_matrix.hpp>
 
 namespace codegemm::detail {
 
 /// The norm of a flush's rounded activations, but for what rounding adds.
 inline constexpr float kTableNorm = 32700.0F;
 
-/// Whether `isa` has kernels for them. A table of 16 centroids is one register and cheap in fp32.
+/// Whether `isa` has kernels for them.
 [[nodiscard]] constexpr bool makes_integer_tables(Isa isa, int code_bits) noexcept {
-  return isa == Isa::kAvx512Vbmi && code_bits >= 5;
+  return isa == Isa::kAvx512Vbmi && code_bits >= 4;
 }
 
-/// The most vectors of x that the entries of a flush belong to.
-[[nodiscard]] constexpr std::int64_t flush_vectors(Format f) noexcept {
-  const std::int64_t entries = flush_entries(f.b);
-  return entries % f.m == 0 ? entries / f.m : (entries + f.m - 1 + f.m - 1) / f.m;
+/// The largest norm of what the codes of a row and a flush stand for, scales left out. Flushes begin anew
+/// with each tile and each scale group.
+[[nodiscard]] inline double longest_flush(const QuantizedMatrixView& w, const float* codebooks,
+                                          std::int64_t tile_vectors) {
+  const Format f = w.format;
+  const std::int64_t m = f.m;
+  const std::int64_t segment = f.g < 0 ? std::max<std::int64_t>(1, w.vectors()) : f.g / f.v;
+  std::vector<float> squares(static_cast<std::size_t>(w.rows));
+  float longest = 0.0F;
+  for (std::int64_t j = 0, next = 0; j < w.vectors(); j = next) {
+    next = std::min({w.vectors(), (j / tile_vectors + 1) * tile_vectors, (j / segment + 1) * segment});
+    for (std::int64_t first = j * m, end = 0; first < next * m; first = end) {
+      end = std::min(first + flush_entries(f.b), next * m);
+      std::fill(squares.begin(), squares.end(), 0.0F);
+      for (std::int64_t i = first / m; i * m < end; ++i) {
+        const std::int64_t c0 = std::max<std::int64_t>(0, first - i * m);
+        const std::int64_t c1 = std::min(m, end - i * m);
+        for (std::int64_t n = 0; n < w.rows; ++n) {
+          float sums[kMaxVecLen] = {};
+          for (std::int64_t c = c0; c < c1; ++c) {
+            const float* const centroid = codebooks + (c * f.centroids() + w.code(c, n, i)) * f.v;
+            for (int d = 0; d < f.v; ++d) sums[d] += centroid[d];
+          }
+          for (int d = 0; d < f.v; ++d) squares[static_cast<std::size_t>(n)] += sums[d] * sums[d];
+        }
+      }
+      for (const float sum : squares) longest = std::max(longest, sum);
+    }
+  }
+  return std::sqrt(static_cast<double>(longest));
 }
 
-/// By what codebooks[m][2^b][v] are to be rounded, or 0 where 16 bits are not enough: centroids that are far
-/// out, beyond what the others are like, stretch the step.
-[[nodiscard]] inline float pair_step(const float* codebooks, Format f) noexcept {
+/// By what codebooks[m][2^b][v] are to be rounded, `longest` being longest_flush(), or 0 where 16 bits are
+/// not enough: centroids or rows that are far out, beyond what the others are like, stretch the step.
+[[nodiscard]] inline float pair_step(const float* codebooks, Format f, double longest) noexcept {
   // Of a typical row's sum, as in flush_step(); rounding activations and centroids adds some hundredths.
   constexpr double kAccepted = 8e-4;
-  double norms = 0.0;
+  double largest = 0.0;
   double power = 0.0;  // of an entry of each codebook, if x lies along the axis where it is least
   for (std::int64_t c = 0; c < f.m; ++c) {
-    double largest = 0.0;
     double squares[kMaxVecLen] = {};
     for (std::int64_t i = 0; i < f.centroids(); ++i) {
-      double norm2 = 0.0;
       for (std::int64_t d = 0; d < f.v; ++d) {
         const double value = codebooks[(c * f.centroids() + i) * f.v + d];
         squares[d] += value * value;
-        norm2 += value * value;
+        largest = std::max(largest, std::abs(value));
       }
-      largest = std::max(largest, norm2);
     }
-    norms += std::sqrt(largest);
     power += *std::min_element(squares, squares + f.v) / static_cast<double>(f.centroids());
   }
-  // A little below 2^16: each element is off by half a unit.
-  const double step = norms * std::sqrt(static_cast<double>(flush_vectors(f))) / 65300.0;
+  // A little below 2^16, since each element is off by half a unit; and each has to fit into 16 bits.
+  const double step = std::max(longest / 65200.0, largest / 32760.0);
   const double entry_step = step * 65536.0 / kTableNorm;
   const double error2 = entry_step * entry_step * static_cast<double>(flush_entries(f.b)) / 12.0;
   const bool good = step > 1e-30 && step < 1e30 && error2 <= kAccepted * kAccepted * power;

@@ -14,7 +14,7 @@
 
 #include <codegemm/base/status.hpp>
 #include <codegemm/io/mapped_file.hpp>
-#include <codegemm/io/quoted.hpp>
+#include <codegemm/base/quoted.hpp>
 
 namespace codegemm {
 
