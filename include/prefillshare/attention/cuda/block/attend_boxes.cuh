@@ -104,6 +104,21 @@ struct BoxLoader {
                                          half * kBoxColumns, kv_head, slot, page, barrier);
     }
   }
+  // Tiles from `tile` on, a lane each, into the second-level cache.
+  __device__ __forceinline__ void prefetch(int tile, int count) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int key = begin + (tile + lane) * kTileKeys;
+    if (lane >= count || key >= end) return;
+    const int number = page_of(kv, key);
+    const int of_key = __ldg(pages + number);
+#pragma unroll
+    for (int half = 0; half < Shape::kHeadDim / kBoxColumns; ++half) {
+      codegemm::cuda::detail::prefetch_box_4(&maps.k, half * kBoxColumns, kv_head,
+                                             key - number * kv.page_size, of_key);
+      codegemm::cuda::detail::prefetch_box_4(&maps.v, half * kBoxColumns, kv_head,
+                                             key - number * kv.page_size, of_key);
+    }
+  }
   // Where 16 bytes of a key of a tile lie, in its stage.
   [[nodiscard]] static __device__ __forceinline__ unsigned place(int row, int chunk) {
     return static_cast<unsigned>(chunk / 8) * kHalfBytes +
@@ -145,6 +160,7 @@ __device__ __forceinline__ void attend_boxes(AttendState<Shape>& state, unsigned
     loader.look_up(static_cast<int>(s) + 1);
   }
   if (await.waits) {
+    loader.prefetch(Shape::kAhead, await.early_tiles);
     // The newest key may have been read before it was written.
     const int at = await.newest - keys.begin;
     const bool is_mine = at >= 0 && await.newest < keys.end && at / kTileKeys < Shape::kAhead &&
