@@ -30,9 +30,10 @@ struct SharedPrefixes {
 };
 
 /// out[i][h] = softmax(scale * q[i][h] . K) V over all keys of sequence i, zeros if there are none. Scores
-/// and sums are fp32; weights are rounded to bf16 only where keys are shared and a K/V head has more than 256
-/// query rows in all, to fp16 with fp16 queries. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y:
-/// these or float; C, the cache's type: T, or Fp8E4M3 with a scale for K and one for V.
+/// and sums are fp32; weights are rounded to fp16 with fp16 queries, to bf16 only where keys are shared and a
+/// K/V head has more than 256 query rows in all, but not on Hopper, pages of whole 16 tokens and heads of 64
+/// or 128. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y: these or float; C, the cache's type: T,
+/// or Fp8E4M3 with a scale for K and one for V.
 template <class T, class Y = T, class C = T>
 struct DecodeProblem {
   static_assert(detail::kIsCacheType<T>,
@@ -140,7 +141,7 @@ template <class T, class Y, class C>
   const int group = p.heads / p.kv.kv_heads;
   const std::int64_t sequences = p.table.sequences;
   out.wgmma = takes_wgmma(p, device, causal);
-  // One block a multiprocessor leaves room for the next call's, which then brings its keys; two multiply more.
+  // One block a multiprocessor leaves room for the next call's, which brings its keys; two multiply more.
   const int blocks = !out.wgmma                           ? decode_blocks<T, C>(p.kv.head_dim, device)
                      : sequences * group <= kOneBlockRows ? device.multiprocessors
                                                           : 2 * device.multiprocessors;

@@ -132,9 +132,13 @@ TEST_CASE("cuda decode: a small one of each kind") {
   check<BFloat16, float>(
       {{16, cuda::KvLayout::kNhd, 1, 4, 64}, {90, 100, 80, 200}, {{0, 3, 5}}, cuda::SharedPath::kAlways},
       seed);
+  check<Half, Half>(
+      {{16, cuda::KvLayout::kHnd, 2, 8, 128}, {200, 192, 300, 90}, {{0, 3, 12}}, cuda::SharedPath::kAlways},
+      seed);
   check<Half, float>(
       {{5, cuda::KvLayout::kHnd, 1, 4, 64}, {90, 100, 80, 200}, {{0, 3, 16}}, cuda::SharedPath::kAlways},
       seed);
+  check<BFloat16, float, Fp8E4M3>({{16, cuda::KvLayout::kNhd, 1, 4, 128}, {200, 0, 1, 70}, kNoGroups}, seed);
 }
 
 TEST_CASE("cuda decode: groups, page sizes, head sizes, layouts") {

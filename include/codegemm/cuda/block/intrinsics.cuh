@@ -252,12 +252,6 @@ __device__ __forceinline__ void copy_box_4(unsigned shared, const void* map, int
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
       : "memory");
 }
-// The same box into the second-level cache alone.
-__device__ __forceinline__ void prefetch_box_4(const void* map, int x, int y, int z, int w) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(x),
-               "r"(y), "r"(z), "r"(w)
-               : "memory");
-}
 // A box of a two-dimensional tensor, from (column, row) on, into the same place of every block in `blocks`.
 __device__ __forceinline__ void copy_box(unsigned shared, const void* map, int column, int row,
                                          unsigned barrier, unsigned short blocks) {

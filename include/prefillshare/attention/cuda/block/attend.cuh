@@ -98,7 +98,6 @@ struct AwaitNewest {
   static constexpr bool kMayWait = true;  ///< if `waits`
   bool waits = false;                     ///< else the block has waited
   int newest = 0;                         ///< key, -1: it is not among these
-  int early_tiles = 0;                    ///< of boxes, behind those copied, to the second-level cache
 };
 
 namespace detail {

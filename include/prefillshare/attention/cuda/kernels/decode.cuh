@@ -47,8 +47,7 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
   AttendState<Shape> state;
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory));
   const std::int32_t* const pages = a.indices + family.page_begin;
-  const AwaitNewest await{waits, Kind == WorkKind::kTail || family.shared >= 0 ? family.key_end - 1 : -1,
-                          a.early_tiles};
+  const AwaitNewest await{waits, Kind == WorkKind::kTail || family.shared >= 0 ? family.key_end - 1 : -1};
   if constexpr (std::is_same_v<Barriers, NoBoxes>) {
     attend(state, shared, a.kv, pages, item.kv_head, rows, keys, limit, a.scale_log2, await);
   } else {

@@ -103,7 +103,6 @@ struct DecodeArgs {
   float scale_log2 = 0.0F;
   // What prepare() left, the table and all keys but each sequence's newest are older than the kernel before.
   bool overlap = false;
-  int early_tiles = 0;  // see AwaitNewest
 };
 
 namespace detail {
