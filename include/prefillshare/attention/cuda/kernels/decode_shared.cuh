@@ -96,8 +96,8 @@ struct alignas(16) ItemNote {
 };
 
 // The warp that loads: goes through the block's items and for each brings tiles of K and V in the order in
-// which they are multiplied, K0, K1, V0, K2, V1, ... A lane has every 32nd box of an item, whose page it looks
-// up 32 boxes ahead. Asserts nothing, see load_prefill().
+// which they are multiplied, K0, K1, V0, K2, V1, ... A lane has every 32nd box of an item, whose page it
+// looks up 32 boxes ahead. Asserts nothing, see load_prefill().
 template <class Shape>
 __device__ __forceinline__ void load_shared(const DecodeArgs& a, const BlockStart& start, int head_lane,
                                             unsigned shared) {
@@ -147,14 +147,12 @@ __device__ __forceinline__ void load_shared(const DecodeArgs& a, const BlockStar
         note.newest_slot = end - 1 - page * a.kv.page_size;
       }
       note.is_last = at >= start.end ? 1 : 0;
-      // As the copy engine would write it, so that the barrier counts it.
-      const unsigned noted = shared + Shape::noted_at(number);
-      codegemm::cuda::detail::arrive_and_expect(noted, sizeof(note));
-      const auto* const words = reinterpret_cast<const float4*>(&note);
+      const auto* const words = reinterpret_cast<const uint4*>(&note);
 #pragma unroll
       for (unsigned i = 0; i < sizeof(note) / 16; ++i) {
-        codegemm::cuda::detail::push4(shared + Shape::note_at(number) + i * 16, words[i], noted);
+        store_shared16(shared + Shape::note_at(number) + i * 16, words[i]);
       }
+      codegemm::cuda::detail::arrive(shared + Shape::noted_at(number));
     }
     const auto ask = [&](const CUtensorMap& map, int tile, int page) {
       codegemm::cuda::detail::wait_for_phase(shared + Shape::free_at(place.slot), place.phase ^ 1U);
@@ -191,8 +189,8 @@ __device__ __forceinline__ void load_shared(const DecodeArgs& a, const BlockStar
   }
 }
 
-// What a block's multiplying threads fetch of an item by themselves, after the kernel before: its queries, and
-// the newest key.
+// What a block's multiplying threads fetch of an item by themselves, after the kernel before: its queries,
+// and the newest key.
 template <class Shape>
 struct ItemInputs {
   static constexpr int kChunks = Shape::kHeadDim / 8;  // of 16 bytes in a row
