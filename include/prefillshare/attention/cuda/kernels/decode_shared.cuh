@@ -19,7 +19,7 @@
 namespace prefillshare::cuda {
 
 /// What a block of decode_shared_kernel holds in shared memory: a tile of 64 query rows, a ring of tiles of
-/// K or V, 64 keys each, all swizzled as in PrefillWgmmaShape, and barriers. Half of a multiprocessor's, so
+/// K or V, 64 keys each, all swizzled as in PrefillWgmmaShape, notes of items and barriers. Less than half of a multiprocessor's, so
 /// that the next call's keys come while this one multiplies. Offsets are bytes from the beginning.
 template <ScalarType Type, int HeadDim>
 struct SharedDecodeShape {
@@ -39,11 +39,10 @@ struct SharedDecodeShape {
   static constexpr int kNotes = 8;            ///< of items: more than the ring can have tiles of
   static constexpr unsigned kNoteBytes = 48;  ///< of one
   static constexpr unsigned kQueriesAt = 0;   ///< the tile of queries
-  static constexpr unsigned kNotesAt = kTileBytes * (1 + kSlots);               ///< notes of items
-  static constexpr unsigned kBarriersAt = kNotesAt + kNoteBytes * kNotes;       ///< two a slot, one a note
-  static constexpr unsigned kNotedAt = kBarriersAt + 16U * kSlots;              ///< those of the notes
-  static constexpr int kSharedBytes = static_cast<int>(kNotedAt) + 8 * kNotes;  ///< of a block
-  static constexpr int kTileBoxes = kKeys / kBoxKeys;                           ///< of a tile's 64 columns
+  static constexpr unsigned kNotesAt = kTileBytes * (1 + kSlots);                   ///< notes of items
+  static constexpr unsigned kBarriersAt = kNotesAt + kNoteBytes * kNotes;           ///< two a slot
+  static constexpr int kSharedBytes = static_cast<int>(kBarriersAt) + 16 * kSlots;  ///< of a block
+  static constexpr int kTileBoxes = kKeys / kBoxKeys;  ///< of a tile's 64 columns
   /// Of a thread: two blocks and two of decode_merge_kernel are on a multiprocessor, or two blocks alone
   /// where weights are exact.
   static constexpr int kRegisters = kExactWeights ? 192 : 152;
@@ -60,14 +59,12 @@ struct SharedDecodeShape {
   }
   /// Barrier: all have read it.
   [[nodiscard]] static __device__ constexpr unsigned free_at(int slot) { return full_at(slot) + 8U; }
-  /// The note of a block's item, and the barrier that says that it is there.
+  /// The note of a block's item.
   [[nodiscard]] static __device__ constexpr unsigned note_at(int item) {
     return kNotesAt + kNoteBytes * (static_cast<unsigned>(item) % kNotes);
   }
-  /// The same.
-  [[nodiscard]] static __device__ constexpr unsigned noted_at(int item) {
-    return kNotedAt + 8U * (static_cast<unsigned>(item) % kNotes);
-  }
+  /// Named barrier, of all threads: it is there. Those before are the block's and the multipliers'.
+  [[nodiscard]] static __device__ constexpr int noted(int item) { return 2 + item % kNotes; }
   /// Where 16 bytes of a row of a tile lie.
   [[nodiscard]] static __device__ constexpr unsigned place(int row, int chunk) {
     return static_cast<unsigned>(chunk / 8) * kColumnTileBytes +
@@ -152,8 +149,9 @@ __device__ __forceinline__ void load_shared(const DecodeArgs& a, const BlockStar
       for (unsigned i = 0; i < sizeof(note) / 16; ++i) {
         store_shared16(shared + Shape::note_at(number) + i * 16, words[i]);
       }
-      codegemm::cuda::detail::arrive(shared + Shape::noted_at(number));
     }
+    __syncwarp();
+    give_turn<Shape::kThreads>(Shape::noted(number));
     const auto ask = [&](const CUtensorMap& map, int tile, int page) {
       codegemm::cuda::detail::wait_for_phase(shared + Shape::free_at(place.slot), place.phase ^ 1U);
       if (lane / kBoxes == tile % kTilesAhead) {
@@ -200,8 +198,7 @@ struct ItemInputs {
 
   // Item `number` of the block.
   __device__ __forceinline__ void fetch(const DecodeArgs& a, int number, unsigned shared) {
-    codegemm::cuda::detail::wait_for_phase(shared + Shape::noted_at(number),
-                                           static_cast<unsigned>(number) / Shape::kNotes & 1U);
+    wait_for_turn<Shape::kThreads>(Shape::noted(number));
     auto* const words = reinterpret_cast<unsigned*>(&note);
 #pragma unroll
     for (unsigned i = 0; i < sizeof(note) / 16; ++i) {
@@ -398,9 +395,6 @@ __global__ void PREFILLSHARE_SHARED_BOUNDS decode_shared_kernel(const __grid_con
     for (int i = 0; i < Shape::kSlots; ++i) {
       codegemm::cuda::detail::init_barrier(shared + Shape::full_at(i), Shape::kTileBoxes);
       codegemm::cuda::detail::init_barrier(shared + Shape::free_at(i), Shape::kMultipliers / 32);
-    }
-    for (int i = 0; i < Shape::kNotes; ++i) {
-      codegemm::cuda::detail::init_barrier(shared + Shape::noted_at(i), 1);
     }
     codegemm::cuda::detail::publish_barriers();
   }
