@@ -370,8 +370,7 @@ __device__ __forceinline__ void multiply_shared(const DecodeArgs& a, unsigned sh
 #endif
 
 /// What decode_kernel computes where sequences share pages, always into parts that decode_merge_kernel puts
-/// together. Built for compute
-/// capability 9.0a alone; elsewhere it traps.
+/// together. Built for compute capability 9.0a alone; elsewhere it traps.
 template <class Shape>
 __global__ void PREFILLSHARE_SHARED_BOUNDS decode_shared_kernel(const __grid_constant__ DecodeArgs a) {
 #if CODEGEMM_HAS_WGMMA
