@@ -190,7 +190,6 @@ struct LanesAvx2 {
   CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void load(const float* from) {
     sums = *reinterpret_cast<const Register*>(from);
   }
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void clear() { sums = Register{}; }
   CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add(const float* from) {
     sums += *reinterpret_cast<const Register*>(from);
   }
@@ -212,11 +211,8 @@ CODEGEMM_TARGET_AVX2 void gather_lanes_avx2(const GatherArgs& a) {
   for (std::int64_t octet = 0; octet < a.octets; ++octet) {
     const OctetCodes<kCodeBits, kWords> codes(a, octet);
     float* const part = a.part + octet * 8 * kLanes;
-    LanesAvx2<kLanes> sums[8];
-    if (a.first) {
-      CODEGEMM_UNROLL
-      for (int r = 0; r < 8; ++r) sums[r].clear();
-    } else {
+    LanesAvx2<kLanes> sums[8] = {};
+    if (!a.first) {
       CODEGEMM_UNROLL
       for (int r = 0; r < 8; ++r) sums[r].load(part + r * kStep);
     }
