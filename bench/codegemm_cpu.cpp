@@ -30,6 +30,7 @@
 #include <Eigen/Dense>
 
 #include <codegemm/base/thread_pool.hpp>
+#include <codegemm/base/weight_arena.hpp>
 #include <codegemm/gemm.hpp>
 #include <codegemm/reference.hpp>
 #include <support/random.hpp>
@@ -73,6 +74,7 @@ struct Options {
   int threads = 1;
   std::int64_t rounds = 9;
   bool quick = false;
+  Isa isa = detect_isa();
 
   [[nodiscard]] double turn_seconds() const { return quick ? 0.01 : 0.1; }
 };
@@ -96,10 +98,9 @@ double error_of(const QuantizedMatrix& w, const Matrix& x, const Matrix& y) {
 }
 
 // Seconds of building the Psumbook alone, of one token: every table once, tiles cut among the workers.
-double time_psumbook(const PackedMatrix& packed, const Matrix& x, Executor& executor) {
+double time_psumbook(const PackedMatrix& packed, const Matrix& x, Isa isa, Executor& executor) {
   const PackedView& w = packed.view();
   const Format f = w.format;
-  const Isa isa = detect_isa();
   const bool lookup = detail::choose_regime(w, 1, isa, detail::Regime::kAutomatic) == detail::Regime::kLookup;
   detail::CpuKernels kernels{};
   first_match(
@@ -133,16 +134,20 @@ double time_psumbook(const PackedMatrix& packed, const Matrix& x, Executor& exec
   return best;
 }
 
-// One format's weights of a shape, packed again and again.
+// One format's weights of a shape, packed again and again into one arena, as the layers of a model are.
 struct OurWeights {
   Format format;
+  Isa isa;
   QuantizedMatrix first;
+  WeightArena arena;
   std::vector<PackedMatrix> packed;
 
-  OurWeights(Format f, Shape shape, test::Rng& random) : format(f), first(random_weights(f, shape, random)) {
-    packed.push_back(pack(first.view()).value());
+  OurWeights(Format f, Shape shape, Isa isa_, test::Rng& random)
+      : format(f), isa(isa_), first(random_weights(f, shape, random)) {
+    packed.push_back(pack_again());
     packed.resize(cold_copies(static_cast<double>(packed[0].bytes())));
   }
+  [[nodiscard]] PackedMatrix pack_again() { return detail::pack_for(first.view(), isa, &arena).value(); }
 };
 
 // Packs all copies, those of the formats in turns: a machine's memory is not equally fast everywhere, and
@@ -162,7 +167,7 @@ void pack_copies(std::list<OurWeights>& all, Executor& executor) {
   std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.part < b.part; });
   parallel_for(executor, std::ssize(places), [&](std::int64_t i, int) {
     const Place& place = places[static_cast<std::size_t>(i)];
-    place.weights->packed[place.copy] = pack(place.weights->first.view()).value();
+    place.weights->packed[place.copy] = place.weights->pack_again();
   });
 }
 
@@ -205,6 +210,7 @@ class Bench {
     std::fprintf(stderr, "measuring memory on %d thread(s) ...\n", pool_.workers());
     suite_.name = "codegemm-cpu";
     suite_.machine = machine_json(pool_);
+    suite_.machine["isa"] = isa_name(options.isa);
     suite_.memory = measure_memory(pool_);
     std::fprintf(stderr, "read %.1f GB/s, copy %.1f GB/s\n", suite_.memory.read_gb_per_s,
                  suite_.memory.copy_gb_per_s);
@@ -219,7 +225,8 @@ class Bench {
     std::list<OurWeights> ours;  // contenders hold on to their place
     for (const Problem& problem : problems) {
       tokens.insert(problem.tokens);
-      if (find(ours, problem.format) == nullptr) ours.emplace_back(problem.format, shape, random_);
+      if (find(ours, problem.format) == nullptr)
+        ours.emplace_back(problem.format, shape, options_.isa, random_);
     }
     pack_copies(ours, pool_);
     const DenseWeights dense(shape, random_);
@@ -301,8 +308,9 @@ class Bench {
 
   // The name and the error of a row; throws if the result is wrong.
   Row first_row(const Problem& problem, const OurWeights& w, Operands& with) {
-    if (!with.workspace.reserve(workspace_bytes(w.packed[0], problem.tokens, pool_.workers())))
-      throw std::bad_alloc();
+    const std::int64_t floats =
+        detail::workspace_floats(w.packed[0].view(), problem.tokens, pool_.workers(), options_.isa);
+    if (!with.workspace.reserve(static_cast<std::size_t>(floats) * sizeof(float))) throw std::bad_alloc();
     multiply(w.packed[0], with);
     Row row;
     row.error = error_of(w.first, with.x, with.y);
@@ -311,13 +319,15 @@ class Bench {
     row.shape = problem.shape_text();
     row.config = format_name(problem.format);
     row.tokens = problem.tokens;
-    if (problem.tokens == 1) row.psumbook_us = time_psumbook(w.packed[0], with.x, pool_) * 1e6;
+    if (problem.tokens == 1) row.psumbook_us = time_psumbook(w.packed[0], with.x, options_.isa, pool_) * 1e6;
     return row;
   }
 
   void multiply(const PackedMatrix& w, Operands& with) {
-    const Status status = gemm(w, {with.x.data(), with.x.rows(), with.x.cols()},
-                               {with.y.data(), with.y.rows(), with.y.cols()}, with.workspace.span(), pool_);
+    const Status status =
+        detail::gemm_with(w, MatrixView<const float>(with.x.data(), with.x.rows(), with.x.cols()),
+                          MatrixView<float>(with.y.data(), with.y.rows(), with.y.cols()),
+                          with.workspace.span(), pool_, options_.isa, detail::Regime::kAutomatic);
     if (!status.ok()) throw std::runtime_error(status.message());
   }
 
@@ -410,12 +420,23 @@ int run(int argc, char** argv) {
                  "Only names that this regular expression finds, such as m1v4.*/4096x4096/1$");
   app.add_option("--rounds", options.rounds, "Rounds in which each has a turn of a tenth of a second")
       ->check(CLI::Range(1, 1000));
+  std::string isa;
+  app.add_option("--isa", isa,
+                 "Our kernels for this instruction set, not for this machine's: avx2, avx512 ...");
   app.add_flag("--quick", options.quick, "Turns of a tenth of the time");
   app.add_option("--json", json, "Write the results to this file");
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : 2;
+  }
+
+  for (const Isa known : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi, Isa::kNeon}) {
+    if (isa == isa_name(known)) options.isa = known;
+  }
+  if (!isa.empty() && (isa != isa_name(options.isa) || !isa_available(options.isa))) {
+    std::fprintf(stderr, "--isa %s: this machine runs %s\n", isa.c_str(), isa_name(detect_isa()));
+    return 2;
   }
 
   std::vector<Problem> problems;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // bench/kv_gpu.cu - suite kv-gpu: attention over pages at the head shapes of Llama-3 8B and 70B: decode,
-// decode with a shared prefix beside the plain path, and prefill; blocks to pinned host memory and back.
+// decode with a shared prefix beside the plain path over the same pages and over a copy for each sequence,
+// and prefill; blocks to pinned host memory and back.
 //
 // Each time is the median of replays of a CUDA graph that holds many calls over different caches, 600 MB in
 // all where one is smaller, so that no cache of the GPU holds them; divided by the number of calls. prepare()
@@ -149,6 +150,9 @@ struct Program {
         const PagedCaches<> b(model, point.sequences, point.prefix + 128, point.prefix, 600e6);
         const auto [us, error] = time_decode(b, SharedPath::kAlways);
         const double plain = time_decode(b, SharedPath::kNever).first;
+        // What a system that does not share reads: the prefix once for each sequence, from pages of its own.
+        const PagedCaches<> apart(model, point.sequences, point.prefix + 128, 0, 600e6);
+        const double apart_us = time_decode(apart, SharedPath::kNever).first;
         Row row;
         row.name = "shared";
         row.shape = shape_of(model);
@@ -159,6 +163,7 @@ struct Program {
         row.gb_per_s = b.bytes / us * 1e-3;
         row.share_of_read = row.gb_per_s / suite.memory.read_gb_per_s;
         row.peers.push_back({"plain", plain, plain / us});
+        row.peers.push_back({"plain-copies", apart_us, apart_us / us});
         add(row);
       }
     }

@@ -361,24 +361,18 @@ class QuantizeSuite {
           }
         });
     const double seconds = seconds_since(start);
-    double bits = 0.0;
-    double weights = 0.0;
-    for (const QuantizedMatrix& matrix : layers.matrices) {
-      const double count = static_cast<double>(matrix.rows()) * static_cast<double>(matrix.cols());
-      bits += count * bits_per_weight(format, matrix.rows(), matrix.cols());
-      weights += count;
-    }
+    const double bits = bits_of(layers.matrices);
     const PerplexitySums calibrated = gpu_.score(GpuQuantizer::with_layers(loaded_, layers, pool_), windows_);
     std::printf(
         "%-11s %.2f bits: quantized in %.1f s, layers' error %.4f (k-means %.4f), perplexity %.3f +- %.3f\n",
-        name.c_str(), bits / weights, seconds, made > 0 ? layer_error / made : 0.0,
+        name.c_str(), bits, seconds, made > 0 ? layer_error / made : 0.0,
         made > 0 ? kmeans_error / made : 0.0, calibrated.perplexity(), calibrated.error());
     std::fflush(stdout);
     QuantizedLayers best;     // to be written
     double least = HUGE_VAL;  // the held-out text does not choose
     for (const Distillation& how : distillations()) {
       json row = {{"name", name},
-                  {"bits_per_weight", bits / weights},
+                  {"bits_per_weight", bits},
                   {"method", options_.method},
                   {"rounds", quantizer_.layers.rounds},
                   {"beam", quantizer_.layers.beam},

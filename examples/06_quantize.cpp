@@ -14,7 +14,6 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
-#include <filesystem>
 #include <memory>
 #include <string>
 #include <vector>
@@ -66,6 +65,7 @@ codegemm::Format stored_format(const Options& options, codegemm::Format format, 
                                const TensorSource& source) {
   const codegemm::CheckpointKind kind = kind_of(options, format);
   check(source_config(source).status());
+  check(check_target(source, options.out));
   const codegemm::Status fits = check_writable(kind, format, *loaded.model);
   if (fits.ok()) return format;
   const Result<codegemm::Format> other = writable_format(kind, format, *loaded.model);
@@ -137,19 +137,12 @@ int run(Options options) {
       matrix = unwrap(codegemm::regroup(matrix.view(), stored.g));
   }
   std::vector<codegemm::NamedMatrix> named;
-  double bits = 0.0;
-  double weights = 0.0;
-  for (std::size_t i = 0; i < layers.names.size(); ++i) {
-    const codegemm::QuantizedMatrix& matrix = layers.matrices[i];
-    named.push_back({layers.names[i], matrix.view()});
-    const double count = static_cast<double>(matrix.rows()) * static_cast<double>(matrix.cols());
-    bits += count * codegemm::bits_per_weight(stored, matrix.rows(), matrix.cols());
-    weights += count;
-  }
+  for (std::size_t i = 0; i < layers.names.size(); ++i)
+    named.push_back({layers.names[i], layers.matrices[i].view()});
   check(write_quantized_model(*source, options.out, kind_of(options, format), named, layers.norms));
-  if (!options.keep_state && options.method != "kmeans") std::filesystem::remove_all(state);
+  if (!options.keep_state && options.method != "kmeans") remove_state(state);
   std::printf("%s: %zu layers in %s, %.3f bits a weight, in %.1f s\n", options.out.c_str(), named.size(),
-              codegemm::format_name(stored).c_str(), bits / weights,
+              codegemm::format_name(stored).c_str(), bits_of(layers.matrices),
               std::chrono::duration<double>(Clock::now() - start).count());
   return 0;
 }

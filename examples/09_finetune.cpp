@@ -87,8 +87,8 @@ void write_result(const Options& options, const TensorSource& source, const Trai
     config.erase("quantization_config");
     config.erase("codegemm");
     config["torch_dtype"] = "float32";
-    check(codegemm::write_file(options.out + "/config.json", config.dump(2)));
     check(save_model(options.out + "/model.safetensors", *dense));
+    check(codegemm::write_file(options.out + "/config.json", config.dump(2)));
     return;
   }
   const Matrices matrices = model.matrices();
@@ -147,9 +147,14 @@ int run(Options options) {
 #endif
   codegemm::ThreadPool pool(options.threads);
   const std::unique_ptr<TensorSource> source = unwrap(open_model(options.model));
+  check(check_target(*source, options.out));
   const LoadedModel loaded = unwrap(load_model(*source));
   LoadedModel base = loaded;
-  if (!options.base.empty()) base = unwrap(load_model(*unwrap(open_model(options.base))));
+  if (!options.base.empty()) {
+    const std::unique_ptr<TensorSource> base_source = unwrap(open_model(options.base));
+    check(check_target(*base_source, options.out));
+    base = unwrap(load_model(*base_source));
+  }
   const Tokenizer tokenizer = unwrap(load_tokenizer(options.base.empty() ? options.model : options.base));
   const TrainingDataOptions reading{options.train.max_tokens, !options.plain, -1};
   const auto read = [&](const std::string& path) {

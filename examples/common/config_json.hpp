@@ -12,7 +12,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include <codegemm/io/quoted.hpp>
+#include <codegemm/base/quoted.hpp>
 #include <common/hyperparameters.hpp>
 
 namespace prefillshare::examples {

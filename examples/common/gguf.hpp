@@ -21,9 +21,9 @@
 #include <utility>
 #include <vector>
 
+#include <codegemm/base/quoted.hpp>
 #include <codegemm/base/status.hpp>
 #include <codegemm/io/mapped_file.hpp>
-#include <codegemm/io/quoted.hpp>
 #include <common/ggml_types.hpp>
 #include <common/gguf_value.hpp>
 

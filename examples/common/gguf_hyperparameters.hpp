@@ -14,7 +14,7 @@
 #include <string_view>
 #include <vector>
 
-#include <codegemm/io/quoted.hpp>
+#include <codegemm/base/quoted.hpp>
 #include <common/gguf.hpp>
 #include <common/hyperparameters.hpp>
 

@@ -16,8 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include <codegemm/base/quoted.hpp>
 #include <codegemm/base/status.hpp>
-#include <codegemm/io/quoted.hpp>
 
 namespace prefillshare::examples {
 

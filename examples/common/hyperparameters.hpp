@@ -10,8 +10,8 @@
 #include <string_view>
 #include <utility>
 
+#include <codegemm/base/quoted.hpp>
 #include <codegemm/base/status.hpp>
-#include <codegemm/io/quoted.hpp>
 
 namespace prefillshare::examples {
 

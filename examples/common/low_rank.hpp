@@ -24,7 +24,7 @@
 #include <Eigen/Core>
 
 #include <codegemm/base/numerics.hpp>
-#include <codegemm/io/quoted.hpp>
+#include <codegemm/base/quoted.hpp>
 #include <codegemm/io/safetensors.hpp>
 #include <codegemm/io/safetensors_writer.hpp>
 #include <prefillshare/model/dense_linear.hpp>

@@ -99,9 +99,16 @@ namespace detail {
   return codegemm::parse_json_object(codegemm::text_of(*file), file->path());
 }
 
+/// kInvalidArgument where `folder` is the source's own, whose files would be written over.
+[[nodiscard]] inline Status check_target(const TensorSource& source, const std::string& folder) {
+  std::error_code ignored;
+  if (!std::filesystem::equivalent(source.path(), folder, ignored)) return {};
+  return error(StatusCode::kInvalidArgument, folder, ": holds the model itself; take another folder");
+}
+
 /// Writes `source` with the layers of `matrices` ("NAME" for NAME.weight) quantized into `folder`, which is
 /// made; tensors of `replaced` (tuned norms) take the place of the source's. Tokenizer files of a source
-/// folder are copied. Errors of save_model_checkpoint and of the files.
+/// folder are copied. Errors of check_target, save_model_checkpoint and of the files.
 [[nodiscard]] inline Status write_quantized_model(const TensorSource& source, const std::string& folder,
                                                   codegemm::CheckpointKind kind,
                                                   std::span<const codegemm::NamedMatrix> matrices,
@@ -110,6 +117,7 @@ namespace detail {
   std::filesystem::create_directories(folder, failed);
   if (failed)
     return Status(StatusCode::kIoError, codegemm::concat(folder, ": ", failed.message()), failed.value());
+  if (Status s = check_target(source, folder); !s.ok()) return s;
   Result<nlohmann::json> config = source_config(source);
   if (!config.ok()) return config.status();
   std::set<std::string> quantized;

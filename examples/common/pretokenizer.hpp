@@ -22,8 +22,8 @@
 #include <utility>
 #include <vector>
 
+#include <codegemm/base/quoted.hpp>
 #include <codegemm/base/status.hpp>
-#include <codegemm/io/quoted.hpp>
 #include <common/tokenizer_spec.hpp>
 
 namespace prefillshare::examples {

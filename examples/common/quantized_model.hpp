@@ -62,8 +62,9 @@ struct LinearPair {
 }
 
 /// Packs a matrix into its layer; the bias stays fp32.
-[[nodiscard]] inline Status install(const LinearPair& pair, const codegemm::QuantizedMatrix& matrix) {
-  Result<codegemm::PackedMatrix> packed = codegemm::pack(matrix.view());
+[[nodiscard]] inline Status install(const LinearPair& pair, const codegemm::QuantizedMatrix& matrix,
+                                    codegemm::WeightArena& arena) {
+  Result<codegemm::PackedMatrix> packed = codegemm::pack(matrix.view(), arena);
   if (!packed.ok()) return packed.status().with_prefix(pair.name);
   const std::span<const float> bias = pair.dense->bias();
   *pair.quantized = CodeGemmLinear(std::move(packed).value(), std::vector<float>(bias.begin(), bias.end()));
@@ -71,7 +72,8 @@ struct LinearPair {
 }
 
 [[nodiscard]] inline Status read_quantized(const std::string& path, codegemm::Format format,
-                                           const std::vector<LinearPair>& pairs) {
+                                           const std::vector<LinearPair>& pairs,
+                                           codegemm::WeightArena& arena) {
   Result<codegemm::Checkpoint> checkpoint = codegemm::Checkpoint::open(path);
   if (!checkpoint.ok()) return checkpoint.status();
   for (const LinearPair& pair : pairs) {
@@ -83,7 +85,7 @@ struct LinearPair {
                    matrix->cols(), " in ", codegemm::format_name(matrix->format()), ", wanted ",
                    pair.dense->rows(), " x ", pair.dense->cols(), " in ", codegemm::format_name(format));
     }
-    if (Status s = install(pair, *matrix); !s.ok()) return s;
+    if (Status s = install(pair, *matrix, arena); !s.ok()) return s;
   }
   return {};
 }
@@ -98,6 +100,7 @@ struct LinearPair {
   const std::shared_ptr<QuantizedModel> model = detail::without_linears(*loaded.model);
   const std::vector<detail::LinearPair> pairs = detail::pair_linears(*loaded.model, *model);
   const auto total = static_cast<std::int64_t>(pairs.size());
+  codegemm::WeightArena arena;  // layers side by side, in the order in which they are read
   const std::string path =
       codegemm::concat(folder, "/", loaded.fingerprint, "-", codegemm::format_name(format), "-v",
                        detail::kQuantizerVersion, ".safetensors");
@@ -107,7 +110,7 @@ struct LinearPair {
     return Status(StatusCode::kIoError, codegemm::concat(folder, ": ", failed.message()), failed.value());
 
   if (std::filesystem::exists(path, failed)) {
-    const Status read = detail::read_quantized(path, format, pairs);
+    const Status read = detail::read_quantized(path, format, pairs, arena);
     if (read.ok()) {
       if (progress) progress(total, total);
       return std::shared_ptr<const QuantizedModel>(model);
@@ -122,7 +125,7 @@ struct LinearPair {
     Result<codegemm::QuantizedMatrix> matrix =
         codegemm::quantize_kmeans(pair.dense->weights(), format, {}, executor);
     if (!matrix.ok()) return matrix.status().with_prefix(pair.name);
-    if (Status s = detail::install(pair, *matrix); !s.ok()) return s;
+    if (Status s = detail::install(pair, *matrix, arena); !s.ok()) return s;
     matrices.push_back(std::move(matrix).value());
     if (progress) progress(static_cast<std::int64_t>(matrices.size()), total);
   }

@@ -20,8 +20,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include <codegemm/base/quoted.hpp>
 #include <codegemm/base/status.hpp>
-#include <codegemm/io/quoted.hpp>
 #include <common/utf8.hpp>
 
 namespace prefillshare::examples {

@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <functional>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include <common/layer_quantizer.hpp>
@@ -42,6 +43,18 @@ struct QuantizedLayers {
   std::vector<codegemm::QuantizedMatrix> matrices;
   ReplacedTensors norms;
 };
+
+/// Bits per weight of all matrices together.
+[[nodiscard]] inline double bits_of(const std::vector<codegemm::QuantizedMatrix>& matrices) {
+  double bits = 0.0;
+  double weights = 0.0;
+  for (const codegemm::QuantizedMatrix& matrix : matrices) {
+    const double count = static_cast<double>(matrix.rows()) * static_cast<double>(matrix.cols());
+    bits += count * codegemm::bits_per_weight(matrix.format(), matrix.rows(), matrix.cols());
+    weights += count;
+  }
+  return bits / weights;
+}
 
 /// The same for the same tokens in the same order, on every machine.
 [[nodiscard]] inline std::uint64_t hash_tokens(const std::vector<std::vector<std::int32_t>>& sequences) {
@@ -124,6 +137,20 @@ struct QuantizedLayers {
   }
   for (std::int64_t i = 0; i < loaded.model->config.layers; ++i) out.norms.merge(unwrap(quantizer.norms(i)));
   return out;
+}
+
+/// Removes what quantize_on_sequences() keeps in folder `state`, and the folder if that was all in it.
+inline void remove_state(const std::string& state) {
+  namespace fs = std::filesystem;
+  std::error_code ignored;
+  std::vector<fs::path> own;
+  for (fs::directory_iterator at(state, ignored), end; !ignored && at != end; at.increment(ignored)) {
+    const std::string name = at->path().filename().string();
+    if (name.starts_with("model.layers.") && name.find(".safetensors") != std::string::npos)
+      own.push_back(at->path());
+  }
+  for (const fs::path& file : own) fs::remove(file, ignored);
+  fs::remove(state, ignored);  // only an empty one goes
 }
 
 }  // namespace prefillshare::examples

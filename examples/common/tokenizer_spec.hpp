@@ -12,8 +12,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include <codegemm/base/quoted.hpp>
 #include <codegemm/base/status.hpp>
-#include <codegemm/io/quoted.hpp>
 
 namespace prefillshare::examples {
 

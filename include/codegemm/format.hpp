@@ -10,7 +10,9 @@
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <type_traits>
 
+#include <codegemm/base/quoted.hpp>
 #include <codegemm/base/status.hpp>
 #include <codegemm/base/text.hpp>
 
@@ -99,22 +101,33 @@ inline bool take_field(std::string_view& text, char letter, int& value) {
   return true;
 }
 
+/// body(v) for the v of a valid format, as a std::integral_constant: loops over a vector are unrolled then.
+template <class Body>
+decltype(auto) with_vec_len(int v, Body&& body) {
+  switch (v) {
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 4: return body(std::integral_constant<int, 4>{});
+    case 8: return body(std::integral_constant<int, 8>{});
+    default: return body(std::integral_constant<int, 16>{});
+  }
+}
+
 }  // namespace detail
 
 /// Reads a name such as "m1v4g128" or "m1v4b6g32" (no b: 8 bits) and checks it by validate().
 [[nodiscard]] inline Result<Format> parse_format(std::string_view name) {
-  // A name may come out of a file: what is quoted back stays short.
-  const std::string_view shown = name.substr(0, 40);
+  // A name may come out of a file.
+  const std::string shown = codegemm::quoted(name, 40);
   Format f{};
   std::string_view rest = name;
   bool read = detail::take_field(rest, 'm', f.m) && detail::take_field(rest, 'v', f.v);
   if (read && !rest.empty() && rest.front() == 'b') read = detail::take_field(rest, 'b', f.b);
   read = read && detail::take_field(rest, 'g', f.g) && rest.empty();
   if (!read) {
-    return error(StatusCode::kInvalidArgument, "format \"", shown,
-                 "\" is not of the form mMvVgG or mMvVbBgG, such as m1v4g128 or m1v4b6g32");
+    return error(StatusCode::kInvalidArgument, "format ", shown,
+                 " is not of the form mMvVgG or mMvVbBgG, such as m1v4g128 or m1v4b6g32");
   }
-  if (Status status = validate(f); !status.ok()) return status.with_prefix(concat('"', shown, '"'));
+  if (Status status = validate(f); !status.ok()) return status.with_prefix(shown);
   return f;
 }
 

@@ -72,9 +72,12 @@ template <class Configs = CpuConfigs>
     return {};
   }
   const Regime regime = choose_regime(w.view(), x.rows, isa, asked);
-  const auto needed =
-      static_cast<std::size_t>(exact_workspace_floats(w.view(), x.rows, executor.workers(), isa, regime)) *
-      sizeof(float);
+  const bool few = regime == Regime::kLookup || regime == Regime::kPsumbook;
+  const PsumbookPlan plan =
+      few ? make_psumbook_plan(w.view(), x.rows, regime == Regime::kLookup) : PsumbookPlan{};
+  const std::int64_t floats = few ? plan.floats(executor.workers())
+                                  : exact_workspace_floats(w.view(), x.rows, executor.workers(), isa, regime);
+  const auto needed = static_cast<std::size_t>(floats) * sizeof(float);
   if (workspace.size() < needed) {
     return error(StatusCode::kWorkspaceTooSmall, "gemm: workspace has ", workspace.size(), " bytes, ", x.rows,
                  " tokens on ", executor.workers(), " workers need ", needed);
@@ -109,7 +112,7 @@ template <class Configs = CpuConfigs>
   } else if (regime == Regime::kInteger) {
     run_integer(kernels, args, executor);
   } else {
-    run_psumbook(kernels, args, make_psumbook_plan(w.view(), x.rows, regime == Regime::kLookup), executor);
+    run_psumbook(kernels, args, plan, executor);
   }
   return {};
 }

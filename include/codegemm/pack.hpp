@@ -10,12 +10,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <utility>
 #include <vector>
 
 #include <codegemm/base/aligned_buffer.hpp>
 #include <codegemm/base/numerics.hpp>
 #include <codegemm/base/status.hpp>
+#include <codegemm/base/weight_arena.hpp>
 #include <codegemm/cpu/byte_codebooks.hpp>
 #include <codegemm/cpu/configs.hpp>
 #include <codegemm/cpu/integer_tables.hpp>
@@ -85,8 +87,9 @@ class PackedMatrix;
 
 namespace detail {
 
-/// pack() for the kernels of `isa`.
-[[nodiscard]] Result<PackedMatrix> pack_for(const QuantizedMatrixView& w, Isa isa);
+/// pack() for the kernels of `isa`; null: memory of its own.
+[[nodiscard]] Result<PackedMatrix> pack_for(const QuantizedMatrixView& w, Isa isa,
+                                            WeightArena* arena = nullptr);
 
 }  // namespace detail
 
@@ -101,30 +104,50 @@ class PackedMatrix {
   [[nodiscard]] std::int64_t cols() const noexcept { return view_.cols; }  ///< K
   /// Memory held: codes, scales, two fp32 copies of the codebooks, up to two in 16-bit integers, one in
   /// bytes.
-  [[nodiscard]] std::size_t bytes() const noexcept {
-    return codes_.size() * sizeof(std::uint64_t) + codebooks_.size() * sizeof(float) +
-           rounded_.size() * sizeof(std::int16_t) + byte_codebooks_.size() +
-           pairs_.size() * sizeof(std::int32_t) + scales_.size() * sizeof(Half);
-  }
+  [[nodiscard]] std::size_t bytes() const noexcept { return bytes_; }
   /// For kernels; valid as long as this object lives.
   [[nodiscard]] const PackedView& view() const noexcept { return view_; }
 
   /// An empty 0 x 0 matrix.
   PackedMatrix() = default;
+  PackedMatrix(PackedMatrix&&) noexcept = default;             ///< the other is empty afterwards
+  PackedMatrix& operator=(PackedMatrix&&) noexcept = default;  ///< the same
+  PackedMatrix(const PackedMatrix&) = delete;
+  PackedMatrix& operator=(const PackedMatrix&) = delete;
+  ~PackedMatrix() = default;
 
  private:
-  friend Result<PackedMatrix> detail::pack_for(const QuantizedMatrixView& w, Isa isa);
+  friend Result<PackedMatrix> detail::pack_for(const QuantizedMatrixView& w, Isa isa, WeightArena* arena);
 
   PackedView view_;
-  AlignedBuffer<std::uint64_t> codes_;
-  AlignedBuffer<float> codebooks_;
-  AlignedBuffer<std::int16_t> rounded_;
-  AlignedBuffer<std::int8_t> byte_codebooks_;
-  AlignedBuffer<std::int32_t> pairs_;
-  AlignedBuffer<Half> scales_;
+  std::shared_ptr<std::byte> memory_;  // this object's alone, or with a chunk of an arena
+  std::size_t bytes_ = 0;
 };
 
 namespace detail {
+
+// Cuts memory into arrays, each of which begins on a cache line.
+class MemoryParts {
+ public:
+  // An array, once the memory is there.
+  template <class T>
+  struct Part {
+    std::size_t first;  // in bytes
+    [[nodiscard]] T* in(std::byte* memory) const noexcept { return reinterpret_cast<T*>(memory + first); }
+  };
+
+  template <class T>
+  [[nodiscard]] Part<T> add(std::int64_t count) noexcept {
+    const Part<T> out{bytes_};
+    const std::size_t size = static_cast<std::size_t>(count) * sizeof(T);
+    bytes_ += (size + kBufferAlignment - 1) / kBufferAlignment * kBufferAlignment;
+    return out;
+  }
+  [[nodiscard]] std::size_t bytes() const noexcept { return bytes_; }
+
+ private:
+  std::size_t bytes_ = 0;
+};
 
 // Where the codes of entry (j, c) begin, in bytes, and how far on those of the next row block lie.
 struct EntryPlace {
@@ -244,7 +267,12 @@ inline constexpr std::int64_t kRoundedWeightMax = 8191;
   return detail::pack_for(w, detect_isa());
 }
 
-inline Result<PackedMatrix> detail::pack_for(const QuantizedMatrixView& w, Isa isa) {
+/// The same beside other matrices of a model.
+[[nodiscard]] inline Result<PackedMatrix> pack(const QuantizedMatrixView& w, WeightArena& arena) {
+  return detail::pack_for(w, detect_isa(), &arena);
+}
+
+inline Result<PackedMatrix> detail::pack_for(const QuantizedMatrixView& w, Isa isa, WeightArena* arena) {
   if (Status status = validate(w); !status.ok()) return status;
   const Format f = w.format;
   if (f.b > kMaxPsumbookCodeBits) {
@@ -278,77 +306,81 @@ inline Result<PackedMatrix> detail::pack_for(const QuantizedMatrixView& w, Isa i
   view.tiles = (w.vectors() + view.tile_vectors - 1) / view.tile_vectors;
   const std::int64_t padded = view.padded_rows();
   const std::int64_t words = view.row_blocks * w.vectors() * f.m * view.entry_words();
-  if (!out.codes_.reserve(static_cast<std::size_t>(words)) ||
-      !out.codebooks_.reserve(static_cast<std::size_t>(2 * codebook_values)) ||
-      !out.rounded_.reserve(static_cast<std::size_t>(codebook_values)) ||
-      !out.scales_.reserve(static_cast<std::size_t>(segments * padded))) {
+  const bool pairs = lookup && detail::makes_integer_tables(isa, f.b);
+  // Two vectors of 2 go together, so they may not lie in two tiles.
+  const bool as_bytes = isa == Isa::kAvx512Vbmi && view.block_rows == kBlockRows &&
+                        f.m <= detail::kByteCodebooksMax && (f.v > 2 || view.tile_vectors % 2 == 0);
+  // What one token reads lies together.
+  detail::MemoryParts parts;
+  const auto at_pairs = parts.add<std::int32_t>(pairs ? codebook_values / 2 : 0);
+  const auto at_scales = parts.add<Half>(segments * padded);
+  const auto at_codes = parts.add<std::uint64_t>(words);
+  const auto at_codebooks = parts.add<float>(2 * codebook_values);
+  const auto at_rounded = parts.add<std::int16_t>(codebook_values);
+  const auto at_bytes = parts.add<std::int8_t>(as_bytes ? detail::byte_codebook_bytes(f) : 0);
+  out.bytes_ = parts.bytes();
+  out.memory_ = arena != nullptr ? arena->allocate(parts.bytes()) : shared_bytes(parts.bytes());
+  if (parts.bytes() > 0 && out.memory_ == nullptr) {
     return error(StatusCode::kOutOfMemory, "pack: ", w.rows, " x ", w.cols, " as ", format_name(f), " needs ",
-                 words * 8 + codebook_values * 10 + segments * padded * 2, " bytes");
+                 parts.bytes(), " bytes");
   }
+  std::byte* const memory = out.memory_.get();
 
-  if (words > 0) std::memset(out.codes_.data(), 0, static_cast<std::size_t>(words) * sizeof(std::uint64_t));
-  auto* const bytes = reinterpret_cast<unsigned char*>(out.codes_.data());
+  std::uint64_t* const codes = at_codes.in(memory);
+  if (words > 0) std::memset(codes, 0, static_cast<std::size_t>(words) * sizeof(std::uint64_t));
   std::vector<std::int64_t> histogram(static_cast<std::size_t>(f.m * f.centroids()));
   for (std::int64_t c = 0; c < f.m; ++c) {
     std::int64_t* const uses = histogram.data() + c * f.centroids();
     for (std::int64_t j = 0; j < w.vectors(); ++j) {
-      detail::pack_entry(w, j, c, detail::entry_place(view, j, c), bytes, uses);
+      detail::pack_entry(w, j, c, detail::entry_place(view, j, c), reinterpret_cast<unsigned char*>(codes),
+                         uses);
     }
   }
 
-  float* const transposed = out.codebooks_.data() + codebook_values;
+  float* const codebooks = at_codebooks.in(memory);
+  float* const transposed = codebooks + codebook_values;
   for (std::int64_t i = 0; i < codebook_values; ++i) {
     const float value = w.codebooks[i].to_float();
     const std::int64_t c = i / (f.centroids() * f.v);
-    out.codebooks_[static_cast<std::size_t>(i)] = value;
+    codebooks[i] = value;
     transposed[(c * f.v + i % f.v) * f.centroids() + i / f.v % f.centroids()] = value;
   }
   const std::int64_t uses = w.rows * w.vectors();
-  view.codebook_step =
-      detail::rounding_step(out.codebooks_.data(), f, histogram, uses, detail::kRoundedWeightMax);
+  view.codebook_step = detail::rounding_step(codebooks, f, histogram, uses, detail::kRoundedWeightMax);
   if (view.codebook_step > 0.0F) {
-    for (std::size_t i = 0; i < out.rounded_.size(); ++i) {
-      out.rounded_[i] = static_cast<std::int16_t>(std::lround(out.codebooks_[i] / view.codebook_step));
+    std::int16_t* const rounded = at_rounded.in(memory);
+    for (std::int64_t i = 0; i < codebook_values; ++i) {
+      rounded[i] = static_cast<std::int16_t>(std::lround(codebooks[i] / view.codebook_step));
     }
-    view.codebooks_rounded = out.rounded_.data();
+    view.codebooks_rounded = rounded;
   }
-  // Two vectors of 2 go together, so they may not lie in two tiles.
-  if (isa == Isa::kAvx512Vbmi && view.block_rows == kBlockRows && f.m <= detail::kByteCodebooksMax &&
-      (f.v > 2 || view.tile_vectors % 2 == 0)) {
+  if (as_bytes) {
     view.codebook_byte_step =
-        detail::rounding_step(out.codebooks_.data(), f, histogram, uses, detail::byte_weight_max(f.m));
+        detail::rounding_step(codebooks, f, histogram, uses, detail::byte_weight_max(f.m));
   }
   if (view.codebook_byte_step > 0.0F) {
-    const std::int64_t bytes_needed = detail::byte_codebook_bytes(f);
-    if (!out.byte_codebooks_.reserve(static_cast<std::size_t>(bytes_needed))) {
-      return error(StatusCode::kOutOfMemory, "pack: byte codebooks of ", format_name(f), " need ",
-                   bytes_needed, " bytes");
-    }
-    detail::fill_byte_codebooks(out.codebooks_.data(), f, view.codebook_byte_step,
-                                out.byte_codebooks_.data());
-    view.codebooks_bytes = out.byte_codebooks_.data();
+    view.codebooks_bytes = at_bytes.in(memory);
+    detail::fill_byte_codebooks(codebooks, f, view.codebook_byte_step, at_bytes.in(memory));
   }
-  if (lookup && detail::makes_integer_tables(isa, f.b)) {
-    view.codebook_pair_step = detail::pair_step(out.codebooks_.data(), f);
+  if (pairs) {
+    view.codebook_pair_step =
+        detail::pair_step(codebooks, f, detail::longest_flush(w, codebooks, view.tile_vectors));
   }
   if (view.codebook_pair_step > 0.0F) {
-    if (!out.pairs_.reserve(static_cast<std::size_t>(codebook_values / 2))) {
-      return error(StatusCode::kOutOfMemory, "pack: codebooks of ", format_name(f), " in pairs need ",
-                   codebook_values * 2, " bytes");
-    }
-    detail::fill_pairs(out.codebooks_.data(), f, view.codebook_pair_step, out.pairs_.data());
-    view.codebooks_pairs = out.pairs_.data();
+    view.codebooks_pairs = at_pairs.in(memory);
+    detail::fill_pairs(codebooks, f, view.codebook_pair_step, at_pairs.in(memory));
   }
+  Half* const scales = at_scales.in(memory);
   for (std::int64_t s = 0; s < segments; ++s) {
     for (std::int64_t n = 0; n < padded; ++n) {
-      out.scales_[static_cast<std::size_t>(s * padded + n)] = n < w.rows ? w.scales[s * w.rows + n] : Half{};
+      scales[s * padded + n] = n < w.rows ? w.scales[s * w.rows + n] : Half{};
     }
   }
 
-  view.codes = out.codes_.data();
-  view.codebooks = out.codebooks_.data();
+  view.codes = codes;
+  view.codebooks = codebooks;
   view.codebooks_transposed = transposed;
-  view.scales = out.scales_.data();
+  view.scales = scales;
   out.view_ = view;
   return out;
 }

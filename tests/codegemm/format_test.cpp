@@ -46,26 +46,28 @@ TEST_CASE("a name that is no format is refused and quoted, but never at length",
     REQUIRE_FALSE(read.ok());
     CHECK(read.status().code() == StatusCode::kInvalidArgument);
     CHECK(read.status().message() ==
-          codegemm::concat("format \"", bad,
-                           "\" is not of the form mMvVgG or mMvVbBgG, such as m1v4g128 "
+          codegemm::concat("format '", bad,
+                           "' is not of the form mMvVgG or mMvVbBgG, such as m1v4g128 "
                            "or m1v4b6g32"));
   }
   const auto zero = codegemm::parse_format(std::string_view("m1v4g128\0", 9));
   CHECK_FALSE(zero.ok());
   const auto longest = codegemm::parse_format(std::string(100000, 'm'));
   CHECK(longest.status().message().size() < 200);
+  const auto hostile = codegemm::parse_format("m1\x1b[2J").status().message();
+  CHECK(hostile.find("'m1\\x1b[2J'") != std::string::npos);
 }
 
 TEST_CASE("numbers outside the limits are named", "[codegemm]") {
   const auto text = [](std::string_view name) { return codegemm::parse_format(name).status().message(); };
-  CHECK(text("m1v3g128") == "\"m1v3g128\": format: v = 3 is not 2, 4, 8 or 16");
-  CHECK(text("m0v4g128") == "\"m0v4g128\": format: m = 0 is not in 1..4");
-  CHECK(text("m5v4g128") == "\"m5v4g128\": format: m = 5 is not in 1..4");
-  CHECK(text("m1v4b3g128") == "\"m1v4b3g128\": format: b = 3 is not in 4..16");
-  CHECK(text("m1v4b17g128") == "\"m1v4b17g128\": format: b = 17 is not in 4..16");
-  CHECK(text("m1v4g0") == "\"m1v4g0\": format: g = 0 is neither -1 nor a positive multiple of v = 4");
-  CHECK(text("m1v4g-2") == "\"m1v4g-2\": format: g = -2 is neither -1 nor a positive multiple of v = 4");
-  CHECK(text("m1v8g12") == "\"m1v8g12\": format: g = 12 is neither -1 nor a positive multiple of v = 8");
+  CHECK(text("m1v3g128") == "'m1v3g128': format: v = 3 is not 2, 4, 8 or 16");
+  CHECK(text("m0v4g128") == "'m0v4g128': format: m = 0 is not in 1..4");
+  CHECK(text("m5v4g128") == "'m5v4g128': format: m = 5 is not in 1..4");
+  CHECK(text("m1v4b3g128") == "'m1v4b3g128': format: b = 3 is not in 4..16");
+  CHECK(text("m1v4b17g128") == "'m1v4b17g128': format: b = 17 is not in 4..16");
+  CHECK(text("m1v4g0") == "'m1v4g0': format: g = 0 is neither -1 nor a positive multiple of v = 4");
+  CHECK(text("m1v4g-2") == "'m1v4g-2': format: g = -2 is neither -1 nor a positive multiple of v = 4");
+  CHECK(text("m1v8g12") == "'m1v8g12': format: g = 12 is neither -1 nor a positive multiple of v = 8");
   CHECK(codegemm::validate(Format{-4, 1, 8, 128}).code() == StatusCode::kInvalidArgument);
   CHECK(codegemm::validate(Format{0, 1, 8, 128}).code() == StatusCode::kInvalidArgument);
 }

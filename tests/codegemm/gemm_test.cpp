@@ -172,7 +172,8 @@ TEST_CASE("more rows than share one Psumbook, and K split or not", "[codegemm]")
   // An odd number of splits, the last one in two parts, or rows in two chunks for one token.
   sweep(Format{4, 1, 8, -1}, 130, 276, {1, 3}, 8);
   sweep(Format{8, 2, 8, 64}, 70, 576, {1}, 10);
-  sweep(Format{4, 2, 4, 64}, CpuTiles::kCutRows + 70, 276, {1, 2}, 9);
+  sweep(Format{4, 2, 4, 64}, CpuTiles::kCutRows4 + 70, 276, {1, 2}, 9);
+  sweep(Format{4, 1, 8, 64}, CpuTiles::kCutRows + 70, 276, {1, 2}, 11);
 }
 
 TEST_CASE("the result has the same bits for any number of workers", "[codegemm]") {
@@ -377,8 +378,9 @@ TEST_CASE("16-bit tables and products are off by at most 1e-3, whatever the acti
 
 TEST_CASE("the largest sum that tables of integers can have fits into 16 bits") {
   // All activations lie along the longest centroid, which is every code.
-  for (const Format f : {Format{4, 1, 8, 64}, Format{8, 2, 8, 128}, Format{4, 3, 6, -1}, Format{2, 4, 5, 64},
-                         Format{4, 1, 7, 20}}) {
+  for (const Format f :
+       {Format{4, 1, 8, 64}, Format{8, 2, 8, 128}, Format{4, 3, 6, -1}, Format{2, 4, 5, 64},
+        Format{4, 1, 7, 20}, Format{2, 2, 4, 16}, Format{2, 1, 4, -1}, Format{2, 3, 4, 20}}) {
     CAPTURE(format_name(f));
     Rng rng(test::seed_or(41));
     QuantizedMatrix w = test::random_quantized(rng, f, 70, 640);
@@ -405,15 +407,13 @@ TEST_CASE("a centroid that is far out is looked up in tables that are encoded fr
   const Format f{4, 1, 8, 64};
   QuantizedMatrix w = test::random_quantized(rng, f, 300, 640);
   for (Half& value : w.codebooks()) value = Half::from_float(rng.uniform(-1.0F, 1.0F));
-  std::vector<float> codebooks;
-  for (const Half value : w.codebooks()) codebooks.push_back(value.to_float());
-  CHECK(detail::pair_step(codebooks.data(), f) > 0.0F);
+  const QuantizedMatrix without = w;
   w.codebooks()[5] = Half::from_float(60.0F);
-  codebooks[5] = 60.0F;
-  CHECK(detail::pair_step(codebooks.data(), f) == 0.0F);
   const std::vector<float> x = rng.normals(640);
   for (const Isa isa : isas()) {
     CAPTURE(isa_name(isa));
+    CHECK((detail::pack_for(without.view(), isa)->view().codebooks_pairs != nullptr) ==
+          detail::makes_integer_tables(isa, f.b));
     CHECK(detail::pack_for(w.view(), isa)->view().codebooks_pairs == nullptr);
     CHECK(relative_error(w, x, isa, Regime::kLookup) <= 1e-3);
   }
@@ -554,6 +554,46 @@ TEST_CASE("tiles of bytes are off by at most 1e-3 and AMX multiplies them as a p
 
 #endif
 
+namespace {
+
+// One worker that begins with the last task.
+class Backwards final : public Executor {
+ public:
+  [[nodiscard]] int workers() const noexcept override { return 1; }
+  void run(std::int64_t count, Task task, void* context) override {
+    while (count > 0) task(context, --count, 0);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("two splits add their sums up, whoever comes first", "[codegemm]") {
+  Rng rng(test::seed_or(43));
+  SerialExecutor forwards;
+  Backwards backwards;
+  ThreadPool pool(2);
+  for (const Isa isa : isas()) {
+    for (const Format f : {Format{4, 1, 8, 64}, Format{8, 2, 8, 64}, Format{4, 2, 4, 64}}) {
+      for (const std::int64_t rows : {1, 64, 65, 200, 576}) {
+        CAPTURE(isa_name(isa), format_name(f), rows);
+        const QuantizedMatrix w = test::random_quantized(rng, f, rows, 576);
+        const PackedMatrix packed = detail::pack_for(w.view(), isa).value();
+        const bool lookup = detail::can_look_up(packed.view(), isa);
+        CHECK(detail::make_psumbook_plan(packed.view(), 1, lookup).meet == lookup);
+        const std::vector<float> x = rng.normals(576);
+        const std::vector<float> once = multiply(packed, x, 1, forwards, isa, Regime::kLookup);
+        Expected want = test::expect(w.view(), x, 1);
+        test::add_lookup_rounding(w.view(), x, 1, want);
+        check_close(once, want, rows);
+        CHECK(multiply(packed, x, 1, backwards, isa, Regime::kLookup) == once);
+        for (int i = 0; i < 50; ++i) {
+          REQUIRE(multiply(packed, x, 1, pool, isa, Regime::kLookup) == once);
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("codes are asked for ahead, on into the next tile's", "[codegemm]") {
   // 10 blocks, of which 3 are as many bytes as are asked for ahead; the next tile's lie behind a gap.
   std::vector<std::uint8_t> memory(1);
@@ -561,7 +601,7 @@ TEST_CASE("codes are asked for ahead, on into the next tile's", "[codegemm]") {
   detail::LookupArgs args{};
   args.codes = memory.data();
   args.stride = stride;
-  args.blocks = 10;
+  args.end_block = 10;
   args.next = args.codes;  // nothing follows: back to the first ones
   CHECK(detail::bytes_ahead(args, 0, 1) == 3 * stride);
   CHECK(detail::bytes_ahead(args, 0, 2) == 4 * stride);  // whole pairs of blocks

@@ -5,12 +5,15 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <span>
 #include <utility>
 #include <vector>
 
 #include <Eigen/Dense>
 
+#include <codegemm/base/thread_pool.hpp>
+#include <codegemm/base/weight_arena.hpp>
 #include <codegemm/pack.hpp>
 #include <codegemm/reference.hpp>
 
@@ -85,8 +88,8 @@ namespace {
 std::size_t more_codebooks(const QuantizedMatrix& w) {
   const PackedMatrix packed = pack(w.view()).value();
   std::size_t out = 0;
-  if (packed.view().codebooks_bytes != nullptr) {
-    out += static_cast<std::size_t>(detail::byte_codebook_bytes(w.format()));
+  if (packed.view().codebooks_bytes != nullptr) {  // in whole cache lines
+    out += (static_cast<std::size_t>(detail::byte_codebook_bytes(w.format())) + 63) / 64 * 64;
   }
   if (packed.view().codebooks_pairs != nullptr) out += w.codebooks().size() * sizeof(std::int16_t);
   return out;
@@ -132,6 +135,60 @@ TEST_CASE("packing there and back changes nothing", "[codegemm]") {
   // 4-bit codes take 4 bits: 1 bit a weight, plus scales, plus codebooks: two in fp32 and one rounded.
   const QuantizedMatrix nibbles = test::random_quantized(rng, Format{4, 1, 4, 64}, 64, 256);
   CHECK(pack(nibbles.view())->bytes() == 2048U + 512U + 512U + 128U + more_codebooks(nibbles));
+}
+
+TEST_CASE("matrices of an arena lie side by side and outlive it", "[codegemm]") {
+  Rng rng(test::seed_or(13));
+  std::vector<QuantizedMatrix> matrices;
+  for (int i = 0; i < 40; ++i) {
+    matrices.push_back(test::random_quantized(rng, Format{4, 2, 8, 64}, 1 + rng.below(300), 640));
+  }
+  std::vector<PackedMatrix> packed(matrices.size());
+  {
+    WeightArena arena;
+    for (std::size_t i = 0; i < matrices.size() / 2; ++i) packed[i] = pack(matrices[i].view(), arena).value();
+    ThreadPool pool(3);
+    parallel_for(pool, static_cast<std::int64_t>(matrices.size() / 2), [&](std::int64_t task, int) {
+      const std::size_t i = matrices.size() / 2 + static_cast<std::size_t>(task);
+      packed[i] = pack(matrices[i].view(), arena).value();
+    });
+  }
+  for (std::size_t i = 0; i < packed.size(); ++i) {
+    const PackedView& view = packed[i].view();
+    CHECK(reinterpret_cast<std::uintptr_t>(view.codes) % 64 == 0);
+    CHECK(reinterpret_cast<std::uintptr_t>(view.scales) % 64 == 0);
+    if (i + 1 < packed.size() / 2) {  // packed one after another: each ends where the next begins
+      const auto apart = reinterpret_cast<std::uintptr_t>(packed[i + 1].view().scales) -
+                         reinterpret_cast<std::uintptr_t>(view.scales);
+      CHECK(apart == packed[i].bytes());
+    }
+    packed[i] = PackedMatrix(std::move(packed[i]));
+    const Result<QuantizedMatrix> back = unpack(packed[i]);
+    REQUIRE(back.ok());
+    REQUIRE(same<std::uint32_t>(back->codes(), matrices[i].codes()));
+    REQUIRE(same<Half>(back->codebooks(), matrices[i].codebooks()));
+    REQUIRE(same<Half>(back->scales(), matrices[i].scales()));
+    packed[i] = PackedMatrix();  // the others' memory stays
+  }
+}
+
+TEST_CASE("an arena takes chunks and leaves what is large alone", "[codegemm]") {
+  WeightArena arena;
+  const std::shared_ptr<std::byte> first = arena.allocate(1);
+  const std::shared_ptr<std::byte> second = arena.allocate(65);
+  const std::shared_ptr<std::byte> large = arena.allocate(detail::kHugeFrom);
+  const std::shared_ptr<std::byte> third = arena.allocate(1);
+  CHECK(second.get() - first.get() == 64);
+  CHECK(third.get() - second.get() == 128);
+  CHECK(reinterpret_cast<std::uintptr_t>(first.get()) % detail::kHugePage == 0);
+  CHECK(reinterpret_cast<std::uintptr_t>(large.get()) % detail::kHugePage == 0);
+  // 6 of nearly 3 MiB do not fit into the 16 MiB behind them; the next chunk begins on a huge page, too.
+  std::vector<std::shared_ptr<std::byte>> more;
+  for (int i = 0; i < 6; ++i) more.push_back(arena.allocate(3 << 20));
+  CHECK(more[4].get() - more[0].get() == 4 * (3 << 20));
+  CHECK(reinterpret_cast<std::uintptr_t>(more[5].get()) % detail::kHugePage == 0);
+  *more[5] = std::byte{1};
+  *first = std::byte{2};
 }
 
 TEST_CASE("empty matrices are packed and unpacked", "[codegemm]") {

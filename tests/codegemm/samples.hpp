@@ -121,9 +121,13 @@ inline void add_lookup_rounding(const QuantizedMatrixView& w, const std::vector<
   const double share = (f.b == 4 ? 32.0 : 16.0) / 2.0 / 32700.0;
   std::vector<float> codebooks;
   for (std::int64_t i = 0; i < f.m * f.centroids() * f.v; ++i) codebooks.push_back(w.codebooks[i].to_float());
-  const double pair_step = detail::makes_integer_tables(Isa::kAvx512Vbmi, f.b)
-                               ? static_cast<double>(detail::pair_step(codebooks.data(), f))
-                               : 0.0;
+  const double pair_step =
+      detail::makes_integer_tables(Isa::kAvx512Vbmi, f.b)
+          ? static_cast<double>(
+                detail::pair_step(codebooks.data(), f,
+                                  detail::longest_flush(w, codebooks.data(),
+                                                        detail::choose_tile_vectors(f, w.vectors(), true))))
+          : 0.0;
   for (std::int64_t t = 0; t < tokens; ++t) {
     const std::vector<double> norms = flush_norms(f, x.data() + t * w.cols, w.cols / f.v);
     for (std::int64_t j = 0; j < w.cols / f.v; ++j) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What a stranger's program looks like: both libraries, from two units.
+#include <codegemm/base/quoted.hpp>
 #include <codegemm/base/thread_pool.hpp>
 #include <codegemm/format.hpp>
-#include <codegemm/io/quoted.hpp>
 #include <codegemm/version.hpp>
 #include <prefillshare/kv/shape.hpp>
 #if defined(CONSUMER_HAS_C)

@@ -105,10 +105,10 @@ class ByteProduct {
     }
     a.stride = args_.y.stride;
     a.accumulate = slab > 0;
-    for (std::int64_t row = 0; row < rows; row += 2 * kPanelRows) {
+    for (std::int64_t row = 0; row < rows; row += kRowsOfTile) {
       a.w = reinterpret_cast<const std::int8_t*>(memory) + row * depth * 2;
       a.w_steps = memory + plan_.panel_floats + row;
-      a.rows = std::min<std::int64_t>(2 * kPanelRows, rows - row);
+      a.rows = std::min(kRowsOfTile, rows - row);
       for (std::int64_t tile = first_tile; tile < last_tile; ++tile) {
         a.x = tokens_of(tile, first_k, depth);
         a.x_steps = steps_of(tile, slab);
@@ -122,6 +122,7 @@ class ByteProduct {
  private:
   static constexpr std::int64_t kTokens = CpuTiles::kAmxTokens;
   static constexpr std::int64_t kColumns = CpuTiles::kAmxColumns;
+  static constexpr std::int64_t kRowsOfTile = std::int64_t{2} * kPanelRows;  // two panels
   static constexpr std::size_t kMostUnits = CpuTiles::kAmxDepthMost / CpuTiles::kAmxColumns;
   static_assert(CpuTiles::kAmxDepth <= CpuTiles::kAmxDepthMost);
   static_assert(CpuTiles::kAmxTaskRows == kBlockRows);

@@ -94,7 +94,7 @@ CODEGEMM_TARGET_AMX CODEGEMM_ALWAYS_INLINE void add_chunk_amx(const ByteTileArgs
   const __m512i bits = _mm512_set1_epi32(a.radix_bits);
   const float* const x_steps = a.x_steps + unit * CpuTiles::kAmxTokens;
   CODEGEMM_UNROLL
-  for (int panel = 0; panel < kPanels; ++panel) {
+  for (std::int64_t panel = 0; panel < kPanels; ++panel) {
     const __m512 w_step = _mm512_loadu_ps(a.w_steps + unit * CpuTiles::kAmxTaskRows + panel * kPanelRows);
     const std::int32_t* const from = sums + panel * 512;
     float* const to = totals + panel * kPanelRows;
@@ -110,8 +110,8 @@ CODEGEMM_TARGET_AMX CODEGEMM_ALWAYS_INLINE void add_chunk_amx(const ByteTileArgs
 
 template <int kPanels>
 CODEGEMM_TARGET_AMX void multiply_panels_amx(const ByteTileArgs& a) {
-  alignas(64) std::int32_t sums[std::size_t{kPanels * 512}];
-  alignas(64) float totals[std::size_t{kPanels * 256}];
+  alignas(64) std::int32_t sums[std::size_t{kPanels} * 512];
+  alignas(64) float totals[std::size_t{kPanels} * 256];
   compiler_barrier_amx(a.w);
   for (std::int64_t i = 0; i < a.tokens * kPanels * kPanelRows; i += 16) {
     _mm512_store_ps(totals + i, _mm512_setzero_ps());
@@ -122,7 +122,7 @@ CODEGEMM_TARGET_AMX void multiply_panels_amx(const ByteTileArgs& a) {
     add_chunk_amx<kPanels>(a, at / CpuTiles::kAmxColumns, sums, totals);
   }
   CODEGEMM_UNROLL
-  for (int panel = 0; panel < kPanels; ++panel) {
+  for (std::int64_t panel = 0; panel < kPanels; ++panel) {
     const std::int64_t rows = a.rows - panel * kPanelRows;
     const auto mask = static_cast<__mmask16>(rows >= kPanelRows ? 0xFFFF : (1 << rows) - 1);
     for (std::int64_t t = 0; t < a.tokens; ++t) {

@@ -21,7 +21,7 @@ namespace codegemm::detail {
 
 /// Rows of a panel, which are the columns of a tile, and what they take a step of kByteColumns columns.
 inline constexpr int kPanelRows = 16;
-inline constexpr std::int64_t kPanelStepBytes = 2 * kPanelRows * kByteColumns;
+inline constexpr std::int64_t kPanelStepBytes = std::int64_t{2} * kPanelRows * kByteColumns;
 
 /// A block of 64 rows in some vectors of one tile of codes (v = 2: an even number):
 /// out[4 panels][columns / 4][high, low][16 rows][4].
@@ -78,7 +78,7 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m128i sum_entries_vbmi(cons
   if constexpr (kVecLen == 2) sum = _mm_add_epi8(sum, load_entry_vbmi(table + codes[next] * kEntry + 8));
   if constexpr (kCodebooks > 0) {
     CODEGEMM_UNROLL
-    for (int c = 1; c < kCodebooks; ++c) {
+    for (std::int64_t c = 1; c < kCodebooks; ++c) {
       sum = add_entry_vbmi<kVecLen>(sum, table + c * step, codes + c * 64, next);
     }
   } else {
@@ -200,7 +200,7 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void add_nibbles_vbmi(
   index[2] = _mm512_ternarylogic_epi64(_mm512_srli_epi16(first, 4), mask, spread.column, kAndOr);
   index[3] = _mm512_ternarylogic_epi64(_mm512_srli_epi16(second, 4), mask, spread.column, kAndOr);
   CODEGEMM_UNROLL
-  for (int step = 0; step < kSteps; ++step) {
+  for (std::int64_t step = 0; step < kSteps; ++step) {
     const __m512i high = _mm512_loadu_si512(table + step * 128);
     const __m512i low = _mm512_loadu_si512(table + step * 128 + 64);
     CODEGEMM_UNROLL
@@ -228,7 +228,7 @@ CODEGEMM_TARGET_AVX512_VBMI void rebuild_nibbles_vbmi(const RebuildArgs& args) {
     for (std::int64_t at = 0; at < kTogether * next_vector; at += 64) {
       _mm_prefetch(reinterpret_cast<const char*>(codes + a.ahead + at), _MM_HINT_T1);
     }
-    for (int first = 0; first < kAllSteps; first += kSteps) {
+    for (std::int64_t first = 0; first < kAllSteps; first += kSteps) {
       __m512i sums[4][std::size_t{kSteps}][2];
       const std::int8_t* table = a.codebooks + first * 128;
       add_nibbles_vbmi<kVecLen, kSteps, true>(codes, next_vector, table, spread, sums);
@@ -284,7 +284,7 @@ CODEGEMM_TARGET_AVX512_VBMI void rebuild_planes_vbmi(const RebuildArgs& args) {
     for (std::int64_t at = 0; at < kTogether * vector_bytes; at += 64) {
       _mm_prefetch(reinterpret_cast<const char*>(codes + a.ahead + at), _MM_HINT_T1);
     }
-    for (int step = 0; step < kSteps; ++step, out += kPanelStepBytes) {
+    for (std::int64_t step = 0; step < kSteps; ++step, out += kPanelStepBytes) {
       __m512i high[4];
       __m512i low[4];
       CODEGEMM_UNROLL

@@ -152,9 +152,10 @@ struct CpuTiles {
   static constexpr std::int64_t kTargetTasks = 16;
   static constexpr std::int64_t kFewTasks = 4;  ///< the fewer
   /// Weights up to which one token is two tasks: a third would cost more than it spares. Rows are cut from
-  /// kCutRows on, where making the tables twice costs less than adding up; else K.
+  /// kCutRows on, where making the tables twice costs less than adding up, with 4 bits earlier; else K.
   static constexpr std::int64_t kTwoTaskWeights = std::int64_t{1} << 20;
-  static constexpr std::int64_t kCutRows = 1024;                       ///< see kTwoTaskWeights
+  static constexpr std::int64_t kCutRows = 2048;                       ///< see kTwoTaskWeights
+  static constexpr std::int64_t kCutRows4 = 1024;                      ///< the same with 4 bits a code
   static constexpr std::int64_t kTaskWeights = std::int64_t{1} << 18;  ///< weights of such a task
 
   /// Dequantize and multiply: a 6 x 16 register tile, 16 KiB of weights in the first-level cache, 240 tokens

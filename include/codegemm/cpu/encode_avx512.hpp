@@ -86,10 +86,10 @@ CODEGEMM_TARGET_AVX512 FlushStats flush_stats_avx512(const float* sums, std::int
   std::int64_t e = 0;
   if constexpr (kCentroids == 16) {  // an entry is one register: sixteen of them at a time
     __m512 bound = _mm512_setzero_ps();
-    for (; e + 16 <= entries; e += 16, sums += 16 * kCentroids) {
+    for (; e + 16 <= entries; e += 16, sums += std::ptrdiff_t{16} * kCentroids) {
       __m512 largest[16];
       CODEGEMM_UNROLL
-      for (int i = 0; i < 16; ++i) {
+      for (std::ptrdiff_t i = 0; i < 16; ++i) {
         const __m512 v = _mm512_loadu_ps(sums + i * kCentroids);
         power[i % kTogether] = _mm512_fmadd_ps(v, v, power[i % kTogether]);
         largest[i] = _mm512_abs_ps(v);

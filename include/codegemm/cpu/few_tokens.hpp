@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <utility>
@@ -12,47 +13,12 @@
 #include <codegemm/base/executor.hpp>
 #include <codegemm/base/matrix_view.hpp>
 #include <codegemm/cpu/kernels.hpp>
+#include <codegemm/cpu/lookup_task.hpp>
 #include <codegemm/cpu/plan.hpp>
+#include <codegemm/cpu/psumbook_task.hpp>
 #include <codegemm/pack.hpp>
 
 namespace codegemm::detail {
-
-/// The operands of one multiplication and its workspace, which begins with the workers' scratch.
-struct GemmArgs {
-  const PackedView& w;
-  MatrixView<const float> x;  // [T][K]
-  MatrixView<float> y;        // [T][N]
-  float* workspace;
-};
-
-/// One task's rows [first_block, first_block + blocks) and tiles [first_tile, last_tile).
-struct PsumbookTask {
-  std::int64_t first_block;
-  std::int64_t blocks;
-  std::int64_t first_tile;
-  std::int64_t last_tile;
-  std::int64_t first_token;
-  std::int64_t tokens;  // <= lanes, of lookups <= 8
-  int lanes;
-};
-
-/// A worker's scratch.
-struct PsumbookScratch {
-  float* tables;
-  std::uint8_t* encoded;
-  Flush* flushes;
-  float* x_tile;
-  float* part;
-  float* sums;
-
-  PsumbookScratch(const PsumbookPlan& plan, float* memory)
-      : tables(memory),
-        encoded(reinterpret_cast<std::uint8_t*>(memory + plan.table_floats)),
-        flushes(reinterpret_cast<Flush*>(memory + plan.table_floats + plan.encoded_floats)),
-        x_tile(memory + plan.table_floats + plan.encoded_floats + plan.flush_floats),
-        part(x_tile + plan.x_floats),
-        sums(part + (plan.lookup ? 0 : plan.sum_floats)) {}
-};
 
 /// x[first_token + t][first_k + k] to out[k][lanes]; lanes without a token are 0.
 inline void interleave_tokens(MatrixView<const float> x, const PsumbookTask& task, std::int64_t first_k,
@@ -115,169 +81,6 @@ inline void run_psumbook_task(const CpuKernels& kernels, const GemmArgs& args, c
         build(psumbook);
       }
       gather(sweep);
-    }
-  }
-}
-
-/// The codes of a task in a tile, some of which were asked for. While tables are made, which would leave the
-/// memory without work, the next ones are.
-struct TileCodes {
-  const std::uint8_t* first;
-  std::int64_t bytes;
-  std::int64_t asked;
-
-  /// Where `count` more begin; null if there are none.
-  [[nodiscard]] const std::uint8_t* ask(std::int64_t count) noexcept {
-    if (asked >= bytes) return nullptr;
-    return first + std::exchange(asked, asked + count);
-  }
-};
-
-/// Makes the tables of vectors [j, next) of a tile, which share a scale, of integers and appends their
-/// flushes; false where that cannot be.
-inline bool make_segment(const CpuKernels& kernels, const PackedView& w, const float* x, std::int64_t j,
-                         std::int64_t next, const Half* scales, const PsumbookScratch& scratch,
-                         TileCodes& codes, std::int64_t& flush_count) {
-  if (kernels.make_tables == nullptr || w.codebooks_pairs == nullptr) return false;
-  const std::int64_t most = flush_entries(w.format.b);
-  const std::int64_t m = w.format.m;
-  const std::int64_t end = next * m;
-  std::int64_t count = flush_count;
-  for (std::int64_t first = j * m; first < end; first += most) {
-    const std::int64_t some = std::min(most, end - first);
-    const float step = kernels.make_tables(
-        {w.codebooks_pairs, w.codebook_pair_step, x + first / m * w.format.v, ceil_div(first % m + some, m),
-         m, first % m, some, scratch.encoded + first * encoded_bytes(w.format.b),
-         codes.ask(some * w.format.centroids())});
-    if (step < 0.0F) return false;
-    scratch.flushes[count++] = {first, some, step, scales};
-  }
-  flush_count = count;
-  return true;
-}
-
-/// Builds the tables of vectors [j, next) of a tile with activations x, which share a scale, encodes them
-/// flush by flush while they are in the first-level cache, and appends the flushes; false where one of them
-/// needs more than 16 bits: then all tables are there in fp32.
-inline bool encode_segment(const CpuKernels& kernels, const PackedView& w, const float* x, std::int64_t j,
-                           std::int64_t next, const Half* scales, const PsumbookScratch& scratch,
-                           TileCodes& codes, std::int64_t& flush_count) {
-  const std::int64_t most = flush_entries(w.format.b);
-  const std::int64_t m = w.format.m;
-  const std::int64_t end = next * m;
-  std::int64_t count = flush_count;
-  std::int64_t built = j;  // vectors
-  const auto build_until = [&](std::int64_t last) {
-    if (last <= built) return;
-    kernels.build1({w.codebooks, w.codebooks_transposed, x + built * w.format.v, last - built, m,
-                    w.format.centroids(), scratch.tables + built * m * w.format.centroids()});
-    built = last;
-  };
-  for (std::int64_t first = j * m; first < end; first += most) {
-    const std::int64_t some = std::min(most, end - first);
-    build_until(ceil_div(first + some, m));
-    const float step = kernels.lookup.encode({scratch.tables + first * w.format.centroids(), some,
-                                              scratch.encoded + first * encoded_bytes(w.format.b),
-                                              codes.ask(some * w.format.centroids())});
-    if (step < 0.0F) {
-      build_until(next);
-      return false;
-    }
-    if (step > 0.0F) scratch.flushes[count++] = {first, some, step, scales};
-  }
-  flush_count = count;
-  return true;
-}
-
-/// Words of a tile from one row block to the next.
-[[nodiscard]] inline std::int64_t block_words(const PackedView& w, std::int64_t tile) noexcept {
-  return w.vectors_in(tile) * w.format.m * w.entry_words();
-}
-
-/// A task's codes in a tile.
-[[nodiscard]] inline const std::uint64_t* task_codes(const PackedView& w, const PsumbookTask& task,
-                                                     std::int64_t tile) noexcept {
-  return w.tile_codes(tile) + task.first_block * block_words(w, tile);
-}
-
-/// Asks for `bytes` bytes from `from` on, some of which nothing before has asked for, into the first-level
-/// cache.
-inline void ask_for(const void* from, std::int64_t bytes) noexcept {
-  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 3);
-}
-
-/// Asks for a line of each page of `bytes` bytes from `from` on: finding a page takes as long as a line, and
-/// all are found side by side.
-inline void ask_for_pages(const void* from, std::int64_t bytes) noexcept {
-  constexpr std::int64_t kPageBytes = 4096;
-  const auto* const first = static_cast<const char*>(from);
-  for (std::int64_t i = 0; i < bytes; i += kPageBytes) __builtin_prefetch(first + i, 0, 2);
-  if (bytes > 0) __builtin_prefetch(first + bytes - 1, 0, 2);
-}
-
-/// Bytes of a task's codes in a tile.
-[[nodiscard]] inline std::int64_t task_bytes(const PackedView& w, const PsumbookTask& task,
-                                             std::int64_t tile) noexcept {
-  return task.blocks * block_words(w, tile) * 8;
-}
-
-/// Asks for what a task's first tables are made of, and for its first codes.
-inline void ask_for_first(const PackedView& w, const PsumbookTask& task, std::int64_t bytes) noexcept {
-  const std::int64_t values = w.format.m * w.format.centroids() * w.format.v;
-  if (w.codebooks_pairs != nullptr) {
-    ask_for(w.codebooks_pairs, values * 2);
-  } else {
-    ask_for(w.codebooks_transposed, values * 4);
-  }
-  const std::int64_t there = task_bytes(w, task, task.first_tile);
-  ask_for_pages(task_codes(w, task, task.first_tile), there);
-  ask_for(task_codes(w, task, task.first_tile), std::min(bytes, there));
-}
-
-/// sums[t][blocks * 64], `sum_stride` apart, = the task's rows times its tokens over its tiles. A scale group
-/// that 16 bits do not serve is gathered from its fp32 tables.
-inline void run_lookup_task(const CpuKernels& kernels, const GemmArgs& args, const PsumbookTask& task,
-                            const PsumbookScratch& scratch, float* sums, std::int64_t sum_stride) {
-  const PackedView& w = args.w;
-  const std::int64_t m = w.format.m;
-  const std::int64_t segment = w.segment_vectors();
-  const std::int64_t words = w.entry_words();
-  for (std::int64_t t = 0; t < task.tokens; ++t) {
-    std::fill_n(sums + t * sum_stride, task.blocks * kBlockRows, 0.0F);
-  }
-  const bool ask = kernels.lookup.ahead_bytes > 0;
-  const std::int64_t first_bytes = CpuTiles::kLookupFirstBytes;
-  if (ask) ask_for_first(w, task, first_bytes);
-  for (std::int64_t tile = task.first_tile; tile < task.last_tile; ++tile) {
-    const std::int64_t first = tile * w.tile_vectors;
-    const std::int64_t count = w.vectors_in(tile);
-    const std::int64_t stride = block_words(w, tile);
-    const std::uint64_t* const codes = task_codes(w, task, tile);
-    if (ask && tile + 1 < task.last_tile) {
-      ask_for_pages(task_codes(w, task, tile + 1), task_bytes(w, task, tile + 1));
-    }
-    TileCodes asked{reinterpret_cast<const std::uint8_t*>(codes), task_bytes(w, task, tile),
-                    tile == task.first_tile ? first_bytes : kernels.lookup.ahead_bytes};
-    for (std::int64_t t = 0; t < task.tokens; ++t) {
-      const float* const x = args.x.row(task.first_token + t) + first * w.format.v;
-      float* const y = sums + t * sum_stride;
-      std::int64_t flush_count = 0;
-      for (std::int64_t j = 0, next = 0; j < count; j = next) {  // [j, next) share a scale
-        const std::int64_t group = (first + j) / segment;
-        next = std::min(count, (group + 1) * segment - first);
-        const std::int64_t entries = (next - j) * m;
-        const Half* const scales = w.scales + group * w.padded_rows() + task.first_block * kBlockRows;
-        if (ask && t == 0) ask_for(scales, task.blocks * kBlockRows * 2);
-        if (make_segment(kernels, w, x, j, next, scales, scratch, asked, flush_count)) continue;
-        if (encode_segment(kernels, w, x, j, next, scales, scratch, asked, flush_count)) continue;
-        kernels.gather1({codes + j * m * words, stride, words, scratch.tables + j * m * w.format.centroids(),
-                         entries, scales, nullptr, y, task.blocks * kBlockRows / kWordRows, true, true});
-      }
-      const bool go_on = t + 1 == task.tokens && tile + 1 < task.last_tile;
-      const std::uint64_t* const read_next = go_on ? task_codes(w, task, tile + 1) : codes;
-      kernels.lookup.lookup({reinterpret_cast<const std::uint8_t*>(codes), stride * 8, scratch.encoded,
-                             scratch.flushes, flush_count, y, task.blocks,
-                             reinterpret_cast<const std::uint8_t*>(read_next)});
     }
   }
 }
@@ -352,7 +155,8 @@ class PsumbookTasks {
 
   /// Tasks next to one another read the same codes for different tokens.
   void operator()(std::int64_t index, int worker) const {
-    ask_for(this, sizeof(*this));
+    ask_for(this, reinterpret_cast<const char*>(arrivals_) - reinterpret_cast<const char*>(this));
+    __builtin_prefetch(&arrivals_[index & 1], 1);  // if two meet, where this one arrives first
     const std::int64_t token_block = index % plan_.token_blocks;
     const std::int64_t piece = index / plan_.token_blocks % pieces();
     const std::int64_t chunk = index / plan_.token_blocks / pieces();
@@ -378,8 +182,16 @@ class PsumbookTasks {
     float* const sums =
         split_k ? partial_sums(token_block, first_row) + split * plan_.split_floats : scratch.sums;
     const std::int64_t token_stride = split_k ? w_.padded_rows() : plan_.chunk_blocks * w_.block_rows;
-    if (plan_.lookup) {
-      run_lookup_task(kernels_, args_, task, scratch, sums, token_stride);
+    if (plan_.meet) {
+      const std::int64_t half = task.blocks / 2;
+      const BlockOrder::Range upper{0, half};
+      const BlockOrder::Range lower{half, task.blocks};
+      const BlockOrder order = split == 0 ? BlockOrder{{lower, upper}, 2} : BlockOrder{{upper, lower}, 2};
+      run_lookup_task(kernels_, args_, task, order, scratch, sums, token_stride,
+                      Meeting{*this, order, split});
+    } else if (plan_.lookup) {
+      run_lookup_task(kernels_, args_, task, BlockOrder::whole(task.blocks), scratch, sums, token_stride,
+                      NobodyWaits{});
     } else {
       run_psumbook_task(kernels_, args_, plan_, task, scratch, sums);
     }
@@ -404,6 +216,42 @@ class PsumbookTasks {
   }
 
  private:
+  // How many have finished a half of the rows: alone in its line.
+  struct alignas(128) Arrivals {
+    std::atomic<int> count{0};
+  };
+
+  // Two splits of K, each of which ends with the half of the rows that the other has begun with: who comes
+  // second finds the other's sums of that half finished, as a rule for a while, and adds them to its own. So
+  // nobody waits, and the ways between cores lie in the time of the look-ups.
+  struct Meeting {
+    const PsumbookTasks& tasks;
+    const BlockOrder& order;
+    std::int64_t split;
+    bool other_was_here = false;
+
+    [[nodiscard]] std::atomic<int>& arrivals(int part) const {
+      return tasks.arrivals_[split == 0 ? part : 1 - part].count;
+    }
+    void begin(int part) {
+      if (part == 0) return;
+      other_was_here = arrivals(part).load(std::memory_order_acquire) == 1;
+      if (!other_was_here) return;
+      const auto [first, end] = order.parts[part];
+      ask_for(tasks.partial_sums(0, first * kBlockRows) + (1 - split) * tasks.plan_.split_floats,
+              (end - first) * kBlockRows * 4);
+    }
+    void end(int part) const {
+      if (!other_was_here && arrivals(part).fetch_add(1, std::memory_order_acq_rel) == 0) return;
+      const auto [first, last] = order.parts[part];
+      const std::int64_t first_row = first * kBlockRows;
+      const std::int64_t rows = std::min(last * kBlockRows, tasks.w_.rows) - first_row;
+      if (rows <= 0) return;
+      store_block(tasks.args_, tasks.plan_, 0, first_row, rows, tasks.partial_sums(0, first_row),
+                  tasks.w_.padded_rows(), 2);
+    }
+  };
+
   // Of a chunk: its splits, the last one in parts.
   [[nodiscard]] std::int64_t pieces() const noexcept { return plan_.splits + plan_.last_parts - 1; }
 
@@ -418,6 +266,7 @@ class PsumbookTasks {
   GemmArgs args_;  // of w_
   std::int64_t worker_floats_;
   float* partial_;
+  mutable Arrivals arrivals_[2];  // by the split that begins with that half
 };
 
 /// y = x W^T through Psumbooks, gathered or looked up as the plan says. T, N, K > 0; the workspace is the
@@ -426,7 +275,7 @@ inline void run_psumbook(const CpuKernels& kernels, const GemmArgs& args, const 
                          Executor& executor) {
   const PsumbookTasks tasks(kernels, args, plan, executor.workers());
   parallel_for(executor, tasks.count(), tasks);
-  if (plan.splits == 1) return;
+  if (plan.splits == 1 || plan.meet) return;
   const std::int64_t ranges = ceil_div(args.w.rows, PsumbookTasks::kSumRows);
   parallel_for(executor, ranges * plan.token_blocks,
                [&](std::int64_t index, int) { tasks.add_splits(index); });

@@ -95,38 +95,36 @@ struct Sums1 {
 };
 
 // sums.sR += table[byte R of *word] for the eight rows of a word. Written out because the instruction counts
-// decide here and compilers miss them: two table loads a cycle is what the core can do, shifts are two a
-// cycle too, so bytes are taken out of the low 16 bits by moves (%b, %h) and the word is shifted only three
-// times. In C++ every byte costs a copy and a shift of its own, and the load is not folded into the addition.
+// decide here and compilers miss them: half of the bytes are taken out of a register by moves (%b, %h), for
+// which it is shifted once, and half by loads of their own. By moves alone the arithmetic units bind a core
+// that has three loads a cycle, by loads alone the loads do. In C++ the load is not folded into the addition.
 template <int kOffset>  // in bytes, from `table`
 CODEGEMM_TARGET_AVX2 inline void add_word_avx2(const std::uint64_t* word, const float* table, Sums1& sums) {
   std::uint64_t bytes;
   std::uint64_t low;
   std::uint64_t high;
-  asm("movq %[word], %q[bytes]\n\t"
+  asm("movl (%[word]), %k[bytes]\n\t"
       "movzbl %b[bytes], %k[low]\n\t"
       "movzbl %h[bytes], %k[high]\n\t"
       "vaddss %c[offset](%[table],%q[low],4), %[s0], %[s0]\n\t"
       "vaddss %c[offset](%[table],%q[high],4), %[s1], %[s1]\n\t"
-      "shrq $16, %q[bytes]\n\t"
-      "movzbl %b[bytes], %k[low]\n\t"
-      "movzbl %h[bytes], %k[high]\n\t"
-      "vaddss %c[offset](%[table],%q[low],4), %[s2], %[s2]\n\t"
-      "vaddss %c[offset](%[table],%q[high],4), %[s3], %[s3]\n\t"
-      "shrq $16, %q[bytes]\n\t"
-      "movzbl %b[bytes], %k[low]\n\t"
-      "movzbl %h[bytes], %k[high]\n\t"
+      "movzbl 4(%[word]), %k[low]\n\t"
+      "movzbl 5(%[word]), %k[high]\n\t"
       "vaddss %c[offset](%[table],%q[low],4), %[s4], %[s4]\n\t"
       "vaddss %c[offset](%[table],%q[high],4), %[s5], %[s5]\n\t"
       "shrl $16, %k[bytes]\n\t"
       "movzbl %b[bytes], %k[low]\n\t"
       "movzbl %h[bytes], %k[high]\n\t"
+      "vaddss %c[offset](%[table],%q[low],4), %[s2], %[s2]\n\t"
+      "vaddss %c[offset](%[table],%q[high],4), %[s3], %[s3]\n\t"
+      "movzbl 6(%[word]), %k[low]\n\t"
+      "movzbl 7(%[word]), %k[high]\n\t"
       "vaddss %c[offset](%[table],%q[low],4), %[s6], %[s6]\n\t"
       "vaddss %c[offset](%[table],%q[high],4), %[s7], %[s7]"
       : [s0] "+x"(sums.s0), [s1] "+x"(sums.s1), [s2] "+x"(sums.s2), [s3] "+x"(sums.s3), [s4] "+x"(sums.s4),
         [s5] "+x"(sums.s5), [s6] "+x"(sums.s6), [s7] "+x"(sums.s7), [bytes] "=&Q"(bytes), [low] "=&R"(low),
         [high] "=&R"(high)
-      : [word] "m"(*word), [table] "r"(table), [offset] "i"(kOffset)
+      : [word] "r"(word), [table] "r"(table), [offset] "i"(kOffset)
       : "cc", "memory");
 }
 
@@ -192,7 +190,6 @@ struct LanesAvx2 {
   CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void load(const float* from) {
     sums = *reinterpret_cast<const Register*>(from);
   }
-  CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void clear() { sums = Register{}; }
   CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add(const float* from) {
     sums += *reinterpret_cast<const Register*>(from);
   }
@@ -205,7 +202,7 @@ struct LanesAvx2 {
   }
 };
 
-// Tokens in the lanes: an entry is one load. Named sums, since an array might end up in memory.
+// Tokens in the lanes: an entry is one load. With optimization the sums are registers.
 template <int kLanes, int kCodeBits, int kWords>
 CODEGEMM_TARGET_AVX2 void gather_lanes_avx2(const GatherArgs& a) {
   constexpr std::int64_t kTable = std::int64_t{kLanes} << kCodeBits;
@@ -214,59 +211,26 @@ CODEGEMM_TARGET_AVX2 void gather_lanes_avx2(const GatherArgs& a) {
   for (std::int64_t octet = 0; octet < a.octets; ++octet) {
     const OctetCodes<kCodeBits, kWords> codes(a, octet);
     float* const part = a.part + octet * 8 * kLanes;
-    LanesAvx2<kLanes> s0, s1, s2, s3, s4, s5, s6, s7;
-    if (a.first) {
-      s0.clear();
-      s1.clear();
-      s2.clear();
-      s3.clear();
-      s4.clear();
-      s5.clear();
-      s6.clear();
-      s7.clear();
-    } else {
-      s0.load(part);
-      s1.load(part + kStep);
-      s2.load(part + 2 * kStep);
-      s3.load(part + 3 * kStep);
-      s4.load(part + 4 * kStep);
-      s5.load(part + 5 * kStep);
-      s6.load(part + 6 * kStep);
-      s7.load(part + 7 * kStep);
+    LanesAvx2<kLanes> sums[8] = {};
+    if (!a.first) {
+      CODEGEMM_UNROLL
+      for (int r = 0; r < 8; ++r) sums[r].load(part + r * kStep);
     }
     const float* table = a.tables;
     for (std::int64_t e = 0; e < a.entries; ++e, table += kTable) {
       const std::uint64_t word = codes[e];
-      s0.add(table + (word & 255U) * kLanes);
-      s1.add(table + ((word >> 8) & 255U) * kLanes);
-      s2.add(table + ((word >> 16) & 255U) * kLanes);
-      s3.add(table + ((word >> 24) & 255U) * kLanes);
-      s4.add(table + ((word >> 32) & 255U) * kLanes);
-      s5.add(table + ((word >> 40) & 255U) * kLanes);
-      s6.add(table + ((word >> 48) & 255U) * kLanes);
-      s7.add(table + (word >> 56) * kLanes);
+      CODEGEMM_UNROLL
+      for (int r = 0; r < 8; ++r) sums[r].add(table + ((word >> (8 * r)) & 255U) * kLanes);
     }
     if (!a.last) {
-      s0.store(part);
-      s1.store(part + kStep);
-      s2.store(part + 2 * kStep);
-      s3.store(part + 3 * kStep);
-      s4.store(part + 4 * kStep);
-      s5.store(part + 5 * kStep);
-      s6.store(part + 6 * kStep);
-      s7.store(part + 7 * kStep);
+      CODEGEMM_UNROLL
+      for (int r = 0; r < 8; ++r) sums[r].store(part + r * kStep);
       continue;
     }
     _mm256_store_ps(scales, load_halves_avx2(a.scales + octet * 8));
     float* const y = a.y + octet * 8 * kLanes;
-    s0.add_scaled_to(y, scales[0]);
-    s1.add_scaled_to(y + kStep, scales[1]);
-    s2.add_scaled_to(y + 2 * kStep, scales[2]);
-    s3.add_scaled_to(y + 3 * kStep, scales[3]);
-    s4.add_scaled_to(y + 4 * kStep, scales[4]);
-    s5.add_scaled_to(y + 5 * kStep, scales[5]);
-    s6.add_scaled_to(y + 6 * kStep, scales[6]);
-    s7.add_scaled_to(y + 7 * kStep, scales[7]);
+    CODEGEMM_UNROLL
+    for (int r = 0; r < 8; ++r) sums[r].add_scaled_to(y + r * kStep, scales[r]);
   }
 }
 

@@ -6,58 +6,103 @@
 //
 // The activations X of a flush are rounded so that their norm is kTableNorm, centroids C so that the sum of a
 // flush's entries C X / 2^16 fits into 16 bits whatever the activations: by Cauchy's inequality it is at most
-// N sqrt(vectors) |X| / 2^16, N being the sum over codebooks of the largest norm of a centroid. So the step
-// is known before the table, and the error, relative to a typical row's sum, from the codebooks alone.
+// |W| |X| / 2^16, W being what a row's codes of the flush stand for. pack() knows the longest W of all rows,
+// so the step is known before the table is, and the error, relative to a typical row's sum, too. Only the sum
+// of a row has to fit: entries, like the sums on the way, are what they are modulo 2^16.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include <codegemm/cpu/configs.hpp>
 #include <codegemm/cpu/isa.hpp>
 #include <codegemm/format.hpp>
+#include <codegemm/quantized_matrix.hpp>
 
 namespace codegemm::detail {
 
 /// The norm of a flush's rounded activations, but for what rounding adds.
 inline constexpr float kTableNorm = 32700.0F;
 
-/// Whether `isa` has kernels for them. A table of 16 centroids is one register and cheap in fp32.
+/// Whether `isa` has kernels for them.
 [[nodiscard]] constexpr bool makes_integer_tables(Isa isa, int code_bits) noexcept {
-  return isa == Isa::kAvx512Vbmi && code_bits >= 5;
+  return isa == Isa::kAvx512Vbmi && code_bits >= 4;
 }
 
-/// The most vectors of x that the entries of a flush belong to.
-[[nodiscard]] constexpr std::int64_t flush_vectors(Format f) noexcept {
-  const std::int64_t entries = flush_entries(f.b);
-  return entries % f.m == 0 ? entries / f.m : (entries + f.m - 1 + f.m - 1) / f.m;
+// squares[n] += |the sum over codebooks [first, end) of what the codes of row n and vector j stand for|^2.
+template <int kVecLen>
+void add_flush_squares(const QuantizedMatrixView& w, const float* codebooks, std::int64_t j,
+                       std::int64_t first, std::int64_t end, float* squares) noexcept {
+  const Format f = w.format;
+  const int per_word = f.codes_per_word();
+  const int shift = static_cast<int>(j % per_word) * f.stored_code_bits();
+  const std::uint32_t mask = (1U << f.stored_code_bits()) - 1U;
+  const std::int64_t words = (w.vectors() + per_word - 1) / per_word;
+  const std::uint32_t* const codes = w.codes + j / per_word * w.rows;
+  for (std::int64_t n = 0; n < w.rows; ++n) {
+    float sums[kVecLen] = {};
+    for (std::int64_t c = first; c < end; ++c) {
+      const std::int64_t code = codes[c * words * w.rows + n] >> shift & mask;
+      const float* const centroid = codebooks + (c * f.centroids() + code) * kVecLen;
+      for (int d = 0; d < kVecLen; ++d) sums[d] += centroid[d];
+    }
+    float square = 0.0F;
+    for (int d = 0; d < kVecLen; ++d) square += sums[d] * sums[d];
+    squares[n] += square;
+  }
 }
 
-/// By what codebooks[m][2^b][v] are to be rounded, or 0 where 16 bits are not enough: centroids that are far
-/// out, beyond what the others are like, stretch the step.
-[[nodiscard]] inline float pair_step(const float* codebooks, Format f) noexcept {
+/// The largest norm of what the codes of a row and a flush stand for, scales left out. Flushes begin anew
+/// with each tile and each scale group.
+[[nodiscard]] inline double longest_flush(const QuantizedMatrixView& w, const float* codebooks,
+                                          std::int64_t tile_vectors) {
+  const Format f = w.format;
+  const std::int64_t m = f.m;
+  const std::int64_t segment = f.g < 0 ? std::max<std::int64_t>(1, w.vectors()) : f.g / f.v;
+  const auto add = f.v == 2   ? &add_flush_squares<2>
+                   : f.v == 4 ? &add_flush_squares<4>
+                   : f.v == 8 ? &add_flush_squares<8>
+                              : &add_flush_squares<16>;
+  std::vector<float> squares(static_cast<std::size_t>(w.rows));
+  float longest = 0.0F;
+  for (std::int64_t j = 0, next = 0; j < w.vectors(); j = next) {
+    next = std::min({w.vectors(), (j / tile_vectors + 1) * tile_vectors, (j / segment + 1) * segment});
+    for (std::int64_t first = j * m, end = 0; first < next * m; first = end) {
+      end = std::min(first + flush_entries(f.b), next * m);
+      std::fill(squares.begin(), squares.end(), 0.0F);
+      for (std::int64_t i = first / m; i * m < end; ++i) {
+        add(w, codebooks, i, std::max<std::int64_t>(0, first - i * m), std::min(m, end - i * m),
+            squares.data());
+      }
+      for (const float sum : squares) longest = std::max(longest, sum);
+    }
+  }
+  return std::sqrt(static_cast<double>(longest));
+}
+
+/// By what codebooks[m][2^b][v] are to be rounded, `longest` being longest_flush(), or 0 where 16 bits are
+/// not enough: centroids or rows that are far out, beyond what the others are like, stretch the step.
+[[nodiscard]] inline float pair_step(const float* codebooks, Format f, double longest) noexcept {
   // Of a typical row's sum, as in flush_step(); rounding activations and centroids adds some hundredths.
   constexpr double kAccepted = 8e-4;
-  double norms = 0.0;
+  double largest = 0.0;
   double power = 0.0;  // of an entry of each codebook, if x lies along the axis where it is least
   for (std::int64_t c = 0; c < f.m; ++c) {
-    double largest = 0.0;
     double squares[kMaxVecLen] = {};
     for (std::int64_t i = 0; i < f.centroids(); ++i) {
-      double norm2 = 0.0;
       for (std::int64_t d = 0; d < f.v; ++d) {
         const double value = codebooks[(c * f.centroids() + i) * f.v + d];
         squares[d] += value * value;
-        norm2 += value * value;
+        largest = std::max(largest, std::abs(value));
       }
-      largest = std::max(largest, norm2);
     }
-    norms += std::sqrt(largest);
     power += *std::min_element(squares, squares + f.v) / static_cast<double>(f.centroids());
   }
-  // A little below 2^16: each element is off by half a unit.
-  const double step = norms * std::sqrt(static_cast<double>(flush_vectors(f))) / 65300.0;
+  // A little below 2^16, since each element is off by half a unit; and each has to fit into 16 bits.
+  const double step = std::max(longest / 65200.0, largest / 32760.0);
   const double entry_step = step * 65536.0 / kTableNorm;
   const double error2 = entry_step * entry_step * static_cast<double>(flush_entries(f.b)) / 12.0;
   const bool good = step > 1e-30 && step < 1e30 && error2 <= kAccepted * kAccepted * power;

@@ -67,44 +67,95 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m512i multiply_centroids_vb
   return sums;
 }
 
-/// Makes the tables of a flush; returns its step, or a negative number where the squares of x leave fp32's
-/// range or are all 0.
+// x[p] = elements 2 p and 2 p + 1 of a rounded vector in all lanes.
+template <int kPairs>
+CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void spread_pairs_avx512(const std::int16_t* vector,
+                                                                       __m512i* x) {
+  CODEGEMM_UNROLL
+  for (std::ptrdiff_t p = 0; p < kPairs; ++p) {
+    std::int32_t pair;
+    __builtin_memcpy(&pair, vector + 2 * p, sizeof(pair));
+    x[p] = _mm512_set1_epi32(pair);
+  }
+}
+
+// Where the byte lies that upper_bytes_vbmi() is to put at `i`: planes of 32 bytes, or with 4 bits two tables
+// of two planes. Words lie first[0], second[0], first[1], second[1] ...
+[[nodiscard]] constexpr std::uint8_t upper_byte_place(int code_bits, int i) noexcept {
+  const int quarter = i / 16;
+  const int high = code_bits == 4 ? quarter % 2 : quarter / 2;
+  const int second = code_bits == 4 ? quarter / 2 : quarter % 2;
+  return static_cast<std::uint8_t>(4 * (i % 16) + 2 * second + high);
+}
+
+// The vector and the codebook of an entry, which follow one another.
 template <int kVecLen, int kCodeBits>
-CODEGEMM_TARGET_AVX512_VBMI float make_tables_vbmi(const IntegerTableArgs& a) {
-  static_assert(kCodeBits >= 5, "codegemm: 16 centroids are fewer than the lanes of two registers");
+struct EntryCursor {
+  const std::int16_t* vector;
+  const std::int32_t* pairs;
+  std::int64_t m;
+  std::int64_t c;
+  const std::int32_t* first_pairs;
+
+  EntryCursor(const std::int16_t* rounded, const IntegerTableArgs& a)
+      : vector(rounded), pairs(a.pairs + a.codebook * kPairs), m(a.m), c(a.codebook), first_pairs(a.pairs) {}
+
+  void next() {
+    pairs += kPairs;
+    if (++c < m) return;
+    c = 0;
+    pairs = first_pairs;
+    vector += kVecLen;
+  }
+
+ private:
+  static constexpr std::int64_t kPairs = std::int64_t{kVecLen / 2} << kCodeBits;  // of a codebook
+};
+
+// Tables of 16 centroids, two at a time.
+template <int kVecLen>
+CODEGEMM_TARGET_AVX512_VBMI void make_small_tables_vbmi(const IntegerTableArgs& a,
+                                                        const std::int16_t* rounded, __m512i order) {
+  constexpr int kPairs = kVecLen / 2;
+  constexpr std::int64_t kTable = encoded_bytes(4);
+  EntryCursor<kVecLen, 4> at(rounded, a);
+  const std::uint8_t* ahead = a.ahead;
+  const auto sums = [&]() CODEGEMM_TARGET_AVX512_VBMI {
+    __m512i x[std::size_t{kPairs}];
+    spread_pairs_avx512<kPairs>(at.vector, x);
+    const __m512i out = multiply_centroids_vbmi<kPairs>(at.pairs, 16, x);
+    at.next();
+    return out;
+  };
+  std::int64_t e = 0;
+  for (; e + 2 <= a.entries; e += 2) {
+    if (ahead != nullptr && e % 4 == 0) ahead = ask_for_entry(ahead, 64);
+    const __m512i first = sums();
+    const __m512i second = sums();
+    _mm512_storeu_si512(a.tables + e * kTable, upper_bytes_vbmi(first, second, order));
+  }
+  if (e == a.entries) return;
+  const __m512i last = sums();
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(a.tables + e * kTable),
+                      _mm512_castsi512_si256(upper_bytes_vbmi(last, last, order)));
+}
+
+// Tables of 32 centroids and more.
+template <int kVecLen, int kCodeBits>
+CODEGEMM_TARGET_AVX512_VBMI void make_large_tables_vbmi(const IntegerTableArgs& a,
+                                                        const std::int16_t* rounded, __m512i order) {
   constexpr std::int64_t kCentroids = std::int64_t{1} << kCodeBits;
   constexpr int kPairs = kVecLen / 2;
-  const float power = sum_squares_avx512(a.x, a.vectors * kVecLen);
-  if (!(power > 1e-30F && power < 1e30F)) return -1.0F;
-  const float norm = std::sqrt(power);
-  alignas(64) std::int16_t rounded[static_cast<std::size_t>(CpuTiles::kFlushEntries) * kVecLen + 16];
-  round_vectors_avx512(a.x, a.vectors * kVecLen, kTableNorm / norm, rounded);
-
-  alignas(64) std::uint8_t bytes[64];
-  for (int i = 0; i < 16; ++i) {  // words lie first[0], second[0], first[1], second[1] ...
-    bytes[i] = static_cast<std::uint8_t>(4 * i);
-    bytes[16 + i] = static_cast<std::uint8_t>(4 * i + 2);
-    bytes[32 + i] = static_cast<std::uint8_t>(4 * i + 1);
-    bytes[48 + i] = static_cast<std::uint8_t>(4 * i + 3);
-  }
-  const __m512i order = _mm512_load_si512(bytes);
+  EntryCursor<kVecLen, kCodeBits> at(rounded, a);
   const std::uint8_t* ahead = a.ahead;
-  std::int64_t c = a.codebook;
-  const std::int16_t* vector = rounded;
-  for (std::int64_t e = 0; e < a.entries; ++e) {
+  for (std::int64_t e = 0; e < a.entries; ++e, at.next()) {
     if (ahead != nullptr) ahead = ask_for_entry(ahead, kCentroids);
     __m512i x[std::size_t{kPairs}];
-    CODEGEMM_UNROLL
-    for (int p = 0; p < kPairs; ++p) {
-      std::int32_t pair;
-      __builtin_memcpy(&pair, vector + 2 * p, sizeof(pair));
-      x[p] = _mm512_set1_epi32(pair);
-    }
-    const std::int32_t* const pairs = a.pairs + c * kPairs * kCentroids;
+    spread_pairs_avx512<kPairs>(at.vector, x);
     std::uint8_t* const table = a.tables + e * encoded_bytes(kCodeBits);
     const auto upper_bytes = [&](std::int64_t i) CODEGEMM_TARGET_AVX512_VBMI {
-      return upper_bytes_vbmi(multiply_centroids_vbmi<kPairs>(pairs + i, kCentroids, x),
-                              multiply_centroids_vbmi<kPairs>(pairs + i + 16, kCentroids, x), order);
+      return upper_bytes_vbmi(multiply_centroids_vbmi<kPairs>(at.pairs + i, kCentroids, x),
+                              multiply_centroids_vbmi<kPairs>(at.pairs + i + 16, kCentroids, x), order);
     };
     if constexpr (kCodeBits == 5) {
       _mm512_storeu_si512(table, upper_bytes(0));
@@ -116,10 +167,25 @@ CODEGEMM_TARGET_AVX512_VBMI float make_tables_vbmi(const IntegerTableArgs& a) {
         _mm512_storeu_si512(table + kCentroids + i, _mm512_shuffle_i64x2(first, second, 0xEE));
       }
     }
-    if (++c == a.m) {
-      c = 0;
-      vector += kVecLen;
-    }
+  }
+}
+
+/// Makes the tables of a flush; returns its step, or a negative number where the squares of x leave fp32's
+/// range or are all 0.
+template <int kVecLen, int kCodeBits>
+CODEGEMM_TARGET_AVX512_VBMI float make_tables_vbmi(const IntegerTableArgs& a) {
+  const float power = sum_squares_avx512(a.x, a.vectors * kVecLen);
+  if (!(power > 1e-30F && power < 1e30F)) return -1.0F;
+  const float norm = std::sqrt(power);
+  alignas(64) std::int16_t rounded[static_cast<std::size_t>(flush_entries(kCodeBits)) * kVecLen + 16];
+  round_vectors_avx512(a.x, a.vectors * kVecLen, kTableNorm / norm, rounded);
+  alignas(64) std::uint8_t bytes[64];
+  for (int i = 0; i < 64; ++i) bytes[i] = upper_byte_place(kCodeBits, i);
+  const __m512i order = _mm512_load_si512(bytes);
+  if constexpr (kCodeBits == 4) {
+    make_small_tables_vbmi<kVecLen>(a, rounded, order);
+  } else {
+    make_large_tables_vbmi<kVecLen, kCodeBits>(a, rounded, order);
   }
   return a.pair_step * (65536.0F / kTableNorm) * norm;
 }

@@ -59,8 +59,9 @@ struct LookupArgs {
   const std::uint8_t* tables;
   const Flush* flushes;
   std::int64_t flush_count;
-  float* y;  // [blocks * 64], 64-byte aligned
-  std::int64_t blocks;
+  float* y;                  // [end_block * 64], 64-byte aligned
+  std::int64_t first_block;  // the first row block that is looked up ...
+  std::int64_t end_block;    // ... and the one behind the last
   const std::uint8_t* next;  // what will be read after these codes, in the same order; `codes` if nothing
 };
 
@@ -71,8 +72,8 @@ struct LookupArgs {
                                               std::int64_t count) noexcept {
   const std::int64_t bytes = count * a.stride;
   const std::int64_t target = block + (CpuTiles::kLookupAheadBytes + bytes - 1) / bytes * count;
-  if (target < a.blocks) return (target - block) * a.stride;
-  return a.next - a.codes + (target - a.blocks - block) * a.stride;
+  if (target < a.end_block) return (target - block) * a.stride;
+  return a.next - a.codes + (target - a.end_block - block) * a.stride;
 }
 
 /// What the entries of a flush are like.

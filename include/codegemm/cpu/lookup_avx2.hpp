@@ -232,7 +232,7 @@ CODEGEMM_TARGET_AVX2 CODEGEMM_ALWAYS_INLINE void add_nibble_flush_avx2(const std
 template <int kCodeBits>
 CODEGEMM_TARGET_AVX2 void lookup_parts_avx2(const LookupArgs& a) {
   constexpr std::int64_t kEntryBytes = code_bytes(kCodeBits);
-  for (std::int64_t block = 0; block < a.blocks; ++block) {
+  for (std::int64_t block = a.first_block; block < a.end_block; ++block) {
     for (const Flush* f = a.flushes; f != a.flushes + a.flush_count; ++f) {
       const std::uint8_t* const codes = a.codes + block * a.stride + f->first * kEntryBytes;
       const std::uint8_t* const tables = a.tables + f->first * encoded_bytes(kCodeBits);

@@ -48,7 +48,7 @@ CODEGEMM_TARGET_AVX512 void lookup_words_avx512(const LookupArgs& a) {
   static_assert(kCodeBits >= 5, "codegemm: 4-bit codes have no table of words");
   constexpr std::int64_t kEntryBytes = code_bytes(kCodeBits);
   alignas(64) std::int16_t sums[kBlockRows];
-  for (std::int64_t block = 0; block < a.blocks; ++block) {
+  for (std::int64_t block = a.first_block; block < a.end_block; ++block) {
     for (const Flush* f = a.flushes; f != a.flushes + a.flush_count; ++f) {
       const std::uint8_t* codes = a.codes + block * a.stride + f->first * kEntryBytes;
       const std::uint8_t* table = a.tables + f->first * encoded_bytes(kCodeBits);

@@ -122,7 +122,7 @@ CODEGEMM_ALWAYS_INLINE void add_flush_neon(uint16x8_t sums, float step, const Ha
 template <int kCodeBits>
 void lookup_planes_neon(const LookupArgs& a) {
   constexpr std::int64_t kEntryBytes = code_bytes(kCodeBits);
-  for (std::int64_t block = 0; block < a.blocks; ++block) {
+  for (std::int64_t block = a.first_block; block < a.end_block; ++block) {
     for (const Flush* f = a.flushes; f != a.flushes + a.flush_count; ++f) {
       const std::uint8_t* codes = a.codes + block * a.stride + f->first * kEntryBytes;
       const std::uint8_t* table = a.tables + f->first * encoded_bytes(kCodeBits);

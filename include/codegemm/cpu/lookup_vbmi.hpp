@@ -238,18 +238,19 @@ CODEGEMM_TARGET_AVX512_VBMI void lookup_planes_by_vbmi(const LookupArgs& a) {
   // block first, and then the others, if there are many.
   constexpr std::int64_t kManyBlocks = 32;
   const std::int64_t apart =
-      kCodeBits == 8 && kPermutes == Permutes::kOneRegister && a.blocks >= kManyBlocks ? 2 : 1;
+      kCodeBits == 8 && kPermutes == Permutes::kOneRegister && a.end_block - a.first_block >= kManyBlocks ? 2
+                                                                                                          : 1;
   const std::int64_t group = apart * kBlocks;
-  std::int64_t block = 0;
-  for (; block + group <= a.blocks; block += group) {
+  std::int64_t block = a.first_block;
+  for (; block + group <= a.end_block; block += group) {
     for (std::int64_t i = 0; i < apart; ++i) {
       look_up_group_vbmi<kCodeBits, kBlocks, kPermutes>(a, block + i, apart, group);
     }
   }
-  for (; block + kBlocks <= a.blocks; block += kBlocks) {
+  for (; block + kBlocks <= a.end_block; block += kBlocks) {
     look_up_group_vbmi<kCodeBits, kBlocks, kPermutes>(a, block, 1, kBlocks);
   }
-  for (; block < a.blocks; ++block) {
+  for (; block < a.end_block; ++block) {
     look_up_group_vbmi<kCodeBits, 1, kPermutes>(a, block, 1, 1);
   }
 }

@@ -137,6 +137,7 @@ struct PsumbookPlan {
   std::int64_t split_tiles = 0;  // tiles in a split
   std::int64_t splits = 0;
   std::int64_t last_parts = 1;     // parts of the rows that the last split is done in
+  bool meet = false;               // the two splits add their sums up themselves
   std::int64_t sweep_vectors = 0;  // vectors whose tables are held at once, more than one lane
   // Floats of a worker's scratch and of the partial sums of all splits: [splits][token blocks][rows][lanes],
   // of lookups [splits][tokens][rows].
@@ -165,6 +166,9 @@ struct PsumbookPlan {
   [[nodiscard]] std::int64_t partial_floats() const noexcept {
     return splits > 1 ? splits * split_floats : 0;
   }
+  [[nodiscard]] std::int64_t floats(int workers) const noexcept {
+    return partial_floats() + workers * worker_floats();
+  }
 };
 
 [[nodiscard]] inline PsumbookPlan make_psumbook_plan(const PackedView& w, std::int64_t tokens,
@@ -183,7 +187,7 @@ struct PsumbookPlan {
       std::clamp<std::int64_t>(ceil_div(tasks, whole), 1, std::max<std::int64_t>(1, w.tiles));
   plan.split_tiles = std::max<std::int64_t>(1, ceil_div(w.tiles, wanted));
   if (lookup && tokens == 1 && w.padded_rows() * w.cols <= CpuTiles::kTwoTaskWeights) {
-    const bool cut_rows = w.padded_rows() >= CpuTiles::kCutRows;
+    const bool cut_rows = w.padded_rows() >= (w.format.b == 4 ? CpuTiles::kCutRows4 : CpuTiles::kCutRows);
     if (cut_rows) plan.chunks = std::min<std::int64_t>(2, w.row_blocks);
     plan.split_tiles = cut_rows ? w.tiles : std::max<std::int64_t>(1, w.tiles / 2);
   }
@@ -191,6 +195,7 @@ struct PsumbookPlan {
   plan.splits = std::max<std::int64_t>(1, ceil_div(w.tiles, plan.split_tiles));
   // So that two workers or four share an odd number evenly.
   if (plan.splits % 2 == 1 && plan.splits > 1 && plan.chunk_blocks > 1) plan.last_parts = 2;
+  plan.meet = lookup && tokens == 1 && plan.chunks == 1 && plan.splits == 2;
 
   const std::int64_t held = w.tile_vectors * w.format.m;  // tables of a tile
   const std::int64_t table1 = w.format.centroids();
@@ -219,8 +224,7 @@ struct PsumbookPlan {
   if (regime == Regime::kDense) return make_dense_plan(w.rows, w.cols, tokens).floats(workers);
   if (regime == Regime::kBytes) return make_byte_plan(w.rows, w.cols, tokens).floats(workers);
   if (regime == Regime::kInteger) return make_integer_plan(w.rows, w.cols, tokens).floats(workers);
-  const PsumbookPlan plan = make_psumbook_plan(w, tokens, regime == Regime::kLookup);
-  return plan.partial_floats() + workers * plan.worker_floats();
+  return make_psumbook_plan(w, tokens, regime == Regime::kLookup).floats(workers);
 }
 
 /// Floats for any number of tokens up to `tokens`. Fewer tokens may need more, since K is split for them;

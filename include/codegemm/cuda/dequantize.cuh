@@ -59,12 +59,8 @@ template <class T>
   shape.grid =
       dim3(static_cast<unsigned>(packed.layout.row_tiles), static_cast<unsigned>(packed.layout.granules));
   shape.threads = 256;
-  switch (packed.format.v) {
-    case 2: return launch(dequantize_kernel<2>, shape, args, stream);
-    case 4: return launch(dequantize_kernel<4>, shape, args, stream);
-    case 8: return launch(dequantize_kernel<8>, shape, args, stream);
-    default: return launch(dequantize_kernel<16>, shape, args, stream);
-  }
+  return codegemm::detail::with_vec_len(
+      packed.format.v, [&](auto v) { return launch(dequantize_kernel<v>, shape, args, stream); });
 }
 
 }  // namespace codegemm::cuda

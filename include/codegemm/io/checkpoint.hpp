@@ -23,9 +23,9 @@
 
 #include <nlohmann/json.hpp>
 
+#include <codegemm/base/quoted.hpp>
 #include <codegemm/base/status.hpp>
 #include <codegemm/format.hpp>
-#include <codegemm/io/quoted.hpp>
 #include <codegemm/io/safetensors.hpp>
 #include <codegemm/io/safetensors_writer.hpp>
 #include <codegemm/quantized_matrix.hpp>

@@ -12,9 +12,9 @@
 
 #include <nlohmann/json.hpp>
 
+#include <codegemm/base/quoted.hpp>
 #include <codegemm/base/status.hpp>
 #include <codegemm/io/mapped_file.hpp>
-#include <codegemm/io/quoted.hpp>
 
 namespace codegemm {
 

@@ -5,6 +5,8 @@
 // Layer: io (host only).
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstddef>
@@ -172,14 +174,27 @@ namespace detail {
   const std::string digits = concat(number);
   return digits.size() < 5 ? std::string(5 - digits.size(), '0') + digits : digits;
 }
+[[nodiscard]] inline std::string shard_name(std::size_t index, std::size_t count) {
+  return concat("model-", five_digits(index + 1), "-of-", five_digits(count), ".safetensors");
+}
+
+/// Removes a folder's index if it may name one of `count` shards that are about to be written.
+[[nodiscard]] inline Status remove_index_of(const std::string& folder, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) {
+    if (::access(concat(folder, "/", shard_name(i, count)).c_str(), F_OK) == 0)
+      return remove_stale(concat(folder, "/", kSafetensorsIndexName));
+  }
+  return {};
+}
 
 }  // namespace detail
 
 /// Writes tensors into an existing folder under the names that Hugging Face uses: model.safetensors, or, if
 /// they hold more than `most_shard_bytes`, model-00001-of-0000N.safetensors and so on with their index. Every
-/// file appears whole or not at all, the index last, and then what an earlier, differently cut model left
-/// goes. Each file says "format": "pt" in its metadata, without which transformers refuses it. Errors of
-/// write_safetensors; kInvalidArgument for a limit of 0.
+/// file appears whole or not at all, the index last, and then model.safetensors or the index of an earlier
+/// model goes where this one has none. An index whose shards are written over goes first, so that a killed
+/// run leaves no mixture of two models that could be opened. Each file says "format": "pt" in its metadata,
+/// without which transformers refuses it. Errors of write_safetensors; kInvalidArgument for a limit of 0.
 [[nodiscard]] inline Status write_safetensors_folder(const std::string& folder,
                                                      std::span<const SafetensorsTensor> tensors,
                                                      std::uint64_t most_shard_bytes) {
@@ -193,11 +208,11 @@ namespace detail {
     if (Status status = write_safetensors(single, tensors, metadata); !status.ok()) return status;
     return detail::remove_stale(index);
   }
+  if (Status status = detail::remove_index_of(folder, shards.size()); !status.ok()) return status;
   nlohmann::json map = nlohmann::json::object();
   std::uint64_t total = 0;
   for (std::size_t i = 0; i < shards.size(); ++i) {
-    const std::string name = concat("model-", detail::five_digits(i + 1), "-of-",
-                                    detail::five_digits(shards.size()), ".safetensors");
+    const std::string name = detail::shard_name(i, shards.size());
     const auto part = tensors.subspan(shards[i].first, shards[i].second - shards[i].first);
     for (const SafetensorsTensor& tensor : part) {
       if (map.contains(tensor.name)) {

@@ -17,8 +17,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include <codegemm/base/quoted.hpp>
 #include <codegemm/base/status.hpp>
-#include <codegemm/io/quoted.hpp>
 
 namespace codegemm {
 

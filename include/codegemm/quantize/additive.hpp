@@ -2,6 +2,7 @@
 //
 // codegemm/quantize/additive.hpp - trains m codebooks whose centroids add up, and codes vectors with them.
 // Layer: quantize (host only).
+// See: AQLM (arXiv 2401.06118), algorithm 1; Arthur and Vassilvitskii, k-means++ (SODA 2007)
 #pragma once
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include <codegemm/base/executor.hpp>
+#include <codegemm/format.hpp>
 #include <codegemm/quantize/nearest.hpp>
 
 namespace codegemm::detail {
@@ -55,12 +57,7 @@ void subtract_centroids(const SearchBook& book, const std::uint16_t* codes, std:
 
 inline void subtract_centroids(const SearchBook& book, const std::uint16_t* codes, std::int64_t count,
                                float sign, float* x) {
-  switch (book.v) {
-    case 2: subtract_centroids<2>(book, codes, count, sign, x); break;
-    case 4: subtract_centroids<4>(book, codes, count, sign, x); break;
-    case 8: subtract_centroids<8>(book, codes, count, sign, x); break;
-    default: subtract_centroids<16>(book, codes, count, sign, x); break;
-  }
+  with_vec_len(book.v, [&](auto v) { subtract_centroids<v>(book, codes, count, sign, x); });
 }
 
 /// The codes of vectors x[count][v]: codes[c][code_stride], c < m. If `fresh`, first each codebook on what
@@ -112,12 +109,7 @@ void lower_distances(const float* points, std::int64_t count, const float* centr
 
 inline void lower_distances(int v, const float* points, std::int64_t count, const float* centroid,
                             const float* weights, bool first, float* least) {
-  switch (v) {
-    case 2: lower_distances<2>(points, count, centroid, weights, first, least); break;
-    case 4: lower_distances<4>(points, count, centroid, weights, first, least); break;
-    case 8: lower_distances<8>(points, count, centroid, weights, first, least); break;
-    default: lower_distances<16>(points, count, centroid, weights, first, least); break;
-  }
+  with_vec_len(v, [&](auto c) { lower_distances<c>(points, count, centroid, weights, first, least); });
 }
 
 /// sums[i] of each kSeedStretch chances, and of all.

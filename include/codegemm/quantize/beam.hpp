@@ -2,6 +2,7 @@
 //
 // codegemm/quantize/beam.hpp - the few best ways to code a vector of weights, given what came before.
 // Layer: quantize (host only).
+// See: AQLM (arXiv 2401.06118), the beam search of algorithm 1
 #pragma once
 
 #include <algorithm>

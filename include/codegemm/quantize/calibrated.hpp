@@ -277,7 +277,7 @@ template <class Steps>
   if (Status status = check_quantize(weights, format, options.kmeans, executor); !status.ok()) return status;
   if (Status status = check_gram(gram, weights.cols, executor); !status.ok()) return status;
   if (options.rounds < 0 || options.beam < 1 || options.beam > kMostBeam || options.codebook_steps < 0 ||
-      !(options.damping >= 0.0) || !(options.tolerance >= 0.0)) {
+      !(options.damping >= 0.0) || std::isinf(options.damping) || !(options.tolerance >= 0.0)) {
     return error(StatusCode::kInvalidArgument, "quantize_calibrated: options rounds = ", options.rounds,
                  ", codebook_steps = ", options.codebook_steps, ", damping = ", options.damping,
                  ", tolerance = ", options.tolerance, " must not be negative, beam = ", options.beam,

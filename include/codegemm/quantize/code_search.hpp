@@ -2,6 +2,7 @@
 //
 // codegemm/quantize/code_search.hpp - new codes for all rows, given codebooks and scales.
 // Layer: quantize (host only).
+// See: AQLM (arXiv 2401.06118), algorithm 1; GPTQ (arXiv 2210.17323); QuIP (arXiv 2307.13304)
 #pragma once
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include <Eigen/Core>
 
 #include <codegemm/base/executor.hpp>
+#include <codegemm/format.hpp>
 #include <codegemm/quantize/additive_state.hpp>
 #include <codegemm/quantize/beam.hpp>
 #include <codegemm/quantize/guarded_loop.hpp>
@@ -288,12 +290,7 @@ void search_codes(AdditiveState& s, const DenseMatrix& factor, SearchMode mode, 
 
 inline void search_codes(AdditiveState& s, const DenseMatrix& factor, SearchMode mode, int beam,
                          Executor& executor) {
-  switch (s.format.v) {
-    case 2: search_codes<2>(s, factor, mode, beam, executor); break;
-    case 4: search_codes<4>(s, factor, mode, beam, executor); break;
-    case 8: search_codes<8>(s, factor, mode, beam, executor); break;
-    default: search_codes<16>(s, factor, mode, beam, executor); break;
-  }
+  with_vec_len(s.format.v, [&](auto v) { search_codes<v>(s, factor, mode, beam, executor); });
 }
 
 }  // namespace codegemm::detail

@@ -2,6 +2,7 @@
 //
 // codegemm/quantize/codebook_fit.hpp - the codebooks that fit given codes best: least squares weighted by H.
 // Layer: quantize (host only).
+// See: AQLM (arXiv 2401.06118), algorithm 1, which takes steps of Adam in place of least squares
 #pragma once
 
 #include <algorithm>

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <new>
@@ -25,19 +26,21 @@ namespace codegemm {
 /// CrossGramMatrix) and d = damping times H's mean diagonal: the least-squares solution of W' X^T = W Y^T,
 /// held near W by the damping. Quantizing W' in place of W makes up for the errors of the layers before, as
 /// far as this layer can: tr((W' - W^) H (W' - W^)^T) is ||W Y^T - W^ X^T||^2 up to a constant. Where Y = X,
-/// W' = W. The same bits for any number of workers. kShapeMismatch; kInvalidArgument for a damping that is
-/// not positive or an H that even with it cannot be factored; kOutOfMemory.
+/// W' = W. The same bits for any number of workers. kShapeMismatch; kNullPointer; kInvalidArgument for a
+/// damping that is not positive and finite or an H that even with it cannot be factored; kOutOfMemory.
 [[nodiscard]] inline Result<std::vector<float>> corrected_weights(MatrixView<const float> w,
                                                                   MatrixView<const float> gram,
                                                                   MatrixView<const float> cross,
                                                                   double damping, Executor& executor) {
   const std::int64_t k = w.cols;
-  if (gram.rows != k || gram.cols != k || gram.stride != k || cross.rows != k || cross.cols != k ||
-      cross.stride != k) {
+  if (w.rows < 0 || k < 0 || w.stride < k || gram.rows != k || gram.cols != k || gram.stride != k ||
+      cross.rows != k || cross.cols != k || cross.stride != k) {
     return error(StatusCode::kShapeMismatch, "corrected_weights: H is ", gram.rows, " x ", gram.cols,
                  ", C is ", cross.rows, " x ", cross.cols, ", the weights have ", k, " columns");
   }
-  if (!(damping > 0.0))
+  if (w.rows > 0 && k > 0 && (w.data == nullptr || gram.data == nullptr || cross.data == nullptr))
+    return error(StatusCode::kNullPointer, "corrected_weights: weights, H or C is null");
+  if (!(damping > 0.0) || std::isinf(damping))
     return error(StatusCode::kInvalidArgument, "corrected_weights: damping is ", damping,
                  ", must be positive");
   using Dense = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;

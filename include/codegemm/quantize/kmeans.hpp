@@ -271,10 +271,6 @@ template <class MakeVectors>
   return made;
 }
 
-}  // namespace detail
-
-namespace detail {
-
 // The arguments of both quantizers, checked.
 [[nodiscard]] inline Status check_quantize(MatrixView<const float> weights, Format format,
                                            const KMeansOptions& options, Executor& executor) {

@@ -145,12 +145,7 @@ void nearest(const SearchBook& book, const float* x, std::int64_t count, std::ui
 
 /// codes[count] for x[count][v].
 inline void find_nearest(const SearchBook& book, const float* x, std::int64_t count, std::uint16_t* codes) {
-  switch (book.v) {
-    case 2: nearest<2>(book, x, count, codes); break;
-    case 4: nearest<4>(book, x, count, codes); break;
-    case 8: nearest<8>(book, x, count, codes); break;
-    default: nearest<16>(book, x, count, codes); break;
-  }
+  with_vec_len(book.v, [&](auto v) { nearest<v>(book, x, count, codes); });
 }
 
 }  // namespace codegemm::detail

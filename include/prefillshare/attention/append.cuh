@@ -60,6 +60,21 @@ namespace detail {
   return out;
 }
 
+// What the kernels that append take of a problem: the tokens, the pages' table, the angles.
+template <class Args, class T, class C>
+void take_tokens(Args& args, const AppendProblem<T, C>& p) {
+  args.q = reinterpret_cast<std::uint16_t*>(p.q.data);
+  args.k = reinterpret_cast<const std::uint16_t*>(p.k.data);
+  args.v = reinterpret_cast<const std::uint16_t*>(p.v.data);
+  args.q_stride = p.q.stride;
+  args.k_stride = p.k.stride;
+  args.v_stride = p.v.stride;
+  args.indptr = p.table.indptr;
+  args.indices = p.table.indices;
+  args.last_page_len = p.table.last_page_len;
+  args.rope = rope_args(p.rope);
+}
+
 }  // namespace detail
 
 /// Everything that run() refuses, with the numbers; looks at no device memory. head_dim: any multiple of 16
@@ -114,12 +129,7 @@ template <class T, class C>
   if (Status status = validate(p, device); !status.ok()) return status;
   if (p.k.rows == 0) return {};
   AppendArgs args;
-  args.q = reinterpret_cast<std::uint16_t*>(p.q.data);
-  args.k = reinterpret_cast<const std::uint16_t*>(p.k.data);
-  args.v = reinterpret_cast<const std::uint16_t*>(p.v.data);
-  args.q_stride = p.q.stride;
-  args.k_stride = p.k.stride;
-  args.v_stride = p.v.stride;
+  detail::take_tokens(args, p);
   args.k_pages = p.kv.k;
   args.v_pages = p.kv.v;
   args.k_scale = p.kv.k_scale;
@@ -128,10 +138,6 @@ template <class T, class C>
   args.token_stride = p.kv.token_stride;
   args.head_stride = p.kv.head_stride;
   args.query_indptr = p.query_indptr;
-  args.indptr = p.table.indptr;
-  args.indices = p.table.indices;
-  args.last_page_len = p.table.last_page_len;
-  args.rope = detail::rope_args(p.rope);
   args.tokens = static_cast<int>(p.k.rows);
   args.sequences = p.table.sequences;
   args.heads = p.heads;

@@ -72,16 +72,7 @@ template <class T, class Y, class C>
     args.kv = detail::source_of(a.kv);
     args.k_pages = reinterpret_cast<std::uint16_t*>(a.kv.k);
     args.v_pages = reinterpret_cast<std::uint16_t*>(a.kv.v);
-    args.q = reinterpret_cast<const std::uint16_t*>(a.q.data);
-    args.k = reinterpret_cast<const std::uint16_t*>(a.k.data);
-    args.v = reinterpret_cast<const std::uint16_t*>(a.v.data);
-    args.q_stride = a.q.stride;
-    args.k_stride = a.k.stride;
-    args.v_stride = a.v.stride;
-    args.indptr = a.table.indptr;
-    args.indices = a.table.indices;
-    args.last_page_len = a.table.last_page_len;
-    args.rope = detail::rope_args(a.rope);
+    detail::take_tokens(args, a);
     args.out = p.out.data;
     args.out_stride = p.out.stride;
     args.out_type = detail::ScalarOf<Y>::kType;

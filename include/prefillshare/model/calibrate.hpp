@@ -350,8 +350,12 @@ class CalibrationRun {
     const std::int64_t inputs = (shell_.layers.front().*observed).cols();
     Result<codegemm::GramMatrix> sums = codegemm::GramMatrix::create(inputs);
     if (!sums.ok()) return sums.status();
-    Result<codegemm::CrossGramMatrix> both = codegemm::CrossGramMatrix::create(inputs);
-    if (!both.ok()) return both.status();
+    std::optional<codegemm::CrossGramMatrix> both;
+    if (options_.correct) {
+      Result<codegemm::CrossGramMatrix> made = codegemm::CrossGramMatrix::create(inputs);
+      if (!made.ok()) return made.status();
+      both = *std::move(made);
+    }
     std::vector<float> x;
     std::vector<float> y;
     (shell_.layers.front().*observed).observe(&x);
@@ -371,10 +375,10 @@ class CalibrationRun {
       }
       first += length;
     }
-    gram = sums->matrix();
+    gram = std::move(*sums).matrix();
     if (options_.correct) {
       (dense_shell_.layers.front().*observed).multiply();
-      cross = both->matrix();
+      cross = std::move(*both).matrix();
     }
     return {};
   }

@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include <codegemm/io/quoted.hpp>
+#include <codegemm/base/quoted.hpp>
 #include <codegemm/io/safetensors.hpp>
 #include <codegemm/io/safetensors_writer.hpp>
 #include <prefillshare/model/dense_linear.hpp>

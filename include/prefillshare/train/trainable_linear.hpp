@@ -77,17 +77,6 @@ class FrozenValues {
   Tensor<T> copy_;
 };
 
-/// Calls body with v as a compile-time number, so that the loops over a vector are unrolled.
-template <class Body>
-void with_vec_len(int v, Body&& body) {
-  switch (v) {
-    case 2: body(std::integral_constant<int, 2>{}); break;
-    case 4: body(std::integral_constant<int, 4>{}); break;
-    case 8: body(std::integral_constant<int, 8>{}); break;
-    default: body(std::integral_constant<int, 16>{}); break;
-  }
-}
-
 /// A codebook-quantized matrix with codes given, codebooks and scales trained:
 /// W[n,k] = s[n, k/g] * sum_c C_c[code_c[n, k/v]][k % v].
 template <TrainScalar T>
@@ -136,7 +125,7 @@ class CodebookWeights {
 
   /// out[N][K].
   void materialize(T* out, Executor& executor) const {
-    with_vec_len(matrix_.format().v, [&](auto v) {
+    codegemm::detail::with_vec_len(matrix_.format().v, [&](auto v) {
       codegemm::parallel_for(executor, tiles(), [&](std::int64_t tile, int) {
         for (std::int64_t n = tile * kRows; n < std::min(rows(), (tile + 1) * kRows); ++n) {
           T* const row = out + n * cols();
@@ -157,7 +146,7 @@ class CodebookWeights {
         std::clamp<std::int64_t>((std::int64_t{1} << 23) / size, 1, std::min(kParts, tiles()));
     if (parts_.size() < parts * size) parts_.resize(parts * size);
     if (row_.size() < executor.workers() * cols()) row_.resize(executor.workers() * cols());
-    with_vec_len(matrix_.format().v, [&](auto v) {
+    codegemm::detail::with_vec_len(matrix_.format().v, [&](auto v) {
       codegemm::parallel_for(executor, parts, [&](std::int64_t part, int worker) {
         T* const sums = parts_.data() + part * size;
         T* const unscaled = row_.data() + worker * cols();

@@ -48,7 +48,7 @@ void check_permutes() {
   const std::vector<Half> scales(static_cast<std::size_t>(kRows), Half::from_float(1.0F));
   const detail::Flush flush{0, kEntries, 1.0F, scales.data()};
   detail::lookup_planes_by_vbmi<8, kPermutes>(
-      {codes.data(), kEntries * kBlockRows, tables.data(), &flush, 1, y.data(), kBlocks, codes.data()});
+      {codes.data(), kEntries * kBlockRows, tables.data(), &flush, 1, y.data(), 0, kBlocks, codes.data()});
   for (std::int64_t n = 0; n < kRows; ++n) {
     int want = 0;
     for (std::int64_t e = 0; e < kEntries; ++e) {

@@ -7,8 +7,8 @@
 #include <string>
 #include <utility>
 
+#include <codegemm/base/quoted.hpp>
 #include <codegemm/io/mapped_file.hpp>
-#include <codegemm/io/quoted.hpp>
 #include <codegemm/io/temporary_folder.hpp>
 #include <support/catch.hpp>
 

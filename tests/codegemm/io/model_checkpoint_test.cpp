@@ -135,6 +135,27 @@ TEST_CASE("a model written over another one replaces it, however either was cut"
   }
 }
 
+TEST_CASE("a model half written over another one of as many shards cannot be opened", "[model_checkpoint]") {
+  Rng rng(43);
+  const TemporaryFolder folder;
+  const Model first(format_of("m1v4g64"), rng);
+  const Model second(format_of("m1v4g64"), rng);
+  const auto save = [&](const Model& model) {
+    return save_model_checkpoint(folder.path(), kOurs, model.config, model.named, model.plain, {1});
+  };
+  REQUIRE(save(first).ok());
+  std::string last;
+  for (const std::string& name : folder.list())
+    if (name.ends_with(".safetensors")) last = std::max(last, name);
+  std::filesystem::remove(folder / last);
+  std::filesystem::create_directory(folder / last);  // no file can take its place
+  CHECK_FALSE(save(second).ok());
+  CHECK(ModelCheckpoint::open(folder.path()).status().code() == StatusCode::kNotFound);
+  std::filesystem::remove(folder / last);
+  REQUIRE(save(second).ok());
+  second.check(ModelCheckpoint::open(folder.path()).value());
+}
+
 TEST_CASE("AQLM's codes wrap to signed, CodeGEMM's are four to a word", "[model_checkpoint]") {
   // A row of 8 codes for b = 8 and v = 2, its code j being 100 + 40 j modulo 256, in codebook 0 of 1.
   Result<QuantizedMatrix> made = QuantizedMatrix::create(Format{2, 1, 8, -1}, 1, 16);

@@ -89,7 +89,24 @@ TEST_CASE("GramMatrix sums X^T X, whatever the workers", "[gram]") {
   SerialExecutor serial;
   GramMatrix gram = GramMatrix::create(4).value();
   CHECK(gram.matrix() == std::vector<float>(16, 0.0F));
-  CHECK(gram.add(view(random_dense(rng, 2, 5)), serial).code() == StatusCode::kShapeMismatch);
+  const DenseMatrix wide = random_dense(rng, 2, 5);
+  CHECK(gram.add(view(wide), serial).code() == StatusCode::kShapeMismatch);
+  CHECK(gram.add(MatrixView<const float>(wide.data(), 2, 4, 3), serial).message() ==
+        "GramMatrix of 4 inputs: x is 2 x 4 of stride 3");
+  CHECK(gram.add(MatrixView<const float>(nullptr, 2, 4), serial).code() == StatusCode::kNullPointer);
+  CHECK(gram.tokens() == 0);
+  auto cross = codegemm::CrossGramMatrix::create(4).value();
+  const MatrixView<const float> part(wide.data(), 2, 4, 5);
+  CHECK(cross.add(part, part.rows_from(0, 1), serial).message() ==
+        "CrossGramMatrix: y has 2 tokens, x has 1");
+  CHECK(cross.add(part, MatrixView<const float>(nullptr, 2, 4), serial).code() == StatusCode::kNullPointer);
+  REQUIRE(cross.add(part, part, serial).ok());
+  REQUIRE(gram.add(part, serial).ok());
+  const std::vector<float> c = cross.matrix();
+  const std::vector<float> h = gram.matrix();
+  for (std::size_t i = 0; i < h.size(); ++i) CHECK(std::abs(c[i] - h[i]) <= 1e-6F);
+  CHECK(std::move(gram).matrix() == h);
+  CHECK(std::move(cross).matrix() == c);
   CHECK(GramMatrix::create(0).status().code() == StatusCode::kInvalidArgument);
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <filesystem>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <string>
@@ -245,6 +246,10 @@ TEST_CASE("a quantized model is written in either format and read as the dequant
     CHECK(get_file(out + "/tokenizer.json") == "{}");
     CHECK(contains(write_quantized_model(*source, out, kind, named, {{norm, {1.0F}}}).message(),
                    "model.layers.1.input_layernorm.weight: 1 values in place of 24"));
+    const std::map<std::string, std::string> before = files_of(dense);
+    CHECK(write_quantized_model(*source, dense.path() + "/.", kind, named).code() ==
+          StatusCode::kInvalidArgument);
+    CHECK((files_of(dense) == before));
 
     const auto again = open_model(out).value();
     CHECK(again->hyperparameters().hidden_size == 24);
@@ -314,6 +319,20 @@ TEST_CASE("a model read by blocks is quantized to the same files", "[quantize]")
     }
     CHECK((files[0] == files[1]));
   }
+  // What is kept goes, and nothing else.
+  const TemporaryFolder kept;
+  const std::string state = kept / "state";
+  static_cast<void>(
+      quantize_on_sequences(whole, kFormat, sequences(), options, state, pool, [](const auto&) {}));
+  put_file(state + "/notes.txt", "mine");
+  remove_state(state);
+  CHECK(kept.list() == std::vector<std::string>{"state"});
+  CHECK(get_file(state + "/notes.txt") == "mine");
+  CHECK(std::distance(std::filesystem::directory_iterator(state), {}) == 1);
+  std::filesystem::remove(state + "/notes.txt");
+  remove_state(state);
+  CHECK(kept.list().empty());
+  remove_state(state);  // nothing there
   // What reading a block says is what the run says.
   LoadedModel broken = parts;
   broken.read_block = [](std::int64_t index) -> Result<LlamaLayer<DenseLinear>> {

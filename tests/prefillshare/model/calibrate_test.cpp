@@ -280,6 +280,8 @@ TEST_CASE("weights that cannot be corrected are refused", "[calibrate]") {
   CHECK(refusal({m.data(), 3, 4}, square, 0.1) ==
         "corrected_weights: H is 3 x 4, C is 4 x 4, the weights have 4 columns");
   CHECK(refusal(square, square, 0.0) == "corrected_weights: damping is 0, must be positive");
+  CHECK(refusal(square, square, HUGE_VAL) == "corrected_weights: damping is inf, must be positive");
+  CHECK(refusal({nullptr, 4, 4}, square, 0.1) == "corrected_weights: weights, H or C is null");
   const std::vector<float> zero(16, 0.0F);
   CHECK(refusal({zero.data(), 4, 4}, square, 0.1) ==
         "corrected_weights: H of 4 x 4 and damping 0.1 is not positive definite");

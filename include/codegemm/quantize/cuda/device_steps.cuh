@@ -17,10 +17,9 @@
 #include <codegemm/cuda/device_array.cuh>
 #include <codegemm/quantize/calibrated.hpp>
 #include <codegemm/quantize/cuda/cholesky.cuh>
+#include <codegemm/quantize/cuda/device_search.cuh>
 #include <codegemm/quantize/cuda/device_work.cuh>
-#include <codegemm/quantize/cuda/kernels/search.cuh>
-#include <codegemm/quantize/cuda/kernels/search_measure.cuh>
-#include <codegemm/quantize/cuda/kernels/search_paths.cuh>
+#include <codegemm/quantize/cuda/kernels/rows.cuh>
 #include <codegemm/quantize/cuda/kmeans.cuh>
 
 namespace codegemm::cuda::detail {
@@ -163,12 +162,23 @@ class DeviceSteps {
   }
 
   [[nodiscard]] Status search(SearchMode mode, int beam) {
-    switch (layer_.v) {
-      case 2: search_rows<2>(mode, beam); break;
-      case 4: search_rows<4>(mode, beam); break;
-      case 8: search_rows<8>(mode, beam); break;
-      default: search_rows<16>(mode, beam); break;
+    const bool rebuild = mode == SearchMode::kRebuild;
+    decode(books_.data(), DecodeKind::kResidual, error_.data());
+    if (rebuild) {
+      multiply(error_.data(), layer_.cols, gram_.data(), layer_.rows, layer_.cols, layer_.cols,
+               product_.data());
+      row_products(error_.data(), row_sums_.data());
     }
+    SearchProblem problem;
+    problem.layer = layer_;
+    problem.books = books_.data();
+    problem.errors = error_.data();
+    problem.matrix = rebuild ? factor_.data() : gram_.data();
+    problem.start_losses = rebuild ? row_sums_.data() : nullptr;
+    problem.codes = codes_.data();
+    problem.beam = beam;
+    problem.rebuild = rebuild;
+    search_.run(work_, problem);
     return work_.finish();
   }
 
@@ -192,7 +202,6 @@ class DeviceSteps {
   }
 
  private:
-  static constexpr std::int64_t kMostPathBytes = std::int64_t{1} << 29;  // of the rows searched at once
   static constexpr std::int64_t kUsesWarps = 4096;
 
   explicit DeviceSteps(DeviceWork work) : work_(std::move(work)) {}
@@ -282,123 +291,6 @@ class DeviceSteps {
     return work_.get(sums_.data(), centroids * width);
   }
 
-  template <int kVecLen>
-  void search_rows(SearchMode mode, int beam) {
-    const bool rebuild = mode == SearchMode::kRebuild;
-    const std::int64_t cols = layer_.cols;
-    decode(books_.data(), DecodeKind::kResidual, error_.data());
-    if (rebuild) {
-      multiply(error_.data(), cols, gram_.data(), layer_.rows, cols, cols, product_.data());
-      row_products(error_.data(), row_sums_.data());
-    }
-    const std::int64_t of_row = beam * cols * static_cast<std::int64_t>(sizeof(float));
-    const std::int64_t at_once = std::clamp<std::int64_t>(kMostPathBytes / of_row, 1, layer_.rows);
-    const std::int64_t all_codes = layer_.m * s_->vectors();
-    for (int i = 0; i < (beam > 1 ? 2 : 1); ++i) {
-      work_.reserve(path_errors_[i], at_once * beam * cols);
-      work_.reserve(path_codes_[i], at_once * beam * all_codes);
-    }
-    work_.reserve(losses_, at_once * beam);
-    work_.reserve(counts_, at_once);
-    work_.reserve(cross_, at_once * beam * kSearchColumns);
-    const std::int64_t vectors = kSearchColumns / kVecLen;
-    work_.reserve(q_, vectors * kVecLen * kVecLen);
-    work_.reserve(blocks_, vectors * kVecLen * kVecLen);
-    work_.reserve(norms_, vectors * layer_.m * layer_.centroids);
-    for (std::int64_t first = 0; first < layer_.rows; first += at_once) {
-      const std::int64_t rows = std::min<std::int64_t>(at_once, layer_.rows - first);
-      StartArgs begin;
-      begin.errors = error_.data() + first * cols;
-      begin.codes = codes_.data() + first * all_codes;
-      begin.path_errors = path_errors_[0].data();
-      begin.path_codes = path_codes_[0].data();
-      begin.losses = losses_.data();
-      begin.counts = counts_.data();
-      begin.cols = layer_.cols;
-      begin.all_codes = static_cast<std::int32_t>(all_codes);
-      begin.beam = beam;
-      work_.start(start_paths_kernel<0>, begin, rows, kRowThreads);
-      int from = 0;
-      const std::int64_t stretches = divide(cols, kSearchColumns);
-      for (std::int64_t i = 0; i < stretches; ++i) {
-        const std::int64_t column = (rebuild ? stretches - 1 - i : i) * kSearchColumns;
-        const int to = beam > 1 ? 1 - from : from;
-        search_stretch<kVecLen>(rebuild, beam, first, rows, column, from, to);
-        from = to;
-      }
-      FinishArgs end;
-      end.path_codes = path_codes_[from].data();
-      end.losses = losses_.data();
-      end.counts = counts_.data();
-      end.start_losses = rebuild ? row_sums_.data() + first : nullptr;
-      end.codes = codes_.data() + first * all_codes;
-      end.all_codes = static_cast<std::int32_t>(all_codes);
-      end.beam = beam;
-      work_.start(finish_paths_kernel<0>, end, rows, kRowThreads);
-    }
-  }
-
-  /// kSearchColumns columns of some rows, the paths going from one set of arrays to another.
-  template <int kVecLen>
-  void search_stretch(bool rebuild, int beam, std::int64_t first_row, std::int64_t rows, std::int64_t column,
-                      int from, int to) {
-    const std::int64_t cols = layer_.cols;
-    const std::int64_t width = std::min<std::int64_t>(kSearchColumns, cols - column);
-    const float* const matrix = rebuild ? factor_.data() : gram_.data();
-    if (!rebuild) {
-      multiply(path_errors_[from].data(), cols, matrix + column, rows * beam, cols, width, cross_.data());
-    } else if (const std::int64_t chosen = column + width; chosen < cols) {
-      multiply(path_errors_[from].data() + chosen, cols, matrix + chosen * cols + column, rows * beam,
-               cols - chosen, width, cross_.data());
-    } else {
-      work_.zero(cross_.data(), static_cast<std::size_t>(rows * beam * width) * sizeof(float));
-    }
-    MeasureArgs measure;
-    measure.cross = matrix;
-    measure.books = books_.data();
-    measure.q = q_.data();
-    measure.factor = blocks_.data();
-    measure.norms = norms_.data();
-    measure.cols = cols;
-    measure.first = column;
-    measure.m = layer_.m;
-    measure.centroids = layer_.centroids;
-    measure.rebuild = rebuild;
-    work_.start(measure_kernel<kVecLen>, measure,
-                dim3(static_cast<unsigned>(width / kVecLen), static_cast<unsigned>(layer_.m),
-                     static_cast<unsigned>(divide(layer_.centroids, kRowThreads))),
-                kRowThreads);
-    SearchArgs args;
-    args.layer = layer_;
-    args.books = books_.data();
-    args.matrix = matrix;
-    args.cross = cross_.data();
-    args.q = q_.data();
-    args.factor = blocks_.data();
-    args.norms = norms_.data();
-    args.errors_in = path_errors_[from].data();
-    args.errors_out = path_errors_[to].data();
-    args.codes_in = path_codes_[from].data();
-    args.codes_out = path_codes_[to].data();
-    args.losses = losses_.data();
-    args.counts = counts_.data();
-    args.first_row = static_cast<std::int32_t>(first_row);
-    args.first = static_cast<std::int32_t>(column);
-    args.width = static_cast<std::int32_t>(width);
-    args.beam = beam;
-    args.rounds = rebuild && layer_.m > 1 ? 2 : 1;
-    args.rebuild = rebuild;
-    const auto shared =
-        static_cast<std::size_t>(SearchLayout(kVecLen, layer_.m, beam).floats) * sizeof(float);
-    if (shared > static_cast<std::size_t>(work_.device().shared_bytes)) {
-      return work_.keep(codegemm::error(
-          StatusCode::kUnsupported, "quantize_calibrated: ", layer_.m, " codebooks and a beam of ", beam,
-          " take ", shared, " bytes of shared memory, the card has ", work_.device().shared_bytes));
-    }
-    const int threads = std::clamp(layer_.centroids / 32 * 32, 32, kSearchThreads);
-    work_.start(search_kernel<kVecLen>, args, dim3(static_cast<unsigned>(rows)), threads, shared);
-  }
-
   DeviceWork work_;
   AdditiveState* s_ = nullptr;
   LayerArgs layer_;
@@ -415,11 +307,7 @@ class DeviceSteps {
   DeviceArray<std::uint16_t> keys_, sorted_keys_;
   DeviceArray<std::int32_t> unsorted_, places_, begins_;
   DeviceArray<std::byte> sort_memory_;
-  // Of search().
-  DeviceArray<float> path_errors_[2], cross_, q_, blocks_, norms_;
-  DeviceArray<std::uint16_t> path_codes_[2];
-  DeviceArray<double> losses_;
-  DeviceArray<std::int32_t> counts_;
+  DeviceSearch search_;
 };
 
 }  // namespace codegemm::cuda::detail

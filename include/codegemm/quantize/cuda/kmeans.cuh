@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include <codegemm/format.hpp>
 #include <codegemm/quantize/additive.hpp>
 #include <codegemm/quantize/additive_state.hpp>
 #include <codegemm/quantize/cuda/device_work.cuh>
@@ -49,7 +50,9 @@ class DeviceVectors {
     args.x = memory_.left.data();
     args.codes = own(c);
     args.count = set_.count;
-    start(args, DeviceWork::divide(set_.count, kNearestThreads));
+    const std::int64_t blocks = DeviceWork::divide(set_.count, kNearestThreads);
+    codegemm::detail::with_vec_len(
+        set_.v, [&](auto v) { work_.start(assign_kernel<v>, args, blocks, kNearestThreads); });
   }
   void subtract(const SearchBook& book, std::int64_t c, float sign) {
     put(book);
@@ -71,12 +74,8 @@ class DeviceVectors {
     args.codes = own(c);
     args.sums = memory_.sums.data();
     args.count = set_.count;
-    switch (book.v) {
-      case 2: work_.start(means_kernel<2>, args, book.centroids, kMeansThreads); break;
-      case 4: work_.start(means_kernel<4>, args, book.centroids, kMeansThreads); break;
-      case 8: work_.start(means_kernel<8>, args, book.centroids, kMeansThreads); break;
-      default: work_.start(means_kernel<16>, args, book.centroids, kMeansThreads); break;
-    }
+    codegemm::detail::with_vec_len(
+        book.v, [&](auto v) { work_.start(means_kernel<v>, args, book.centroids, kMeansThreads); });
     return work_.get(memory_.sums.data(), size);
   }
 
@@ -85,14 +84,6 @@ class DeviceVectors {
   void put(const SearchBook& book) {
     work_.put(memory_.values, book.values);
     work_.put(memory_.half_norms, book.half_norms);
-  }
-  void start(const AssignArgs& args, std::int64_t blocks) {
-    switch (set_.v) {
-      case 2: work_.start(assign_kernel<2>, args, blocks, kNearestThreads); break;
-      case 4: work_.start(assign_kernel<4>, args, blocks, kNearestThreads); break;
-      case 8: work_.start(assign_kernel<8>, args, blocks, kNearestThreads); break;
-      default: work_.start(assign_kernel<16>, args, blocks, kNearestThreads); break;
-    }
   }
 
   const TrainingSet& set_;
@@ -123,12 +114,8 @@ inline void encode_rows(DeviceWork& work, KMeansMemory& memory, const LayerArgs&
   for (int i = 0; i < std::max(1, options.refits); ++i) {
     encode.fresh = i == 0 || layer.m == 1;
     encode.rounds = layer.m == 1 ? 0 : i == 0 ? options.encode_rounds : 1;
-    switch (layer.v) {
-      case 2: work.start(encode_kernel<2>, encode, blocks, kNearestThreads); break;
-      case 4: work.start(encode_kernel<4>, encode, blocks, kNearestThreads); break;
-      case 8: work.start(encode_kernel<8>, encode, blocks, kNearestThreads); break;
-      default: work.start(encode_kernel<16>, encode, blocks, kNearestThreads); break;
-    }
+    codegemm::detail::with_vec_len(
+        layer.v, [&](auto v) { work.start(encode_kernel<v>, encode, blocks, kNearestThreads); });
     work.start(refit_kernel<0>, refit,
                DeviceWork::divide(static_cast<std::int64_t>(layer.rows) * layer.groups, kRowThreads / 32),
                kRowThreads);

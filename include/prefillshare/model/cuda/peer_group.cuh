@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <utility>
 
 #include <cuda_runtime.h>
 
@@ -28,7 +29,9 @@ namespace prefillshare::cuda {
 /// for exactly that many would be misread.
 ///
 /// Owns nothing. The ranks may be GPUs of one process (cudaDeviceEnablePeerAccess) or of several
-/// (cudaIpcOpenMemHandle), or streams of one GPU. One stream at a time uses it.
+/// (cudaIpcOpenMemHandle), or streams of one GPU. One stream at a time uses it. Where two mailboxes lie on
+/// one GPU, no kernel behind a sum gets its place before the sum is there: one that fills the GPU and then
+/// waits would keep out the very rank that it waits for.
 class PeerGroup {
  public:
   /// How a group is used.
@@ -45,7 +48,7 @@ class PeerGroup {
   }
 
   /// mailboxes: [ranks], each as the current device reaches it; the own one's device is the current one. All
-  /// ranks have the same options. kInvalidArgument, kNullPointer, kMisaligned.
+  /// ranks have the same options. kInvalidArgument, kNullPointer, kMisaligned, kCudaError.
   [[nodiscard]] static Result<PeerGroup> create(int rank, std::span<void* const> mailboxes,
                                                 const Device& device, const Options& options) {
     const int ranks = static_cast<int>(mailboxes.size());
@@ -70,7 +73,7 @@ class PeerGroup {
     out.options_ = options;
     out.rank_ = rank;
     out.ranks_ = ranks;
-    return out;
+    return with_sharing(std::move(out));
   }
 
   [[nodiscard]] int rank() const noexcept { return rank_; }    ///< of this one
@@ -113,6 +116,22 @@ class PeerGroup {
   }
 
  private:
+  // Asks where the mailboxes are.
+  [[nodiscard]] static Result<PeerGroup> with_sharing(PeerGroup out) {
+    int gpus[kMostPeerRanks] = {};
+    for (int r = 0; r < out.ranks_; ++r) {
+      cudaPointerAttributes where = {};
+      if (Status s = codegemm::cuda::cuda_status(cudaPointerGetAttributes(&where, out.mailboxes_[r]),
+                                                 "cudaPointerGetAttributes");
+          !s.ok()) {
+        return s;
+      }
+      gpus[r] = where.device;
+      const bool known = where.type == cudaMemoryTypeDevice;
+      if (known && std::find(gpus, gpus + r, gpus[r]) != gpus + r) out.gpu_shared_ = true;
+    }
+    return out;
+  }
   [[nodiscard]] PeerExchangeArgs common() const {
     PeerExchangeArgs args;
     std::copy_n(mailboxes_, kMostPeerRanks, args.mailboxes);
@@ -120,6 +139,7 @@ class PeerGroup {
     args.timeout_ns = options_.timeout_ns;
     args.rank = rank_;
     args.ranks = ranks_;
+    args.next_early = !gpu_shared_;
     return args;
   }
   [[nodiscard]] Status exchange(void (*kernel)(PeerExchangeArgs), PeerExchangeArgs& args, std::int64_t items,
@@ -144,6 +164,7 @@ class PeerGroup {
   Options options_;
   int rank_ = 0;
   int ranks_ = 1;
+  bool gpu_shared_ = false;  // by two ranks
 };
 static_assert(RankGroup<PeerGroup>);
 

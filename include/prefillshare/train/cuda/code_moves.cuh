@@ -84,13 +84,9 @@ class DeviceCodeMoves {
   [[nodiscard]] Result<std::int64_t> move(const CodesLayers& layers, TrainStream& ts) {
     ts.zero(count_.data(), sizeof(std::int32_t));
     const MoveArgs args = args_of(layers);
-    for (const std::int32_t v : lengths_) {
-      switch (v) {
-        case 2: ts.start(move_codes_kernel<2>, args, blocks_.blocks(), kComposeThreads); break;
-        case 4: ts.start(move_codes_kernel<4>, args, blocks_.blocks(), kComposeThreads); break;
-        case 8: ts.start(move_codes_kernel<8>, args, blocks_.blocks(), kComposeThreads); break;
-        default: ts.start(move_codes_kernel<16>, args, blocks_.blocks(), kComposeThreads); break;
-      }
+    for (const std::int32_t length : lengths_) {
+      codegemm::detail::with_vec_len(
+          length, [&](auto v) { ts.start(move_codes_kernel<v>, args, blocks_.blocks(), kComposeThreads); });
     }
     std::int32_t count = 0;
     ts.copy(&count, count_.data(), sizeof(count), cudaMemcpyDeviceToHost);

@@ -337,6 +337,9 @@ class RowSearch {
                 : a_.codes_in[from * all + i];
       }
     }
+    // Paths that are not there stay zero, as products read them.
+    for (std::int64_t i = paths_ * cols + thread(); i < a_.beam * cols; i += threads())
+      a_.errors_out[row_ * a_.beam * cols + i] = 0.0F;
     for (int p = thread(); p < paths_; p += threads()) a_.losses[row_ * a_.beam + p] = loss(set_, p);
     if (thread() == 0) a_.counts[row_] = paths_;
   }

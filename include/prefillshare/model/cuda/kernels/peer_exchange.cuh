@@ -36,6 +36,7 @@ struct PeerExchangeArgs {
   int width = 0;                // gather: columns of each rank
   int rank = 0;
   int ranks = 0;
+  bool next_early = true;  // the next kernel may take its place while this one waits for the others
 };
 
 namespace detail {
@@ -77,7 +78,7 @@ template <bool kSum>
 __global__ void __launch_bounds__(kPeerThreads)
     peer_exchange_kernel(const __grid_constant__ PeerExchangeArgs a) {
   codegemm::cuda::detail::wait_for_previous_kernel();
-  codegemm::cuda::detail::allow_next_kernel();
+  if (a.next_early) codegemm::cuda::detail::allow_next_kernel();
   auto* const state = reinterpret_cast<PeerState*>(a.mailboxes[a.rank]);
   unsigned call = *const_cast<volatile unsigned*>(&state->call) + 1;
   if (call == 0) call = 2;  // cleared memory is no call's; even as the one that it stands for

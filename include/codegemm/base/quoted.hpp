@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// codegemm/io/quoted.hpp - a name out of an untrusted file, safe to print in a message.
-// Layer: io (host only).
+// codegemm/base/quoted.hpp - a name out of an untrusted file, safe to print in a message.
+// Layer: base (host only).
 #pragma once
 
 #include <cstddef>
