@@ -70,6 +70,9 @@ template <class T, class C, int HeadDim>
 using ManyRowsShape =
     AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 2, kIsFp8<C> ? 3 : 2, kIsFp8<C>, !kIsFp8<C>>;
 
+// Up to so many query rows of a K/V head decode_shared_kernel has one block a multiprocessor.
+inline constexpr std::int64_t kOneBlockRows = 64;
+
 // Where things lie in the workspace, in bytes from its start.
 struct DecodeLayout {
   int lanes = 1;
@@ -138,7 +141,10 @@ template <class T, class Y, class C>
   const int group = p.heads / p.kv.kv_heads;
   const std::int64_t sequences = p.table.sequences;
   out.wgmma = takes_wgmma(p, device, causal);
-  const int blocks = out.wgmma ? 2 * device.multiprocessors : decode_blocks<T, C>(p.kv.head_dim, device);
+  // One block a multiprocessor leaves room for the next call's, which brings its keys; two multiply more.
+  const int blocks = !out.wgmma                           ? decode_blocks<T, C>(p.kv.head_dim, device)
+                     : sequences * group <= kOneBlockRows ? device.multiprocessors
+                                                          : 2 * device.multiprocessors;
   out.lanes = p.tuning.lanes > 0 ? p.tuning.lanes : decode_lanes(p.kv.kv_heads, blocks);
   out.superblocks = std::max(blocks / out.lanes, 2);  // one of each kind
   out.tail_part_rows = std::min(group, kTailRows);

@@ -19,9 +19,8 @@
 namespace prefillshare::cuda {
 
 /// What a block of decode_shared_kernel holds in shared memory: a tile of 64 query rows, a ring of tiles of
-/// K or V, 64 keys each, all swizzled as in PrefillWgmmaShape, notes of items, and barriers. Two blocks leave
-/// a multiprocessor room for some of decode_merge_kernel, which wait beside them, and so do not keep the next
-/// call's from starting when these end. Offsets are bytes from the beginning.
+/// K or V, 64 keys each, all swizzled as in PrefillWgmmaShape, notes of items and barriers. Less than half of a multiprocessor's, so
+/// that the next call's keys come while this one multiplies. Offsets are bytes from the beginning.
 template <ScalarType Type, int HeadDim>
 struct SharedDecodeShape {
   static_assert(HeadDim % kBoxColumns == 0 && HeadDim <= 128,
@@ -44,7 +43,8 @@ struct SharedDecodeShape {
   static constexpr unsigned kBarriersAt = kNotesAt + kNoteBytes * kNotes;           ///< two a slot
   static constexpr int kSharedBytes = static_cast<int>(kBarriersAt) + 16 * kSlots;  ///< of a block
   static constexpr int kTileBoxes = kKeys / kBoxKeys;  ///< of a tile's 64 columns
-  /// Of a thread: two blocks and two of decode_merge_kernel's, or two blocks alone where weights are exact.
+  /// Of a thread: two blocks and two of decode_merge_kernel are on a multiprocessor, or two blocks alone
+  /// where weights are exact.
   static constexpr int kRegisters = kExactWeights ? 192 : 152;
   static_assert(kRows == kKeys, "prefillshare: SharedDecodeShape has one size of tiles");
   static_assert(kSlots < 2 * kNotes, "prefillshare: SharedDecodeShape has too few notes");
