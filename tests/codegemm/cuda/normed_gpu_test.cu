@@ -110,6 +110,8 @@ TEST_CASE("cuda gemm: one token's row is normalized on the way", "[gpu]") {
   }
   check_normed<Half, float>({4, 1, 8, 128}, {6144}, 8192, false, 1e-6F, device, seed++);
   check_normed<Half, float>({4, 1, 8, 128}, {64}, 16384, false, 2e4F, device, seed++);
+  // Too long for a copy into the table's place.
+  check_normed<Half, float>({4, 1, 8, 128}, {64}, 20480, false, 1.0F, device, seed++);
 }
 
 TEST_CASE("cuda gemm: what cannot normalize a row says so", "[gpu]") {

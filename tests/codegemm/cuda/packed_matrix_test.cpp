@@ -138,7 +138,7 @@ TEST_CASE("cuda plan: covers every granule and tile once, within the card") {
       REQUIRE(p.tables <= std::min(2, p.granules_per_block));
       REQUIRE(p.sums_at == static_cast<std::size_t>(p.tables) * limits.table_bytes +
                                static_cast<std::size_t>(p.granules_per_block) * limits.staged_bytes +
-                               cuda::kSquaresBytes);
+                               cuda::kSquaresBytes + cuda::kRowBarrierBytes);
       const std::size_t sums = static_cast<std::size_t>(p.tiles_per_block + pushed) * 64 * tokens;
       REQUIRE(cuda::kWindowStart + p.sums_at + sums + (p.cluster ? 8 : 0) <= p.shared_bytes);
     }

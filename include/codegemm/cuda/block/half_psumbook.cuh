@@ -57,8 +57,8 @@ struct HalfPsumbook {
   static_assert((V == 4 && Codebooks == 1) || (V == 8 && Codebooks == 2),
                 "codegemm: HalfPsumbook is for V = 4 and one codebook, or V = 8 and two");
 
-  static constexpr int kSets = 4;           ///< columns that a lane owns
-  static constexpr int kActivations = 512;  ///< k covered
+  static constexpr int kSets = 4;                        ///< columns that a lane owns
+  static constexpr int kActivations = kHalfActivations;  ///< k covered
   /// Bytes of shared memory, kWindowStart behind a multiple of that in the shared window: a code and a lane
   /// become an address by one permute.
   static constexpr int kBytes = Tokens * static_cast<int>(kHalfTableBytes);
@@ -152,48 +152,43 @@ struct HalfPsumbook {
     }
     keep(staged, words.of, finite ? unscale_of(exponent) : __int_as_float(0x7FC00000), token);
   }
-  /// What a lane holds of RMSNorm's weights for stage_products().
-  struct Factors {
-    float2 pairs[8];  ///< as the words of stage()
-  };
-  /// Those of the 512 columns from number `k0` on, of `cols`, an even number.
-  [[nodiscard]] static __device__ __forceinline__ Factors load_factors(const float* weight, int cols,
-                                                                       int k0) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    Factors out;
-#pragma unroll
-    for (int f = 0; f < 8; ++f) {
-      const int k = k0 + activation_of(lane, f);
-      out.pairs[f] = k < cols ? __ldg(reinterpret_cast<const float2*>(weight + k)) : make_float2(0.0F, 0.0F);
-    }
-    return out;
-  }
-  /// The same as stage() of fp32 activations times these.
-  static __device__ __forceinline__ void stage_products(char* staged, const float* x, const Factors& factors,
+  /// The same of fp32 activations times others, of the 512 columns from number `k0` on, of `cols`, a multiple
+  /// of 4.
+  static __device__ __forceinline__ void stage_products(char* staged, const float* x, const float* factors,
                                                         int cols, int k0) {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    float2 pairs[8];
+    float4 fours[4];
+    float4 by[4];
 #pragma unroll
-    for (int f = 0; f < 8; ++f) {
-      const int k = k0 + activation_of(lane, f);
-      pairs[f] = k < cols ? *reinterpret_cast<const float2*>(x + k) : make_float2(0.0F, 0.0F);
+    for (int f = 0; f < 4; ++f) {
+      const int k = k0 + activation_of(lane, 2 * f);
+      fours[f] = k < cols ? *reinterpret_cast<const float4*>(x + k) : float4{};
+      by[f] = k < cols ? *reinterpret_cast<const float4*>(factors + k) : float4{};
     }
     unsigned most = 0;
+    const auto times = [&](float& value, float factor) {
+      value *= factor;
+      most = max(most, __float_as_uint(value) & 0x7FFFFFFFU);
+    };
 #pragma unroll
-    for (int f = 0; f < 8; ++f) {
-      pairs[f].x *= factors.pairs[f].x;
-      pairs[f].y *= factors.pairs[f].y;
-      most = max(most,
-                 max(__float_as_uint(pairs[f].x) & 0x7FFFFFFFU, __float_as_uint(pairs[f].y) & 0x7FFFFFFFU));
+    for (int f = 0; f < 4; ++f) {
+      times(fours[f].x, by[f].x);
+      times(fours[f].y, by[f].y);
+      times(fours[f].z, by[f].z);
+      times(fours[f].w, by[f].w);
     }
     const int largest = static_cast<int>(__reduce_max_sync(0xFFFFFFFFU, most));
     const int exponent = min(135 - kLogV - (largest >> 23), 126);
     const float factor = __int_as_float((127 + exponent) << 23);
     unsigned words[8];
+    const auto halves = [&](float low, float high) {
+      const __half2 pair = __floats2half2_rn(low * factor, high * factor);
+      return *reinterpret_cast<const unsigned*>(&pair);
+    };
 #pragma unroll
-    for (int f = 0; f < 8; ++f) {
-      const __half2 pair = __floats2half2_rn(pairs[f].x * factor, pairs[f].y * factor);
-      words[f] = *reinterpret_cast<const unsigned*>(&pair);
+    for (int f = 0; f < 4; ++f) {
+      words[2 * f] = halves(fours[f].x, fours[f].y);
+      words[2 * f + 1] = halves(fours[f].z, fours[f].w);
     }
     keep(staged, words, unscale_of(exponent), 0);
   }

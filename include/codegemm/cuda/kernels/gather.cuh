@@ -12,6 +12,7 @@
 #include <codegemm/cuda/kernels/gather_tile.cuh>
 #include <codegemm/cuda/kernels/normed_row.cuh>
 #include <codegemm/cuda/kernels/output.cuh>
+#include <codegemm/cuda/kernels/row_copy.cuh>
 
 namespace codegemm::cuda {
 
@@ -70,7 +71,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   const unsigned char* at = first_tile + static_cast<unsigned>(warp) * tile_bytes;
   const unsigned step = kWarps * tile_bytes;
   Tile tile;
-  if (warp < tiles) tile.load(at, lane);
+  if constexpr (!kHalf) {
+    if (warp < tiles) tile.load(at, lane);
+  }
 
   // With a fixed format each warp keeps its share of the centroids and builds one position of the table.
   constexpr bool kFixed = Config::kVecLen != 0 && Config::kCodeBits != 0 && kWarps % kSets == 0;
@@ -98,6 +101,33 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     }
   }
 
+  // Of an address in the shared window the highest byte is the block's rank in its cluster.
+  const auto start = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const unsigned window = start & 0xFF000000U;
+  char* const table = kHalf ? shared + (window + static_cast<unsigned>(kWindowStart) - start) : shared;
+  [[maybe_unused]] const bool norms = kNormed && a.normed.x != nullptr;
+  [[maybe_unused]] const bool copies = kNormed && a.copies_row;
+  [[maybe_unused]] const detail::RowCopy copy{granule0 * kHalfActivations};
+#if __CUDA_ARCH__ >= 900
+  [[maybe_unused]] const auto turn_of = [&](int w) {  // w / ranks
+    return static_cast<int>(static_cast<unsigned>(w) * a.ranks_inverse >> 16);
+  };
+  const int rank = kCluster ? static_cast<int>(detail::cluster_rank()) : 0;
+  const unsigned table_at = kHalf ? window + static_cast<unsigned>(kWindowStart) : start;
+  const unsigned barrier = table_at + static_cast<unsigned>(a.barrier_at);
+  [[maybe_unused]] const unsigned row_barrier =
+      table_at + static_cast<unsigned>(a.sums_at) - static_cast<unsigned>(kSquaresBytes + kRowBarrierBytes);
+  if (copies && warp == kWarps - 1) {  // before its tile: of all that comes, the row is waited for longest
+    copy.prepare(a, table_at, row_barrier);
+    if constexpr (kCluster) detail::cluster_arrive();
+    detail::wait_for_previous_kernel();
+    copy.start(a, table_at, row_barrier);
+  }
+#endif
+  if constexpr (kHalf) {  // loads come in the order of their requests, and those are wanted first
+    if (warp < tiles) tile.load(at, lane);
+  }
+
   const auto prefetch_round = [&](const unsigned char* block_tiles, int round) {
     const int first = round * kWarps;
     if (first < tiles && lane == 0) {
@@ -107,33 +137,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   };
   if (warp > 0 && warp <= a.rounds_ahead) prefetch_round(first_tile, warp);
 
-  // Of an address in the shared window the highest byte is the block's rank in its cluster.
-  const auto start = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  const unsigned window = start & 0xFF000000U;
-  char* const table = kHalf ? shared + (window + static_cast<unsigned>(kWindowStart) - start) : shared;
 #if __CUDA_ARCH__ >= 900
-  [[maybe_unused]] const auto turn_of = [&](int w) {  // w / ranks
-    return static_cast<int>(static_cast<unsigned>(w) * a.ranks_inverse >> 16);
-  };
-  const int rank = kCluster ? static_cast<int>(detail::cluster_rank()) : 0;
-  const unsigned table_at = kHalf ? window + static_cast<unsigned>(kWindowStart) : start;
-  const unsigned barrier = table_at + static_cast<unsigned>(a.barrier_at);
   if constexpr (kCluster) {
-    if (warp == kWarps - 1) {
+    if (warp == kWarps - 2) {
       const bool owned = lane < kWarps && lane < tiles && lane - turn_of(lane) * ranks == rank;
       const unsigned expected = __reduce_add_sync(
           0xFFFFFFFFU, owned ? static_cast<unsigned>(tiles - lane + kWarps - 1) / kWarps : 0U);
       if (lane == 0) detail::expect_pushes(barrier, expected * static_cast<unsigned>(ranks * Tokens) * 64U);
     }
-    detail::cluster_arrive();
+    if (!copies || warp != kWarps - 1) detail::cluster_arrive();
+  } else {
+    if (copies) __syncthreads();
   }
 #endif
-  [[maybe_unused]] auto factors = detail::no_factors<Book, kHalf>();
-  if constexpr (kNormed) {
-    if (a.normed.x != nullptr && warp < granule1 - granule0) {
-      factors = Book::load_factors(a.normed.weight, a.cols, (granule0 + warp) * Book::kActivations);
-    }
-  }
 
   detail::wait_for_previous_kernel();
   Activations x[Tokens];
@@ -152,7 +168,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   };
   const int all_words = (granule1 - granule0) * Tokens;
   if constexpr (kHalf) {
-    if (!(kNormed && a.normed.x != nullptr) && warp < all_words) load_words(warp);
+    if (!norms && warp < all_words) load_words(warp);
   } else if constexpr (kFixed) {
 #pragma unroll
     for (int t = 0; t < Tokens; ++t) {
@@ -222,18 +238,23 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     }
   };
   if constexpr (kHalf) {
-    if (!kNormed || a.normed.x == nullptr) {
+    if (!norms) {
       for (int i = warp; i < all_words;) {
         Book::stage(staged(granule0 + i / Tokens), words, x[0].bf16, i % Tokens);
         i += kWarps;
         if (i < all_words) load_words(i);
       }
     } else if constexpr (kNormed) {
-      const float squares = detail::squares_of<Config::kThreads>(a.normed, a.cols);
+      NormedRow normed = a.normed;
+#if __CUDA_ARCH__ >= 900
+      if (copies) {
+        detail::wait_for_phase(row_barrier, 0);
+        normed = copy.in(table, normed, a.cols);
+      }
+#endif
+      const float squares = detail::squares_of<Config::kThreads>(normed, a.cols);
       for (int i = granule0 + warp; i < granule1; i += kWarps) {
-        const int first = i * Book::kActivations;
-        if (i != granule0 + warp) factors = Book::load_factors(a.normed.weight, a.cols, first);
-        Book::stage_products(staged(i), a.normed.x, factors, a.cols, first);
+        Book::stage_products(staged(i), normed.x, normed.weight, a.cols, i * Book::kActivations);
       }
       const float sum = detail::warp_sum(squares);
       if (lane == 0) row_sums[warp - static_cast<int>(kSquaresBytes / sizeof(float))] = sum;

@@ -28,9 +28,10 @@ struct GatherArgs {
   int granules = 0;
   RowBlocks rows;  // chunks; its halves are those of SwiGLU
   int granules_per_block = 0;
-  int splits = 0;  // of a group
-  // In a block's shared memory, from its first Psumbook on: the sums of its rows, kSquaresBytes before them;
-  // for a cluster what its blocks push here, and the barrier.
+  int splits = 0;           // of a group
+  bool copies_row = false;  // normed, see RowCopy
+  // In a block's shared memory, from its first Psumbook on: the sums of its rows, before them kSquaresBytes,
+  // before these kRowBarrierBytes; for a cluster what its blocks push here, and the barrier.
   int sums_at = 0;
   int pushed_at = 0;
   int barrier_at = 0;

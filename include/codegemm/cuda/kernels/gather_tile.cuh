@@ -96,14 +96,6 @@ template <class Book, int Tokens, bool Half>
   }
 }
 template <class Book, bool Half>
-[[nodiscard]] __device__ __forceinline__ auto no_factors() {
-  if constexpr (Half) {
-    return typename Book::Factors{};
-  } else {
-    return 0;
-  }
-}
-template <class Book, bool Half>
 [[nodiscard]] __device__ __forceinline__ auto no_words() {
   if constexpr (Half) {
     return typename Book::Words{};

@@ -21,6 +21,7 @@ namespace detail {
 template <int Threads>
 [[nodiscard]] __device__ __forceinline__ float squares_of(const NormedRow& row, int cols) {
   float sum = 0.0F;
+#pragma unroll 1  // one or two in most cases
   for (int at = static_cast<int>(threadIdx.x) * 4; at < cols; at += Threads * 4) {
     const float4 x = *reinterpret_cast<const float4*>(row.x + at);
     sum += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;

@@ -190,6 +190,11 @@ struct GatherRegime {
     args.slots = (kWarps + plan.ranks - 1) / plan.ranks * args.most;
     args.pushed_at = args.sums_at + Tokens * plan.tiles_per_block * kTileRows * 4;
     args.barrier_at = args.pushed_at + plan.ranks * Tokens * args.slots * kTileRows * 4;
+    if constexpr (kHalfPsumbook<Config>) {
+      const auto floats = static_cast<std::size_t>(args.cols + plan.granules_per_block * kHalfActivations);
+      args.copies_row = device.arch >= 90 && args.normed.x != nullptr &&
+                        floats * sizeof(float) <= static_cast<std::size_t>(plan.tables) * kHalfTableBytes;
+    }
     // In many rounds the loads of the next tiles keep the memory busy, and asking ahead gets in their way.
     args.rounds_ahead = args.most >= 4 ? 0 : p.tuning.rounds_ahead;
     args.counters = static_cast<unsigned*>(workspace);

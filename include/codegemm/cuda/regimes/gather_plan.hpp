@@ -90,7 +90,7 @@ struct GatherLimits {
       p.tables = tables;
       p.sums_at = limits.table_bytes * static_cast<std::size_t>(tables) +
                   limits.staged_bytes * static_cast<std::size_t>(granules_per_block) +
-                  (half ? kSquaresBytes : 0);
+                  (half ? kSquaresBytes + kRowBarrierBytes : 0);
       const std::size_t fixed = head + p.sums_at + static_cast<std::size_t>(owned) * tile_sums + 8;
       if (fixed >= limits.shared_bytes) return std::int64_t{0};
       const auto room = static_cast<std::int64_t>((limits.shared_bytes - fixed) / tile_sums);

@@ -27,6 +27,11 @@ struct RopeArgs {
   }
   // Cosine and sine of a pair's angle. Past the table's end its last angles (an assertion in debug).
   [[nodiscard]] __device__ __forceinline__ float2 of(int position, int pair, int half) const {
+    return of(position, pair, half, cos != nullptr ? 0.0F : frequencies[pair]);
+  }
+  // The same with the pair's frequency, for where there is no table.
+  [[nodiscard]] __device__ __forceinline__ float2 of(int position, int pair, int half,
+                                                     float frequency) const {
     CODEGEMM_ASSERT(cos == nullptr || position < positions);
     float2 out;
     if (cos != nullptr) {
@@ -34,7 +39,7 @@ struct RopeArgs {
       out = make_float2(cos[at], sin[at]);
     } else {
       // Rounded as RopeTable rounds it: an fp32 product.
-      sincosf(static_cast<float>(position) * frequencies[pair], &out.y, &out.x);
+      sincosf(static_cast<float>(position) * frequency, &out.y, &out.x);
     }
     return out;
   }

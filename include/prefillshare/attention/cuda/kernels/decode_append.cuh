@@ -65,6 +65,7 @@ namespace detail {
 struct NewestToken {
   const DecodeAppendArgs& a;
   float2* angles = nullptr;  // shared memory, [head_dim / 2]
+  float frequency = 0.0F;    // of this thread's pair, if it has one and there is no table of angles
   int position = 0;
   int sequence = 0;
   int kv_head = 0;
@@ -75,7 +76,7 @@ struct NewestToken {
     constexpr int kPairs = Shape::kHeadDim / 2;
     static_assert(kPairs <= Shape::kThreads, "prefillshare: a thread for each pair of a head");
     const int pair = static_cast<int>(threadIdx.x);
-    if (pair < kPairs && a.rope.turns()) angles[pair] = a.rope.of(position, pair, kPairs);
+    if (pair < kPairs && a.rope.turns()) angles[pair] = a.rope.of(position, pair, kPairs, frequency);
   }
 
   // K and V to element `at` of the pages and to row `row` of a group in shared memory. One warp.
@@ -177,8 +178,13 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   if (!a.overlap) codegemm::cuda::detail::wait_for_previous_kernel();
   codegemm::cuda::detail::allow_next_kernel();
   const int first_page = a.indptr[sequence];
-  const int pages = a.indptr[sequence + 1] - first_page;
-  const int keys_end = pages > 0 ? (pages - 1) * a.kv.page_size + a.last_page_len[sequence] : 0;
+  const int end_page = a.indptr[sequence + 1];
+  const int last_page_len = a.last_page_len[sequence];
+  float frequency = 0.0F;
+  if (a.rope.cos == nullptr && a.rope.frequencies != nullptr && threadIdx.x < Shape::kHeadDim / 2)
+    frequency = a.rope.frequencies[threadIdx.x];
+  const int pages = end_page - first_page;
+  const int keys_end = pages > 0 ? (pages - 1) * a.kv.page_size + last_page_len : 0;
   const unsigned ring = shared + static_cast<unsigned>(warp * Shape::kRingBytes);
   const unsigned ring_barriers =
       shared + static_cast<unsigned>(Shape::kBarriersAt + warp * Shape::kStages * 8);
@@ -208,15 +214,21 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     return __ldg(a.indices + first_page + slot) * a.kv.page_stride +
            (key - slot * a.kv.page_size) * a.kv.token_stride + kv_head * a.kv.head_stride;
   };
-  // Asks for the warp's i-th group, but for the newest key; zeros behind it.
-  const auto ask = [&](int i) {
-    const int first = (first_group + warp + i * Shape::kWarps) * kGroupKeys;
-    const int row = lane % kGroupKeys;
+  // This lane's key of the warp's i-th group, and where an older one than the newest lies.
+  const int own_row = lane % kGroupKeys;
+  const auto first_of = [&](int i) { return (first_group + warp + i * Shape::kWarps) * kGroupKeys; };
+  const auto place_of = [&](int i) {
+    const int key = first_of(i) + own_row;
+    return key < keys_end - 1 ? element_of(key) : 0;
+  };
+  // Asks for that group, but for the newest key; zeros behind it.
+  const auto ask = [&](int i, std::int64_t element) {
+    const int first = first_of(i);
     const bool of_v = lane >= kGroupKeys;
-    const int key = first + row;
+    const int key = first + own_row;
     const unsigned ready = ring_barriers + static_cast<unsigned>(i % Shape::kStages) * 8U;
     const unsigned to =
-        group_at(i) + static_cast<unsigned>((of_v ? Shape::kTileBytes : 0) + Shape::place(row, 0));
+        group_at(i) + static_cast<unsigned>((of_v ? Shape::kTileBytes : 0) + Shape::place(own_row, 0));
     constexpr unsigned kBytes = Shape::kHeadDim * 2;
     if (lane == 0) {
       const int older = min(max(keys_end - 1 - first, 0), kGroupKeys);
@@ -224,12 +236,18 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
     __syncwarp();
     if (key < keys_end - 1) {
-      codegemm::cuda::detail::copy_bulk(to, (of_v ? a.kv.v : a.kv.k) + element_of(key), kBytes, ready);
+      codegemm::cuda::detail::copy_bulk(to, (of_v ? a.kv.v : a.kv.k) + element, kBytes, ready);
     } else if (key >= keys_end) {
       for (unsigned at = 0; at < kBytes; at += 16) detail::store_shared16(to + at, make_uint4(0, 0, 0, 0));
     }
   };
-  for (int i = 0; i < min(mine, Shape::kStages); ++i) ask(i);
+  std::int64_t places[Shape::kStages];  // looked up together
+#pragma unroll
+  for (int i = 0; i < Shape::kStages; ++i) places[i] = i < mine ? place_of(i) : 0;
+#pragma unroll
+  for (int i = 0; i < Shape::kStages; ++i) {
+    if (i < mine) ask(i, places[i]);
+  }
 
   QueryRows rows;
   rows.q = a.q;
@@ -238,26 +256,27 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   rows.first_head = kv_head * a.group;
   rows.group = a.group;
   rows.rows = a.group;
-  const detail::NewestToken newest{a, reinterpret_cast<float2*>(append_memory + Shape::kAnglesAt),
-                                   keys_end - 1, sequence, kv_head};
+  const detail::NewestToken newest{a,         reinterpret_cast<float2*>(append_memory + Shape::kAnglesAt),
+                                   frequency, keys_end - 1,
+                                   sequence,  kv_head};
   // The warp whose group ends the sequence.
   const bool appends = mine > 0 && first_group + warp + (mine - 1) * Shape::kWarps == groups - 1;
   const std::int64_t newest_at = appends ? element_of(keys_end - 1) : 0;
   const auto append = [&] {
     newest.append<Shape>(newest_at, (keys_end - 1) % kGroupKeys, group_at(mine - 1));
   };
-  newest.find_angles<Shape>();
-  __syncthreads();
-  codegemm::cuda::detail::wait_for_previous_kernel();
+  codegemm::cuda::detail::wait_for_previous_kernel();  // mostly over: blocks start as those in front end
   detail::Queries<Shape> queries;
   queries.load(rows, shared);
+  newest.find_angles<Shape>();  // while they come
+  __syncthreads();
   if (appends && mine <= Shape::kStages) append();
   newest.turn(queries);
   AttendState<Shape> state;
   state.clear();
   const auto limit = [&](int, int) { return keys_end; };
   for (int i = 0; i < mine; ++i) {
-    const int first = (first_group + warp + i * Shape::kWarps) * kGroupKeys;
+    const int first = first_of(i);
     codegemm::cuda::detail::wait_for_phase(ring_barriers + static_cast<unsigned>(i % Shape::kStages) * 8U,
                                            static_cast<unsigned>(i / Shape::kStages) & 1U);
     __syncwarp();
@@ -268,7 +287,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
                         a.scale_log2);
     __syncwarp();
     if (i + Shape::kStages >= mine) continue;
-    ask(i + Shape::kStages);
+    ask(i + Shape::kStages, place_of(i + Shape::kStages));
     if (appends && i + Shape::kStages == mine - 1) append();
   }
   state.finish(1.0F);
