@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // bench/kv_gpu.cu - suite kv-gpu: attention over pages at the head shapes of Llama-3 8B and 70B: decode,
-// decode with a shared prefix beside the plain path over the same pages and over a copy for each sequence,
+// decode with a shared prefix beside the plain path, over the same pages and over a copy for each sequence,
 // and prefill; blocks to pinned host memory and back.
 //
 // Each time is the median of replays of a CUDA graph that holds many calls over different caches, 600 MB in

@@ -14,6 +14,7 @@
 #include <prefillshare/attention/cuda/kernels/decode.cuh>
 #include <prefillshare/attention/cuda/kernels/decode_merge.cuh>
 #include <prefillshare/attention/cuda/kernels/decode_prepare.cuh>
+#include <prefillshare/attention/cuda/kernels/decode_shared.cuh>
 #include <prefillshare/attention/cuda/problem.cuh>
 #include <prefillshare/attention/cuda/tuning.hpp>
 
@@ -29,9 +30,10 @@ struct SharedPrefixes {
 };
 
 /// out[i][h] = softmax(scale * q[i][h] . K) V over all keys of sequence i, zeros if there are none. Scores
-/// and sums are fp32; weights are rounded to bf16 only where keys are shared and a K/V head has more than 256
-/// query rows in all, to fp16 with fp16 queries. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y:
-/// these or float; C, the cache's type: T, or Fp8E4M3 with a scale for K and one for V.
+/// and sums are fp32; weights are rounded to fp16 with fp16 queries, to bf16 only where keys are shared and a
+/// K/V head has more than 256 query rows in all, but not on Hopper, pages of whole 16 tokens and heads of 64
+/// or 128. T: __half, __nv_bfloat16 (or codegemm::Half, BFloat16); Y: these or float; C, the cache's type: T,
+/// or Fp8E4M3 with a scale for K and one for V.
 template <class T, class Y = T, class C = T>
 struct DecodeProblem {
   static_assert(detail::kIsCacheType<T>,
@@ -68,6 +70,9 @@ template <class T, class C, int HeadDim>
 using ManyRowsShape =
     AttendShape<ScalarOf<T>::kType, HeadDim, 4, 1, 2, kIsFp8<C> ? 3 : 2, kIsFp8<C>, !kIsFp8<C>>;
 
+// Up to so many query rows of a K/V head decode_shared_kernel has one block a multiprocessor.
+inline constexpr std::int64_t kOneBlockRows = 64;
+
 // Where things lie in the workspace, in bytes from its start.
 struct DecodeLayout {
   int lanes = 1;
@@ -75,6 +80,8 @@ struct DecodeLayout {
   std::int64_t tail_parts = 0;
   std::int64_t shared_parts = 0;
   int tail_part_rows = 0;
+  int shared_part_rows = kManyRows;
+  bool wgmma = false;  // decode_shared_kernel
   std::size_t arrivals = 0;
   std::size_t starts = 0;
   std::size_t tail_families = 0;
@@ -106,6 +113,12 @@ template <class T, class C>
   return device.multiprocessors * std::clamp((device.shared_bytes + 1024) / bytes, 1, 2);
 }
 
+// decode_shared_kernel takes it.
+template <class T, class Y, class C>
+[[nodiscard]] bool takes_wgmma(const DecodeProblem<T, Y, C>& p, const Device& device, bool causal) {
+  return !causal && !kIsFp8<C> && shares(p, causal) && device.arch == 90 && device.wgmma && has_boxes(p.kv);
+}
+
 // No group can have more query rows of a K/V head than the kernel of few takes.
 template <class T, class Y, class C>
 [[nodiscard]] bool has_few_rows(const DecodeProblem<T, Y, C>& p) {
@@ -127,7 +140,11 @@ template <class T, class Y, class C>
   DecodeLayout out;
   const int group = p.heads / p.kv.kv_heads;
   const std::int64_t sequences = p.table.sequences;
-  const int blocks = decode_blocks<T, C>(p.kv.head_dim, device);
+  out.wgmma = takes_wgmma(p, device, causal);
+  // One block a multiprocessor leaves room for the next call's, which brings its keys; two multiply more.
+  const int blocks = !out.wgmma                           ? decode_blocks<T, C>(p.kv.head_dim, device)
+                     : sequences * group <= kOneBlockRows ? device.multiprocessors
+                                                          : 2 * device.multiprocessors;
   out.lanes = p.tuning.lanes > 0 ? p.tuning.lanes : decode_lanes(p.kv.kv_heads, blocks);
   out.superblocks = std::max(blocks / out.lanes, 2);  // one of each kind
   out.tail_part_rows = std::min(group, kTailRows);
@@ -140,6 +157,7 @@ template <class T, class Y, class C>
     const std::int64_t tiles = sequences * group / rows_of(WorkKind::kSomeRows) +
                                std::min<std::int64_t>(p.prefixes.groups, sequences);
     out.shared_parts = all_blocks + tiles * p.kv.kv_heads;
+    if (out.wgmma) out.shared_part_rows = rows_of(WorkKind::kSomeRows);
   }
   std::size_t at = 0;
   const auto place = [&](std::size_t& where, std::int64_t count, std::size_t size) {
@@ -155,8 +173,8 @@ template <class T, class Y, class C>
   place(out.shared_families, groups, sizeof(KeyFamily));
   place(out.tail_top, out.tail_parts * out.tail_part_rows, sizeof(float2));
   place(out.tail_out, out.tail_parts * out.tail_part_rows, row);
-  place(out.shared_top, out.shared_parts * kManyRows, sizeof(float2));
-  place(out.shared_out, out.shared_parts * kManyRows, row);
+  place(out.shared_top, out.shared_parts * out.shared_part_rows, sizeof(float2));
+  place(out.shared_out, out.shared_parts * out.shared_part_rows, row);
   out.bytes = at;
   return out;
 }
@@ -185,7 +203,7 @@ template <class T, class Y, class C>
   args.group = p.heads / p.kv.kv_heads;
   args.lanes = at.lanes;
   args.superblocks = at.superblocks;
-  args.few = !causal && has_few_rows(p);
+  args.few = at.wgmma || (!causal && has_few_rows(p));
   args.min_tiles = p.tuning.min_tiles;
   args.many_rows_cost = p.tuning.many_rows_cost;
   args.tail_item_cost = p.tuning.tail_item_cost;
@@ -199,10 +217,10 @@ template <class T, class Y, class C>
   return codegemm::cuda::launch(decode_prepare_kernel<0>, shape, args, stream);
 }
 
-// What run() launches, after its checks.
-template <DecodeSort Sort, class T, class Y, class C>
-[[nodiscard]] Status launch_decode(const DecodeProblem<T, Y, C>& p, const DecodeLayout& at,
-                                   const Device& device, void* workspace, cudaStream_t stream) {
+// What the kernels of run() read, but for their boxes and arrivals.
+template <class T, class Y, class C>
+[[nodiscard]] DecodeArgs decode_args(const DecodeProblem<T, Y, C>& p, const DecodeLayout& at,
+                                     const Device& device, void* workspace) {
   auto* const base = static_cast<std::byte*>(workspace);
   DecodeArgs args;
   args.kv = source_of(p.kv);
@@ -224,16 +242,14 @@ template <DecodeSort Sort, class T, class Y, class C>
   args.partials[0] = {reinterpret_cast<float*>(base + at.tail_out),
                       reinterpret_cast<float2*>(base + at.tail_top), at.tail_part_rows};
   args.partials[1] = {reinterpret_cast<float*>(base + at.shared_out),
-                      reinterpret_cast<float2*>(base + at.shared_top), kManyRows};
-  // One block adds up quickly what some ten others have of an item; more parts are left to a kernel's many
-  // blocks.
-  constexpr std::int64_t kMostParts = 10;
-  const std::int64_t items = std::int64_t{p.table.sequences} * p.kv.kv_heads;
-  const bool in_last_block =
-      Sort == DecodeSort::kAlone && items * kMostParts >= std::int64_t{at.superblocks} * at.lanes;
-  if (in_last_block) args.arrivals = reinterpret_cast<unsigned*>(base + at.arrivals);
-  DecodeMergeArgs merge;
-  merge.shared_only = in_last_block;
+                      reinterpret_cast<float2*>(base + at.shared_top), at.shared_part_rows};
+  return args;
+}
+
+// Puts the parts of `args` together. What else it is told is in `merge`.
+template <int HeadDim>
+[[nodiscard]] Status launch_merge(DecodeMergeArgs merge, const DecodeArgs& args, const Device& device,
+                                  cudaStream_t stream) {
   merge.tails = args.families[0];
   merge.shared = args.families[1];
   merge.tail_partials = args.partials[0];
@@ -244,7 +260,38 @@ template <DecodeSort Sort, class T, class Y, class C>
   merge.sequences = args.sequences;
   merge.kv_heads = args.kv_heads;
   merge.group = args.group;
-  merge.lanes = at.lanes;
+  merge.lanes = args.lanes;
+  // The fewer rows, the more parts each has, and the more warps to share them.
+  const std::int64_t rows = std::int64_t{args.sequences} * args.kv_heads * args.group;
+  const std::int64_t block_rows = rows <= std::int64_t{2} * device.multiprocessors   ? 1
+                                  : rows < std::int64_t{16} * device.multiprocessors ? 2
+                                                                                     : 4;
+  codegemm::cuda::LaunchShape shape;
+  shape.overlap = device.arch >= 90;
+  shape.grid = dim3(static_cast<unsigned>((rows + block_rows - 1) / block_rows));
+  shape.threads = kMergeThreads;
+  const auto kernel = block_rows == 1   ? decode_merge_kernel<HeadDim, 4>
+                      : block_rows == 2 ? decode_merge_kernel<HeadDim, 2>
+                                        : decode_merge_kernel<HeadDim, 1>;
+  return codegemm::cuda::launch(kernel, shape, merge, stream);
+}
+
+// What run() launches, after its checks.
+template <DecodeSort Sort, class T, class Y, class C>
+[[nodiscard]] Status launch_decode(const DecodeProblem<T, Y, C>& p, const DecodeLayout& at,
+                                   const Device& device, void* workspace, cudaStream_t stream) {
+  DecodeArgs args = decode_args(p, at, device, workspace);
+  // One block adds up quickly what some ten others have of an item; more parts are left to a kernel's many
+  // blocks.
+  constexpr std::int64_t kMostParts = 10;
+  const std::int64_t items = std::int64_t{p.table.sequences} * p.kv.kv_heads;
+  const bool in_last_block =
+      Sort == DecodeSort::kAlone && items * kMostParts >= std::int64_t{at.superblocks} * at.lanes;
+  if (in_last_block) {
+    args.arrivals = reinterpret_cast<unsigned*>(static_cast<std::byte*>(workspace) + at.arrivals);
+  }
+  DecodeMergeArgs merge;
+  merge.shared_only = in_last_block;
   merge.few = Sort == DecodeSort::kSharedFew;
 
   Status status;
@@ -272,18 +319,39 @@ template <DecodeSort Sort, class T, class Y, class C>
         }
         static_cast<void>(status = codegemm::cuda::launch(attend, shape, args, stream));
         if (!status.ok() || (Sort == DecodeSort::kAlone && merge.shared_only)) return;
-        // The fewer rows, the more parts each has, and the more warps to share them.
-        const std::int64_t rows = std::int64_t{p.table.sequences} * p.heads;
-        const std::int64_t block_rows = rows <= std::int64_t{2} * device.multiprocessors   ? 1
-                                        : rows < std::int64_t{16} * device.multiprocessors ? 2
-                                                                                           : 4;
-        shape.grid = dim3(static_cast<unsigned>((rows + block_rows - 1) / block_rows));
-        shape.threads = kMergeThreads;
-        shape.shared_bytes = 0;
-        const auto kernel = block_rows == 1   ? decode_merge_kernel<c.kHeadDim, 4>
-                            : block_rows == 2 ? decode_merge_kernel<c.kHeadDim, 2>
-                                              : decode_merge_kernel<c.kHeadDim, 1>;
-        static_cast<void>(status = codegemm::cuda::launch(kernel, shape, merge, stream));
+        static_cast<void>(status = launch_merge<c.kHeadDim>(merge, args, device, stream));
+      }));
+  return status;
+}
+
+// The same with decode_shared_kernel.
+template <class T, class Y, class C>
+[[nodiscard]] Status launch_decode_shared(const DecodeProblem<T, Y, C>& p, const DecodeLayout& at,
+                                          const Device& device, void* workspace, cudaStream_t stream) {
+  DecodeArgs args = decode_args(p, at, device, workspace);
+  if (!describe_pages(p.kv, args.maps)) {
+    return error(StatusCode::kUnsupported, "cuda decode: the copy engine takes no pages of strides ",
+                 p.kv.page_stride, ", ", p.kv.token_stride, " and ", p.kv.head_stride);
+  }
+  DecodeMergeArgs merge;
+  merge.few = true;
+  merge.parts_only = true;
+  Status status;
+  static_cast<void>(codegemm::first_match(
+      HeadSizes{}, [&](auto c) { return c.kHeadDim == p.kv.head_dim; },
+      [&](auto c) {
+        if constexpr (!kIsFp8<C> && c.kHeadDim % kBoxColumns == 0) {
+          using Shape = SharedDecodeShape<ScalarOf<T>::kType, c.kHeadDim>;
+          codegemm::cuda::LaunchShape shape;
+          shape.overlap = true;
+          shape.grid = dim3(static_cast<unsigned>(at.superblocks * at.lanes));
+          shape.threads = Shape::kThreads;
+          shape.shared_bytes = Shape::kSharedBytes;
+          static_cast<void>(status =
+                                codegemm::cuda::launch(decode_shared_kernel<Shape>, shape, args, stream));
+          if (!status.ok()) return;
+          static_cast<void>(status = launch_merge<c.kHeadDim>(merge, args, device, stream));
+        }
       }));
   return status;
 }
@@ -359,9 +427,10 @@ template <class T, class Y, class C>
   if (p.table.sequences == 0) return {};
   const detail::DecodeLayout at = detail::decode_layout(p, device);
   if (Status s = detail::check_workspace("cuda decode", workspace, size, at.bytes); !s.ok()) return s;
-  const auto launch = !detail::shares(p, false) ? detail::launch_decode<DecodeSort::kAlone, T, Y, C>
-                      : detail::has_few_rows(p) ? detail::launch_decode<DecodeSort::kSharedFew, T, Y, C>
-                                                : detail::launch_decode<DecodeSort::kShared, T, Y, C>;
+  const auto launch = at.wgmma                    ? detail::launch_decode_shared<T, Y, C>
+                      : !detail::shares(p, false) ? detail::launch_decode<DecodeSort::kAlone, T, Y, C>
+                      : detail::has_few_rows(p)   ? detail::launch_decode<DecodeSort::kSharedFew, T, Y, C>
+                                                  : detail::launch_decode<DecodeSort::kShared, T, Y, C>;
   return launch(p, at, device, workspace, stream);
 }
 

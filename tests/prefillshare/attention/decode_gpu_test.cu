@@ -132,9 +132,13 @@ TEST_CASE("cuda decode: a small one of each kind") {
   check<BFloat16, float>(
       {{16, cuda::KvLayout::kNhd, 1, 4, 64}, {90, 100, 80, 200}, {{0, 3, 5}}, cuda::SharedPath::kAlways},
       seed);
+  check<Half, Half>(
+      {{16, cuda::KvLayout::kHnd, 2, 8, 128}, {200, 192, 300, 90}, {{0, 3, 12}}, cuda::SharedPath::kAlways},
+      seed);
   check<Half, float>(
       {{5, cuda::KvLayout::kHnd, 1, 4, 64}, {90, 100, 80, 200}, {{0, 3, 16}}, cuda::SharedPath::kAlways},
       seed);
+  check<BFloat16, float, Fp8E4M3>({{16, cuda::KvLayout::kNhd, 1, 4, 128}, {200, 0, 1, 70}, kNoGroups}, seed);
 }
 
 TEST_CASE("cuda decode: groups, page sizes, head sizes, layouts") {
@@ -217,6 +221,66 @@ TEST_CASE("cuda decode: a cache of fp8 with scales") {
     }
   }
   check<BFloat16, float, Fp8E4M3>({{16, cuda::KvLayout::kNhd, 8, 8, 128}, {3000, 17, 5003}, kNoGroups}, seed);
+}
+
+// Lets the next kernel start, and writes rows of the cache long after that has asked for its first keys.
+__global__ void write_late_kernel(std::uint16_t* cache, const std::uint16_t* right, const std::int64_t* rows,
+                                  int count, int elements) {
+  codegemm::cuda::detail::allow_next_kernel();
+  for (const long long start = clock64(); clock64() - start < 1'000'000;) {
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < count * elements; i += static_cast<int>(blockDim.x)) {
+    const std::int64_t at = rows[i / elements] + i % elements;
+    cache[at] = right[at];
+  }
+}
+
+template <class T>
+void check_late(const Case& c, std::uint64_t seed) {
+  const auto device = gpu_or_skip();
+  CAPTURE(seed, c.shape.page_size, c.shape.head_dim, c.lengths, c.groups.size());
+  Rng rng(seed);
+  Fixture<T, float> f(c, device, rng);
+  std::vector<T> stale = f.batch.values;
+  std::vector<std::int64_t> rows;
+  for (std::size_t i = 0; i < c.lengths.size(); ++i) {
+    for (int h = 0; h < c.shape.kv_heads; ++h) {
+      for (const bool v : {false, true}) {
+        const std::size_t at = f.batch.offset(i, c.lengths[i] - 1, h, v);
+        rows.push_back(static_cast<std::int64_t>(at));
+        for (int d = 0; d < c.shape.head_dim; ++d) stale[at + static_cast<std::size_t>(d)].bits = 0xFFFF;
+      }
+    }
+  }
+  DeviceBuffer<T> right(f.batch.values);
+  DeviceBuffer<std::int64_t> rows_device(rows);
+  f.enqueue(nullptr);
+  REQUIRE_CUDA(cudaDeviceSynchronize());
+  f.cache.upload(stale);
+  f.out.poison();
+  f.problem.overlap = true;
+  write_late_kernel<<<1, 256>>>(reinterpret_cast<std::uint16_t*>(f.cache.data()),
+                                reinterpret_cast<const std::uint16_t*>(right.data()), rows_device.data(),
+                                static_cast<int>(rows.size()), c.shape.head_dim);
+  REQUIRE(cuda::run(f.problem, device, f.workspace.data(), f.workspace.size(), nullptr).ok());
+  REQUIRE_CUDA(cudaDeviceSynchronize());
+  const bool rounded = std::is_same_v<T, BFloat16> && !c.groups.empty();
+  CHECK(furthest(f.reference(), f.out.download(), f.cols, f.stride,
+                 rounded ? kTolerancePrefillBFloat16 : kTolerance) <= 1.0);
+}
+
+TEST_CASE("cuda decode: the kernel before writes each sequence's newest key") {
+  const std::uint64_t seed = seed_or(8);
+  for (const int head_dim : {64, 128}) {
+    for (const int page_size : {5, 16}) {
+      const BatchShape shape{page_size, cuda::KvLayout::kNhd, 2, 4, head_dim};
+      check_late<Half>({shape, {200, 1, 70, 1500, 64, 65}, kNoGroups}, seed);
+      // Tails of one key, of whole tiles, and of many parts; a sequence that ends with what is shared.
+      const int shared = 640 / page_size;
+      check_late<Half>({shape, {641, 704, 900, 2000, 705}, {{0, 5, shared}}}, seed);
+      check_late<BFloat16>({shape, {900, 640, 1000, 77}, {{0, 3, shared}}}, seed);
+    }
+  }
 }
 
 TEST_CASE("cuda decode: a graph follows lengths, pages and groups that change") {

@@ -199,14 +199,22 @@ template <class T>
   return out;
 }
 
+// Whether pages of these sizes have whole boxes.
+template <class C>
+[[nodiscard]] bool has_boxes(const KvPages<const C>& kv) {
+  return kv.page_size % kBoxKeys == 0 && kv.head_dim * sizeof(C) % (kBoxColumns * 2U) == 0 &&
+         codegemm::cuda::detail::tensor_map_encoder() != nullptr;
+}
+
 // Whether the pages have boxes: whole ones, and strides that the copy engine takes.
 template <class C>
 [[nodiscard]] bool describe_pages(const KvPages<const C>& kv, PageMaps& maps) {
   const auto encode = codegemm::cuda::detail::tensor_map_encoder();
-  if (encode == nullptr || kv.page_size % kBoxKeys != 0 || kv.head_dim % kBoxColumns != 0) return false;
+  if (!has_boxes(kv)) return false;
   const auto bytes = [](std::int64_t elements) { return static_cast<cuuint64_t>(elements) * sizeof(C); };
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(kv.head_dim), static_cast<cuuint64_t>(kv.kv_heads),
-                               static_cast<cuuint64_t>(kv.page_size), static_cast<cuuint64_t>(kv.pages)};
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(kv.head_dim) * sizeof(C) / 2,
+                               static_cast<cuuint64_t>(kv.kv_heads), static_cast<cuuint64_t>(kv.page_size),
+                               static_cast<cuuint64_t>(kv.pages)};
   const cuuint64_t strides[3] = {bytes(kv.head_stride), bytes(kv.token_stride), bytes(kv.page_stride)};
   const cuuint32_t box[4] = {kBoxColumns, 1, kBoxKeys, 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};

@@ -16,9 +16,8 @@ namespace prefillshare::cuda {
 
 /// Blocks of this shape can have boxes: each warp has 16 keys of a tile, which it alone multiplies.
 template <class Shape>
-inline constexpr bool kHasBoxes =
-    !Shape::kFp8 && !Shape::kQueriesInShared && Shape::kWarpsN == Shape::kWarps &&
-    Shape::kSlice == kBoxKeys && Shape::kHeadDim % kBoxColumns == 0;
+inline constexpr bool kHasBoxes = !Shape::kQueriesInShared && Shape::kWarpsN == Shape::kWarps &&
+                                  Shape::kSlice == kBoxKeys && Shape::kRowChunks * 8 % kBoxColumns == 0;
 
 /// Bytes of the barriers of a block's stages, one a warp and stage.
 template <class Shape>
@@ -72,7 +71,8 @@ namespace detail {
 template <class Shape>
 struct BoxLoader {
   static constexpr unsigned kStageBytes = 2 * Shape::kTileBytes;
-  static constexpr unsigned kHalfBytes = kTileKeys * kBoxColumns * 2;  // 64 columns of a tile
+  static constexpr unsigned kHalfBytes = kTileKeys * kBoxColumns * 2;  // the boxes' columns of a tile
+  static constexpr int kBoxes = Shape::kRowChunks * 8 / kBoxColumns;   // beside each other
 
   const KvSource& kv;
   const PageMaps& maps;
@@ -81,27 +81,41 @@ struct BoxLoader {
   int kv_head;
   int begin;  // of this warp's keys in the first tile
   int end;
-  int page = -1;  // of the tile looked up last, -1: this warp has no key of it
-  int slot = 0;
+  // Lane l's are of tiles l and l + 32 from a multiple of 32 on, so that 32 are looked up at once and long
+  // before; -1: this warp has no key of it.
+  int page = -1;
+  int page_ahead = -1;
 
-  __device__ __forceinline__ void look_up(int tile) {
+  [[nodiscard]] __device__ __forceinline__ int look_up(int tile) const {
     const int key = begin + tile * kTileKeys;
-    const int number = page_of(kv, key);
-    slot = key - number * kv.page_size;
-    page = key < end ? __ldg(pages + number) : -1;
+    return key < end ? __ldg(pages + page_of(kv, key)) : -1;
   }
-  // The tile looked up last. Lane 0.
-  __device__ __forceinline__ void ask(unsigned stage, unsigned barrier) const {
-    if (page < 0) return;
-    CODEGEMM_ASSERT(page < kv.pages);
-    codegemm::cuda::detail::arrive_and_expect(barrier, 2U * kBoxKeys * Shape::kHeadDim * 2U);
+  __device__ __forceinline__ void look_up_first() {
+    page = look_up(static_cast<int>(threadIdx.x) % 32);
+    page_ahead = look_up(static_cast<int>(threadIdx.x) % 32 + 32);
+  }
+  // The tiles are asked for one after the other. All lanes.
+  __device__ __forceinline__ void ask(int tile, unsigned stage, unsigned barrier) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (tile > 0 && tile % 32 == 0) {
+      page = page_ahead;
+      page_ahead = look_up(tile + 32 + lane);
+    }
+    const int of_tile = __shfl_sync(0xFFFFFFFFU, page, tile % 32);
+    if (lane == 0 && of_tile >= 0) ask_page(begin + tile * kTileKeys, of_tile, stage, barrier);
+  }
+  // The warp's keys from `key` on, which are in this page. One lane.
+  __device__ __forceinline__ void ask_page(int key, int of_key, unsigned stage, unsigned barrier) const {
+    CODEGEMM_ASSERT(of_key < kv.pages);
+    const int slot = key - page_of(kv, key) * kv.page_size;
+    codegemm::cuda::detail::arrive_and_expect(barrier, 2U * kBoxKeys * Shape::kRowChunks * 16U);
     const unsigned to = shared + stage * kStageBytes + threadIdx.x / 32U * (kBoxKeys * kBoxColumns * 2U);
 #pragma unroll
-    for (int half = 0; half < Shape::kHeadDim / kBoxColumns; ++half) {
+    for (int half = 0; half < kBoxes; ++half) {
       const unsigned at = to + static_cast<unsigned>(half) * kHalfBytes;
-      codegemm::cuda::detail::copy_box_4(at, &maps.k, half * kBoxColumns, kv_head, slot, page, barrier);
+      codegemm::cuda::detail::copy_box_4(at, &maps.k, half * kBoxColumns, kv_head, slot, of_key, barrier);
       codegemm::cuda::detail::copy_box_4(at + static_cast<unsigned>(Shape::kTileBytes), &maps.v,
-                                         half * kBoxColumns, kv_head, slot, page, barrier);
+                                         half * kBoxColumns, kv_head, slot, of_key, barrier);
     }
   }
   // Where 16 bytes of a key of a tile lie, in its stage.
@@ -111,7 +125,7 @@ struct BoxLoader {
   }
   // Values past the end count nothing, but not if they are no numbers. The tile starts at first_key.
   __device__ __forceinline__ void clear_values(unsigned stage, int first_key) const {
-    constexpr int kChunks = Shape::kHeadDim / 8;
+    constexpr int kChunks = Shape::kRowChunks;
     const unsigned values = shared + stage * kStageBytes + static_cast<unsigned>(Shape::kTileBytes);
     const int first_row = static_cast<int>(threadIdx.x) / 32 * kBoxKeys;
     for (int i = static_cast<int>(threadIdx.x) % 32; i < kBoxKeys * kChunks; i += 32) {
@@ -131,18 +145,17 @@ __device__ __forceinline__ void attend_boxes(AttendState<Shape>& state, unsigned
                                              const PageMaps& maps, const std::int32_t* pages, int kv_head,
                                              const QueryRows& rows, const KeyRange& keys, float scale_log2,
                                              const AwaitNewest& await) {
-  constexpr int kChunks = Shape::kHeadDim / 8;
+  constexpr int kChunks = Shape::kRowChunks;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int tiles = (keys.end - keys.begin + kTileKeys - 1) / kTileKeys;
   detail::BoxLoader<Shape> loader{kv, maps, pages, shared, kv_head, keys.begin + warp * kBoxKeys, keys.end};
   detail::Queries<Shape> queries;
   state.clear();
-  loader.look_up(0);
+  loader.look_up_first();
 #pragma unroll
   for (unsigned s = 0; s < Shape::kAhead; ++s) {
-    if (static_cast<int>(s) < tiles && lane == 0) loader.ask(s, barriers.at(s));
-    loader.look_up(static_cast<int>(s) + 1);
+    if (static_cast<int>(s) < tiles) loader.ask(static_cast<int>(s), s, barriers.at(s));
   }
   if (await.waits) {
     // The newest key may have been read before it was written.
@@ -181,8 +194,7 @@ __device__ __forceinline__ void attend_boxes(AttendState<Shape>& state, unsigned
     if (first_key + kTileKeys > keys.end) loader.clear_values(stage, first_key);
     __syncwarp();
     if (t + Shape::kStages <= tiles) {
-      if (lane == 0) loader.ask(next_stage, barriers.at(next_stage));
-      loader.look_up(t + Shape::kStages);
+      loader.ask(t + Shape::kStages - 1, next_stage, barriers.at(next_stage));
     }
     detail::attend_tile<true>(
         state, queries, shared + stage * loader.kStageBytes, first_key, keys.end,

@@ -118,8 +118,8 @@ struct Queries {
   }
 };
 
-// score += the warp's rows of Q times its keys of the tile in `stage`. Swizzled: 64 columns of all keys lie
-// together, 128 bytes a key, in the 128-byte swizzle.
+// score += the warp's rows of Q times its keys of the tile in `stage`. Swizzled: 128 bytes of all keys lie
+// together, in the 128-byte swizzle.
 template <bool Swizzled = false, class Shape>
 __device__ __forceinline__ void multiply_keys(float (&score)[Shape::kRowTiles][Shape::kWarpKeys / 8][4],
                                               const Queries<Shape>& queries, unsigned stage, int key_at) {
@@ -128,8 +128,11 @@ __device__ __forceinline__ void multiply_keys(float (&score)[Shape::kRowTiles][S
   if constexpr (Shape::kFp8) {
     constexpr int kQuarter = Queries<Shape>::kQuarter;  // bytes of a row that a lane reads
     constexpr int kWords = kQuarter % 16 == 0 ? 4 : 2;  // at once, a word a step
-    const unsigned at =
-        stage + static_cast<unsigned>((key_at + lane / 4) * Shape::kRowBytes + lane % 4 * kQuarter);
+    static_assert(!Swizzled || (kQuarter == 32 && kWords == 4));
+    constexpr int kPitch = Swizzled ? 128 : Shape::kRowBytes;
+    const int byte = lane % 4 * kQuarter;
+    const unsigned at = stage + static_cast<unsigned>((key_at + lane / 4) * kPitch +
+                                                      (Swizzled ? byte ^ lane / 4 * 16 : byte));
 #pragma unroll
     for (int k = 0; k < Shape::kHeadDim / 16; k += kWords) {
       unsigned a[kWords][Shape::kRowTiles][4];
@@ -138,7 +141,8 @@ __device__ __forceinline__ void multiply_keys(float (&score)[Shape::kRowTiles][S
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         unsigned words[kWords];
-        load_words(words, at + static_cast<unsigned>(n * 8 * Shape::kRowBytes + k * 4));
+        load_words(words, (Swizzled ? at ^ static_cast<unsigned>(k * 4) : at + static_cast<unsigned>(k * 4)) +
+                              static_cast<unsigned>(n * 8 * kPitch));
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
           const unsigned low = widen_fp8<Shape::kType>(words[w] & 0xFFFFU);
@@ -193,7 +197,8 @@ __device__ __forceinline__ void multiply_values(float (&out)[Shape::kRowTiles][S
 #pragma unroll
     for (int d = 0; d < Shape::kHeadDim / 32; ++d) {
       unsigned b[4];
-      load_matrices_transposed(b, v_at + static_cast<unsigned>(d * 32));
+      load_matrices_transposed(
+          b, Swizzled ? v_at ^ static_cast<unsigned>(d * 32) : v_at + static_cast<unsigned>(d * 32));
 #pragma unroll
       for (int e = 0; e < 4; ++e) b[e] = __byte_perm(b[e], 0U, 0x3120U);
 #pragma unroll

@@ -9,12 +9,12 @@
 
 namespace prefillshare::cuda {
 
-/// Keys that a box has, of one page; and its columns, of one head.
+/// Keys that a box has, of one page; and its columns, of one head: numbers of 16 bits, or pairs of fp8.
 inline constexpr int kBoxKeys = 16;
 /// The same.
 inline constexpr int kBoxColumns = 64;
 
-/// K and V as tensors [pages][slots][heads][head_dim] in such boxes, in the 128-byte swizzle.
+/// K and V as tensors [pages][slots][heads][columns] in such boxes, in the 128-byte swizzle.
 struct PageMaps {
   CUtensorMap k = {};  ///< of K
   CUtensorMap v = {};  ///< of V

@@ -27,6 +27,7 @@ struct PrefillWgmmaShape {
   static constexpr int kThreads = 384;                                            ///< of a block
   static constexpr int kRows = 128;                                               ///< query rows of a block
   static constexpr int kKeys = 128;                                               ///< keys of a tile
+  static constexpr bool kExactWeights = false;                                    ///< rounded to kType
   static constexpr unsigned kColumnTileBytes = 128 * 128;                         ///< 64 columns of a tile
   static constexpr unsigned kTileBytes = (HeadDim + 63) / 64 * kColumnTileBytes;  ///< of a tile
   static constexpr int kSlots = 6;                                                ///< tiles of the ring

@@ -27,6 +27,7 @@ struct DecodeMergeArgs {
   int lanes = 1;
   bool few = false;          // see shared_kind()
   bool shared_only = false;  // rows of sequences that share nothing are there already
+  bool parts_only = false;   // none is: whole items are parts, too
 };
 
 inline constexpr int kMergeThreads = 128;
@@ -57,7 +58,7 @@ struct RowParts {
 
 /// RowWarps warps for each query row; the parts are added in the same order every time.
 template <int HeadDim, int RowWarps>
-__global__ void __launch_bounds__(kMergeThreads, RowWarps > 1 ? 6 : 8)
+__global__ void __launch_bounds__(kMergeThreads, 8)
     decode_merge_kernel(const __grid_constant__ DecodeMergeArgs a) {
   constexpr int kRows = kMergeThreads / 32 / RowWarps;
   constexpr int kColumns = HeadDim / 32;  // of a lane
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kMergeThreads, RowWarps > 1 ? 6 : 8)
   }
   codegemm::cuda::detail::wait_for_previous_kernel();
   // The blocks that had it wrote the output.
-  if (tail.shared < 0 && (a.shared_only || tails.count <= 1)) return;
+  if (tail.shared < 0 && (a.shared_only || (!a.parts_only && tails.count <= 1))) return;
   const int count = shared.count + tails.count;
   // So many parts are asked for before the first is there. More would need registers that the blocks of
   // decode_kernel leave to this one, so that it waits beside them.

@@ -10,6 +10,7 @@
 
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <prefillshare/attention/cuda/block/tile_ring.cuh>
+#include <prefillshare/attention/cuda/block/wgmma_multiplier.cuh>
 #include <prefillshare/attention/cuda/block/wgmma_products.cuh>
 #include <prefillshare/attention/cuda/kernels/prefill.cuh>
 
@@ -103,159 +104,53 @@ __device__ __forceinline__ void load_prefill(const PrefillArgs& a, char* shared_
   }
 }
 
+// Row `row` of an item and the one 8 below, of this lane's columns, to the output.
+template <class Shape>
+__device__ __forceinline__ void store_prefill(const WgmmaMultiplier<Shape>& m, const PrefillArgs& a,
+                                              const PrefillItem& item, int row) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float all = m.sum[h];
+    all += __shfl_xor_sync(0xFFFFFFFFU, all, 1);
+    all += __shfl_xor_sync(0xFFFFFFFFU, all, 2);
+    const float inverse = all == 0.0F ? 0.0F : 1.0F / all;
+    const int mine = row + 8 * h;
+    const bool there = mine < item.rows;
+    const int token = mine / a.group;
+    const std::int64_t at =
+        (std::int64_t{item.first_query} + token) * a.out_stride +
+        static_cast<std::int64_t>(item.kv_head * a.group + mine - token * a.group) * Shape::kHeadDim;
+    if (a.out_type == ScalarType::kFloat) {
+#pragma unroll
+      for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
+        if (!there) continue;
+        store_pair(a.out, at + n * 8 + lane % 4 * 2, ScalarType::kFloat, m.out[n * 4 + 2 * h] * inverse,
+                   m.out[n * 4 + 2 * h + 1] * inverse);
+      }
+      continue;
+    }
+    // Four lanes have two columns each of every eight: they swap, until each has all of one eight.
+#pragma unroll
+    for (int n = 0; n < Shape::kHeadDim / 8; n += 4) {
+      unsigned words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float low = m.out[(n + i) * 4 + 2 * h] * inverse;
+        const float high = m.out[(n + i) * 4 + 2 * h + 1] * inverse;
+        words[i] = a.out_type == ScalarType::kHalf ? pack<ScalarType::kHalf>(low, high)
+                                                   : pack<ScalarType::kBFloat16>(low, high);
+      }
+      transpose_words(words);
+      if (!there) continue;
+      *reinterpret_cast<uint4*>(static_cast<unsigned short*>(a.out) + at + (n + lane % 4) * 8) =
+          make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+}
+
 // One of the two warpgroups that multiply, number `half`: 64 query rows of each item. While its softmax runs,
 // the other's products and its own of values before keep the tensor cores busy.
-template <class Shape>
-struct PrefillMultiplier {
-  static constexpr int kSums = Shape::kHeadDim / 2;  // of a thread
-  static constexpr ScalarType kType = Shape::kType;
-
-  float score[Shape::kKeys / 2];
-  float out[kSums];
-  unsigned weights[Shape::kKeys / 16][4];
-  float top[2];  // that the exponents are taken from
-  float sum[2];  // of this thread's weights
-  float factor[2];
-  bool moved = false;
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) out[i] = 0.0F;
-    top[0] = top[1] = -INFINITY;
-    sum[0] = sum[1] = 0.0F;
-  }
-  // Starts: scores of all keys of a tile. Descriptors of the first 16 columns.
-  __device__ __forceinline__ void multiply_keys(std::uint64_t queries, std::uint64_t keys) {
-#pragma unroll
-    for (int k = 0; k < Shape::kHeadDim / 16; ++k) {
-      const auto at = static_cast<std::uint64_t>(k / 4 * (Shape::kColumnTileBytes >> 4) + k % 4 * 2);
-      wgmma_scores<kType>(score, queries + at, keys + at, k > 0);
-    }
-    codegemm::cuda::detail::wgmma_commit();
-  }
-  // Starts: out += weights * values.
-  __device__ __forceinline__ void multiply_values(std::uint64_t values) {
-#pragma unroll
-    for (int k = 0; k < Shape::kKeys / 16; ++k) {
-      const std::uint64_t at = values + static_cast<std::uint64_t>(k * 128);
-      if constexpr (Shape::kHeadDim == 96) {
-        wgmma_values<kType, 64, 0>(out, weights[k], at);
-        wgmma_values<kType, 32, 32>(out, weights[k],
-                                    at + static_cast<std::uint64_t>(Shape::kColumnTileBytes >> 4));
-      } else {
-        wgmma_values<kType, Shape::kHeadDim, 0>(out, weights[k], at);
-      }
-    }
-    codegemm::cuda::detail::wgmma_commit();
-  }
-  // Keys from limit on are not seen; relative to the tile's first and this lane's first column.
-  __device__ __forceinline__ void mask(int limit0, int limit1) {
-#pragma unroll
-    for (int n = 0; n < Shape::kKeys / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (n * 8 + e % 2 >= (e < 2 ? limit0 : limit1)) score[n * 4 + e] = -INFINITY;
-      }
-    }
-  }
-  // Scores become weights. What they are taken from is moved only when weights would pass 2^8, which is
-  // seldom after the first tile: then `out` has to be scaled by `factor`.
-  __device__ __forceinline__ void weigh(float scale_log2) {
-    constexpr float kSlack = 8.0F;
-    float next[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float a = fmaxf(score[2 * h], score[2 * h + 1]);
-      float b = fmaxf(score[4 + 2 * h], score[4 + 2 * h + 1]);
-#pragma unroll
-      for (int n = 2; n < Shape::kKeys / 8; n += 2) {
-        a = fmaxf(a, fmaxf(score[n * 4 + 2 * h], score[n * 4 + 2 * h + 1]));
-        b = fmaxf(b, fmaxf(score[n * 4 + 4 + 2 * h], score[n * 4 + 4 + 2 * h + 1]));
-      }
-      a = fmaxf(a, b);
-      a = fmaxf(a, __shfl_xor_sync(0xFFFFFFFFU, a, 1));
-      a = fmaxf(a, __shfl_xor_sync(0xFFFFFFFFU, a, 2));
-      next[h] = fmaxf(a, top[h]);
-    }
-    const bool moves = (next[0] - top[0]) * scale_log2 > kSlack || (next[1] - top[1]) * scale_log2 > kSlack;
-    moved = __any_sync(0xFFFFFFFFU, moves) != 0;
-    float base[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float now = moved ? next[h] : top[h];
-      base[h] = now == -INFINITY ? 0.0F : now * scale_log2;
-      factor[h] = exp2_fast(top[h] * scale_log2 - base[h]);
-      top[h] = now;
-      if (moved) sum[h] *= factor[h];
-    }
-#pragma unroll
-    for (int n = 0; n < Shape::kKeys / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float weight = exp2_fast(fmaf(score[n * 4 + e], scale_log2, -base[e / 2]));
-        score[n * 4 + e] = weight;
-        sum[e / 2] += weight;
-      }
-    }
-  }
-  __device__ __forceinline__ void rescale() {
-    if (!moved) return;
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) out[i] *= factor[i / 2 % 2];
-  }
-  // A score's fragment is a weight's.
-  __device__ __forceinline__ void round_weights() {
-#pragma unroll
-    for (int k = 0; k < Shape::kKeys / 16; ++k) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        weights[k][e] = pack<kType>(score[k * 8 + e * 2], score[k * 8 + e * 2 + 1]);
-      }
-    }
-  }
-  __device__ __forceinline__ void store(const PrefillArgs& a, const PrefillItem& item, int row) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float all = sum[h];
-      all += __shfl_xor_sync(0xFFFFFFFFU, all, 1);
-      all += __shfl_xor_sync(0xFFFFFFFFU, all, 2);
-      const float inverse = all == 0.0F ? 0.0F : 1.0F / all;
-      const int mine = row + 8 * h;
-      const bool there = mine < item.rows;
-      const int token = mine / a.group;
-      const std::int64_t at =
-          (std::int64_t{item.first_query} + token) * a.out_stride +
-          static_cast<std::int64_t>(item.kv_head * a.group + mine - token * a.group) * Shape::kHeadDim;
-      if (a.out_type == ScalarType::kFloat) {
-#pragma unroll
-        for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
-          if (!there) continue;
-          store_pair(a.out, at + n * 8 + lane % 4 * 2, ScalarType::kFloat, out[n * 4 + 2 * h] * inverse,
-                     out[n * 4 + 2 * h + 1] * inverse);
-        }
-        continue;
-      }
-      // Four lanes have two columns each of every eight: they swap, until each has all of one eight.
-#pragma unroll
-      for (int n = 0; n < Shape::kHeadDim / 8; n += 4) {
-        unsigned words[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float low = out[(n + i) * 4 + 2 * h] * inverse;
-          const float high = out[(n + i) * 4 + 2 * h + 1] * inverse;
-          words[i] = a.out_type == ScalarType::kHalf ? pack<ScalarType::kHalf>(low, high)
-                                                     : pack<ScalarType::kBFloat16>(low, high);
-        }
-        transpose_words(words);
-        if (!there) continue;
-        *reinterpret_cast<uint4*>(static_cast<unsigned short*>(a.out) + at + (n + lane % 4) * 8) =
-            make_uint4(words[0], words[1], words[2], words[3]);
-      }
-    }
-  }
-};
-
 template <class Shape>
 __device__ __forceinline__ void multiply_prefill(const PrefillArgs& a, char* shared_memory, int half) {
   using codegemm::cuda::detail::wgmma_fence;
@@ -266,7 +161,7 @@ __device__ __forceinline__ void multiply_prefill(const PrefillArgs& a, char* sha
   const std::uint64_t queries = codegemm::cuda::detail::describe_tokens(shared + Shape::kQueriesAt +
                                                                         static_cast<unsigned>(half) * 8192U);
   RingPlace<Shape> place;
-  PrefillMultiplier<Shape> m;
+  WgmmaMultiplier<Shape> m;
   const auto keys_at = [&](const RingPlace<Shape>& of) {
     return codegemm::cuda::detail::describe_tokens(shared + Shape::tile_at(of.slot));
   };
@@ -350,7 +245,7 @@ __device__ __forceinline__ void multiply_prefill(const PrefillArgs& a, char* sha
       release(Shape::kQueriesFree);
       next = find_item<Shape>(a, round + 1);
     }
-    m.store(a, item, row);
+    store_prefill(m, a, item, row);
   }
 }
 
