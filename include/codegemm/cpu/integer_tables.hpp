@@ -43,7 +43,7 @@ void add_flush_squares(const QuantizedMatrixView& w, const float* codebooks, std
   const std::int64_t words = (w.vectors() + per_word - 1) / per_word;
   const std::uint32_t* const codes = w.codes + j / per_word * w.rows;
   for (std::int64_t n = 0; n < w.rows; ++n) {
-    float sums[kVecLen] = {};
+    float sums[std::size_t{kVecLen}] = {};
     for (std::int64_t c = first; c < end; ++c) {
       const std::int64_t code = codes[c * words * w.rows + n] >> shift & mask;
       const float* const centroid = codebooks + (c * f.centroids() + code) * kVecLen;

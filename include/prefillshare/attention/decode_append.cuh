@@ -25,9 +25,9 @@ struct DecodeAppendProblem {
   float scale = 0.0F;          ///< of the scores; 0 means 1 / sqrt(head_dim)
 };
 
-/// Up to so many keys a sequence run() is faster than append and decode one after the other, or as fast,
-/// measured on an H200 with 8 K/V heads: a group for each warp of a cluster, and a page for the newest key.
-inline constexpr int kFewKeys = 1040;
+/// Up to so many keys a sequence run() is faster than append and decode one after the other, measured on an
+/// H200 with 8 K/V heads.
+inline constexpr int kFewKeys = 1536;
 
 /// Whether there is a kernel for such a problem, and work for it in one go: clusters (compute capability
 /// 9.0), a cache of 16 bits, at most 16 query heads a K/V head, no more clusters than run at once.

@@ -19,8 +19,9 @@
 namespace prefillshare::cuda {
 
 /// What a block of decode_shared_kernel holds in shared memory: a tile of 64 query rows, a ring of tiles of
-/// K or V, 64 keys each, all swizzled as in PrefillWgmmaShape, notes of items and barriers. Less than half of a multiprocessor's, so
-/// that the next call's keys come while this one multiplies. Offsets are bytes from the beginning.
+/// K or V, 64 keys each, all swizzled as in PrefillWgmmaShape, notes of items, and barriers. Less than half
+/// of a multiprocessor's, so that the next call's keys come while this one multiplies, and with room for
+/// some of decode_merge_kernel's blocks. Offsets are bytes from the beginning.
 template <ScalarType Type, int HeadDim>
 struct SharedDecodeShape {
   static_assert(HeadDim % kBoxColumns == 0 && HeadDim <= 128,
