@@ -14,7 +14,8 @@
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <codegemm/cuda/block/tile_pairs.cuh>
 #include <codegemm/cuda/kernels/fused_mma_args.cuh>
-#include <codegemm/cuda/kernels/output.cuh>
+#include <codegemm/cuda/kernels/fused_mma_copies.cuh>
+#include <codegemm/cuda/kernels/fused_mma_sums.cuh>
 
 namespace codegemm::cuda {
 
@@ -181,67 +182,15 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     }
   };
 
-  // Copies of a warp's tiles in their order, each into the stage that was multiplied last.
-  constexpr int kStages = Shape::kCodeStages;
-  const auto stage_bytes =
-      static_cast<unsigned>(Shape::stage_bytes(kOnSums ? Config::kScaleSteps : a.scale_steps));
-  const auto first_stage =
-      static_cast<unsigned>(table_bytes) + static_cast<unsigned>(warp * kStages) * stage_bytes;
-  [[maybe_unused]] const auto next_stage = [&](unsigned& stage_at) {
-    stage_at += stage_bytes;
-    if (stage_at == first_stage + kStages * stage_bytes) stage_at = first_stage;
-  };
-  const int scale_bytes = static_cast<int>(stage_bytes) - Shape::kStagedCodeBytes;
-  [[maybe_unused]] int copy_slab = slab0 + warp;
-  [[maybe_unused]] int copy_half = 0;
-  [[maybe_unused]] int copies_left = 0;  // of the slab
-  [[maybe_unused]] unsigned copy_to = first_stage;
-  [[maybe_unused]] const unsigned char* copy_from = nullptr;  // the lane's first 16 bytes
-  [[maybe_unused]] int to_scales = 0;                         // from there, for lanes 0 to 15
-  [[maybe_unused]] const unsigned copy_lane =
-      static_cast<unsigned>(__cvta_generic_to_shared(table)) + Shape::staged_place(lane % 16, lane / 16);
-  [[maybe_unused]] const auto begin_copies = [&] {
-    if (copy_slab >= slab1) return;
-    const int odd = copy_slab % 2;
-    copy_from = a.tiles + offset_of(copy_slab, copy_half * a.rows.half_tiles) +
-                (lane / 16 * 512 + odd * 256 + lane % 16 * 16);
-    to_scales = kRowBytes * 512 + odd * (scale_bytes - 256);
-    copies_left = tiles;
-  };
-  [[maybe_unused]] const auto copy_next = [&] {
-    if (copies_left > 0) {
-      const unsigned to = copy_to + copy_lane;
-#pragma unroll
-      for (int i = 0; i < (kRowBytes + 1) / 2; ++i) {
-        if (i < kRowBytes / 2 || lane < 16)
-          detail::copy_16_bytes(to + static_cast<unsigned>(i * 512), copy_from + i * 1024);
-      }
-#pragma unroll 1
-      for (int i = 0; i < scale_bytes; i += 256) {
-        if (lane < 16 && lane * 16 < scale_bytes - i) {
-          detail::copy_16_bytes(to + static_cast<unsigned>(Shape::kStagedCodeBytes + i),
-                                copy_from + (to_scales + i));
-        }
-      }
-      copy_from += a.tile_bytes;
-      next_stage(copy_to);
-      if (--copies_left == 0) {
-        copy_slab += kWarps;
-        if (Gated && copy_slab >= slab1 && copy_half == 0) {
-          copy_half = 1;
-          copy_slab = slab0 + warp;
-        }
-        begin_copies();
-      }
-    }
-    detail::commit_copies();
-  };
+  [[maybe_unused]] detail::StagedTiles<Shape, Gated> copies(a, {slab0, slab1, tile0, tiles}, warp, table,
+                                                            table_bytes,
+                                                            kOnSums ? Config::kScaleSteps : a.scale_steps);
   if (slab0 + warp < slab1) {
     if constexpr (kStaged) {
-      at = first_stage;
-      begin_copies();
+      at = copies.first_stage;
+      copies.begin();
 #pragma unroll
-      for (int i = 1; i < kStages; ++i) copy_next();
+      for (int i = 1; i < Shape::kCodeStages; ++i) copies.next();
     } else {
       aim(slab0 + warp, 0);
       load_chunks();
@@ -347,12 +296,12 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
         for (int tile = group; tile < end; ++tile) {
           // After the last tile of a window comes the first of the next; after all, the last one again.
           if constexpr (kStaged) {
-            detail::wait_for_copies<kStages - 2>();
+            detail::wait_for_copies<Shape::kCodeStages - 2>();
             __syncwarp();
             scales_at = at + Shape::kStagedCodeBytes;
             load_chunks();
-            next_stage(at);
-            copy_next();
+            copies.advance(at);
+            copies.next();
           } else {
             if (tile + 1 + a.tiles_ahead < tiles) prefetch(slab, half_tile + tile + 1 + a.tiles_ahead);
             if (tile + 1 < tiles) {
@@ -455,74 +404,15 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
               }
             }
           }
-          float* const to = of_stage + (((tile - group) * kWarps + warp) << log_sums);
-          if constexpr (kWeightRows) {
-            // A token's 16 rows, of which bit 1 of its number swaps the halves, and bit 2 swaps it with its
-            // neighbour: so a store hits every bank once.
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const int at = q * 32 + ((i % 2) ^ (q >> 1)) * 16 + ((i / 2) ^ (q & 1)) * 8 + r;
-              if (log_sums == 7 || (q * 2 + i % 2) == 0) to[at] = sums[0][i];
-            }
-          } else {
-            // Eight rows of a token lie together, swapped with the other eight for every other pair of
-            // tokens, so that a store of four tokens hits every bank once.
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-#pragma unroll
-              for (int i = 0; i < 2; ++i) {
-                *reinterpret_cast<float2*>(to + r * 16 + q * 2 + i * 128 + (e ^ (r >> 1 & 1)) * 8) =
-                    make_float2(sums[kSums - 2 + e][i * 2], sums[kSums - 2 + e][i * 2 + 1]);
-              }
-            }
-          }
+          detail::put_tile_sums(of_stage + (((tile - group) * kWarps + warp) << log_sums), sums, r, q,
+                                log_sums == 7);
         }
       }
       __syncthreads();
-      if constexpr (kWeightRows) {
-        // A sum a thread, so that no warp comes late to the next barrier.
-        for (int i = static_cast<int>(threadIdx.x); i < (end - group) << log_sums; i += kFusedMmaThreads) {
-          const int in_tile = i & ((1 << log_sums) - 1);
-          const int token = in_tile / 16 ^ in_tile / 64;
-          const int row =
-              (group + (i >> log_sums)) * kTileRows + ((in_tile >> 3 ^ token >> 1) & 1) * 8 + in_tile % 8;
-          const float* const from = of_stage + (((i >> log_sums) * kWarps) << log_sums) + in_tile;
-          float sum = *from;
-#pragma unroll 5
-          for (int w = 1; w < warps; ++w) sum += from[w << log_sums];
-          if (direct) {
-            if (token < a.tokens && tile0 * kTileRows + row < a.out.rows)
-              detail::store_output(a.out, token, tile0 * kTileRows + row, sum);
-          } else {
-            float& total = half_sums[token * block_rows + row];
-            if (window > slab0) sum += total;
-            total = sum;
-          }
-        }
-      } else {
-        // Four rows of a token at a time: with 16 tokens a sum a thread takes longer.
-        constexpr int kLogFours = Shape::log_tile_sums(Tokens) - 2;
-        for (int i = static_cast<int>(threadIdx.x); i < (end - group) << kLogFours; i += kFusedMmaThreads) {
-          const int in_tile = i & ((1 << kLogFours) - 1);
-          const int token = in_tile / 4;
-          const int row =
-              (group + (i >> kLogFours)) * kTileRows + ((i >> 1 ^ token >> 1) & 1) * 8 + i % 2 * 4;
-          const float* const from = of_stage + (((i >> kLogFours) * kWarps) << log_sums) + in_tile * 4;
-          float4 sum = *reinterpret_cast<const float4*>(from);
-#pragma unroll 5
-          for (int w = 1; w < warps; ++w) {
-            const float4 more = *reinterpret_cast<const float4*>(from + (w << log_sums));
-            sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-          }
-          if (direct) {
-            if (token < a.tokens) detail::store_output4(a.out, token, tile0 * kTileRows + row, sum);
-          } else {
-            float4& total = *reinterpret_cast<float4*>(half_sums + token * block_rows + row);
-            if (window > slab0) sum.x += total.x, sum.y += total.y, sum.z += total.z, sum.w += total.w;
-            total = sum;
-          }
-        }
-      }
+      detail::GroupSums<Shape, Tokens> adder{a, of_stage, half_sums, tile0, block_rows, log_sums, warps};
+      adder.direct = direct;
+      adder.on_top = window > slab0;
+      adder.add(group, end);
       stage ^= 1;  // the other half of the sums: nobody still reads it
     };
     int group = 0;
@@ -546,46 +436,7 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   if (direct) return;
   __syncthreads();
 
-  // Each block of the cluster ends with a share of the rows.
-  const int all_rows = min(tiles * kTileRows, a.out.rows - tile0 * kTileRows);
-  int from = 0;
-  int to = all_rows;
-#if __CUDA_ARCH__ >= 900
-  const int splits = static_cast<int>(gridDim.x);
-  if (splits > 1) {
-    detail::cluster_barrier();
-    const int share = (all_rows + splits - 1) / splits;
-    from = min(static_cast<int>(detail::cluster_rank()) * share, all_rows);
-    to = min(from + share, all_rows);
-  }
-#endif
-  const auto sum_splits = [&](float* own) {
-    float sum = 0.0F;
-#if __CUDA_ARCH__ >= 900
-    if (splits > 1) {
-      const auto place = static_cast<unsigned>(__cvta_generic_to_shared(own));
-      for (int s = 0; s < splits; ++s)
-        sum += detail::load_from(detail::address_in(place, static_cast<unsigned>(s)));
-      return sum;
-    }
-#endif
-    return sum + *own;
-  };
-  for (int token = warp; token < a.tokens; token += kWarps) {
-    for (int row = from + lane; row < to; row += 32) {
-      float* const own = block_sums + token * block_rows + row;
-      const float sum = sum_splits(own);
-      if constexpr (Gated) {
-        detail::store_gated(a.out, token, tile0 * kTileRows + row, sum,
-                            sum_splits(own + Tokens * block_rows));
-      } else {
-        detail::store_output(a.out, token, tile0 * kTileRows + row, sum);
-      }
-    }
-  }
-#if __CUDA_ARCH__ >= 900
-  if (splits > 1) detail::cluster_barrier();  // nobody's shared memory goes while others read it
-#endif
+  detail::store_split_sums<Shape, Tokens, Gated>(a, block_sums, tile0, tiles, block_rows);
 }
 
 }  // namespace codegemm::cuda
