@@ -419,7 +419,8 @@ template <class T, class Y, class C>
 
 /// Puts the attention of one layer into the stream, after prepare() with the same table, prefixes, tuning and
 /// sizes. Same bits on every run on the same card. Errors as prepare(); kCudaError: perhaps part was
-/// launched.
+/// launched; kUnsupported where the copy engine does not take the strides of shared pages (2^40 bytes and
+/// more).
 template <class T, class Y, class C>
 [[nodiscard]] Status run(const DecodeProblem<T, Y, C>& p, const Device& device, void* workspace,
                          std::size_t size, cudaStream_t stream) {
