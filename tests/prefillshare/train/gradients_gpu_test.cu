@@ -1047,10 +1047,10 @@ TEST_CASE("calibration on the GPU gives layers the inputs and weights of the hos
       require_ok(gpu.status());
       for (std::int64_t i = 0; i < v.config.layers; ++i) {
         require_ok(host.next_block(want, pool));
-        require_ok(gpu->next_block(got, pool));
+        require_ok(gpu->next_block(got));
       }
       CHECK(gpu->blocks_done() == v.config.layers);
-      CHECK(gpu->next_block(got, pool).code() == StatusCode::kInvalidArgument);
+      CHECK(gpu->next_block(got).code() == StatusCode::kInvalidArgument);
       REQUIRE(got.names == want.names);
       double grams = 0.0;
       double weights = 0.0;
