@@ -143,7 +143,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
       const bool owned = lane < kWarps && lane < tiles && lane - turn_of(lane) * ranks == rank;
       const unsigned expected = __reduce_add_sync(
           0xFFFFFFFFU, owned ? static_cast<unsigned>(tiles - lane + kWarps - 1) / kWarps : 0U);
-      if (lane == 0) detail::expect_pushes(barrier, expected * static_cast<unsigned>(ranks * Tokens) * 64U);
+      if (lane == 0) {
+        detail::init_barrier(barrier, 1);
+        detail::publish_barriers();
+      }
+      __syncwarp();  // for compute-sanitizer: as predicated instructions the two are not seen as one lane's
+      if (lane == 0) {
+        detail::arrive_and_expect(barrier, expected * static_cast<unsigned>(ranks * Tokens) * 64U);
+      }
     }
     if (!copies || warp != kWarps - 1) detail::cluster_arrive();
   } else {
