@@ -108,6 +108,15 @@ TEST_CASE("cuda validate: every wrong operand has its own status") {
   p = f.good;
   p.bias = address<float>(16386);
   expect(p, StatusCode::kMisaligned, "bias");
+  p = f.good;  // x ends at 8192 + 2 * 1024
+  p.y.data = address<float>(8192 + 2 * 1024 - 4);
+  expect(p, StatusCode::kInvalidArgument, "y overlaps x");
+  p.y.data = address<float>(8192 + 2 * 1024);
+  CHECK(cuda::validate(p, kHopper).ok());
+  p.residual = p.y;
+  CHECK(cuda::validate(p, kHopper).ok());
+  p.residual.data += 48;  // y's second row
+  expect(p, StatusCode::kInvalidArgument, "y overlaps residual");
   p = f.good;
   p.weights.version = cuda::kPackedVersion + 1;
   expect(p, StatusCode::kIncompatible, "version");

@@ -53,7 +53,7 @@ Prefill good_prefill() {
   p.table = good_table();
   p.query_indptr = address<const std::int32_t>(16384);
   p.q = MatrixView<const BFloat16>(address<const BFloat16>(32768), 10, 1024);
-  p.out = MatrixView<float>(address<float>(40960), 10, 1024);
+  p.out = MatrixView<float>(address<float>(131072), 10, 1024);
   p.heads = 8;
   return p;
 }
@@ -158,6 +158,12 @@ void check_attention(Problem (*good)()) {
   p = good();
   p.q.data = nullptr;
   expect(p, StatusCode::kNullPointer, "q is null");
+  p = good();
+  p.out.data = address<std::remove_pointer_t<decltype(p.out.data)>>(32768 + 1024);  // within q
+  expect(p, StatusCode::kInvalidArgument, "out overlaps q");
+  p.out.data = address<std::remove_pointer_t<decltype(p.out.data)>>(32768 + 2048);
+  p.out.stride = p.q.stride = 4096;  // columns beside each other, where both are as wide
+  CHECK(cuda::validate(p, kHopper).ok() == (sizeof(*p.out.data) == sizeof(*p.q.data)));
   p = good();
   p.heads = 7;
   expect(p, StatusCode::kInvalidArgument, "7 heads over 2");

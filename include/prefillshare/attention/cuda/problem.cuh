@@ -142,6 +142,14 @@ template <class T>
   return {};
 }
 
+// An output may lie between the rows of an input, but not where it is.
+template <class T, class Y>
+[[nodiscard]] Status check_apart(const char* call, const char* name, const MatrixView<T>& x,
+                                 const MatrixView<Y>& out) {
+  if (!codegemm::overlap(x, out)) return {};
+  return error(StatusCode::kInvalidArgument, call, ": out overlaps ", name);
+}
+
 [[nodiscard]] inline Status check_heads(const char* call, int heads, int kv_heads) {
   if (heads >= 1 && heads <= kMaxHeads && heads % kv_heads == 0) return {};
   return error(StatusCode::kInvalidArgument, call, ": ", heads, " heads over ", kv_heads,
