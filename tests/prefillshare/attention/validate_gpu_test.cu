@@ -114,6 +114,22 @@ void check_common(Problem (*good)()) {
   p = good();
   p.kv.head_stride = 64;
   expect(p, StatusCode::kInvalidArgument, "head_stride 64");
+  for (const std::int64_t stride : {std::int64_t{8}, good().kv.page_stride / 2 - 8}) {
+    p = good();
+    p.kv.page_stride = stride;
+    expect(p, StatusCode::kInvalidArgument, "overlap");
+  }
+  p = good();
+  p.kv.token_stride = p.kv.head_stride = 128;
+  expect(p, StatusCode::kInvalidArgument, "overlap");
+  p = good();
+  p.kv.page_stride = std::int64_t{1} << 60;
+  expect(p, StatusCode::kUnsupported, "a stride of 1152921504606846976 over 100");
+  p = good();  // slots apart, pages beside each other
+  p.kv.head_stride = 128;
+  p.kv.page_stride = 256;
+  p.kv.token_stride = 256 * 100;
+  CHECK(cuda::validate(p, kHopper).ok());
   p = good();
   p.kv.v = nullptr;
   expect(p, StatusCode::kNullPointer, "v is null");
