@@ -187,7 +187,7 @@ TEST_CASE("cuda validate: the workspace") {
   REQUIRE(packed.ok());
   f.good.weights = packed->view(address<void>(4096));
   f.good.x = MatrixView<const Half>(address<const Half>(8192), 2, 4096);
-  f.good.y = MatrixView<float>(address<float>(16384), 2, 512);
+  f.good.y = MatrixView<float>(address<float>(65536), 2, 512);
   f.good.tuning.regime = cuda::Regime::kGather;
   const std::size_t bytes = cuda::workspace_bytes(f.good, kAmpere);
   REQUIRE(bytes > 256);
