@@ -45,8 +45,8 @@ struct MatrixView {
 };
 static_assert(std::is_trivially_copyable_v<MatrixView<float>>, "MatrixView is passed to kernels by value");
 
-/// Whether any byte is an element of both: for calls whose output must not lie where their input does. Rows of
-/// one may lie between those of the other. Strides are at least the columns.
+/// Whether any byte is an element of both: for calls whose output must not lie where their input does.
+/// Rows of one may lie between those of the other. Strides are at least the columns.
 template <class A, class B>
 [[nodiscard]] inline bool overlap(const MatrixView<A>& a, const MatrixView<B>& b) {
   struct Rows {

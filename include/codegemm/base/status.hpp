@@ -81,12 +81,14 @@ class [[nodiscard]] Status {
       : code_(other.code_),
         native_(other.native_),
         message_(detail::text_if_memory([&] { return other.message_; })) {}
+  /// The text goes along.
   Status(Status&&) noexcept = default;
   /// As the copy.
   Status& operator=(const Status& other) noexcept {
     if (this != &other) static_cast<void>(*this = Status(other));
     return *this;
   }
+  /// The text goes along.
   Status& operator=(Status&&) noexcept = default;
   ~Status() = default;
 

@@ -28,8 +28,8 @@ __global__ void repeat_tiles_kernel(uint4* to, const uint4* from, std::int64_t t
   }
 }
 
-// Counts the elements of y[tokens][rows] that are off from want[token % periods][row % rows_of_period] by more
-// than within[the same].
+// Counts the elements of y[tokens][rows] that are off by more than `within` from `want`, both of
+// [token_period][row_period], again and again.
 __global__ void count_wrong_kernel(const float* y, const std::uint16_t* y16, std::int64_t tokens,
                                    std::int64_t rows, std::int64_t stride, const float* want,
                                    const float* within, std::int64_t token_period, std::int64_t row_period,

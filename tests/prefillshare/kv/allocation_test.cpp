@@ -153,8 +153,8 @@ namespace {
 using Allocator =
     prefillshare::BasicKvAllocator<HostKvStorage, prefillshare::ChainHash, prefillshare::AgentEviction>;
 
-// Everything that a caller can do, once, whatever fails. No call may throw, end otherwise than well or for want
-// of memory or blocks, or leave the allocator inconsistent.
+// Everything that a caller can do, once, whatever fails. No call may throw, end otherwise than well or for
+// want of memory or blocks, or leave the allocator inconsistent.
 class Story {
  public:
   explicit Story(HostKvStorage& storage) : storage_(&storage) {}
