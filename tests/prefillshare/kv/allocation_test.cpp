@@ -271,7 +271,7 @@ TEST_CASE("memory that is refused at any call of the allocator costs an answer a
     return count;
   };
   const std::int64_t all = tell(NewCalls::kNever, NewCalls::kNever);
-  CHECK(all > 100);
+  CHECK(all > 50);
   CHECK(out_of_memory == 0);
   for (std::int64_t first = 1; first <= all; ++first) {
     CAPTURE(first);

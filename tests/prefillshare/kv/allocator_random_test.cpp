@@ -139,7 +139,7 @@ class Trial {
     CHECK(exhausted_ > 20);
     CHECK(over_quota_ > 20);
     CHECK(admitted_ > 20);
-    CHECK(turned_away_ > 20);
+    CHECK(turned_away_ > 5);
     if (block_tokens_ > 1) {  // a block of one token is never partly filled
       CHECK(copied_ > 20);
       CHECK(failed_copies_ > 0);
