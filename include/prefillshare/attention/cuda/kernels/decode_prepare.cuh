@@ -41,8 +41,8 @@ struct DecodePrepareArgs {
 };
 
 inline constexpr int kPrepareThreads = 256;
-/// Tiles that about half of the superblocks have more than the others, where all would have kStaggeredQuota or
-/// more: when they end, the next call's blocks in the others' places have asked for their first keys.
+/// Tiles that about half of the superblocks have more than the others, where all would have kStaggeredQuota
+/// or more: when they end, the next call's blocks in the others' places have asked for their first keys.
 inline constexpr int kStaggeredTiles = 3;
 inline constexpr int kStaggeredQuota = 32;  ///< the same
 
@@ -132,8 +132,9 @@ __device__ inline DecodeWork number_work(KeyFamily* families, int count, const D
   return superblocks > 0 ? max(least, (all + superblocks - 1) / superblocks) : least;
 }
 
-// How `all` is dealt out to so many superblocks, in `quota`, `longer` and `extra`: as many to each and the rest
-// to the last, which seldom cuts an item that need not be cut; where there are many, see kStaggeredTiles.
+// How `all` is dealt out to so many superblocks, in `quota`, `longer` and `extra`: as many to each and the
+// rest to the last, which seldom cuts an item that need not be cut; where there are many, see
+// kStaggeredTiles.
 [[nodiscard]] __device__ __forceinline__ KeyFamily deal_of(int all, int superblocks, int least) {
   KeyFamily out;
   out.quota = quota_of(all, superblocks, least);
