@@ -12,7 +12,8 @@ namespace codegemm::test {
 namespace {
 
 struct Configs {
-  using Gather = config_list<cuda::GatherM1V4G128, cuda::GatherM1V4Row, cuda::GatherAny<4, 4>>;
+  using Gather =
+      config_list<cuda::GatherM1V4G128, cuda::GatherM1V4Row, cuda::GatherAny<1, 4>, cuda::GatherAny<4, 4>>;
   using Fused = config_list<cuda::Fused<4, 1, 3>, cuda::Fused<4, 4, 0>>;
   static constexpr bool kSwiGlu = false;
 };
@@ -248,27 +249,30 @@ TEST_CASE("cuda gemm: operands at odd elements, with a residual of their own and
 TEST_CASE("cuda gemm: no inputs leave bias and residual, no outputs or tokens leave nothing to do", "[gpu]") {
   const cuda::Device device = gpu_or_skip();
   Rng rng(seed_or(20));
-  DeviceWeights w(random_matrix({4, 1, 8, -1}, 40, 0, rng));
-  for (const std::int64_t tokens : {1, 3, 40}) {
-    CAPTURE(tokens);
-    const auto bias = random_vector<float>(40, rng);
-    const auto residual = random_vector<float>(static_cast<std::size_t>(tokens * 40), rng);
-    DeviceBuffer<float> bias_device(bias);
-    DeviceBuffer<float> residual_device(residual);
-    DeviceBuffer<float> y(residual.size());
-    y.poison();
-    cuda::GemmProblem<Half, float> p;
-    p.weights = w.view();
-    p.x = MatrixView<const Half>(nullptr, tokens, 0);
-    p.y = MatrixView<float>(y.data(), tokens, 40);
-    p.bias = bias_device.data();
-    p.residual = MatrixView<const float>(residual_device.data(), tokens, 40);
-    DeviceBuffer<std::byte> workspace(cuda::workspace_bytes<Configs>(p, device));
-    workspace.clear();
-    require_ok(cuda::run<Configs>(p, device, workspace.data(), workspace.size(), nullptr));
-    REQUIRE_CUDA(cudaDeviceSynchronize());
-    const auto got = y.download();
-    for (std::size_t i = 0; i < got.size(); ++i) CHECK(got[i] == bias[i % 40] + residual[i]);
+  for (const int b : {8, 6}) {  // a Psumbook of fp16, and one for any format
+    CAPTURE(b);
+    DeviceWeights w(random_matrix({4, 1, b, -1}, 40, 0, rng));
+    for (const std::int64_t tokens : {1, 3, 40}) {
+      CAPTURE(tokens);
+      const auto bias = random_vector<float>(40, rng);
+      const auto residual = random_vector<float>(static_cast<std::size_t>(tokens * 40), rng);
+      DeviceBuffer<float> bias_device(bias);
+      DeviceBuffer<float> residual_device(residual);
+      DeviceBuffer<float> y(residual.size());
+      y.poison();
+      cuda::GemmProblem<Half, float> p;
+      p.weights = w.view();
+      p.x = MatrixView<const Half>(nullptr, tokens, 0);
+      p.y = MatrixView<float>(y.data(), tokens, 40);
+      p.bias = bias_device.data();
+      p.residual = MatrixView<const float>(residual_device.data(), tokens, 40);
+      DeviceBuffer<std::byte> workspace(cuda::workspace_bytes<Configs>(p, device));
+      workspace.clear();
+      require_ok(cuda::run<Configs>(p, device, workspace.data(), workspace.size(), nullptr));
+      REQUIRE_CUDA(cudaDeviceSynchronize());
+      const auto got = y.download();
+      for (std::size_t i = 0; i < got.size(); ++i) CHECK(got[i] == bias[i % 40] + residual[i]);
+    }
   }
   DeviceWeights no_rows(random_matrix({4, 1, 8, 128}, 0, 512, rng));
   DeviceBuffer<Half> x(3 * 512);
