@@ -24,6 +24,13 @@ __device__ __forceinline__ void mma_tf32_k8(float (&d)[4], const float (&a)[4], 
         "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
 
+// a | b, made where it stands: neither moved to its uses nor left out.
+__device__ __forceinline__ unsigned or_here(unsigned a, unsigned b) {
+  unsigned out;
+  asm volatile("or.b32 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
+
 // Weights are read once: they must not push the activations out of the first-level cache.
 __device__ __forceinline__ uint4 load_once(const void* address) {
   uint4 out;

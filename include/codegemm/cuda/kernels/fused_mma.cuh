@@ -243,49 +243,63 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
 
   int stage = 0;
   int half = 0;
-  unsigned x[4 * kChunkSteps][2 * kHalves];  // fragments of x: the lane's four k of tokens r and r + 8
-  // ptxas would keep 16 tokens in the order of the loads, and move four words in front of every product.
-  const unsigned zero = Tokens == 16 ? static_cast<unsigned>(a.tokens) >> 31 : 0U;
+  // Fragments of x: the lane's four k of tokens r and r + 8. The words of a slab come while sums of the one
+  // before are added. In the order of the loads 16 tokens would cost four moves in front of every product.
+  unsigned words[4 * kChunkSteps][2 * kHalves] = {};
+  unsigned x[4 * kChunkSteps][2 * kHalves];
+  const unsigned zero = static_cast<unsigned>(a.tokens) >> 31;
+  const auto for_words = [](auto&& fn) {
+#pragma unroll
+    for (int step = 0; step < 4 * kChunkSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < 2 * kHalves; ++i) fn(step, i);
+    }
+  };
+  const auto load_x = [&](int slab, auto whole) {
+    constexpr int kOf = kLaneSpan >= 8 ? 2 : 1;  // steps loaded at once
+    const int valid = a.cols - slab * Shape::kSlabSpan;
+#pragma unroll
+    for (int step = 0; step < 4 * kChunkSteps; step += kOf) {
+      const int k = (step / kChunkSteps * 4 + q) * kLaneSpan + step % kChunkSteps * 4;  // of the slab
+#pragma unroll
+      for (int i = 0; i < kHalves; ++i) {
+        unsigned of_token[kOf * 2];
+        // What is no token is the last one again: nobody stores its sums.
+        const std::uint16_t* const from =
+            a.x + min(r + 8 * i, a.tokens - 1) * a.x_stride + slab * Shape::kSlabSpan + k;
+        if constexpr (decltype(whole)::value) {
+          detail::load_fours<kOf>(from, 4 * kOf, true, of_token);
+        } else {
+          detail::load_fours<kOf>(from, min(valid - k, 4 * kOf), a.x_aligned, of_token);
+        }
+#pragma unroll
+        for (int s = 0; s < kOf; ++s) {
+          words[step + s][i] = of_token[s * 2];
+          words[step + s][kHalves + i] = of_token[s * 2 + 1];
+        }
+      }
+    }
+  };
+  const auto ask_for_x = [&](int slab) {
+    if (slab >= slab1) {
+      for_words([&](int step, int i) { words[step][i] = 0; });  // so that the old ones need no registers
+    } else if (a.x_aligned && a.cols - slab * Shape::kSlabSpan >= Shape::kSlabSpan) {
+      load_x(slab, std::true_type{});  // one branch for all loads, so that nothing stands between them
+    } else {
+      load_x(slab, std::false_type{});
+    }
+  };
+  ask_for_x(slab0 + warp);
+  __syncthreads();  // the table
+
   int window = slab0;
   const auto multiply_window = [&](auto first) {
     const int slab = window + warp;
     const int warps = min(kWarps, slab1 - window);  // that have a slab
     const bool last_window = window + kWarps >= slab1;
-    if (slab < slab1 && (!Gated || half == 0 || window > slab0 || !last_window)) {
-      constexpr int kOf = kLaneSpan >= 8 ? 2 : 1;  // steps loaded at once
-      const int valid = a.cols - slab * Shape::kSlabSpan;
-      const auto load_x = [&](auto whole) {
-#pragma unroll
-        for (int step = 0; step < 4 * kChunkSteps; step += kOf) {
-          const int k = (step / kChunkSteps * 4 + q) * kLaneSpan + step % kChunkSteps * 4;  // of the slab
-#pragma unroll
-          for (int i = 0; i < kHalves; ++i) {
-            unsigned words[kOf * 2];
-            // What is no token is the last one again: nobody stores its sums.
-            const std::uint16_t* const from =
-                a.x + min(r + 8 * i, a.tokens - 1) * a.x_stride + slab * Shape::kSlabSpan + k;
-            if constexpr (decltype(whole)::value) {
-              detail::load_fours<kOf>(from, 4 * kOf, true, words);
-            } else {
-              detail::load_fours<kOf>(from, min(valid - k, 4 * kOf), a.x_aligned, words);
-            }
-#pragma unroll
-            for (int s = 0; s < kOf; ++s) {
-              x[step + s][i] = words[s * 2] | zero;
-              x[step + s][kHalves + i] = words[s * 2 + 1] | zero;
-            }
-          }
-        }
-      };
-      // One branch for all loads, so that nothing stands between them.
-      if (Tokens == 8 && a.x_aligned && valid >= Shape::kSlabSpan) {
-        load_x(std::true_type{});
-      } else {
-        load_x(std::false_type{});
-      }
-    }
-    if (window == slab0) __syncthreads();  // the table
-
+    for_words([&](int step, int i) {
+      x[step][i] = Tokens == 16 ? detail::or_here(words[step][i], zero) : words[step][i];
+    });
     [[maybe_unused]] const int half_tile = half * a.rows.half_tiles;
     float* const half_sums = block_sums + half * (Tokens * block_rows);
     const auto multiply_group = [&](auto looked_up, int group) {
@@ -408,19 +422,34 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
                                 log_sums == 7);
         }
       }
+    };
+    const auto add_group = [&](int group) {
+      float* const of_stage = warp_sums + ((stage * most_tiles * kWarps) << log_sums);
       __syncthreads();
       detail::GroupSums<Shape, Tokens> adder{a, of_stage, half_sums, tile0, block_rows, log_sums, warps};
       adder.direct = direct;
       adder.on_top = window > slab0;
-      adder.add(group, end);
+      adder.add(group, min(group + most_tiles, tiles));
       stage ^= 1;  // the other half of the sums: nobody still reads it
     };
     int group = 0;
+    bool more = true;
     if constexpr (decltype(first)::value) {
       multiply_group(first, group);
-      group += most_tiles;
+      more = group + most_tiles < tiles;
+      if (more) add_group(group), group += most_tiles;
     }
-    for (; group < tiles; group += most_tiles) multiply_group(std::false_type{}, group);
+    while (more) {
+      multiply_group(std::false_type{}, group);
+      more = group + most_tiles < tiles;
+      if (more) add_group(group), group += most_tiles;
+    }
+    if (Gated && last_window && half == 0 && window == slab0) {
+      for_words([&](int step, int i) { words[step][i] = x[step][i]; });  // the same for the other half
+    } else {
+      ask_for_x(!last_window ? slab + kWarps : Gated && half == 0 ? slab0 + warp : slab1);
+    }
+    add_group(group);
     window += kWarps;
     if (last_window && Gated && half == 0) {
       half = 1;
@@ -428,6 +457,7 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
       if (a.rows.half_part != 0) {
         fill_table(1);  // all lookups are behind the barrier of the last group
         if constexpr (Config::kCodeBytes == 2) codebooks = codebooks_of(1);
+        __syncthreads();
       }
     }
   };
