@@ -87,10 +87,11 @@ struct FusedWgmmaLimits {
     const std::int64_t token_blocks = divide_up(tokens, tile);
     const std::int64_t products = token_blocks * row_blocks;
     const double steps_of_slab = limits.lane_span;  // of 16 k
-    // As measured on an H200, in cycles of its clock.
-    const double step =
-        std::max((std::max(0.9 * tile + 38.0, 0.47 * tile + 112.0) + limits.lookup_cycles) * groups / 2.0,
-                 limits.step_cycles);
+    // As measured on an H200, in cycles of its clock: products, the chain of a few tokens' look-ups, and
+    // shared memory.
+    const double of_pair =
+        std::max({0.9 * tile + 32.0, 0.47 * tile + 88.0, 0.75 * tile + 51.0 + limits.lookup_cycles});
+    const double step = std::max(of_pair * groups / 2.0, limits.step_cycles);
     const double slab_cycles = steps_of_slab * step;
     const double product_cycles = kProductCycles + kTokenCycles * tile;  // beside its slabs
     for (int splits = 1; splits <= 8; ++splits) {
