@@ -141,11 +141,14 @@ __global__ void __launch_bounds__(128 + 128 * Groups, 1)
   const auto codebooks_of = [&](int part) {
     return a.codebooks + ((part * Config::kCodebooks) << a.code_bits) * Config::kVecLen;
   };
-  detail::cluster_barrier();
+  // The other block's barriers are waited for by who needs them; codes and codebooks come before.
+  __syncthreads();
+  detail::cluster_arrive();
 
   if (group == 0) {
     detail::give_registers<Groups == 2 ? 40 : 32>();
     if (warp == 0) {
+      detail::cluster_wait();
       if (lane == 0) {
         detail::wait_for_previous_kernel();
         int stage = 0;
@@ -210,6 +213,8 @@ __global__ void __launch_bounds__(128 + 128 * Groups, 1)
         }
       }
       asm volatile("cp.async.wait_all;" ::: "memory");
+      __syncwarp();
+      detail::cluster_wait();
     }
   } else {
     detail::take_registers<Groups == 2 ? 232 : 160>();
@@ -249,8 +254,11 @@ __global__ void __launch_bounds__(128 + 128 * Groups, 1)
           detail::wait_for_multipliers<Groups>();
         }
       }
-      if (n == 0) detail::wait_for_previous_kernel();  // it may read what is written here
-        // The sums of the piece before are not the ones of this one, which ptxas does not see.
+      if (n == 0) {
+        detail::cluster_wait();
+        detail::wait_for_previous_kernel();  // it may read what is written here
+      }
+      // The sums of the piece before are not the ones of this one, which ptxas does not see.
 #pragma unroll
       for (int e = 0; e < TokenTile / 2; ++e) asm volatile("" : "=f"(d[e]));
       constexpr int kOfStage = 4 / kGroup;  // groups of a stage
@@ -422,6 +430,7 @@ __global__ void __launch_bounds__(128 + 128 * Groups, 1)
         rows.store(a.out, token, to_row, sums);
       }
     }
+    if (count == 0) detail::cluster_wait();
   }
   detail::cluster_barrier();  // nobody's barriers go while the other block arrives at them
 #endif
