@@ -130,6 +130,10 @@ __device__ __forceinline__ void expect_pushes(unsigned barrier, unsigned bytes) 
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
+// The same, and what the thread wrote to shared memory before is seen behind the others' cluster_wait().
+__device__ __forceinline__ void cluster_arrive_with_writes() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }

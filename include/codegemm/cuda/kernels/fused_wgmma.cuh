@@ -141,7 +141,19 @@ __global__ void __launch_bounds__(128 + 128 * Groups, 1)
   const auto codebooks_of = [&](int part) {
     return a.codebooks + ((part * Config::kCodebooks) << a.code_bits) * Config::kVecLen;
   };
-  detail::cluster_barrier();
+  const auto fill_table = [&](int part) {
+    Table::fill(table, codebooks_of(part), a.code_bits, PairType::kHalf, static_cast<int>(threadIdx.x) - 128,
+                Shape::kMultipliers);
+  };
+  detail::cluster_arrive_with_writes();
+  // While the other block comes, and then x and codes, the first piece's table is made.
+  int table_part = -1;
+  if (group > 0 && pieces_here.size() > 0) {
+    table_part = open_piece(pieces_here.piece(a.schedule, 0)).part;
+    if constexpr (Config::kCodeBytes == 1) fill_table(table_part);
+    __syncwarp();
+  }
+  detail::cluster_wait();
 
   if (group == 0) {
     detail::give_registers<Groups == 2 ? 40 : 32>();
@@ -216,7 +228,8 @@ __global__ void __launch_bounds__(128 + 128 * Groups, 1)
     using Fragments = detail::WgmmaFragments<Config, Type>;
     Fragments fragments;
     fragments.begin(table, a.code_bits, Config::kScaleSteps > 0 ? Config::kScaleSteps : a.scale_steps, lane);
-    int table_part = -1;  // the first one is looked up while x and codes come
+    fragments.codebooks = codebooks_of(max(table_part, 0));
+    if constexpr (Config::kCodeBytes == 1) detail::wait_for_multipliers<Groups>();  // the table is there
     const int tile_of_block = (group - 1) * 4 + warp;
     float* const scratch = reinterpret_cast<float*>(code_memory + a.code_stages * code_stage_bytes) +
                            tile_of_block * Shape::kScratchFloats;
@@ -243,9 +256,8 @@ __global__ void __launch_bounds__(128 + 128 * Groups, 1)
         table_part = p.part;
         fragments.codebooks = codebooks_of(table_part);
         if constexpr (Config::kCodeBytes == 1) {
-          if (n > 0) detail::wait_for_multipliers<Groups>();
-          Table::fill(table, codebooks_of(table_part), a.code_bits, PairType::kHalf,
-                      static_cast<int>(threadIdx.x) - 128, Shape::kMultipliers);
+          detail::wait_for_multipliers<Groups>();
+          fill_table(table_part);
           detail::wait_for_multipliers<Groups>();
         }
       }
