@@ -101,20 +101,18 @@ __device__ __forceinline__ unsigned cluster_rank() {
 }
 
 // One thread of a block tells one of another block of the grid, by a word in global memory, that what its
-// block wrote is there; its other threads meet it before. What is written in `part` parts, from 1 on, is told
-// of part by part.
-__device__ __forceinline__ void hand_over(unsigned* word, unsigned part) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(part) : "memory");
+// block wrote is there; its other threads meet it before.
+__device__ __forceinline__ void hand_over(unsigned* word) {
+  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(word) : "memory");
 }
-// Whole warps wait, lanes with `waits` for their word to be `part`, which is 0 after the last one, as before.
-// Were it a loop of some lanes alone, a barrier behind it could be reached by half a warp (seen with CUDA
-// 13.0's ptxas, and it hangs).
-__device__ __forceinline__ void take_hand_over(unsigned* word, unsigned part, bool waits, bool last) {
-  unsigned there = part;
+// Whole warps wait, lanes with `waits` for their word, which is 0 then as before: were it a loop of some lanes
+// alone, a barrier behind it could be reached by half a warp (seen with CUDA 13.0's ptxas, and it hangs).
+__device__ __forceinline__ void take_hand_over(unsigned* word, bool waits) {
+  unsigned there = 1;
   do {
     if (waits) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(word) : "memory");
-  } while (!__all_sync(0xFFFFFFFFU, there >= part));
-  if (waits && last) *word = 0;  // for the next call
+  } while (!__all_sync(0xFFFFFFFFU, there != 0));
+  if (waits) *word = 0;  // for the next call
   __syncwarp();
 }
 

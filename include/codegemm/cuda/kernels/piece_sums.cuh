@@ -73,7 +73,7 @@ struct PieceSums {
 #pragma unroll
     for (int e = 0; e < kFours; ++e) __stcg(to + e * 128, four(d, e));
     wait_for_warpgroup(group);
-    if (leads()) detail::hand_over(a.handed_over + slot, 1);
+    if (leads()) detail::hand_over(a.handed_over + slot);
   }
 
   // Of the piece that does, whose first slab of the product is `slab`: adds from the piece just before on
@@ -86,7 +86,7 @@ struct PieceSums {
     do {
       --before;
       const int slot = slot_of(before);
-      if (in_first_warp()) take_hand_over(a.handed_over + slot, 1, leads(), true);
+      if (in_first_warp()) take_hand_over(a.handed_over + slot, leads());
       wait_for_warpgroup(group);
       const float4* const from = partials_of(slot);
 #pragma unroll
@@ -99,52 +99,36 @@ struct PieceSums {
   }
 
   // Of even pieces: this cluster's share of the tokens, whose number is returned, comes to the front of d
-  // and is added up, own sums first, then those of the first piece on. Long shares go out and come in by
-  // halves, so that both ways are used at once: a word counts the halves that are there.
+  // and is added up, own sums first, then those of the first piece on.
   __device__ __forceinline__ int share(float (&d)[TokenTile / 2]) const {
-    constexpr int kParts = TokenTile >= 128 ? 2 : 1;
     const unsigned x_at = static_cast<unsigned>(__cvta_generic_to_shared(x_memory));
     const int count = a.schedule.even_pieces;
     const int own = cluster % count;
     const int first = cluster - own;
     const int fours = kFours / count;
-    const int of_part = fours / kParts;
     const int own_four = own * fours;
-    const int other = static_cast<int>(threadIdx.x % 32);
-    const bool waits = other < count && other != own;
-    unsigned* const to_other = a.handed_over + slot_of(cluster) * kMostEvenPieces + other;
-    unsigned* const from_other = a.handed_over + slot_of(first + (waits ? other : 0)) * kMostEvenPieces + own;
     float4* const to = partials_of(slot_of(cluster));
-    const auto send = [&](int part) {
 #pragma unroll
-      for (int e = 0; e < kFours; ++e) {
-        const bool mine = e >= own_four && e < own_four + fours;
-        if (!mine && (kParts == 1 || (e & of_part) != 0) == (kParts == 1 || part != 0))
-          __stcg(to + e * 128, four(d, e));
-      }
-    };
-    send(0);
-    wait_for_multipliers<2>();  // and nobody reads x any more
-    if (in_first_warp() && waits) detail::hand_over(to_other, 1);
-    if (kParts > 1) send(1);
-    move_share<kFours / 2>(d, own_four);
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      if (part > 0) {
-        wait_for_warpgroup(group);
-        if (in_first_warp() && waits) detail::hand_over(to_other, 2);
-      }
-      if (in_first_warp()) take_hand_over(from_other, part + 1, waits, part + 1 == kParts);
-      wait_for_warpgroup(group);
-#pragma unroll 1
-      for (int piece = 0, at = part * of_part; piece < count; ++piece) {
-        if (piece == own) continue;
-        const float4* const from = partials_of(slot_of(first + piece)) + (own_four + part * of_part) * 128;
-        for (int e = 0; e < of_part; ++e) copy_16_bytes(x_at + place(at + e), from + e * 128);
-        at += fours;
-      }
-      commit_copies();
+    for (int e = 0; e < kFours; ++e) {
+      if (e < own_four || e >= own_four + fours) __stcg(to + e * 128, four(d, e));
     }
+    wait_for_multipliers<2>();  // and nobody reads x any more
+    if (in_first_warp()) {
+      const int other = static_cast<int>(threadIdx.x % 32);
+      const bool waits = other < count && other != own;
+      if (waits) detail::hand_over(a.handed_over + slot_of(cluster) * kMostEvenPieces + other);
+      __syncwarp();
+      take_hand_over(a.handed_over + slot_of(first + (waits ? other : 0)) * kMostEvenPieces + own, waits);
+    }
+    move_share<kFours / 2>(d, own_four);
+    wait_for_warpgroup(group);
+#pragma unroll 1
+    for (int piece = 0, at = 0; piece < count; ++piece) {
+      if (piece == own) continue;
+      const float4* const from = partials_of(slot_of(first + piece)) + own_four * 128;
+      for (int e = 0; e < fours; ++e, ++at) copy_16_bytes(x_at + place(at), from + e * 128);
+    }
+    commit_copies();
     wait_for_copies<0>();
 #pragma unroll 1
     for (int i = 0; i < count - 1; ++i) {

@@ -47,7 +47,7 @@ struct FusedWgmmaRegime {
     limits.halves = gated;
     if (!gated) limits.group_bytes = Shape::kScratchBytes / 2 + 64;
     limits.lane_span = Shape::kLaneSpan;
-    limits.lookup_cycles = (Config::kVecLen < 8 ? 25.0 : 15.0) * (Config::kCodebooks - 1);
+    limits.lookup_cycles = (Config::kVecLen < 8 ? 70.0 : 42.0) * (Config::kCodebooks - 1);
     limits.step_cycles = Config::kCodeBytes == 1 ? 0.0 : 300.0;
     return plan_fused_wgmma(w.layout, w.cols, tokens, limits, tuning);
   }

@@ -50,7 +50,7 @@ struct FusedWgmmaLimits {
   constexpr std::size_t kMaxPartialBytes = (std::size_t{32} << 20) - kCounterBytes;
   constexpr double kProductCycles = 1000.0;  // filling the stages
   constexpr double kTokenCycles = 20.0;      // of the output
-  constexpr double kHandOverCycles = 3000.0;
+  constexpr double kHandOverCycles = 2000.0;
   constexpr double kPartialBytesACycle = 22.0;  // of a block, while others move theirs
   constexpr double kEvenBytesACycle = 17.0;     // while all do
   const auto divide_up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
@@ -87,11 +87,11 @@ struct FusedWgmmaLimits {
     const std::int64_t token_blocks = divide_up(tokens, tile);
     const std::int64_t products = token_blocks * row_blocks;
     const double steps_of_slab = limits.lane_span;  // of 16 k
-    // As measured on an H200, in cycles of its clock.
-    // What look-ups add lies behind the products of 256 tokens; with 128 shared memory is as busy as wgmma.
-    const double lookups = limits.lookup_cycles * (tile == 128 ? 3.0 : tile == 256 ? 1.0 : 2.0);
-    const double step = std::max((std::max(0.9 * tile + 38.0, 0.47 * tile + 112.0) + lookups) * groups / 2.0,
-                                 limits.step_cycles);
+    // As measured on an H200, in cycles of its clock: products, the chain of a few tokens' look-ups, and
+    // shared memory.
+    const double of_pair =
+        std::max({0.9 * tile + 32.0, 0.47 * tile + 88.0, 0.75 * tile + 51.0 + limits.lookup_cycles});
+    const double step = std::max(of_pair * groups / 2.0, limits.step_cycles);
     const double slab_cycles = steps_of_slab * step;
     const double product_cycles = kProductCycles + kTokenCycles * tile;  // beside its slabs
     for (int splits = 1; splits <= 8; ++splits) {
