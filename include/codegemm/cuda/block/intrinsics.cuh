@@ -105,8 +105,8 @@ __device__ __forceinline__ unsigned cluster_rank() {
 __device__ __forceinline__ void hand_over(unsigned* word) {
   asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(word) : "memory");
 }
-// Whole warps wait, lanes with `waits` for their word, which is 0 then as before: were it a loop of some lanes
-// alone, a barrier behind it could be reached by half a warp (seen with CUDA 13.0's ptxas, and it hangs).
+// Whole warps wait, lanes with `waits` for their word, which is 0 then as before. Where single lanes waited
+// in a loop, products whose barrier of a warpgroup came behind it hung.
 __device__ __forceinline__ void take_hand_over(unsigned* word, bool waits) {
   unsigned there = 1;
   do {
