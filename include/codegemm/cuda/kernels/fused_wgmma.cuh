@@ -54,8 +54,11 @@ __global__ void __launch_bounds__(128 + 128 * Groups, 1)
   using Table = typename Shape::Table;
   constexpr int kStagesOfSlab = Shape::kStagesOfSlab;
   // Steps of 16 k whose weights are looked up at once: the more, the less of a look-up's latency is seen.
-  // Where there are registers, and an even number of groups in a slab.
-  constexpr int kGroup = TokenTile < 256 && Groups == 2 && kStagesOfSlab > 1 ? 4 : 2;
+  // Where there are registers, and an even number of groups in a slab. Several codebooks keep shared memory
+  // busy: with few tokens their look-ups come better in small portions.
+  constexpr bool kFour =
+      TokenTile < 256 && Groups == 2 && kStagesOfSlab > 1 && (Config::kCodebooks == 1 || TokenTile == 128);
+  constexpr int kGroup = kFour ? 4 : 2;
   constexpr int kGroups = 4 * kStagesOfSlab / kGroup;  // of a slab
   constexpr int kRowTiles = Shape::kRowTiles;
   // The table, whose size is a multiple of 1024 bytes; x of the stages, which the swizzle wants at such ones;
