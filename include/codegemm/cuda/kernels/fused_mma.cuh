@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   int half = 0;
   // Fragments of x: the lane's four k of tokens r and r + 8. The words of a slab come while sums of the one
   // before are added. In the order of the loads 16 tokens would cost four moves in front of every product.
-  unsigned words[4 * kChunkSteps][2 * kHalves];
+  unsigned words[4 * kChunkSteps][2 * kHalves] = {};
   unsigned x[4 * kChunkSteps][2 * kHalves];
   const unsigned zero = static_cast<unsigned>(a.tokens) >> 31;
   const auto for_words = [](auto&& fn) {
@@ -289,27 +289,20 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
       load_x(slab, std::false_type{});
     }
   };
+  ask_for_x(slab0 + warp);
+  __syncthreads();  // the table
+
   int window = slab0;
-  int group = 0;  // of tiles, multiplied last
-  // Adds what all warps made of it; `until` is the end of its window.
-  const auto add_group = [&](int until) {
-    float* const of_stage = warp_sums + ((stage * most_tiles * kWarps) << log_sums);
-    float* const half_sums = block_sums + half * (Tokens * block_rows);
-    __syncthreads();
-    detail::GroupSums<Shape, Tokens> adder{
-        a, of_stage, half_sums, tile0, block_rows, log_sums, min(kWarps, slab1 - until + kWarps)};
-    adder.direct = direct;
-    adder.on_top = until > slab0 + kWarps;
-    adder.add(group, min(group + most_tiles, tiles));
-    stage ^= 1;  // the other half of the sums: nobody still reads it
-  };
-  const auto multiply_window = [&](bool begins) {
+  const auto multiply_window = [&](auto first) {
     const int slab = window + warp;
+    const int warps = min(kWarps, slab1 - window);  // that have a slab
+    const bool last_window = window + kWarps >= slab1;
     for_words([&](int step, int i) {
       x[step][i] = Tokens == 16 ? detail::or_here(words[step][i], zero) : words[step][i];
     });
     [[maybe_unused]] const int half_tile = half * a.rows.half_tiles;
-    const auto multiply_group = [&](auto looked_up) {
+    float* const half_sums = block_sums + half * (Tokens * block_rows);
+    const auto multiply_group = [&](auto looked_up, int group) {
       float* const of_stage = warp_sums + ((stage * most_tiles * kWarps) << log_sums);
       const int end = min(group + most_tiles, tiles);
       if (slab < slab1) {
@@ -430,46 +423,46 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
         }
       }
     };
-    for (group = 0;; group += most_tiles) {
-      if constexpr (kLooksAhead) {
-        if (begins && group == 0) {
-          multiply_group(std::true_type{});
-        } else {
-          multiply_group(std::false_type{});
-        }
-      } else {
-        multiply_group(std::false_type{});
-      }
-      if (group + most_tiles >= tiles) break;
-      add_group(window + kWarps);
+    const auto add_group = [&](int group) {
+      float* const of_stage = warp_sums + ((stage * most_tiles * kWarps) << log_sums);
+      __syncthreads();
+      detail::GroupSums<Shape, Tokens> adder{a, of_stage, half_sums, tile0, block_rows, log_sums, warps};
+      adder.direct = direct;
+      adder.on_top = window > slab0;
+      adder.add(group, min(group + most_tiles, tiles));
+      stage ^= 1;  // the other half of the sums: nobody still reads it
+    };
+    int group = 0;
+    bool more = true;
+    if constexpr (decltype(first)::value) {
+      multiply_group(first, group);
+      more = group + most_tiles < tiles;
+      if (more) add_group(group), group += most_tiles;
     }
+    while (more) {
+      multiply_group(std::false_type{}, group);
+      more = group + most_tiles < tiles;
+      if (more) add_group(group), group += most_tiles;
+    }
+    if (Gated && last_window && half == 0 && window == slab0) {
+      for_words([&](int step, int i) { words[step][i] = x[step][i]; });  // the same for the other half
+    } else {
+      ask_for_x(!last_window ? slab + kWarps : Gated && half == 0 ? slab0 + warp : slab1);
+    }
+    add_group(group);
     window += kWarps;
-  };
-  for (bool begins = true;; begins = false) {
-    const int until = window;
-    const bool other_half = Gated && half == 0 && until >= slab1;
-    if (other_half) window = slab0;
-    if (other_half && until == slab0 + kWarps) {
-      for_words([&](int step, int i) { words[step][i] = x[step][i]; });
-    } else {
-      ask_for_x(window + warp);
-    }
-    if (begins) {
-      __syncthreads();  // the table
-    } else {
-      add_group(until);
-    }
-    if (other_half) {
+    if (last_window && Gated && half == 0) {
       half = 1;
+      window = slab0;
       if (a.rows.half_part != 0) {
         fill_table(1);  // all lookups are behind the barrier of the last group
         if constexpr (Config::kCodeBytes == 2) codebooks = codebooks_of(1);
         __syncthreads();
       }
     }
-    if (window >= slab1) break;
-    multiply_window(begins);
-  }
+  };
+  if constexpr (kLooksAhead) multiply_window(std::true_type{});
+  while (window < slab1) multiply_window(std::false_type{});
   if (direct) return;
   __syncthreads();
 
