@@ -30,16 +30,16 @@
 #include <nlohmann/json.hpp>
 
 #include <codegemm/base/thread_pool.hpp>
-#include <codegemm/reference.hpp>
+#include <common/layer_quantizer.hpp>
 #include <common/model_loader.hpp>
 #include <common/model_tokenizer.hpp>
 #include <common/perplexity.hpp>
 #include <common/progress.hpp>
-#include <common/quantize_options.hpp>
 #include <common/text_quantizer.hpp>
 #include <common/text_tokens.hpp>
 
 #include "support/explore_latency.hpp"
+#include "support/explore_options.hpp"
 #include "support/explore_plot.hpp"
 #include "support/explore_table.hpp"
 #include "support/ggml_blocks.hpp"
@@ -54,43 +54,6 @@ using namespace prefillshare::examples;
 using nlohmann::json;
 using Windows = std::vector<std::vector<std::int32_t>>;
 
-struct Options : QuantizeOptions {
-  std::string model, text, calibration, cache, json_path, csv, plot, gpu, gpu_plot;
-  std::vector<std::string> distilled;
-  std::vector<std::string> formats = {"m1v8g128", "m1v4b4g64", "m2v4b4g64", "m2v8g128", "m1v4g64",
-                                      "m1v4g32",  "m3v4b4g64", "m2v4g64",   "m1v2g64",  "m2v2b4g64"};
-  std::vector<std::string> peers = {"Q2_K", "Q3_K_M", "Q4_K_M"};
-  std::vector<std::string> blocks = {"IQ2_XS", "Q2_K", "Q3_K", "Q4_K"};
-  std::int64_t windows = 32;
-  std::int64_t window_length = 512;
-  double memory = 0.0;   // MiB; 0: no limit
-  double latency = 0.0;  // microseconds; 0: no limit
-  std::string on = "cpu";
-  bool quick = false;
-  bool peers_too = true;
-  bool only_distilled = false;
-  bool gpu_arguments = false;
-
-  Options() {
-    sequences = 12;
-    quantizer.layers.rounds = 3;
-    quantizer.layers.beam = 1;
-    quantizer.layers.tolerance = 0.02;
-  }
-};
-
-// What `quick` is: to see that it runs.
-void make_quick(Options& options) {
-  options.formats = {"m2v4b4g64", "m1v8b4g64"};
-  options.method = "kmeans";
-  options.quantizer.correct = false;  // it needs more tokens than this
-  options.sequences = 4;
-  options.length = options.window_length = 128;
-  options.windows = 8;
-  options.blocks = {"Q2_K"};
-  options.peers = {"Q2_K"};
-}
-
 std::string hex(std::uint64_t value) {
   char text[17];
   std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(value));
@@ -103,7 +66,7 @@ std::uint64_t hash_text(const std::string& text) {  // FNV-1a
 }
 
 /// What codegemm-gpu is to be asked for --gpu: the shapes of a block's linear layers, and the formats.
-std::string gpu_arguments(const Options& options) {
+std::string gpu_arguments(const ExploreOptions& options) {
   const ModelConfig c = unwrap(model_config(unwrap(open_model(options.model))->hyperparameters()));
   std::set<std::string> shapes;
   for (const auto& [rows, cols] :
@@ -129,7 +92,7 @@ std::string gpu_arguments(const Options& options) {
 
 class Explorer {
  public:
-  explicit Explorer(const Options& options)
+  explicit Explorer(const ExploreOptions& options)
       : options_(options),
         pool_(options.threads),
         source_(unwrap(open_model(options.model))),
@@ -351,11 +314,7 @@ class Explorer {
     std::map<std::string, const QuantizedMatrix*> by_name;
     for (std::size_t i = 0; i < layers.names.size(); ++i) by_name[layers.names[i]] = &layers.matrices[i];
     return with_weights(*loaded_.model, [&](const std::string& name, const DenseLinear& dense) {
-      std::vector<float> values(static_cast<std::size_t>(dense.rows() * dense.cols()));
-      reference_dequantize(by_name.at(name)->view(),
-                           MatrixView<float>(values.data(), dense.rows(), dense.cols()));
-      return DenseLinear(std::make_shared<const std::vector<float>>(std::move(values)), dense.rows(),
-                         dense.cols(), std::vector<float>(dense.bias().begin(), dense.bias().end()));
+      return dequantized(*by_name.at(name), dense, pool_);
     });
   }
 
@@ -489,7 +448,7 @@ class Explorer {
     return front;
   }
 
-  const Options& options_;
+  const ExploreOptions& options_;
   ThreadPool pool_;
   std::unique_ptr<TensorSource> source_;
   LoadedModel loaded_;
@@ -514,43 +473,9 @@ class Explorer {
 }  // namespace codegemm::bench
 
 int main(int argc, char** argv) {
-  using codegemm::bench::Options;
-  Options options;
+  codegemm::bench::ExploreOptions options;
   CLI::App app{"Formats by size, time and perplexity on a model, and which to take for a budget"};
-  app.add_option("--model", options.model, "GGUF file or Hugging Face folder")->required();
-  app.add_option("--text", options.text, "text to measure perplexity on")->required();
-  app.add_option("--calibration", options.calibration, "text to calibrate on, another one")->required();
-  app.add_option("--cache", options.cache, "folder that keeps what is made and measured")->required();
-  app.add_option("--format", options.formats, "formats of the linear layers")->capture_default_str();
-  add_quantize_options(app, options);
-  app.add_option("--windows", options.windows, "stretches of the text measured on")
-      ->check(CLI::Range(1, 1 << 20))
-      ->capture_default_str();
-  app.add_option("--window-length", options.window_length, "tokens in each")
-      ->check(CLI::Range(4, 1 << 17))
-      ->capture_default_str();
-  app.add_option("--peer", options.peers, "file types of llama.cpp")->capture_default_str();
-  app.add_option("--blocks", options.blocks, "block types of ggml")->capture_default_str();
-  app.add_flag("!--no-peers", options.peers_too, "neither of them");
-  app.add_option("--memory", options.memory, "MiB that the linear layers may take")
-      ->check(CLI::NonNegativeNumber);
-  app.add_option("--latency", options.latency, "microseconds that a token may take in them")
-      ->check(CLI::NonNegativeNumber);
-  app.add_option("--on", options.on, "where --latency is meant: cpu, or gpu with the times of --gpu")
-      ->check(CLI::IsMember({"cpu", "gpu"}))
-      ->capture_default_str();
-  app.add_option("--gpu", options.gpu,
-                 "results of codegemm-gpu on this model's shapes (--shape NxK --tokens 1): adds its times");
-  app.add_option("--distilled", options.distilled,
-                 "results of quantize-gpu on the same text and windows: adds its formats");
-  app.add_flag("--only-distilled", options.only_distilled, "of our formats these alone");
-  app.add_option("--json", options.json_path, "write the results there");
-  app.add_option("--csv", options.csv, "write the table there");
-  app.add_option("--plot", options.plot, "draw perplexity over time into this SVG file");
-  app.add_option("--gpu-plot", options.gpu_plot, "the same with the times of --gpu");
-  app.add_flag("--gpu-arguments", options.gpu_arguments,
-               "only prints what codegemm-gpu is to be asked for --gpu: shapes and formats");
-  app.add_flag("--quick", options.quick, "two formats, little text: to see that it runs");
+  codegemm::bench::add_options(app, options);
   CLI11_PARSE(app, argc, argv);
   if (options.quick) codegemm::bench::make_quick(options);
   try {

@@ -20,10 +20,12 @@
 #include <codegemm/base/status.hpp>
 #include <codegemm/base/text.hpp>
 #include <codegemm/base/thread_pool.hpp>
+#include <codegemm/base/weight_arena.hpp>
 #include <codegemm/cuda/packed_matrix.hpp>
 #include <codegemm/format.hpp>
 #include <codegemm/gemm.hpp>
 #include <codegemm/pack.hpp>
+#include <codegemm/quantized_matrix.hpp>
 #include <codegemm/version.hpp>
 
 namespace {
@@ -118,12 +120,34 @@ struct codegemm_c_packed {
   codegemm::PackedMatrix matrix;
 };
 
+struct codegemm_c_arena {
+  codegemm::WeightArena memory;
+};
+
 struct codegemm_c_executor {
   explicit codegemm_c_executor(int threads) : pool(threads) {}
 
   codegemm::ThreadPool pool;
   std::mutex turn;  // a pool runs one loop at a time
 };
+
+namespace {
+
+// A new handle of what `pack` makes of the matrix.
+template <class Pack>
+Status pack_by(const codegemm_c_matrix* matrix, codegemm_c_packed** packed, Pack&& pack) {
+  if (Status s = check_pointer(packed, "packed"); !s.ok()) return s;
+  *packed = nullptr;
+  if (Status s = check_struct(matrix, "matrix"); !s.ok()) return s;
+  const auto view = codegemm::c_api::view_of(*matrix, "matrix");
+  if (!view.ok()) return view.status();
+  auto made = pack(*view);
+  if (!made.ok()) return made.status();
+  *packed = std::make_unique<codegemm_c_packed>(codegemm_c_packed{*std::move(made)}).release();
+  return {};
+}
+
+}  // namespace
 
 // ---- Version and errors.
 
@@ -206,16 +230,32 @@ codegemm_c_status codegemm_c_validate_matrix(const codegemm_c_matrix* matrix) {
 // ---- The product on the CPU.
 
 codegemm_c_status codegemm_c_pack(const codegemm_c_matrix* matrix, codegemm_c_packed** packed) {
+  return guarded([&] {
+    return pack_by(matrix, packed,
+                   [](const codegemm::QuantizedMatrixView& view) { return codegemm::pack(view); });
+  });
+}
+
+codegemm_c_status codegemm_c_arena_create(codegemm_c_arena** arena) {
   return guarded([&]() -> Status {
-    if (Status s = check_pointer(packed, "packed"); !s.ok()) return s;
-    *packed = nullptr;
-    if (Status s = check_struct(matrix, "matrix"); !s.ok()) return s;
-    const auto view = codegemm::c_api::view_of(*matrix, "matrix");
-    if (!view.ok()) return view.status();
-    auto made = codegemm::pack(*view);
-    if (!made.ok()) return made.status();
-    *packed = std::make_unique<codegemm_c_packed>(codegemm_c_packed{*std::move(made)}).release();
+    if (Status s = check_pointer(arena, "arena"); !s.ok()) return s;
+    *arena = nullptr;
+    *arena = std::make_unique<codegemm_c_arena>().release();
     return {};
+  });
+}
+
+void codegemm_c_arena_destroy(codegemm_c_arena* arena) { delete arena; }
+
+codegemm_c_status codegemm_c_pack_in(const codegemm_c_matrix* matrix, codegemm_c_arena* arena,
+                                     codegemm_c_packed** packed) {
+  return guarded([&] {
+    return pack_by(
+        matrix, packed,
+        [&](const codegemm::QuantizedMatrixView& view) -> codegemm::Result<codegemm::PackedMatrix> {
+          if (Status s = check_pointer(arena, "arena"); !s.ok()) return s;
+          return codegemm::pack(view, arena->memory);
+        });
   });
 }
 

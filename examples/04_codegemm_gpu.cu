@@ -17,14 +17,12 @@ int main() {
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) return std::puts("SKIPPED: no GPU"), 4;
   const auto device = codegemm::cuda::query_device(0);  // once, when the program starts
   CHECK(device.ok(), device.status().message().c_str());
-
   // A 4096 x 4096 matrix at 2.125 bits a weight; a checkpoint reader or a quantizer would fill it.
   auto w = codegemm::QuantizedMatrix::create(codegemm::Format{4, 1, 8, 128}, 4096, 4096);
   CHECK(w.ok(), w.status().message().c_str());
   for (auto& word : w->codes()) word = static_cast<std::uint32_t>(std::rand()) * 2U;
-  for (auto& value : w->codebooks())
-    value = codegemm::Half::from_float(static_cast<float>(std::rand() % 201 - 100) * 0.01F);
-  for (auto& value : w->scales()) value = codegemm::Half::from_float(0.02F);
+  for (auto& c : w->codebooks()) c = codegemm::Half::from_float(static_cast<float>(std::rand() % 201) - 100);
+  for (auto& scale : w->scales()) scale = codegemm::Half::from_float(0.0002F);
 
   // [guide: cuda_pack]
   // Into the kernels' layout, and to the device: memory is the caller's.
@@ -37,8 +35,8 @@ int main() {
         "out of device memory");
   cudaMemcpy(weights, packed->bytes().data(), packed->bytes().size(), cudaMemcpyHostToDevice);
   // [guide: end]
-  std::vector<codegemm::Half> activations(4096, codegemm::Half::from_float(0.5F));
-  cudaMemcpy(x, activations.data(), 4096 * 2, cudaMemcpyHostToDevice);
+  std::vector<codegemm::Half> values(4096, codegemm::Half::from_float(0.5F));
+  cudaMemcpy(x, values.data(), 4096 * 2, cudaMemcpyHostToDevice);
 
   // [guide: cuda_run]
   // y[1][4096] = x[1][4096] W^T
@@ -53,11 +51,9 @@ int main() {
   const codegemm::Status status = codegemm::cuda::run(problem, *device, workspace, bytes, nullptr);
   CHECK(status.ok(), status.message().c_str());
   // [guide: end]
-
-  std::vector<codegemm::Half> out(4096);
-  CHECK(cudaMemcpy(out.data(), y, 4096 * 2, cudaMemcpyDeviceToHost) == cudaSuccess, "the kernel failed");
+  CHECK(cudaMemcpy(values.data(), y, 4096 * 2, cudaMemcpyDeviceToHost) == cudaSuccess, "the kernel failed");
   double want = 0.0;
   for (int k = 0; k < 4096; ++k) want += 0.5 * codegemm::reference_weight(w->view(), 7, k);
-  std::printf("y[7] = %.4f, in double %.4f\n", static_cast<double>(out[7].to_float()), want);
-  return std::abs(static_cast<double>(out[7].to_float()) - want) < 1e-3 * (1.0 + std::abs(want)) ? 0 : 1;
+  std::printf("y[7] = %.4f, in double %.4f\n", static_cast<double>(values[7].to_float()), want);
+  return std::abs(static_cast<double>(values[7].to_float()) - want) < 1e-3 * (1.0 + std::abs(want)) ? 0 : 1;
 }

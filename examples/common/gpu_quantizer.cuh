@@ -53,10 +53,9 @@ class GpuQuantizer {
       return layers_->quantize_calibrated(weights, gram, format, options, executor, report);
     };
     out.calibrate = [this](const LoadedModel& loaded, const Sequences& sequences,
-                           const CalibrationRunOptions& options, LayerQuantizer& quantizer,
-                           Executor& executor) {
+                           const CalibrationRunOptions& options, LayerQuantizer& quantizer, Executor&) {
       if (quantizer.finishes()) throw UserError("blocks are tuned on the host only");
-      calibrate(loaded, sequences, options, quantizer, loaded.model->config.layers, executor);
+      calibrate(loaded, sequences, options, quantizer, loaded.model->config.layers);
     };
     return out;
   }
@@ -64,10 +63,10 @@ class GpuQuantizer {
   /// Runs the model's first `blocks` blocks on the sequences, their layers replaced.
   template <LayerReplacer Replacer>
   void calibrate(const LoadedModel& loaded, const Sequences& sequences, const CalibrationRunOptions& options,
-                 Replacer& replacer, std::int64_t blocks, Executor& executor) {
+                 Replacer& replacer, std::int64_t blocks) {
     auto run = unwrap(cuda::DeviceCalibrationRun::create(loaded.model, sequences, options, kPassTokens,
                                                          device_, stream_.get(), loaded.read_block));
-    while (run.blocks_done() < blocks) check(run.next_block(replacer, executor));
+    while (run.blocks_done() < blocks) check(run.next_block(replacer));
   }
 
   /// What distill() did, in nats a token on the sequences that it was judged by.

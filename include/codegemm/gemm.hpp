@@ -27,7 +27,8 @@
 namespace codegemm {
 
 /// Whether gemm() takes these operands: x is [T][K], y is [T][N] for W of N x K. kNullPointer,
-/// kShapeMismatch or kInvalidArgument (negative size, stride below the columns), with the numbers.
+/// kShapeMismatch or kInvalidArgument (negative size, stride below the columns, y where x is), with the
+/// numbers.
 [[nodiscard]] inline Status validate(const PackedMatrix& w, MatrixView<const float> x, MatrixView<float> y) {
   if (x.rows < 0 || y.rows < 0) {
     return error(StatusCode::kInvalidArgument, "gemm: x has ", x.rows, " rows, y has ", y.rows);
@@ -55,6 +56,7 @@ namespace codegemm {
     return error(StatusCode::kNullPointer, "gemm: x is null");
   if (y.data == nullptr && y.rows > 0 && y.cols > 0)
     return error(StatusCode::kNullPointer, "gemm: y is null");
+  if (overlap(x, y)) return error(StatusCode::kInvalidArgument, "gemm: y overlaps x");
   return {};
 }
 

@@ -317,6 +317,50 @@ static void* multiply_often(void* context) {
   return NULL;
 }
 
+/* Two layers in an arena that is gone before they are used, beside the same packed alone. */
+static void test_arena(void) {
+  enum { kRows = 40, kCols = 64 };
+  codegemm_c_matrix layers[2];
+  codegemm_c_packed *in_arena[2] = {NULL, NULL}, *alone = NULL;
+  codegemm_c_packed* none = (codegemm_c_packed*)(uintptr_t)8;
+  codegemm_c_arena* arena = NULL;
+  codegemm_c_executor* executor = NULL;
+  float x[kCols], y[kRows], again[kRows];
+  void* workspace = NULL;
+  size_t bytes = 0;
+  int i = 0, n = 0;
+  layers[0] = make_matrix("m1v4g64", kRows, kCols);
+  layers[1] = make_matrix("m2v4b4g32", kRows, kCols);
+  for (i = 0; i < kCols; ++i) x[i] = (float)(i % 7 - 3);
+  FAILS(codegemm_c_arena_create(NULL), CODEGEMM_C_NULL_POINTER, "arena", NULL, NULL);
+  REQUIRE(codegemm_c_arena_create(&arena) == CODEGEMM_C_OK);
+  FAILS(codegemm_c_pack_in(&layers[0], NULL, &none), CODEGEMM_C_NULL_POINTER, "arena", NULL, NULL);
+  CHECK(none == NULL);
+  FAILS(codegemm_c_pack_in(NULL, arena, &none), CODEGEMM_C_NULL_POINTER, "matrix", NULL, NULL);
+  FAILS(codegemm_c_pack_in(&layers[0], arena, NULL), CODEGEMM_C_NULL_POINTER, "packed", NULL, NULL);
+  for (i = 0; i < 2; ++i) REQUIRE(codegemm_c_pack_in(&layers[i], arena, &in_arena[i]) == CODEGEMM_C_OK);
+  codegemm_c_arena_destroy(arena);
+  codegemm_c_arena_destroy(NULL);
+  REQUIRE(codegemm_c_executor_create(1, &executor) == CODEGEMM_C_OK);
+  for (i = 0; i < 2; ++i) {
+    REQUIRE(codegemm_c_pack(&layers[i], &alone) == CODEGEMM_C_OK);
+    CHECK(codegemm_c_packed_rows(in_arena[i]) == kRows && codegemm_c_packed_cols(in_arena[i]) == kCols);
+    CHECK(codegemm_c_packed_bytes(in_arena[i]) == codegemm_c_packed_bytes(alone));
+    REQUIRE(codegemm_c_workspace_bytes(alone, 1, 1, &bytes) == CODEGEMM_C_OK);
+    REQUIRE(posix_memalign(&workspace, CODEGEMM_C_WORKSPACE_ALIGNMENT, bytes) == 0);
+    for (n = 0; n < kRows; ++n) y[n] = again[n] = NAN;
+    REQUIRE(codegemm_c_gemm(alone, 1, x, kCols, y, kRows, workspace, bytes, executor) == CODEGEMM_C_OK);
+    REQUIRE(codegemm_c_gemm(in_arena[i], 1, x, kCols, again, kRows, workspace, bytes, executor) ==
+            CODEGEMM_C_OK);
+    CHECK(!isnan(y[0]) && memcmp(y, again, sizeof(y)) == 0);
+    free(workspace);
+    codegemm_c_packed_destroy(alone);
+    codegemm_c_packed_destroy(in_arena[i]); /* the first before the second is used */
+    free_matrix(&layers[i]);
+  }
+  codegemm_c_executor_destroy(executor);
+}
+
 static void test_gemm(const char* format, int64_t rows, int64_t cols, int64_t tokens) {
   const int64_t x_stride = cols + 3, y_stride = rows + 5;
   codegemm_c_matrix w = make_matrix(format, rows, cols);
@@ -960,6 +1004,7 @@ int main(void) {
   test_version_and_errors();
   test_formats();
   test_pack();
+  test_arena();
   test_executors();
   test_limits();
   test_gemm("m2v4b4g32", 96, 256, 1);  /* looked up in registers on every machine that can */

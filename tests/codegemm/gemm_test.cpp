@@ -697,6 +697,14 @@ TEST_CASE("gemm refuses wrong calls with the numbers and leaves y alone", "[code
          "gemm: x has stride 127, below its 128 columns");
   refuse(x_ok, {y.data(), 2, 24, 20}, space, StatusCode::kInvalidArgument,
          "gemm: y has stride 20, below its 24 columns");
+  std::vector<float> both(2 * 152, 7.0F);
+  CHECK(gemm(packed, MatrixView<const float>(both.data(), 2, 128, 152),
+             MatrixView<float>(both.data() + 127, 2, 24, 152), space, serial)
+            .message() == "gemm: y overlaps x");
+  CHECK(both == std::vector<float>(2 * 152, 7.0F));
+  CHECK(gemm(packed, MatrixView<const float>(both.data(), 2, 128, 152),
+             MatrixView<float>(both.data() + 128, 2, 24, 152), space, serial)
+            .ok());  // columns beside each other
   refuse(x_ok, y_ok, space.first(bytes - 1), StatusCode::kWorkspaceTooSmall,
          concat("gemm: workspace has ", bytes - 1, " bytes, 2 tokens on 1 workers need ", bytes));
   refuse(x_ok, y_ok, {}, StatusCode::kWorkspaceTooSmall,

@@ -4,6 +4,7 @@
 // Layer: base (host + device, no CUDA headers).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -43,5 +44,42 @@ struct MatrixView {
   }
 };
 static_assert(std::is_trivially_copyable_v<MatrixView<float>>, "MatrixView is passed to kernels by value");
+
+/// Whether any byte is an element of both: for calls whose output must not lie where their input does.
+/// Rows of one may lie between those of the other. Strides are at least the columns.
+template <class A, class B>
+[[nodiscard]] inline bool overlap(const MatrixView<A>& a, const MatrixView<B>& b) {
+  struct Rows {
+    std::uintptr_t first, count, bytes, step;
+    [[nodiscard]] std::uintptr_t at(std::uintptr_t row) const { return first + row * step; }
+    [[nodiscard]] std::uintptr_t end() const { return at(count - 1) + bytes; }
+  };
+  const auto rows_of = [](const auto& m) {
+    return Rows{reinterpret_cast<std::uintptr_t>(m.data), static_cast<std::uintptr_t>(m.rows),
+                static_cast<std::uintptr_t>(m.cols) * sizeof(*m.data),
+                static_cast<std::uintptr_t>(m.stride) * sizeof(*m.data)};
+  };
+  if (a.data == nullptr || b.data == nullptr) return false;
+  if (a.rows <= 0 || b.rows <= 0 || a.cols <= 0 || b.cols <= 0) return false;
+  const Rows x = rows_of(a);
+  const Rows y = rows_of(b);
+  if (x.end() <= y.first || y.end() <= x.first) return false;
+  const Rows& low = x.first <= y.first ? x : y;
+  const Rows& high = x.first <= y.first ? y : x;
+  if (x.step == y.step && x.step > 0) {  // columns beside each other
+    const std::uintptr_t column = (high.first - low.first) % x.step;
+    if (column >= low.bytes && column + high.bytes <= x.step) return false;
+  }
+  for (std::uintptr_t i = 0, j = 0; i < x.count && j < y.count;) {
+    if (x.at(i) + x.bytes <= y.at(j)) {
+      ++i;
+    } else if (y.at(j) + y.bytes <= x.at(i)) {
+      ++j;
+    } else {
+      return true;
+    }
+  }
+  return false;
+}
 
 }  // namespace codegemm

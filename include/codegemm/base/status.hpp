@@ -5,7 +5,7 @@
 #pragma once
 
 #include <concepts>
-#include <new>
+#include <exception>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -57,11 +57,40 @@ enum class StatusCode : int {
   return "unknown status";
 }
 
+namespace detail {
+
+/// What `make` returns, or no text where there is no memory for one: to say so must not need some.
+template <class Make>
+[[nodiscard]] std::string text_if_memory(Make&& make) noexcept {
+  try {
+    return make();
+  } catch (const std::exception&) {  // bad_alloc or length_error
+    return {};
+  }
+}
+
+}  // namespace detail
+
 /// Success, or a cause with the text that names the thing and the numbers. Success holds no text, so
-/// returning it allocates nothing; the text is made only on failure.
+/// returning it allocates nothing; the text is made only on failure, and left out where memory is short.
 class [[nodiscard]] Status {
  public:
   Status() = default;
+  /// The text is left out where there is no memory for another.
+  Status(const Status& other) noexcept
+      : code_(other.code_),
+        native_(other.native_),
+        message_(detail::text_if_memory([&] { return other.message_; })) {}
+  /// The text goes along.
+  Status(Status&&) noexcept = default;
+  /// As the copy.
+  Status& operator=(const Status& other) noexcept {
+    if (this != &other) static_cast<void>(*this = Status(other));
+    return *this;
+  }
+  /// The text goes along.
+  Status& operator=(Status&&) noexcept = default;
+  ~Status() = default;
 
   /// `message` names the thing and the numbers; `native` keeps errno or cudaError_t where there is one.
   Status(StatusCode code, std::string message, int native = 0)
@@ -76,7 +105,8 @@ class [[nodiscard]] Status {
 
   /// The same failure seen from further out: "PREFIX: message".
   [[nodiscard]] Status with_prefix(std::string_view prefix) const {
-    return ok() ? Status() : Status(code_, concat(prefix, ": ", message_), native_);
+    if (ok()) return {};
+    return Status(code_, detail::text_if_memory([&] { return concat(prefix, ": ", message_); }), native_);
   }
 
  private:
@@ -85,10 +115,10 @@ class [[nodiscard]] Status {
   std::string message_;
 };
 
-/// A failure whose text is made from words and numbers.
+/// A failure whose text is made from words and numbers. Throws nothing.
 template <class... Parts>
-[[nodiscard]] Status error(StatusCode code, const Parts&... parts) {
-  return Status(code, concat(parts...));
+[[nodiscard]] Status error(StatusCode code, const Parts&... parts) noexcept {
+  return Status(code, detail::text_if_memory([&] { return concat(parts...); }));
 }
 
 /// A value or the Status that says why there is none. Holding neither is impossible: building one from

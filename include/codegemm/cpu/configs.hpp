@@ -235,6 +235,12 @@ namespace detail {
   return code_bits == 4 ? CpuTiles::kFlushEntries4 : CpuTiles::kFlushEntries;
 }
 
+/// Bytes of codes that are asked for while a table is made of integers; those of 16 entries are made too soon
+/// for a byte a centroid.
+[[nodiscard]] constexpr std::int64_t bytes_asked(int code_bits) noexcept {
+  return code_bits == 4 ? 32 : std::int64_t{1} << code_bits;
+}
+
 /// Cycles for one weight and one token in 16-bit integers.
 [[nodiscard]] constexpr double integer_cost(Isa isa) noexcept {
   return isa == Isa::kAvx512Vbmi ? CpuCosts::kIntegerMultiplyVnni

@@ -37,8 +37,10 @@ CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE __m256 upper_half_avx512(__m512 v)
 
 // Asks for `bytes` bytes of codes into the second-level cache and returns where they end.
 CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE const std::uint8_t* ask_for_entry(const std::uint8_t* codes,
-                                                                                int bytes) {
-  for (int i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(codes + i), _MM_HINT_T1);
+                                                                                std::int64_t bytes) {
+  for (std::int64_t i = 0; i < bytes; i += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(codes + i), _MM_HINT_T1);
+  }
   return codes + bytes;
 }
 

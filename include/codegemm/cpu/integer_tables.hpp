@@ -32,27 +32,48 @@ inline constexpr float kTableNorm = 32700.0F;
   return isa == Isa::kAvx512Vbmi && code_bits >= 4;
 }
 
+// The codes of vector j for each row, codebook by codebook.
+struct VectorCodes {
+  const std::uint32_t* words;  // [m][rows], codebooks `stride` apart
+  std::int64_t stride;
+  int shift;
+  std::uint32_t mask;
+
+  VectorCodes(const QuantizedMatrixView& w, std::int64_t j) noexcept {
+    const int per_word = w.format.codes_per_word();
+    words = w.codes + j / per_word * w.rows;
+    stride = (w.vectors() + per_word - 1) / per_word * w.rows;
+    shift = static_cast<int>(j % per_word) * w.format.stored_code_bits();
+    mask = (1U << w.format.stored_code_bits()) - 1U;
+  }
+  [[nodiscard]] std::int64_t at(std::int64_t codebook, std::int64_t n) const noexcept {
+    return words[codebook * stride + n] >> shift & mask;
+  }
+};
+
 // squares[n] += |the sum over codebooks [first, end) of what the codes of row n and vector j stand for|^2.
 template <int kVecLen>
 void add_flush_squares(const QuantizedMatrixView& w, const float* codebooks, std::int64_t j,
                        std::int64_t first, std::int64_t end, float* squares) noexcept {
-  const Format f = w.format;
-  const int per_word = f.codes_per_word();
-  const int shift = static_cast<int>(j % per_word) * f.stored_code_bits();
-  const std::uint32_t mask = (1U << f.stored_code_bits()) - 1U;
-  const std::int64_t words = (w.vectors() + per_word - 1) / per_word;
-  const std::uint32_t* const codes = w.codes + j / per_word * w.rows;
+  const VectorCodes codes(w, j);
   for (std::int64_t n = 0; n < w.rows; ++n) {
     float sums[std::size_t{kVecLen}] = {};
     for (std::int64_t c = first; c < end; ++c) {
-      const std::int64_t code = codes[c * words * w.rows + n] >> shift & mask;
-      const float* const centroid = codebooks + (c * f.centroids() + code) * kVecLen;
+      const float* const centroid = codebooks + (c * w.format.centroids() + codes.at(c, n)) * kVecLen;
       for (int d = 0; d < kVecLen; ++d) sums[d] += centroid[d];
     }
     float square = 0.0F;
     for (int d = 0; d < kVecLen; ++d) square += sums[d] * sums[d];
     squares[n] += square;
   }
+}
+
+// The same for one codebook, whose centroids' |C|^2 are known.
+inline void add_known_squares(const QuantizedMatrixView& w, const float* norms, std::int64_t j,
+                              std::int64_t codebook, float* squares) noexcept {
+  const VectorCodes codes(w, j);
+  const float* const of = norms + codebook * w.format.centroids();
+  for (std::int64_t n = 0; n < w.rows; ++n) squares[n] += of[codes.at(codebook, n)];
 }
 
 /// The largest norm of what the codes of a row and a flush stand for, scales left out. Flushes begin anew
@@ -67,6 +88,11 @@ void add_flush_squares(const QuantizedMatrixView& w, const float* codebooks, std
                    : f.v == 8 ? &add_flush_squares<8>
                               : &add_flush_squares<16>;
   std::vector<float> squares(static_cast<std::size_t>(w.rows));
+  std::vector<float> norms(static_cast<std::size_t>(m * f.centroids()), 0.0F);
+  for (std::size_t i = 0; i < norms.size(); ++i) {
+    const float* const centroid = codebooks + static_cast<std::int64_t>(i) * f.v;
+    for (int d = 0; d < f.v; ++d) norms[i] += centroid[d] * centroid[d];
+  }
   float longest = 0.0F;
   for (std::int64_t j = 0, next = 0; j < w.vectors(); j = next) {
     next = std::min({w.vectors(), (j / tile_vectors + 1) * tile_vectors, (j / segment + 1) * segment});
@@ -74,8 +100,13 @@ void add_flush_squares(const QuantizedMatrixView& w, const float* codebooks, std
       end = std::min(first + flush_entries(f.b), next * m);
       std::fill(squares.begin(), squares.end(), 0.0F);
       for (std::int64_t i = first / m; i * m < end; ++i) {
-        add(w, codebooks, i, std::max<std::int64_t>(0, first - i * m), std::min(m, end - i * m),
-            squares.data());
+        const std::int64_t from = std::max<std::int64_t>(0, first - i * m);
+        const std::int64_t to = std::min(m, end - i * m);
+        if (to - from == 1) {
+          add_known_squares(w, norms.data(), i, from, squares.data());
+        } else {
+          add(w, codebooks, i, from, to, squares.data());
+        }
       }
       for (const float sum : squares) longest = std::max(longest, sum);
     }

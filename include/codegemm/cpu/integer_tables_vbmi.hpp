@@ -129,7 +129,7 @@ CODEGEMM_TARGET_AVX512_VBMI void make_small_tables_vbmi(const IntegerTableArgs& 
   };
   std::int64_t e = 0;
   for (; e + 2 <= a.entries; e += 2) {
-    if (ahead != nullptr && e % 4 == 0) ahead = ask_for_entry(ahead, 64);
+    if (ahead != nullptr) ahead = ask_for_entry(ahead, 2 * bytes_asked(4));
     const __m512i first = sums();
     const __m512i second = sums();
     _mm512_storeu_si512(a.tables + e * kTable, upper_bytes_vbmi(first, second, order));
@@ -149,7 +149,7 @@ CODEGEMM_TARGET_AVX512_VBMI void make_large_tables_vbmi(const IntegerTableArgs& 
   EntryCursor<kVecLen, kCodeBits> at(rounded, a);
   const std::uint8_t* ahead = a.ahead;
   for (std::int64_t e = 0; e < a.entries; ++e, at.next()) {
-    if (ahead != nullptr) ahead = ask_for_entry(ahead, kCentroids);
+    if (ahead != nullptr) ahead = ask_for_entry(ahead, bytes_asked(kCodeBits));
     __m512i x[std::size_t{kPairs}];
     spread_pairs_avx512<kPairs>(at.vector, x);
     std::uint8_t* const table = a.tables + e * encoded_bytes(kCodeBits);

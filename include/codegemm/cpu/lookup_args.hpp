@@ -49,7 +49,7 @@ struct IntegerTableArgs {
   std::int64_t codebook;      // of the first entry
   std::int64_t entries;       // at most flush_entries()
   std::uint8_t* tables;       // out: [entries][table bytes], as the look-ups take them
-  const std::uint8_t* ahead;  // codes to ask for meanwhile, a byte a centroid; null: none
+  const std::uint8_t* ahead;  // codes to ask for meanwhile, bytes_asked() an entry; null: none
 };
 
 /// y[n] += sum over flushes f of step_f * scales_f[n] * sum over the entries e of f of tables[e][code(n, e)].

@@ -44,7 +44,7 @@ inline bool make_segment(const CpuKernels& kernels, const PackedView& w, const f
     const float step = kernels.make_tables(
         {w.codebooks_pairs, w.codebook_pair_step, x + first / m * w.format.v, ceil_div(first % m + some, m),
          m, first % m, some, scratch.encoded + first * encoded_bytes(w.format.b),
-         codes.ask(some * w.format.centroids())});
+         codes.ask(some * bytes_asked(w.format.b))});
     if (step < 0.0F) return false;
     scratch.flushes[count++] = {first, some, step, scales};
   }

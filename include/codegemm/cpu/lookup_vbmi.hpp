@@ -16,18 +16,20 @@ CODEGEMM_AVX512_CODE_BEGIN
 
 namespace codegemm::detail {
 
-// 64 codes and, as masks, their two highest bits where a permute does not look at them.
+// 64 codes and, as masks, their two highest bits where a permute does not look at them, and both of them.
 template <int kCodeBits>
 struct CodesVbmi {
   __m512i codes;
   __mmask64 bit7 = 0;
   __mmask64 bit6 = 0;
+  __mmask64 both_bits = 0;
 
   CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE explicit CodesVbmi(const std::uint8_t* from)
       : codes(_mm512_loadu_si512(from)) {
     if constexpr (kCodeBits == 8) {
       bit7 = _mm512_movepi8_mask(codes);
       bit6 = _mm512_movepi8_mask(_mm512_add_epi8(codes, codes));
+      both_bits = bit7 & bit6;
     }
   }
 };
@@ -59,11 +61,11 @@ struct PlaneVbmi {
       return _mm512_mask_blend_epi8(c.bit7, _mm512_permutex2var_epi8(part[0], c.codes, part[1]),
                                     _mm512_permutex2var_epi8(part[2], c.codes, part[3]));
     } else {
-      const __m512i clear =
-          _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(c.codes, part[0]), c.bit6, c.codes, part[1]);
-      const __m512i set =
-          _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(c.codes, part[2]), c.bit6, c.codes, part[3]);
-      return _mm512_mask_blend_epi8(c.bit7, clear, set);
+      // Each permute overwrites what the ones before it had no business with: no blends.
+      __m512i bytes = _mm512_permutexvar_epi8(c.codes, part[0]);
+      bytes = _mm512_mask_permutexvar_epi8(bytes, c.bit6, c.codes, part[1]);
+      bytes = _mm512_mask_permutexvar_epi8(bytes, c.bit7, c.codes, part[2]);
+      return _mm512_mask_permutexvar_epi8(bytes, c.both_bits, c.codes, part[3]);
     }
   }
 };

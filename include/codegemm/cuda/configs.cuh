@@ -59,11 +59,11 @@ struct Fused {
   static constexpr int kVecLen = V, kCodebooks = M, kCodeBytes = 1, kSets = Sets, kScaleSteps = ScaleSteps;
   /// @}
 };
-/// For codes of more than 8 bits, which take two bytes.
-template <int V, int Sets>
+/// For codes of more than 8 bits, which take two bytes: at most two of a row in a lane.
+template <int V, int Sets, int M = 1>
 struct FusedWide {
   /// @{ See above.
-  static constexpr int kVecLen = V, kCodebooks = 1, kCodeBytes = 2, kSets = Sets, kScaleSteps = 0;  /// @}
+  static constexpr int kVecLen = V, kCodebooks = M, kCodeBytes = 2, kSets = Sets, kScaleSteps = 0;  /// @}
 };
 
 /// Best first; the formats of the paper, and AQLM's with codes of 16 bits.
@@ -76,6 +76,11 @@ using MoreFusedConfigs =
     config_list<Fused<2, 1, 0>, Fused<2, 2, 0>, Fused<4, 2, 0>, Fused<4, 3, 0, 3>, Fused<4, 4, 0>,
                 Fused<8, 1, 0, 2>, Fused<8, 3, 0, 3>, Fused<8, 4, 0>, Fused<16, 1, 0, 1>, Fused<16, 2, 0, 2>,
                 Fused<16, 3, 0, 3>, Fused<16, 4, 0>>;
+
+/// The same with 8 < b <= 16. Three codebooks and more, and two of v = 2, have no kernel: dequantize() serves
+/// them.
+using MoreWideConfigs = config_list<FusedWide<2, 2>, FusedWide<4, 2>, FusedWide<4, 2, 2>, FusedWide<8, 2, 2>,
+                                    FusedWide<16, 1>, FusedWide<16, 2, 2>>;
 
 /// What gemm.cuh dispatches over. A program that needs few formats passes a struct with shorter lists;
 /// without kSwiGlu it has what is here.

@@ -201,7 +201,15 @@ template <class X, class Y>
   if (Status s = check_pointer("x", p.x.data, sizeof(X)); !s.ok()) return s;
   if (Status s = check_pointer("y", p.y.data, sizeof(Y)); !s.ok()) return s;
   if (Status s = check_pointer("bias", p.bias, sizeof(Y)); !s.ok()) return s;
-  return check_pointer("residual", p.residual.data, sizeof(Y));
+  if (Status s = check_pointer("residual", p.residual.data, sizeof(Y)); !s.ok()) return s;
+  if (p.normed.x == nullptr && overlap(p.x, p.y)) {
+    return error(StatusCode::kInvalidArgument, "cuda gemm: y overlaps x");
+  }
+  const bool in_place = p.residual.data == p.y.data && (p.residual.stride == p.y.stride || p.y.rows == 1);
+  if (!in_place && overlap(p.residual, p.y)) {
+    return error(StatusCode::kInvalidArgument, "cuda gemm: y overlaps residual, but is not the same");
+  }
+  return {};
 }
 
 template <class X, class Y>

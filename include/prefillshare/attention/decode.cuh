@@ -374,6 +374,7 @@ template <class T, class Y, class C>
   const std::int64_t rows = p.table.sequences;
   if (Status s = detail::check_rows(kCall, "q", p.q, rows, width, used); !s.ok()) return s;
   if (Status s = detail::check_rows(kCall, "out", p.out, rows, width, used); !s.ok()) return s;
+  if (Status s = detail::check_apart(kCall, "q", p.q, p.out); !s.ok()) return s;
   if (p.prefixes.groups < 0 || p.prefixes.groups > kMaxSequences) {
     return error(StatusCode::kInvalidArgument, kCall, ": ", p.prefixes.groups, " groups of sequences");
   }

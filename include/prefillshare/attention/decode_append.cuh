@@ -56,7 +56,10 @@ template <class T, class Y, class C>
   }
   if (Status s = detail::check_scale(kCall, p.scale); !s.ok()) return s;
   const std::int64_t width = std::int64_t{a.heads} * a.kv.head_dim;
-  return detail::check_rows(kCall, "out", p.out, a.table.sequences, width, true);
+  if (Status s = detail::check_rows(kCall, "out", p.out, a.table.sequences, width, true); !s.ok()) return s;
+  if (Status s = detail::check_apart(kCall, "q", a.q, p.out); !s.ok()) return s;
+  if (Status s = detail::check_apart(kCall, "k", a.k, p.out); !s.ok()) return s;
+  return detail::check_apart(kCall, "v", a.v, p.out);
 }
 
 /// Puts the work into the stream. Errors as validate(), and kCudaError; then nothing was launched. Same bits

@@ -122,6 +122,9 @@ inline constexpr std::size_t kAttentionAlignment = 64;  ///< bytes, of the works
                                             : "kv",
                  " is null");
   }
+  if (overlap(args.q, args.out)) {
+    return error(StatusCode::kInvalidArgument, "paged_attention: out overlaps q");
+  }
   const std::int64_t used = (args.first_position + args.q.rows + kv.block_tokens - 1) / kv.block_tokens;
   for (std::int64_t i = 0; i < used; ++i) {
     const BlockId block = args.blocks[static_cast<std::size_t>(i)];

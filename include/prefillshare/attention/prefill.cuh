@@ -115,6 +115,7 @@ template <class T, class Y, class C>
   const std::int64_t width = std::int64_t{p.heads} * p.kv.head_dim;
   if (Status s = detail::check_rows(kCall, "q", p.q, p.q.rows, width, used); !s.ok()) return s;
   if (Status s = detail::check_rows(kCall, "out", p.out, p.q.rows, width, used); !s.ok()) return s;
+  if (Status s = detail::check_apart(kCall, "q", p.q, p.out); !s.ok()) return s;
   if (!used) return {};
   if (p.table.sequences == 0) {
     return error(StatusCode::kShapeMismatch, kCall, ": ", p.q.rows, " tokens for no sequence");

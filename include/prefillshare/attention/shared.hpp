@@ -122,8 +122,11 @@ struct SharedDecodePlan {
                                             : "kv",
                  " is null");
   }
+  if (overlap(args.q, args.out)) {
+    return error(StatusCode::kInvalidArgument, "shared_decode: out overlaps q");
+  }
   const auto blocks_of = [&](std::int64_t tokens) {
-    return static_cast<std::size_t>((tokens + kv.block_tokens - 1) / kv.block_tokens);
+    return static_cast<std::size_t>(tokens / kv.block_tokens + (tokens % kv.block_tokens != 0 ? 1 : 0));
   };
   for (std::int64_t i = 0; i < count; ++i) {
     const DecodeSequence& s = args.sequences[static_cast<std::size_t>(i)];

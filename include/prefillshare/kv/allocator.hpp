@@ -110,6 +110,9 @@ class BasicKvAllocator final : private detail::SequenceOwner {
   [[nodiscard]] Status set_quota(TenantId tenant, const TenantQuota& quota) {
     const Guard guard(lock_);
     if (Status status = check(tenant, "set_quota"); !status.ok()) return status;
+    if (quota.max_blocks < 0) {
+      return Core::refuse(codegemm::StatusCode::kInvalidArgument, "set_quota", quota.max_blocks, " blocks");
+    }
     core_.cache().ledger().set_quota(tenant, quota);
     return {};
   }
@@ -337,7 +340,10 @@ class BasicKvAllocator final : private detail::SequenceOwner {
   [[nodiscard]] codegemm::Result<TenantStats> tenant_stats(TenantId tenant) const {
     const Guard guard(lock_);
     if (Status status = check(tenant, "tenant_stats"); !status.ok()) return status;
-    TenantStats stats = core_.cache().ledger().stats(tenant);
+    TenantStats stats;
+    if (!detail::try_allocate([&] { stats = core_.cache().ledger().stats(tenant); })) {
+      return Core::no_memory("tenant_stats");
+    }
     stats.bytes_shared = stats.shared_blocks * storage().bytes_per_block();
     stats.bytes_private = stats.private_blocks * storage().bytes_per_block();
     return stats;

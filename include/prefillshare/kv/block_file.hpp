@@ -15,6 +15,8 @@
 #include <utility>
 
 #include <codegemm/base/status.hpp>
+#include <codegemm/base/text.hpp>
+#include <prefillshare/kv/try_allocate.hpp>
 
 namespace prefillshare::detail {
 
@@ -36,16 +38,19 @@ class BlockFile {
     if (file_ >= 0) ::close(file_);
   }
 
-  // In `folder`, gone when its owner is. kIoError with errno.
+  // In `folder`, gone when its owner is. kOutOfMemory; kIoError with errno.
   [[nodiscard]] static codegemm::Result<BlockFile> create(const std::string& folder, std::int64_t blocks,
                                                           std::int64_t block_bytes) {
     BlockFile out;
     out.block_bytes_ = block_bytes;
-    std::string path = folder + "/prefillshare-kv-XXXXXX";
+    std::string path;
+    if (!try_allocate([&] { path = folder + "/prefillshare-kv-XXXXXX"; })) {
+      return codegemm::error(codegemm::StatusCode::kOutOfMemory, "copy engine: no memory for a file's name");
+    }
     out.file_ = ::mkstemp(path.data());
-    if (out.file_ < 0) return failed(path + ": cannot be made");
+    if (out.file_ < 0) return failed(path, ": cannot be made");
     if (::unlink(path.c_str()) != 0 || ::ftruncate(out.file_, blocks * block_bytes) != 0) {
-      return failed(path + ": cannot be sized");
+      return failed(path, ": cannot be sized");
     }
     return out;
   }
@@ -62,8 +67,11 @@ class BlockFile {
   }
 
  private:
-  [[nodiscard]] static codegemm::Status failed(const std::string& what) {
-    return {codegemm::StatusCode::kIoError, what, errno};
+  template <class... Parts>
+  [[nodiscard]] static codegemm::Status failed(const Parts&... parts) {
+    const int number = errno;
+    return {codegemm::StatusCode::kIoError,
+            codegemm::detail::text_if_memory([&] { return codegemm::concat(parts...); }), number};
   }
   template <class Call>
   [[nodiscard]] codegemm::Status transfer(std::int32_t block, std::span<std::byte> bytes,
@@ -72,7 +80,7 @@ class BlockFile {
     while (!bytes.empty()) {
       const ssize_t done = call(bytes, at);
       if (done < 0 && errno == EINTR) continue;
-      if (done <= 0) return failed("copy engine: block " + std::to_string(block) + " of the file");
+      if (done <= 0) return failed("copy engine: block ", block, " of the file");
       bytes = bytes.subspan(static_cast<std::size_t>(done));
       at += done;
     }

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <span>
 #include <string>
 #include <unordered_map>
@@ -74,18 +75,19 @@ class PrefixTree {
       return codegemm::error(codegemm::StatusCode::kInvalidArgument, "PrefixTree: ", blocks, " blocks of ",
                              block_tokens, " tokens");
     }
-    PrefixTree tree(std::move(hash), block_tokens);
+    std::optional<PrefixTree> tree;
     const auto count = static_cast<std::size_t>(blocks);
     const bool allocated = detail::try_allocate([&] {
-      tree.nodes_.resize(count);
-      tree.tokens_.resize(count * static_cast<std::size_t>(block_tokens));
-      tree.buckets_.assign(std::bit_ceil(std::max<std::size_t>(count, 1)), kNoBlock);
+      tree.emplace(PrefixTree(std::move(hash), block_tokens));
+      tree->nodes_.resize(count);
+      tree->tokens_.resize(count * static_cast<std::size_t>(block_tokens));
+      tree->buckets_.assign(std::bit_ceil(std::max<std::size_t>(count, 1)), kNoBlock);
     });
     if (!allocated) {
       return codegemm::error(codegemm::StatusCode::kOutOfMemory, "PrefixTree: no memory for ", blocks,
                              " blocks of ", block_tokens, " tokens");
     }
-    return tree;
+    return *std::move(tree);
   }
 
   /// The root of a producer, held once more; give it back with release_root(). A root lives as long as it
@@ -95,8 +97,12 @@ class PrefixTree {
     if (found == root_of_key_.end()) {
       const bool allocated = detail::try_allocate([&] {
         if (idle_roots_.empty()) {
+          if (roots_.size() == roots_.capacity()) {
+            const std::size_t grown = std::max<std::size_t>(8, 2 * roots_.size());
+            idle_roots_.reserve(grown);  // room for all, so that retiring a root never allocates
+            roots_.reserve(grown);
+          }
           roots_.emplace_back();
-          idle_roots_.reserve(roots_.capacity());  // so that retiring a root never allocates
           idle_roots_.push_back(static_cast<std::int32_t>(roots_.size() - 1));
         }
         found = root_of_key_.emplace(key, idle_roots_.back()).first;

@@ -108,6 +108,15 @@ TEST_CASE("cuda validate: every wrong operand has its own status") {
   p = f.good;
   p.bias = address<float>(16386);
   expect(p, StatusCode::kMisaligned, "bias");
+  p = f.good;  // x ends at 8192 + 2 * 1024
+  p.y.data = address<float>(8192 + 2 * 1024 - 4);
+  expect(p, StatusCode::kInvalidArgument, "y overlaps x");
+  p.y.data = address<float>(8192 + 2 * 1024);
+  CHECK(cuda::validate(p, kHopper).ok());
+  p.residual = p.y;
+  CHECK(cuda::validate(p, kHopper).ok());
+  p.residual.data += 48;  // y's second row
+  expect(p, StatusCode::kInvalidArgument, "y overlaps residual");
   p = f.good;
   p.weights.version = cuda::kPackedVersion + 1;
   expect(p, StatusCode::kIncompatible, "version");
@@ -178,7 +187,7 @@ TEST_CASE("cuda validate: the workspace") {
   REQUIRE(packed.ok());
   f.good.weights = packed->view(address<void>(4096));
   f.good.x = MatrixView<const Half>(address<const Half>(8192), 2, 4096);
-  f.good.y = MatrixView<float>(address<float>(16384), 2, 512);
+  f.good.y = MatrixView<float>(address<float>(65536), 2, 512);
   f.good.tuning.regime = cuda::Regime::kGather;
   const std::size_t bytes = cuda::workspace_bytes(f.good, kAmpere);
   REQUIRE(bytes > 256);

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // tests/prefillshare/attention/append_gpu_test.cu - RoPE and page writes against the CPU's RopeTable.
+#include <optional>
+
 #include <prefillshare/attention/append.cuh>
 
 #include "gpu_angles.cuh"
@@ -14,7 +16,7 @@ using codegemm::test::seed_or;
 
 template <class T, class C = T>
 void check(const BatchShape& shape, const RopeConfig& rope, Angles angles, const std::vector<int>& lengths,
-           const std::vector<int>& chunks, bool with_q) {
+           const std::vector<int>& chunks, bool with_q, bool far = false) {
   const auto device = gpu_or_skip();
   const std::uint64_t seed = seed_or(1);
   CAPTURE(seed, shape.page_size, shape.head_dim, static_cast<int>(rope.layout), static_cast<int>(angles),
@@ -45,6 +47,8 @@ void check(const BatchShape& shape, const RopeConfig& rope, Angles angles, const
 
   cuda::AppendProblem<T, C> p;
   p.kv = batch.view(cache.data());
+  std::optional<FarPages<C>> far_pages;
+  if (far) p.kv = far_pages.emplace(batch.view(cache.data())).view();
   p.table = pages.view();
   p.query_indptr = one_each ? nullptr : query_indptr_device.data();
   if (with_q) p.q = MatrixView<T>(q_device.data(), tokens, q_cols, q_cols + 8);
@@ -55,6 +59,7 @@ void check(const BatchShape& shape, const RopeConfig& rope, Angles angles, const
   const Status status = cuda::run(p, device, nullptr);
   codegemm::test::require_ok(status);
   REQUIRE_CUDA(cudaDeviceSynchronize());
+  if (far) far_pages->copy_back();
   REQUIRE(cache.guards_intact());
   REQUIRE(q_device.guards_intact());
 
@@ -162,6 +167,17 @@ TEST_CASE("cuda append: page sizes, head sizes, layouts, ways of having angles")
       check<Half>({page_size, cuda::KvLayout::kNhd, 1, 4, head_dim},
                   plain(head_dim, RopeLayout::kInterleaved), Angles::kTable, {40}, {40}, true);
     }
+  }
+}
+
+TEST_CASE("cuda append: pages that begin beyond 32 bits") {
+  static_cast<void>(gpu_or_skip());
+  if (!FarPages<Half>::fit()) return;
+  for (const auto layout : {cuda::KvLayout::kNhd, cuda::KvLayout::kHnd}) {
+    const BatchShape shape{16, layout, 2, 4, 128};
+    const RopeConfig rope = plain(128, RopeLayout::kHalf);
+    check<Half>(shape, rope, Angles::kTable, {1, 64, 65, 300}, {1, 64, 2, 0}, true, true);
+    check<BFloat16, Fp8E4M3>(shape, rope, Angles::kNone, {1, 64, 65, 300}, {1, 64, 2, 0}, true, true);
   }
 }
 

@@ -2,6 +2,8 @@
 //
 // tests/prefillshare/attention/decode_gpu_test.cu - decode over pages, plain and with shared prefixes,
 // against sums in double.
+#include <optional>
+
 #include <prefillshare/attention/decode.cuh>
 
 #include "gpu_pages.cuh"
@@ -18,6 +20,7 @@ struct Case {
   std::vector<int> lengths;
   std::vector<SharedGroup> groups;
   cuda::SharedPath path = cuda::SharedPath::kAlways;
+  bool far = false;  // see FarPages
 };
 
 std::vector<std::int32_t> group_indptr_of(const std::vector<SharedGroup>& groups) {
@@ -40,6 +43,7 @@ struct Fixture {
   std::int64_t stride;
   std::vector<T> queries;
   DeviceBuffer<C> cache;
+  std::optional<FarPages<C>> far;
   DeviceTable table;
   DeviceBuffer<std::int32_t> group_indptr;
   DeviceBuffer<std::int32_t> shared_pages;
@@ -68,6 +72,7 @@ struct Fixture {
   cuda::DecodeProblem<T, Y, C> make(const Case& c) {
     cuda::DecodeProblem<T, Y, C> p;
     p.kv = batch.view(cache.data());
+    if (c.far) p.kv = far.emplace(batch.view(cache.data())).view();
     p.table = table.view();
     p.prefixes = {group_indptr.data(), shared_pages.data(), static_cast<int>(c.groups.size())};
     const auto rows = static_cast<std::int64_t>(c.lengths.size());
@@ -221,6 +226,21 @@ TEST_CASE("cuda decode: a cache of fp8 with scales") {
     }
   }
   check<BFloat16, float, Fp8E4M3>({{16, cuda::KvLayout::kNhd, 8, 8, 128}, {3000, 17, 5003}, kNoGroups}, seed);
+}
+
+TEST_CASE("cuda decode: pages that begin beyond 32 bits") {
+  static_cast<void>(gpu_or_skip());
+  if (!FarPages<Half>::fit()) return;
+  const std::uint64_t seed = seed_or(9);
+  for (const auto layout : {cuda::KvLayout::kNhd, cuda::KvLayout::kHnd}) {
+    for (const std::vector<SharedGroup>& groups : {kNoGroups, std::vector<SharedGroup>{{0, 4, 40}}}) {
+      const auto path = cuda::SharedPath::kAlways;
+      const std::vector<int> lengths{700, 640, 1000, 641, 90};
+      check<Half, float>({{16, layout, 2, 4, 128}, lengths, groups, path, true}, seed);
+      check<BFloat16, float>({{16, layout, 1, 20, 96}, lengths, groups, path, true}, seed);
+      check<BFloat16, float, Fp8E4M3>({{16, layout, 2, 4, 128}, lengths, groups, path, true}, seed);
+    }
+  }
 }
 
 // Lets the next kernel start, and writes rows of the cache long after that has asked for its first keys.

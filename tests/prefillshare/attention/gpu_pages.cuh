@@ -138,6 +138,46 @@ struct DeviceTable {
   }
 };
 
+/// A copy of a batch's pages, so far apart that some begin beyond 2^31 elements.
+template <class T>
+class FarPages {
+ public:
+  explicit FarPages(const cuda::KvPages<T>& near)
+      : near_(near),
+        stride_(((std::int64_t{1} << 32) / near.pages + 15) / 16 * 16),
+        memory_(static_cast<std::size_t>(stride_ * near.pages)) {
+    REQUIRE(stride_ >= near.page_stride);
+    copy(memory_.data(), stride_, near_.k, near_.page_stride);
+  }
+  [[nodiscard]] static bool fit() {
+    std::size_t free = 0;
+    std::size_t total = 0;
+    REQUIRE_CUDA(cudaMemGetInfo(&free, &total));
+    return free > (std::size_t{10} << 30);
+  }
+  [[nodiscard]] cuda::KvPages<T> view() {
+    cuda::KvPages<T> out = near_;
+    out.k = memory_.data();
+    out.v = memory_.data() + (near_.v - near_.k);
+    out.page_stride = stride_;
+    return out;
+  }
+  /// What the pages hold now, to the places that they were copied from.
+  void copy_back() { copy(near_.k, near_.page_stride, memory_.data(), stride_); }
+
+ private:
+  void copy(T* to, std::int64_t to_stride, const T* from, std::int64_t from_stride) const {
+    REQUIRE_CUDA(cudaMemcpy2D(to, static_cast<std::size_t>(to_stride) * sizeof(T), from,
+                              static_cast<std::size_t>(from_stride) * sizeof(T),
+                              static_cast<std::size_t>(near_.page_stride) * sizeof(T),
+                              static_cast<std::size_t>(near_.pages), cudaMemcpyDeviceToDevice));
+    REQUIRE_CUDA(cudaDeviceSynchronize());
+  }
+  cuda::KvPages<T> near_;
+  std::int64_t stride_;
+  DeviceBuffer<T> memory_;
+};
+
 /// Rows of queries at a position each: attention in double, and the mean size of V, which bounds what
 /// rounding the weights can do.
 struct AttentionReference {

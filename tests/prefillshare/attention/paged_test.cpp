@@ -633,6 +633,12 @@ TEST_CASE("decoding with a shared prefix refuses wrong calls before it writes") 
   CHECK(code_of([](Args& a) { a.shared_tokens = 33; }) ==
         StatusCode::kInvalidArgument);  // not the same block
   CHECK(code_of([](Args& a) { a.kv.blocks = 1; }) == StatusCode::kInvalidArgument);
+  CHECK(code_of([&](Args& a) { a.q.data = out.data() + 3; }) == StatusCode::kInvalidArgument);
+  for (const std::int64_t length : {std::int64_t{1} << 40, std::numeric_limits<std::int64_t>::max()}) {
+    std::vector<prefillshare::DecodeSequence> long_one(good.sequences.begin(), good.sequences.end());
+    long_one[1].length = length;
+    CHECK(code_of([&](Args& a) { a.sequences = long_one; }) == StatusCode::kInvalidArgument);
+  }
   CHECK(code_of([](Args& a) { a.workspace = a.workspace.first(64); }) == StatusCode::kWorkspaceTooSmall);
   CHECK(code_of([](Args& a) { a.workspace = {}; }) == StatusCode::kWorkspaceTooSmall);
   CHECK(std::all_of(out.begin(), out.end(), [](float x) { return std::isnan(x); }));
@@ -749,6 +755,9 @@ TEST_CASE("paged attention refuses wrong calls before it writes") {
   args = good;
   args.kv.data = nullptr;
   CHECK(refused(args).code() == StatusCode::kNullPointer);
+  args = good;
+  args.q.data = out.data();
+  CHECK(refused(args).message() == "paged_attention: out overlaps q");
   args = good;
   args.workspace = args.workspace.first(args.workspace.size() - 1);
   CHECK(refused(args).code() == StatusCode::kWorkspaceTooSmall);

@@ -2,6 +2,8 @@
 //
 // tests/prefillshare/attention/prefill_gpu_test.cu - causal attention of chunks over pages, against sums in
 // double.
+#include <optional>
+
 #include <prefillshare/attention/prefill.cuh>
 #include <prefillshare/attention/prefill_split.cuh>
 
@@ -21,7 +23,7 @@ enum class Keys { kWhole, kSplit };
 // chunks[i]: new tokens of sequence i, the last of its lengths[i].
 template <class T, class Y, class C = T, Keys kKeys = Keys::kWhole>
 void check(const BatchShape& shape, const std::vector<int>& lengths, const std::vector<int>& chunks,
-           std::uint64_t seed, float query_size = 1.0F) {
+           std::uint64_t seed, float query_size = 1.0F, bool far = false) {
   const auto device = gpu_or_skip();
   CAPTURE(seed, shape.page_size, shape.kv_heads, shape.group, shape.head_dim, lengths, chunks, sizeof(Y));
   Rng rng(seed);
@@ -42,6 +44,8 @@ void check(const BatchShape& shape, const std::vector<int>& lengths, const std::
   DeviceBuffer<T> q(queries);
   cuda::PrefillProblem<T, Y, C> p;
   p.kv = batch.view(cache.data());
+  std::optional<FarPages<C>> far_pages;
+  if (far) p.kv = far_pages.emplace(batch.view(cache.data())).view();
   p.table = table.view();
   p.query_indptr = query_indptr_device.data();
   p.q = MatrixView<const T>(q.data(), static_cast<std::int64_t>(rows.size()), cols, stride);
@@ -138,6 +142,20 @@ TEST_CASE("cuda prefill: few tokens over long contexts, keys split over all mult
   split({5, cuda::KvLayout::kHnd, 2, 3, 64}, {700, 65, 64, 1}, {1, 64, 2, 1}, seed_or(13));
   split({64, cuda::KvLayout::kNhd, 1, 8, 96}, {1300}, {33}, seed_or(14));
   split({1, cuda::KvLayout::kNhd, 2, 1, 128}, {513, 129}, {129, 129}, seed_or(15));
+}
+
+TEST_CASE("cuda prefill: pages that begin beyond 32 bits") {
+  static_cast<void>(gpu_or_skip());
+  if (!FarPages<Half>::fit()) return;
+  const std::vector<int> lengths{700, 129, 300};
+  const std::vector<int> chunks{260, 129, 3};
+  for (const auto layout : {cuda::KvLayout::kNhd, cuda::KvLayout::kHnd}) {
+    check<Half, float>({16, layout, 2, 4, 128}, lengths, chunks, seed_or(16), 1.0F, true);
+    check<BFloat16, BFloat16>({11, layout, 1, 3, 64}, lengths, chunks, seed_or(17), 1.0F, true);
+    check<Half, float, Fp8E4M3>({16, layout, 2, 4, 128}, lengths, chunks, seed_or(18), 1.0F, true);
+    check<BFloat16, float, BFloat16, Keys::kSplit>({16, layout, 2, 4, 128}, lengths, {5, 16, 3}, seed_or(19),
+                                                   1.0F, true);
+  }
 }
 
 TEST_CASE("cuda prefill: a cache of fp8 with scales") {

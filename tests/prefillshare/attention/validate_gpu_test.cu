@@ -53,7 +53,7 @@ Prefill good_prefill() {
   p.table = good_table();
   p.query_indptr = address<const std::int32_t>(16384);
   p.q = MatrixView<const BFloat16>(address<const BFloat16>(32768), 10, 1024);
-  p.out = MatrixView<float>(address<float>(40960), 10, 1024);
+  p.out = MatrixView<float>(address<float>(131072), 10, 1024);
   p.heads = 8;
   return p;
 }
@@ -114,6 +114,22 @@ void check_common(Problem (*good)()) {
   p = good();
   p.kv.head_stride = 64;
   expect(p, StatusCode::kInvalidArgument, "head_stride 64");
+  for (const std::int64_t stride : {std::int64_t{8}, good().kv.page_stride / 2 - 8}) {
+    p = good();
+    p.kv.page_stride = stride;
+    expect(p, StatusCode::kInvalidArgument, "overlap");
+  }
+  p = good();
+  p.kv.token_stride = p.kv.head_stride = 128;
+  expect(p, StatusCode::kInvalidArgument, "overlap");
+  p = good();
+  p.kv.page_stride = std::int64_t{1} << 60;
+  expect(p, StatusCode::kUnsupported, "a stride of 1152921504606846976 over 100");
+  p = good();  // slots apart, pages beside each other
+  p.kv.head_stride = 128;
+  p.kv.page_stride = 256;
+  p.kv.token_stride = 256 * 100;
+  CHECK(cuda::validate(p, kHopper).ok());
   p = good();
   p.kv.v = nullptr;
   expect(p, StatusCode::kNullPointer, "v is null");
@@ -158,6 +174,12 @@ void check_attention(Problem (*good)()) {
   p = good();
   p.q.data = nullptr;
   expect(p, StatusCode::kNullPointer, "q is null");
+  p = good();
+  p.out.data = address<std::remove_pointer_t<decltype(p.out.data)>>(32768 + 1024);  // within q
+  expect(p, StatusCode::kInvalidArgument, "out overlaps q");
+  p.out.data = address<std::remove_pointer_t<decltype(p.out.data)>>(32768 + 2048);
+  p.out.stride = p.q.stride = 4096;  // columns beside each other, where both are as wide
+  CHECK(cuda::validate(p, kHopper).ok() == (sizeof(*p.out.data) == sizeof(*p.q.data)));
   p = good();
   p.heads = 7;
   expect(p, StatusCode::kInvalidArgument, "7 heads over 2");

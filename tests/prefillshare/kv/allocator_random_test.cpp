@@ -98,7 +98,7 @@ class Trial {
     for (step_ = 0; step_ < steps; ++step_) {
       CAPTURE(step_);
       storage_.fail = rng_.below(4) == 0;
-      switch (rng_.below(22)) {
+      switch (rng_.below(25)) {
         case 0:
         case 1:
         case 2: open(); break;
@@ -121,6 +121,9 @@ class Trial {
         case 17: extend(); break;
         case 18: release_reserved(); break;
         case 19: misuse(); break;
+        case 22: fork_all(); break;
+        case 23: set_quota(); break;
+        case 24: lookup(); break;
       }
       check();
     }
@@ -135,6 +138,8 @@ class Trial {
     CHECK(merged_ > 20);
     CHECK(exhausted_ > 20);
     CHECK(over_quota_ > 20);
+    CHECK(admitted_ > 20);
+    CHECK(turned_away_ > 5);
     if (block_tokens_ > 1) {  // a block of one token is never partly filled
       CHECK(copied_ > 20);
       CHECK(failed_copies_ > 0);
@@ -428,41 +433,93 @@ class Trial {
     }
   }
 
-  void fork() {
-    Live* parent = pick();
-    if (parent == nullptr || live_.size() >= 12) return;
-    const bool copies = parent->reserved > 0 && parent->length() % block_tokens_ != 0;
-    auto forked = allocator_->fork(parent->sequence);
+  /// The model of fork(): the new one is the last of live_, its sequence not yet there.
+  StatusCode model_fork(std::size_t from) {
+    const Live& parent = live_[from];
+    const bool copies = parent.reserved > 0 && parent.length() % block_tokens_ != 0;
     if (copies) {
       const bool any_left = blocks_ - model_blocks_alive() + evictable() > 0;
-      if (!any_left || quota_room(parent->tenant) < 1) {
+      if (!any_left || quota_room(parent.tenant) < 1) {
         ++(any_left ? over_quota_ : exhausted_);
-        REQUIRE(forked.status().code() == StatusCode::kExhausted);
-        return;
+        return StatusCode::kExhausted;
       }
       REQUIRE(make_room(1));
       if (storage_.fail) {
         ++failed_copies_;
-        REQUIRE(forked.status().code() == StatusCode::kIoError);
-        return;
+        return StatusCode::kIoError;
       }
       ++copied_;
     }
-    REQUIRE(forked.ok());
     Live live;
-    live.sequence = *std::move(forked);
     live.is_fork = true;
-    live.tenant = parent->tenant;
-    live.content = parent->content;
-    live.base_length = parent->is_fork ? parent->base_length : parent->length();
-    for (std::int64_t i = 0; i < blocks_for(parent->length()); ++i) {
-      live.blocks.push_back(hold(parent->blocks[static_cast<std::size_t>(i)]));
+    live.tenant = parent.tenant;
+    live.content = parent.content;
+    live.base_length = parent.is_fork ? parent.base_length : parent.length();
+    for (std::int64_t i = 0; i < blocks_for(parent.length()); ++i) {
+      live.blocks.push_back(hold(parent.blocks[static_cast<std::size_t>(i)]));
     }
     if (copies) {
       drop(live.blocks.back());
       live.blocks.back() = fresh();
     }
     live_.push_back(std::move(live));
+    return StatusCode::kOk;
+  }
+
+  void fork() {
+    const Live* const parent = pick();
+    if (parent == nullptr || live_.size() >= 12) return;
+    const auto from = static_cast<std::size_t>(parent - live_.data());
+    auto forked = allocator_->fork(live_[from].sequence);
+    REQUIRE(forked.status().code() == model_fork(from));
+    if (forked.ok()) live_.back().sequence = *std::move(forked);
+  }
+
+  /// Several together, or none.
+  void fork_all() {
+    const Live* const parent = pick();
+    const auto count = static_cast<std::size_t>(1 + rng_.below(3));
+    const std::int64_t extra = rng_.below(2 * block_tokens_);
+    if (parent == nullptr || live_.size() + count > 12) return;
+    const auto from = static_cast<std::size_t>(parent - live_.data());
+    std::vector<Sequence> forks(count);
+    const Status status = allocator_->fork_all(live_[from].sequence, forks, extra);
+    const std::size_t before = live_.size();
+    StatusCode expected = StatusCode::kOk;
+    for (std::size_t i = 0; i < count && expected == StatusCode::kOk; ++i) {
+      expected = model_fork(from);
+      if (expected == StatusCode::kOk) expected = model_reserve(live_.back(), extra);
+    }
+    REQUIRE(status.code() == expected);
+    if (expected == StatusCode::kOk) {
+      for (std::size_t i = 0; i < count; ++i) live_[before + i].sequence = std::move(forks[i]);
+      ++admitted_;
+      return;
+    }
+    for (const Sequence& one : forks) REQUIRE_FALSE(one.is_open());
+    for (std::size_t i = before; i < live_.size(); ++i) shrink(live_[i], 0);
+    live_.resize(before);
+    ++turned_away_;
+  }
+
+  /// Below what is held, too: then nothing more is given.
+  void set_quota() {
+    const auto tenant = static_cast<std::size_t>(1 + rng_.below(2));
+    quotas_[tenant] = blocks_ / 8 + rng_.below(blocks_);
+    REQUIRE(allocator_->set_quota(static_cast<prefillshare::TenantId>(tenant), {quotas_[tenant]}).ok());
+  }
+
+  void lookup() {
+    const auto key = static_cast<std::size_t>(rng_.below(3));
+    const Tokens tokens = some_tokens(rng_.below(4 * block_tokens_ + 2));
+    std::int64_t expected = 0;
+    while (expected + block_tokens_ <= std::ssize(tokens) &&
+           cached_.contains({key, Tokens(tokens.begin(), tokens.begin() + expected + block_tokens_)})) {
+      expected += block_tokens_;
+    }
+    std::int64_t found = -1;
+    allocator_->lookup(keys_[key], tokens, {&found, 1});
+    REQUIRE(found == expected);
   }
 
   void append() {
@@ -584,7 +641,7 @@ class Trial {
   std::int64_t clock_ = 0;
   std::int64_t private_values_ = 0;
   std::int64_t hits_ = 0, misses_ = 0, evicted_ = 0, merged_ = 0, copied_ = 0, exhausted_ = 0,
-               failed_copies_ = 0, over_quota_ = 0;
+               failed_copies_ = 0, over_quota_ = 0, admitted_ = 0, turned_away_ = 0;
   std::vector<std::int64_t> quotas_;  // by tenant
   std::int64_t step_ = 0;
 };

@@ -276,6 +276,8 @@ TEST_CASE("a tenant at its quota is refused, and room is made when it gives back
   CHECK(stats.private_blocks == 4);
   CHECK(stats.sequences == 5);
   CHECK(allocator->open({"m", "1", ""}, {}, 7).status().code() == StatusCode::kInvalidArgument);
+  CHECK(allocator->set_quota(small, {-1}).code() == StatusCode::kInvalidArgument);
+  CHECK(allocator->tenant_stats(small)->max_blocks == 6);
   CHECK(allocator->add_tenant("x", {-1}).status().code() == StatusCode::kInvalidArgument);
   // A look-up takes no more than the quota allows, and what it took is right.
   const auto tiny = *allocator->add_tenant("tiny", {1});

@@ -9,9 +9,9 @@
 #include <codegemm/cuda/block/half_layout.hpp>
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <codegemm/cuda/kernels/gather_args.cuh>
+#include <codegemm/cuda/kernels/gather_share.cuh>
 #include <codegemm/cuda/kernels/gather_tile.cuh>
 #include <codegemm/cuda/kernels/normed_row.cuh>
-#include <codegemm/cuda/kernels/output.cuh>
 #include <codegemm/cuda/kernels/row_copy.cuh>
 
 namespace codegemm::cuda {
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   const int v = Config::kVecLen != 0 ? Config::kVecLen : a.v;
   const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
   const int lane = static_cast<int>(threadIdx.x % 32);
-  [[maybe_unused]] const int ranks = kCluster ? static_cast<int>(gridDim.x) : 1;
+  const int ranks = kCluster ? static_cast<int>(gridDim.x) : 1;
   const bool gated = kCluster && a.rows.half_tiles > 0;
   const int splits = kCluster ? a.splits : 1;
   const int half = kCluster && static_cast<int>(blockIdx.x) >= splits ? 1 : 0;
@@ -143,7 +143,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
       const bool owned = lane < kWarps && lane < tiles && lane - turn_of(lane) * ranks == rank;
       const unsigned expected = __reduce_add_sync(
           0xFFFFFFFFU, owned ? static_cast<unsigned>(tiles - lane + kWarps - 1) / kWarps : 0U);
-      if (lane == 0) detail::expect_pushes(barrier, expected * static_cast<unsigned>(ranks * Tokens) * 64U);
+      if (lane == 0) {
+        detail::init_barrier(barrier, 1);
+        detail::publish_barriers();
+      }
+      __syncwarp();  // for compute-sanitizer: as predicated instructions the two are not seen as one lane's
+      if (lane == 0) {
+        detail::arrive_and_expect(barrier, expected * static_cast<unsigned>(ranks * Tokens) * 64U);
+      }
     }
     if (!copies || warp != kWarps - 1) detail::cluster_arrive();
   } else {
@@ -194,26 +201,24 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
         owner);
     asm volatile("" : "+r"(push_barrier), "+r"(push_at));  // not later
   }
+#else
+  constexpr int rank = 0;
 #endif
-  // Row i of this block's share, or -1; with SwiGLU these are of the first half.
-  const auto row_of = [&](int i) {
-    const int first_row = (tile0 - half * a.rows.half_tiles) * 16;
-#if __CUDA_ARCH__ >= 900
-    if constexpr (kCluster) {
-      const int slot = static_cast<int>(static_cast<unsigned>(i) / 16U);
-      const int turn = static_cast<int>(static_cast<unsigned>(slot) * a.most_inverse >> 16);  // slot / most
-      const int w = rank + turn * ranks;
-      const int index = w + (slot - turn * a.most) * kWarps;
-      return w < kWarps && index < tiles ? first_row + index * 16 + (i & 15) : -1;
-    }
-#endif
-    return first_row + i;
-  };
-  const int share = kCluster ? a.slots * 16 : tiles * 16;
+  const detail::GatherShare<Config, Tokens, kCluster> share{a,
+                                                            table,
+                                                            row_sums,
+                                                            tile0,
+                                                            tiles,
+                                                            half,
+                                                            rank,
+                                                            ranks,
+                                                            splits,
+                                                            gated,
+                                                            kCluster ? a.slots * 16 : tiles * 16};
   if constexpr (kSteps == 5 || kSteps < 0) {
     // No register to spare for it.
-    if (a.out.row_scales != nullptr && static_cast<int>(threadIdx.x) < share) {
-      const int row = row_of(static_cast<int>(threadIdx.x));
+    if (a.out.row_scales != nullptr && static_cast<int>(threadIdx.x) < share.size) {
+      const int row = share.row_of(static_cast<int>(threadIdx.x));
       if (row >= 0 && row < a.out.rows) detail::prefetch_l1(a.out.row_scales + row);
     }
   }
@@ -356,39 +361,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
     }
   }
 
-  // Calls fn(token, row, sum, sum of the row's partner) for the rows of this block's share.
-  const auto for_share = [&](auto&& fn) {
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < share; i += Config::kThreads) {
-      const int row = row_of(i);
-      if (row < 0) continue;
-#pragma unroll
-      for (int t = 0; t < Tokens; ++t) {
-        float sum = 0.0F;
-        float partner = 0.0F;
-        if constexpr (kCluster) {
-#if __CUDA_ARCH__ >= 900
-          const float* const pushed = reinterpret_cast<const float*>(table + a.pushed_at) + i;
-          float of[kMostRanks];  // on their way together
-#pragma unroll
-          for (int s = 0; s < kMostRanks; ++s)
-            of[s] = s < ranks ? pushed[(s * Tokens + t) * a.slots * 16] : 0.0F;
-#pragma unroll
-          for (int s = 0; s < kMostRanks; ++s) {
-            if (s < splits) {
-              sum += of[s];
-            } else {
-              partner += of[s];
-            }
-          }
-#endif
-        } else {
-          sum = row_sums[t * a.rows.tiles_per_block * 16 + i];
-        }
-        fn(t, row, sum, partner);
-      }
-    }
-  };
   Output out = a.out;
   if constexpr (kNormed) {
     if (a.normed.x != nullptr) {
@@ -397,14 +369,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
       out.unscale *= rsqrtf(squares / static_cast<float>(a.cols) + a.normed.epsilon);
     }
   }
-  const auto store = [&](int t, int row, float sum, float partner) {
-    if (gated) {
-      detail::store_gated(out, t, row, sum, partner);
-    } else if (row < out.rows) {
-      detail::store_output(out, t, row, sum);
-    }
-  };
-
   if constexpr (kCluster) {
 #if __CUDA_ARCH__ >= 900
     detail::wait_for_pushes(barrier);
@@ -412,39 +376,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gather_kernel(const __gri
   } else {
     __syncthreads();
   }
-  const int groups = static_cast<int>(gridDim.z);
-  if (groups == 1) {
-    for_share(store);
-    return;
-  }
-  const std::int64_t padded_rows = static_cast<std::int64_t>(a.row_tiles) * 16;
-  for_share([&](int t, int row, float sum, float partner) {
-    float* const to = a.partials + (static_cast<std::int64_t>(blockIdx.z) * Tokens + t) * padded_rows + row;
-    *to = sum;
-    if (gated) to[a.out.half_rows] = partner;
-  });
-  __threadfence();
-  __syncthreads();
-  unsigned& arrived = *reinterpret_cast<unsigned*>(table);  // nobody gathers any more
-  if (threadIdx.x == 0) {
-    unsigned* const counter = a.counters + blockIdx.y * gridDim.x + blockIdx.x;
-    arrived = atomicAdd(counter, 1U);
-    if (arrived == gridDim.z - 1) *counter = 0;  // as it was found
-  }
-  __syncthreads();
-  if (arrived != gridDim.z - 1) return;
-  __threadfence();
-  for_share([&](int t, int row, float, float) {
-    float sum = 0.0F;
-    float partner = 0.0F;
-#pragma unroll 8
-    for (int g = 0; g < groups; ++g) {
-      const float* const from = a.partials + (static_cast<std::int64_t>(g) * Tokens + t) * padded_rows + row;
-      sum += __ldcg(from);
-      if (gated) partner += __ldcg(from + a.out.half_rows);
-    }
-    store(t, row, sum, partner);
-  });
+  share.finish(out);
 }
 
 }  // namespace codegemm::cuda

@@ -5,11 +5,15 @@
 // Layer: attention (host, needs nvcc).
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <numbers>
 #include <type_traits>
+#include <utility>
 
 #include <cuda_fp8.h>
 
@@ -92,6 +96,23 @@ template <class T>
     return error(StatusCode::kInvalidArgument, call, ": token_stride ", kv.token_stride, " or head_stride ",
                  kv.head_stride, " is less than head_dim ", kv.head_dim);
   }
+  // From the innermost out, each of heads, slots and pages begins behind all of the one before.
+  std::array<std::pair<std::int64_t, std::int64_t>, 3> nested{
+      {{kv.page_stride, kv.pages}, {kv.token_stride, kv.page_size}, {kv.head_stride, kv.kv_heads}}};
+  std::sort(nested.begin(), nested.end());
+  std::int64_t extent = kv.head_dim;
+  for (const auto& [stride, count] : nested) {
+    if (count < 2) continue;
+    if (stride < extent) {
+      return error(StatusCode::kInvalidArgument, call, ": page_stride ", kv.page_stride, ", token_stride ",
+                   kv.token_stride, " and head_stride ", kv.head_stride, " make ", kv.pages, " pages of ",
+                   kv.page_size, " tokens of ", kv.kv_heads, " heads of ", kv.head_dim, " overlap");
+    }
+    if (stride > (std::numeric_limits<std::int64_t>::max() - extent) / (count - 1)) {
+      return error(StatusCode::kUnsupported, call, ": a stride of ", stride, " over ", count);
+    }
+    extent += stride * (count - 1);
+  }
   const auto is_scale = [](float scale) { return std::isfinite(scale) && scale > 0.0F; };
   if (kIsFp8<T> && (!is_scale(kv.k_scale) || !is_scale(kv.v_scale))) {
     return error(StatusCode::kInvalidArgument, call, ": scales ", kv.k_scale, " of K and ", kv.v_scale,
@@ -140,6 +161,14 @@ template <class T>
     return error(StatusCode::kMisaligned, call, ": ", name, " is not aligned to 16 bytes");
   }
   return {};
+}
+
+// An output may lie between the rows of an input, but not where it is.
+template <class T, class Y>
+[[nodiscard]] Status check_apart(const char* call, const char* name, const MatrixView<T>& x,
+                                 const MatrixView<Y>& out) {
+  if (!codegemm::overlap(x, out)) return {};
+  return error(StatusCode::kInvalidArgument, call, ": out overlaps ", name);
 }
 
 [[nodiscard]] inline Status check_heads(const char* call, int heads, int kv_heads) {

@@ -13,16 +13,6 @@
 
 namespace prefillshare::cuda {
 
-/// How rows of logits become tokens; device arrays of one element a row.
-struct DeviceSampling {
-  const float* temperatures = nullptr;   ///< 0: the largest logit; null: all 0
-  const std::uint64_t* seeds = nullptr;  ///< read where the temperature is not 0
-  const std::uint64_t* steps = nullptr;  ///< a number that no other draw with this seed has; null: 0
-  std::uint64_t* best = nullptr;         ///< scratch, zeroed once
-  unsigned* arrived = nullptr;           ///< the same
-  std::int32_t* copy = nullptr;          ///< page-locked host memory that gets the tokens too, or null
-};
-
 /// Puts into the stream: tokens[i] = a draw from softmax(logits[i] / temperature), or the largest logit's id
 /// (the lowest among equals). The same bits for the same seed and step.
 [[nodiscard]] inline Status sample(MatrixView<const float> logits, const DeviceSampling& how,
@@ -36,17 +26,7 @@ struct DeviceSampling {
       (how.temperatures != nullptr && how.seeds == nullptr)) {
     return codegemm::error(StatusCode::kNullPointer, "sample: logits, scratch, tokens or seeds is null");
   }
-  SampleArgs args;
-  args.logits = logits.data;
-  args.temperatures = how.temperatures;
-  args.seeds = how.seeds;
-  args.steps = how.steps;
-  args.best = how.best;
-  args.arrived = how.arrived;
-  args.tokens = tokens;
-  args.copy = how.copy;
-  args.stride = logits.stride;
-  args.vocab = static_cast<int>(logits.cols);
+  const SampleArgs args{logits.data, logits.stride, static_cast<int>(logits.cols), how, tokens};
   const dim3 grid(static_cast<unsigned>(sample_slices(logits.rows)), static_cast<unsigned>(logits.rows));
   return detail::start(sample_kernel<0>, args, grid, kSampleThreads, device, stream);
 }

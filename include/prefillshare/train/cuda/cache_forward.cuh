@@ -12,6 +12,7 @@
 #include <vector>
 
 #include <prefillshare/attention/rope.hpp>
+#include <prefillshare/model/cuda/sampling.cuh>
 #include <prefillshare/train/cuda/block.cuh>
 #include <prefillshare/train/cuda/pass_graphs.cuh>
 
@@ -304,16 +305,11 @@ class CacheForward {
     norm.rows = count;
     launches.norm(norm);
     ts_.nt(normed_.data(), w.head(), logits_.data(), count, c_.vocab_size, c_.hidden_size, stride_);
-    SampleArgs sample;
-    sample.logits = logits_.data();
-    sample.best = best_.data();
-    sample.arrived = arrived_.data();
-    sample.tokens = chosen;
-    sample.stride = stride_;
-    sample.vocab = static_cast<int>(c_.vocab_size);
-    ts_.start(sample_kernel<0>, sample,
-              dim3(static_cast<unsigned>(sample_slices(count)), static_cast<unsigned>(count)),
-              kSampleThreads);
+    DeviceSampling largest;
+    largest.best = best_.data();
+    largest.arrived = arrived_.data();
+    const MatrixView<const float> logits(logits_.data(), count, c_.vocab_size, stride_);
+    if (ts_.ok()) ts_.keep(sample(logits, largest, chosen, ts_.device(), ts_.stream()));
   }
 
   TrainStream ts_;

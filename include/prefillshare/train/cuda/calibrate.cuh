@@ -70,13 +70,13 @@ class DeviceCalibrationRun {
 
   /// As CalibrationRun::next_block(); kCudaError, after which the run cannot go on.
   template <LayerReplacer Replacer>
-  [[nodiscard]] Status next_block(Replacer& replacer, Executor& executor) {
+  [[nodiscard]] Status next_block(Replacer& replacer) {
     if (done_ >= model_->config.layers) {
       return codegemm::error(StatusCode::kInvalidArgument, "DeviceCalibrationRun: all ", done_,
                              " blocks are done");
     }
     try {
-      return run_block(replacer, executor);
+      return run_block(replacer);
     } catch (const std::bad_alloc&) {
       return codegemm::error(StatusCode::kOutOfMemory, "DeviceCalibrationRun: no memory for block ", done_);
     }
@@ -139,7 +139,7 @@ class DeviceCalibrationRun {
   }
 
   template <class Replacer>
-  Status run_block(Replacer& replacer, Executor& executor) {
+  Status run_block(Replacer& replacer) {
     Layer layer;
     if (read_) {
       Result<Layer> block = read_(done_);
@@ -158,7 +158,7 @@ class DeviceCalibrationRun {
         {kGateUp, {{"mlp.gate_proj", &layer.gate}, {"mlp.up_proj", &layer.up}}},
         {kDown, {{"mlp.down_proj", &layer.down}}}};
     for (const auto& [inputs, parts] : steps) {
-      if (Status s = replace(inputs, prefix, parts, replacer, executor); !s.ok()) return s;
+      if (Status s = replace(inputs, prefix, parts, replacer); !s.ok()) return s;
       if (Status s = upload(layer, replaced_); !s.ok()) return s;
     }
     if (Status s = advance(replaced_, hidden_.data()); !s.ok()) return s;
@@ -171,8 +171,7 @@ class DeviceCalibrationRun {
 
   template <class Replacer>
   Status replace(Inputs inputs, const std::string& prefix,
-                 const std::vector<std::pair<std::string, DenseLinear*>>& parts, Replacer& replacer,
-                 Executor& executor) {
+                 const std::vector<std::pair<std::string, DenseLinear*>>& parts, Replacer& replacer) {
     std::vector<std::optional<DenseLinear>> found;
     bool all = true;
     for (const auto& [name, linear] : parts) {

@@ -38,7 +38,7 @@ class LossHead {
     if constexpr (!std::is_same_v<S, float>) memory.make(dx_low_, rows * h);
     memory.make(norm_parts_, kNormParts * h);
     memory.make(losses_, rows);
-    memory.make(logits_, chunk_ * stride_);
+    memory.zeros(logits_, chunk_ * stride_);  // what lies behind the vocabulary is read, though not used
     memory.make(d_logits_, chunk_ * stride_);
   }
   /// What a teacher takes, on the first call.
@@ -46,7 +46,7 @@ class LossHead {
     if (teacher_.size() > 0) return {};
     Allocations memory;
     memory.zeros(teacher_, rows_ * c.hidden_size);
-    memory.make(teacher_logits_, chunk_ * stride_);
+    memory.zeros(teacher_logits_, chunk_ * stride_);
     return memory.finish();
   }
 

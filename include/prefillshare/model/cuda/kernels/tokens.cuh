@@ -112,18 +112,23 @@ __global__ void __launch_bounds__(kColumnThreads) add_bias_kernel(const __grid_c
   detail::store8(y, sum);
 }
 
+/// How rows of logits become tokens; device arrays of one element a row.
+struct DeviceSampling {
+  const float* temperatures = nullptr;   ///< 0: the largest logit; null: all 0
+  const std::uint64_t* seeds = nullptr;  ///< read where the temperature is not 0
+  const std::uint64_t* steps = nullptr;  ///< a number that no other draw with this seed has; null: 0
+  std::uint64_t* best = nullptr;         ///< scratch, 0 before and after
+  unsigned* arrived = nullptr;           ///< the same
+  std::int32_t* copy = nullptr;          ///< page-locked host memory that gets the tokens too, or null
+};
+
 /// Everything that sample_kernel reads, by value.
 struct SampleArgs {
-  const float* logits = nullptr;         // [rows][stride]
-  const float* temperatures = nullptr;   // [rows], 0: the largest logit; null: all 0
-  const std::uint64_t* seeds = nullptr;  // [rows], read where the temperature is not 0
-  std::uint64_t* best = nullptr;         // [rows], 0 before and after
-  unsigned* arrived = nullptr;           // [rows], 0 before and after
-  std::int32_t* tokens = nullptr;        // [rows], what is chosen
-  std::int32_t* copy = nullptr;          // [rows], the same in page-locked host memory; null: no copy
+  const float* logits = nullptr;  // [rows][stride]
   std::int64_t stride = 0;
   int vocab = 0;
-  const std::uint64_t* steps = nullptr;  // [rows], a number that no other draw with this seed has; null: 0
+  DeviceSampling how;
+  std::int32_t* tokens = nullptr;  // [rows], what is chosen
 };
 
 inline constexpr int kSampleThreads = 256;
@@ -162,9 +167,9 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(const __grid_con
   codegemm::cuda::detail::allow_next_kernel();
   const int row = static_cast<int>(blockIdx.y);
   const float* const logits = a.logits + row * a.stride;
-  const float temperature = a.temperatures == nullptr ? 0.0F : a.temperatures[row];
-  const std::uint64_t seed = temperature > 0.0F ? a.seeds[row] : 0;
-  const std::uint64_t step = a.steps == nullptr ? 0 : a.steps[row];
+  const float temperature = a.how.temperatures == nullptr ? 0.0F : a.how.temperatures[row];
+  const std::uint64_t seed = temperature > 0.0F ? a.how.seeds[row] : 0;
+  const std::uint64_t step = a.how.steps == nullptr ? 0 : a.how.steps[row];
   std::uint64_t best = 0;
   for (int id = static_cast<int>(blockIdx.x * kSampleThreads + threadIdx.x); id < a.vocab;
        id += static_cast<int>(gridDim.x) * kSampleThreads) {
@@ -185,15 +190,15 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(const __grid_con
 #pragma unroll
   for (const std::uint64_t other : of_warps) best = other > best ? other : best;
   // The order in which maxima arrive does not matter.
-  atomicMax(reinterpret_cast<unsigned long long*>(a.best + row), best);
+  atomicMax(reinterpret_cast<unsigned long long*>(a.how.best + row), best);
   __threadfence();
-  if (atomicAdd(a.arrived + row, 1U) + 1U < gridDim.x) return;
+  if (atomicAdd(a.how.arrived + row, 1U) + 1U < gridDim.x) return;
   __threadfence();
-  const std::uint64_t chosen = atomicExch(reinterpret_cast<unsigned long long*>(a.best + row), 0ULL);
-  a.arrived[row] = 0;
+  const std::uint64_t chosen = atomicExch(reinterpret_cast<unsigned long long*>(a.how.best + row), 0ULL);
+  a.how.arrived[row] = 0;
   const auto token = static_cast<std::int32_t>(0xFFFFFFFFU - static_cast<unsigned>(chosen & 0xFFFFFFFFU));
   a.tokens[row] = token;
-  if (a.copy != nullptr) a.copy[row] = token;
+  if (a.how.copy != nullptr) a.how.copy[row] = token;
 }
 
 }  // namespace prefillshare::cuda
