@@ -45,7 +45,7 @@ int main() {
   problem.x = {x, 1, 4096};
   problem.y = {y, 1, 4096};
   const std::size_t bytes = codegemm::cuda::workspace_bytes(problem, *device);
-  void* workspace = nullptr;
+  void* workspace = nullptr;  // one byte more, as a product may need none
   CHECK(cudaMalloc(&workspace, bytes + 1) == cudaSuccess, "out of device memory");
   cudaMemset(workspace, 0, bytes + 1);
   const codegemm::Status status = codegemm::cuda::run(problem, *device, workspace, bytes, nullptr);

@@ -10,12 +10,24 @@
 #include <iterator>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "explore_table.hpp"
 #include "svg.hpp"
 
 namespace codegemm::bench {
+
+/// Multiples of 1, 2 or 5 times a power of ten between two numbers, some four to ten of them.
+[[nodiscard]] inline std::vector<double> round_marks(double from, double to) {
+  std::vector<double> out;
+  if (!(to > from)) return out;
+  const double power = std::pow(10.0, std::floor(std::log10((to - from) / 4)));
+  const double steps = (to - from) / 4 / power;  // 1 to 10
+  const double step = power * (steps >= 5 ? 5 : steps >= 2 ? 2 : 1);
+  for (double at = std::ceil(from / step); at * step <= to; ++at) out.push_back(at * step);
+  return out;
+}
 
 /// An SVG of its own: time to the right, perplexity (logarithmic) upwards, dots whose area is the size, and a
 /// line through the front. What lacks either number is not in it; nothing measured gives an empty picture.
@@ -27,7 +39,7 @@ namespace codegemm::bench {
   constexpr double kWidth = 640;
   constexpr double kHeight = 360;
   Svg svg(880, 460);
-  svg.text(kLeft, kTop - 16, "start", title);
+  svg.text(kLeft + kWidth, kTop - 16, "end", title);
   std::vector<const Candidate*> dots;
   double left = HUGE_VAL;
   double right = 0.0;
@@ -54,14 +66,14 @@ namespace codegemm::bench {
     return kTop + kHeight * (std::log(high) - std::log(y)) / (std::log(high) - std::log(low));
   };
   char line[64];
-  for (int i = 0; i <= 4; ++i) {
-    const double x = left + (right - left) * i / 4;
+  for (const double x : round_marks(left, right)) {
     svg.grid(at_x(x), kTop, at_x(x), kTop + kHeight);
-    std::snprintf(line, sizeof(line), "%.4g", x);
+    std::snprintf(line, sizeof(line), "%.6g", x);
     svg.text(at_x(x), kTop + kHeight + 18, "middle", line);
-    const double y = low * std::pow(high / low, i / 4.0);
+  }
+  for (const double y : round_marks(low, high)) {
     svg.grid(kLeft, at_y(y), kLeft + kWidth, at_y(y));
-    std::snprintf(line, sizeof(line), "%.3g", y);
+    std::snprintf(line, sizeof(line), "%.6g", y);
     svg.text(kLeft - 8, at_y(y) + 4, "end", line);
   }
   svg.text(kLeft + kWidth / 2, kTop + kHeight + 40, "middle", x_name);
@@ -73,6 +85,7 @@ namespace codegemm::bench {
     svg.stroke(at_x(a.*time), at_y(a.perplexity), at_x(b.*time), at_y(b.perplexity), "#999999", 1.5);
   }
   std::vector<std::string> families;
+  std::vector<std::pair<double, double>> labels;  // where each begins
   for (const Candidate* one : dots) {
     auto at = std::find(families.begin(), families.end(), one->family);
     if (at == families.end()) {
@@ -82,7 +95,14 @@ namespace codegemm::bench {
     const char* const color = kColors[static_cast<std::size_t>(at - families.begin()) % std::size(kColors)];
     const double radius = 14.0 * std::sqrt(static_cast<double>(one->bytes) / most_bytes);
     svg.dot(at_x(one->*time), at_y(one->perplexity), radius, color);
-    svg.text(at_x(one->*time) + radius + 3, at_y(one->perplexity) - 4, "start", one->name);
+    // Names of dots that are close by stand below each other.
+    const double x = at_x(one->*time) + radius + 3;
+    double y = at_y(one->perplexity) - 4;
+    for (const auto& [other_x, other_y] : labels) {
+      if (std::abs(other_x - x) < 130 && std::abs(other_y - y) < 13) y = other_y + 14;
+    }
+    labels.emplace_back(x, y);
+    svg.text(x, y, "start", one->name);
   }
   for (std::size_t i = 0; i < families.size(); ++i) {
     svg.legend(kLeft + kWidth + 20, kTop + 16 + 20 * static_cast<double>(i), 20, families[i],

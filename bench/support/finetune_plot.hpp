@@ -47,7 +47,7 @@ namespace detail {
   std::vector<std::string> curve_tasks;
   for (const FinetuneRow& row : curves) (void)detail::place_of(curve_tasks, row.task);
   const double second = kTop + kHeight + 80;
-  Svg svg(940, static_cast<int>(curves.empty() ? second : second + kHeight + 60));
+  Svg svg(1000, static_cast<int>(curves.empty() ? second : second + kHeight + 60));
   char line[48];
   const auto axis = [&](double top, double left, double right, const std::string& title) {
     svg.text(left, top - 14, "start", title);

@@ -25,15 +25,22 @@ struct Diagram {
   bool logarithmic_x = false;  // x is then marked where the first line has points
 };
 
-/// An SVG of its own, the diagrams below one another.
+/// An SVG of its own, the diagrams below one another. A name has the same color in all of them.
 [[nodiscard]] inline std::string plot_lines(const std::vector<Diagram>& diagrams) {
-  constexpr const char* kColors[] = {"#d62728", "#ff7f0e", "#8c564b", "#1f77b4", "#2ca02c", "#9467bd"};
+  constexpr const char* kColors[] = {"#d62728", "#ff7f0e", "#8c564b", "#1f77b4", "#2ca02c",
+                                     "#9467bd", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f"};
   constexpr double kWidth = 460;
   constexpr double kHeight = 220;
   constexpr double kLeft = 60;
   constexpr double kStep = 300;
   Svg svg(760, static_cast<int>(kStep) * static_cast<int>(diagrams.size()));
   char line[32];
+  std::vector<std::string> names;
+  const auto color_of = [&](const std::string& name) {
+    const auto place = std::find(names.begin(), names.end(), name) - names.begin();
+    if (place == std::ssize(names)) names.push_back(name);
+    return kColors[static_cast<std::size_t>(place) % std::size(kColors)];
+  };
   double top = 30;
   for (const Diagram& diagram : diagrams) {
     double left = 1e300;
@@ -71,18 +78,20 @@ struct Diagram {
     if (diagram.logarithmic_x) {
       marks.clear();
       for (const auto& [x, y] : diagram.lines.front().points) {
-        if (marks.empty() || at_x(x) - at_x(marks.back()) > 34) marks.push_back(x);
+        // Room for the digits of both; numbers of tokens have few.
+        const double room = x < 1000 && x == std::floor(x) ? 34 : 38;
+        if (marks.empty() || at_x(x) - at_x(marks.back()) > room) marks.push_back(x);
       }
     }
     for (const double x : marks) {
       svg.grid(at_x(x), top, at_x(x), top + kHeight);
-      std::snprintf(line, sizeof(line), "%.4g", x);
+      std::snprintf(line, sizeof(line), x < 1000 ? "%.3g" : "%.0f", x);
       svg.text(at_x(x), top + kHeight + 16, "middle", std::string(line));
     }
     svg.text(kLeft, top - 8, "start", diagram.title);
     svg.text(kLeft + kWidth / 2, top + kHeight + 34, "middle", diagram.x_name);
     for (std::size_t c = 0; c < diagram.lines.size(); ++c) {
-      const char* const color = kColors[c % std::size(kColors)];
+      const char* const color = color_of(diagram.lines[c].name);
       svg.curve(diagram.lines[c], color, at_x, [&](double y) { return at_y(y * diagram.scale); });
       svg.legend(kLeft + kWidth + 16, top + 16 + 20 * static_cast<double>(c), 24, diagram.lines[c].name,
                  color);

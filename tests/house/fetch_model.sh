@@ -33,6 +33,16 @@ refuses() {
 
 refuses "no network" 'could not be reached'
 
+# A proxy with a certificate of its own: pip says that it does not trust it.
+mkdir "$work/bin"
+cat >"$work/bin/python3" <<STUB
+#!/usr/bin/env bash
+[[ "\$*" != *"pip download"* ]] || { echo "SSLError: [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed" >&2; exit 1; }
+exec $(command -v python3) "\$@"
+STUB
+chmod +x "$work/bin/python3"
+PATH=$work/bin:$PATH refuses "a certificate that is not trusted" 'set PIP_CERT'
+
 # A package of the right name that is not the right one. pip wants it to be a well-formed wheel.
 python3 - "$work/index/$wheel" <<'PYTHON'
 import sys, zipfile

@@ -121,7 +121,8 @@ struct PackOptions {
     while (out.scale_steps < 4 && f.g % (lane_span << (out.scale_steps + 1)) == 0) ++out.scale_steps;
   }
   const int granule_span = 32 * lane_span;
-  out.granules = (cols + granule_span - 1) / granule_span;
+  // One of zeros where K is 0: kernels ask for the first before they know how many there are.
+  out.granules = std::max<std::int64_t>((cols + granule_span - 1) / granule_span, 1);
   out.row_tiles = (rows + kTileRows - 1) / kTileRows;
   out.parts = static_cast<int>(part_rows.size());
   std::int64_t before = 0;

@@ -32,6 +32,7 @@ struct GemmTuning {
   /// Fused: parts of K, up to 8; wgmma: pieces that a product of the last, unfilled wave is cut into.
   int splits = 0;
   int token_tile = 0;  ///< fused wgmma: tokens of a block, 32, 64, 128 or 256
+  int warpgroups = 0;  ///< fused wgmma: that multiply, 64 rows each: 2, or with 128 tokens and no SwiGLU 3
 };
 
 }  // namespace codegemm::cuda

@@ -57,6 +57,14 @@ TEST_CASE("cuda gemm: wgmma with every token tile", "[gpu]") {
       }
     }
   }
+  for (const std::int64_t tokens : {100, 300}) {
+    for (const std::int64_t rows : {75, 1031}) {
+      cuda::GemmTuning tuning;
+      tuning.warpgroups = 3;
+      check<Half, Half>({{4, 1, 8, 128}, rows, 1032, tokens, true, 8, tuning}, device, seed++);
+      check<BFloat16, float>({{8, 2, 8, 128}, rows, 1032, tokens, true, 8, tuning}, device, seed++);
+    }
+  }
   // More products than clusters run at once: five blocks of rows, 22 of tokens. What is left after whole
   // waves is cut into pieces, whose borders then lie anywhere.
   for (const int splits : {1, 2, 5}) {
@@ -81,6 +89,9 @@ TEST_CASE("cuda gemm: a small one of each fused kind", "[gpu]") {
   split.splits = 3;
   split.token_tile = 32;
   check<Half, Half>({{4, 1, 8, 128}, 300, 1032, 40, true, 8, split}, device, seed++);
+  cuda::GemmTuning wide;
+  wide.warpgroups = 3;
+  check<Half, Half>({{4, 1, 8, 128}, 300, 1032, 40, true, 8, wide}, device, seed++);
 }
 
 TEST_CASE("cuda gemm: on tensor cores, captured in a graph and replayed with other inputs", "[gpu]") {

@@ -166,6 +166,9 @@ TEST_CASE("cuda decode: long sequences in many parts") {
   const std::uint64_t seed = seed_or(3);
   check<Half, Half>({{16, cuda::KvLayout::kNhd, 8, 4, 128}, {9001}, kNoGroups}, seed);
   check<BFloat16, float>({{16, cuda::KvLayout::kHnd, 8, 8, 128}, {3000, 17, 5003}, kNoGroups}, seed);
+  // So many tiles a block that all have the same number within one.
+  check<Half, Half>({{16, cuda::KvLayout::kNhd, 8, 1, 64}, {20000, 3, 9001, 5003}, kNoGroups}, seed);
+  check<Half, Half>({{16, cuda::KvLayout::kHnd, 8, 1, 64}, {34016, 34100}, {{0, 2, 2126}}}, seed);
 }
 
 TEST_CASE("cuda decode: many sequences, whole items and parts in one block") {

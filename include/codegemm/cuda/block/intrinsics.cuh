@@ -112,11 +112,15 @@ __device__ __forceinline__ unsigned cluster_rank() {
 __device__ __forceinline__ void hand_over(unsigned* word) {
   asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(word) : "memory");
 }
-__device__ __forceinline__ void wait_for_hand_over(const unsigned* word) {
-  unsigned there;
+// Whole warps wait, lanes with `waits` for their word, which is 0 then as before. Where single lanes waited
+// in a loop, products whose barrier of a warpgroup came behind it hung.
+__device__ __forceinline__ void take_hand_over(unsigned* word, bool waits) {
+  unsigned there = 1;
   do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(word) : "memory");
-  } while (there == 0);
+    if (waits) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(word) : "memory");
+  } while (!__all_sync(0xFFFFFFFFU, there != 0));
+  if (waits) *word = 0;  // for the next call
+  __syncwarp();
 }
 
 // A barrier in shared memory at byte address `barrier` for one phase: it opens once `bytes` have been pushed
@@ -199,6 +203,17 @@ __device__ __forceinline__ void wait_for_phase(unsigned barrier, unsigned parity
       "again:\n\t"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
       "@!done bra again;\n\t}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+// The same for whole warps, whose threads go on together: ptxas then knows that they do.
+__device__ __forceinline__ void wait_for_phase_together(unsigned barrier, unsigned parity) {
+  asm volatile(
+      "{\n\t.reg .pred done;\n\t"
+      "again:\n\t"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
+      "vote.sync.all.pred done, done, 0xffffffff;\n\t"
+      "@!done bra.uni again;\n\t}" ::"r"(barrier),
       "r"(parity)
       : "memory");
 }

@@ -51,6 +51,10 @@ struct StreamPlace {
   return (offset / 16 * 32 + lane) * 16 + offset % 16;
 }
 
+/// Half of such a line is what 16 lanes have. In shared memory the halves are so far apart that the codes of
+/// a lane's 16 rows are in different banks.
+inline constexpr int kHalfLineStride = 16 * 16 + 16;
+
 /// Where a tile holds the scale of a row for the lanes first .. first + 2^steps - 1, as number of an fp16 in
 /// [32 lanes][16 >> steps]: with the lane that ends up with this row when the lanes of the group are summed.
 /// steps <= 4.

@@ -47,7 +47,7 @@ struct FusedMmaTileShape {
   static constexpr int kStagesOfSlab = kLaneSpan / 4;  // of 64 k of x
   static constexpr int kStageBytes = kTokens * 128;
   static constexpr int kStages = 3;
-  static constexpr int kCodeBytes = 16 * 16 * kRowBytes;  // of a slab of a row tile
+  static constexpr int kCodeBytes = kRowBytes * kHalfLineStride;  // of a slab of a row tile
   static constexpr int kCodeStages = kStagesOfSlab == 1 ? 3 : 2;
   static constexpr int kScratchStride = 20;  // as in fused_wgmma.cuh
   using Table = CentroidTable<Config::kVecLen, Config::kCodebooks>;
@@ -124,11 +124,11 @@ __global__ void __launch_bounds__(256, 1) fused_mma_tile_kernel(const __grid_con
           const int tile = min(first_tile + c / kChunks, a.row_tiles - 1);
           const int owner = c % kChunks % 16;
           const int part = c % kChunks / 16;
-          detail::copy_16_bytes(
-              to_codes + static_cast<unsigned>(c / kChunks * Shape::kCodeBytes + owner * kChunks + part * 16),
-              granule + static_cast<std::int64_t>(tile) * a.tile_bytes +
-                  (part * 32 + slab % 2 * 16 + owner) * 16,
-              16);
+          detail::copy_16_bytes(to_codes + static_cast<unsigned>(c / kChunks * Shape::kCodeBytes +
+                                                                 part * kHalfLineStride + owner * 16),
+                                granule + static_cast<std::int64_t>(tile) * a.tile_bytes +
+                                    (part * 32 + slab % 2 * 16 + owner) * 16,
+                                16);
         }
         for (int c = thread; c < Shape::kRowTiles * scale_chunks; c += Shape::kThreads) {
           const int tile = min(first_tile + c / scale_chunks, a.row_tiles - 1);
@@ -166,9 +166,11 @@ __global__ void __launch_bounds__(256, 1) fused_mma_tile_kernel(const __grid_con
 #pragma unroll
         for (int t = 0; t < kWarpTiles; ++t) {
           const int tile = warp * kWarpTiles + t;
-          fragments[t].lookup(codes + tile * Shape::kCodeBytes,
-                              codes + Shape::kRowTiles * Shape::kCodeBytes + tile * scale_bytes, step,
-                              pairs[t]);
+          typename detail::WgmmaFragments<Config, Type>::Codes fetched;
+          fragments[t].fetch(codes + tile * Shape::kCodeBytes,
+                             codes + Shape::kRowTiles * Shape::kCodeBytes + tile * scale_bytes, step,
+                             fetched);
+          fragments[t].lookup(fetched, step, pairs[t]);
         }
       };
 #pragma unroll

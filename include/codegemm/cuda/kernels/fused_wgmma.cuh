@@ -14,6 +14,7 @@
 #include <codegemm/cuda/block/intrinsics.cuh>
 #include <codegemm/cuda/block/piece_schedule.hpp>
 #include <codegemm/cuda/block/row_parts.hpp>
+#include <codegemm/cuda/block/stage_ring.hpp>
 #include <codegemm/cuda/block/wgmma.cuh>
 #include <codegemm/cuda/block/wgmma_fragments.cuh>
 #include <codegemm/cuda/kernels/fused_wgmma_args.cuh>
@@ -42,17 +43,22 @@ __device__ __forceinline__ void take_registers() {
 /// schedule says; products are numbered [part][token block][row block], and consecutive ones run at once.
 /// With SwiGLU one of the blocks takes rows of the first half, the other their partners. In a block one
 /// warpgroup copies: a warp asks the copy engine for x, half of it for both blocks, the others bring codes
-/// and scales. Two warpgroups multiply 64 rows each. Weights of a group of steps are looked up while the
-/// products of the group before run.
-template <class Config, PairType Type, int TokenTile, bool Gated>
-__global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_constant__ FusedWgmmaArgs a) {
+/// and scales. Two warpgroups multiply 64 rows each; with three, 384 rows of a cluster, products are not cut.
+/// While the products of a group of steps run, weights of the next group are looked up, and codes of the one
+/// after that come into registers.
+template <class Config, PairType Type, int TokenTile, bool Gated, int Groups = 2>
+__global__ void __launch_bounds__(128 + 128 * Groups, 1)
+    fused_wgmma_kernel(const __grid_constant__ FusedWgmmaArgs a) {
 #if CODEGEMM_HAS_WGMMA
-  using Shape = FusedWgmmaShape<Config, TokenTile>;
+  using Shape = FusedWgmmaShape<Config, TokenTile, Groups>;
   using Table = typename Shape::Table;
-  constexpr int kStagesOfSlab = Shape::kLaneSpan / 4;
+  constexpr int kStagesOfSlab = Shape::kStagesOfSlab;
   // Steps of 16 k whose weights are looked up at once: the more, the less of a look-up's latency is seen.
-  // Where there are registers, and an even number of groups in a slab.
-  constexpr int kGroup = TokenTile < 256 && kStagesOfSlab > 1 ? 4 : 2;
+  // Where there are registers, and an even number of groups in a slab. Several codebooks keep shared memory
+  // busy: with few tokens their look-ups come better in small portions.
+  constexpr bool kFour =
+      TokenTile < 256 && Groups == 2 && kStagesOfSlab > 1 && (Config::kCodebooks == 1 || TokenTile == 128);
+  constexpr int kGroup = kFour ? 4 : 2;
   constexpr int kGroups = 4 * kStagesOfSlab / kGroup;  // of a slab
   constexpr int kRowTiles = Shape::kRowTiles;
   // The table, whose size is a multiple of 1024 bytes; x of the stages, which the swizzle wants at such ones;
@@ -62,12 +68,13 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
   char* const x_memory = table + Shape::table_bytes(a.code_bits);
   char* const code_memory = x_memory + a.x_stages * Shape::kStageBytes;
   const int scale_bytes = Shape::scale_bytes(a.scale_steps);
-  const int code_stage_bytes = kRowTiles * (Shape::kCodeBytes + scale_bytes);
+  const int code_stage_bytes = Shape::code_stage_bytes(a.scale_steps);
   const unsigned x_at = static_cast<unsigned>(__cvta_generic_to_shared(x_memory));
   const unsigned codes_at = static_cast<unsigned>(__cvta_generic_to_shared(code_memory));
-  const unsigned barriers =
+  unsigned barriers =
       codes_at + static_cast<unsigned>(a.code_stages * code_stage_bytes +
                                        (Gated ? Shape::kGatedScratchBytes : Shape::kScratchBytes));
+  asm("" : "+r"(barriers));  // in a register, not made again in every round
   const auto full_x = [&](int stage) { return barriers + static_cast<unsigned>(stage) * 8U; };
   const auto empty_x = [&](int stage) {
     return barriers + static_cast<unsigned>(Shape::kMaxStages + stage) * 8U;
@@ -81,6 +88,7 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
   const auto from_other = [&](int tile, unsigned buffer) {
     return barriers + (static_cast<unsigned>(4 * Shape::kMaxStages + tile * 2) + buffer) * 8U;
   };
+
   constexpr int kCodeThreads = 96;
 
   detail::allow_next_kernel();
@@ -92,11 +100,11 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.x_stages; ++i) {
       detail::init_barrier(full_x(i), 1);
-      detail::init_barrier(empty_x(i), 4);  // both warpgroups of both blocks
+      detail::init_barrier(empty_x(i), 2 * Groups);  // the warpgroups of both blocks
     }
     for (int i = 0; i < a.code_stages; ++i) {
       detail::init_barrier(full_codes(i), kCodeThreads);
-      detail::init_barrier(empty_codes(i), 256);  // the threads that multiply
+      detail::init_barrier(empty_codes(i), Shape::kMultipliers);
     }
     for (int i = 0; i < 2 * kRowTiles; ++i) detail::init_barrier(from_other(i / 2, i % 2), 1);
     detail::publish_barriers();
@@ -136,11 +144,14 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
   const auto codebooks_of = [&](int part) {
     return a.codebooks + ((part * Config::kCodebooks) << a.code_bits) * Config::kVecLen;
   };
-  detail::cluster_barrier();
+  // The other block's barriers are waited for by who needs them; codes and codebooks come before.
+  __syncthreads();
+  detail::cluster_arrive();
 
   if (group == 0) {
-    detail::give_registers<40>();
+    detail::give_registers<Groups == 2 ? 40 : 32>();
     if (warp == 0) {
+      detail::cluster_wait();
       if (lane == 0) {
         detail::wait_for_previous_kernel();
         int stage = 0;
@@ -161,34 +172,41 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
         }
       }
     } else {
+      // Two warps bring codes, of kAtOnce tiles at a time, the third scales. A thread has one place in all.
       const int thread = static_cast<int>(threadIdx.x) - 32;
       constexpr int kChunks = 16 * Shape::kRowBytes;  // of 16 bytes of a row tile
+      constexpr int kAtOnce = 64 / kChunks;
       const int scale_chunks = scale_bytes / 16;
+      const int part = thread % kChunks / 16;
+      const int owner = thread % 16;
+      const int first = thread / kChunks;
+      const unsigned place =
+          static_cast<unsigned>(first * Shape::kCodeBytes + part * kHalfLineStride + owner * 16);
       int stage = 0;
       unsigned phase = 0;
       for (int n = 0; n < pieces.size(); ++n) {
         const Piece p = open_piece(pieces.piece(a.schedule, n));
+        const int last = a.row_tiles - 1 - p.row_tile;
         for (int s = 0; s < p.slabs; ++s) {
           const int slab = p.slab + s;
           detail::wait_for_phase(empty_codes(stage), phase ^ 1U);
           const unsigned to = codes_at + static_cast<unsigned>(stage * code_stage_bytes);
-          const unsigned char* const granule =
-              a.tiles + static_cast<std::int64_t>(slab / 2) * a.row_tiles * a.tile_bytes;
-          for (int c = thread; c < kRowTiles * kChunks; c += kCodeThreads) {
-            const int tile = min(p.row_tile + c / kChunks, a.row_tiles - 1);
-            const int owner = c % kChunks % 16;
-            const int part = c % kChunks / 16;
-            detail::copy_16_bytes(
-                to + static_cast<unsigned>(c / kChunks * Shape::kCodeBytes + owner * kChunks + part * 16),
-                granule + static_cast<std::int64_t>(tile) * a.tile_bytes +
-                    (part * 32 + slab % 2 * 16 + owner) * 16);
-          }
-          for (int c = thread; c < kRowTiles * scale_chunks; c += kCodeThreads) {
-            const int tile = min(p.row_tile + c / scale_chunks, a.row_tiles - 1);
-            detail::copy_16_bytes(to + static_cast<unsigned>(kRowTiles * Shape::kCodeBytes + c * 16),
-                                  granule + static_cast<std::int64_t>(tile) * a.tile_bytes +
-                                      Shape::kRowBytes * 512 + slab % 2 * scale_bytes +
-                                      c % scale_chunks * 16);
+          const unsigned char* const tiles =
+              a.tiles + (static_cast<std::int64_t>(slab / 2) * a.row_tiles + p.row_tile) * a.tile_bytes;
+          if (thread < kAtOnce * kChunks) {
+            const unsigned char* const from = tiles + (part * 32 + slab % 2 * 16 + owner) * 16;
+#pragma unroll
+            for (int tile = 0; tile < kRowTiles; tile += kAtOnce) {
+              detail::copy_16_bytes(to + place + static_cast<unsigned>(tile * Shape::kCodeBytes),
+                                    from + min(tile + first, last) * a.tile_bytes);
+            }
+          } else if (thread >= 64) {
+            for (int c = thread - 64; c < kRowTiles * scale_chunks; c += 32) {
+              detail::copy_16_bytes(to + static_cast<unsigned>(kRowTiles * Shape::kCodeBytes + c * 16),
+                                    tiles + min(c / scale_chunks, last) * a.tile_bytes +
+                                        Shape::kRowBytes * 512 + slab % 2 * scale_bytes +
+                                        c % scale_chunks * 16);
+            }
           }
           detail::arrive_after_copies(full_codes(stage));
           if (++stage == a.code_stages) {
@@ -198,10 +216,13 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
         }
       }
       asm volatile("cp.async.wait_all;" ::: "memory");
+      __syncwarp();
+      detail::cluster_wait();
     }
   } else {
-    detail::take_registers<232>();
-    detail::WgmmaFragments<Config, Type> fragments;
+    detail::take_registers<Groups == 2 ? 232 : 160>();
+    using Fragments = detail::WgmmaFragments<Config, Type>;
+    Fragments fragments;
     fragments.begin(table, a.code_bits, Config::kScaleSteps > 0 ? Config::kScaleSteps : a.scale_steps, lane);
     int table_part = -1;  // the first one is looked up while x and codes come
     const int tile_of_block = (group - 1) * 4 + warp;
@@ -214,38 +235,44 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
     const bool leader = threadIdx.x % 128 == 0;
     const unsigned other_empty = detail::address_in(empty_x(0), static_cast<unsigned>(rank ^ 1));
     // Without a branch, see keep_before().
-    const auto release_x = [&](int stage) {
+    const auto release_x = [&](int stage, bool there) {
       detail::arrive_at_both(empty_x(stage), other_empty + static_cast<unsigned>(stage) * 8U,
-                             leader && stage >= 0);
+                             leader && there);
     };
-    int stage = 0;
-    unsigned phase = 0;
+    StageRing<kStagesOfSlab, Shape::stages_fit(Gated)> ring;
     int code_stage = 0;
     unsigned code_phase = 0;
     float d[TokenTile / 2];
-    for (int n = 0; n < pieces.size(); ++n) {
-      const Piece p = open_piece(pieces.piece(a.schedule, n));
+    const int count = __reduce_max_sync(0xFFFFFFFFU, pieces.size());
+    for (int n = 0; n < count; ++n) {
+      Piece p = open_piece(pieces.piece(a.schedule, n));
+      p.slabs = __reduce_max_sync(0xFFFFFFFFU, p.slabs);  // of all the warp, which ptxas does not see
       if (p.part != table_part) {
         table_part = p.part;
         fragments.codebooks = codebooks_of(table_part);
         if constexpr (Config::kCodeBytes == 1) {
-          if (n > 0) detail::wait_for_multipliers();
+          if (n > 0) detail::wait_for_multipliers<Groups>();
           Table::fill(table, codebooks_of(table_part), a.code_bits, PairType::kHalf,
-                      static_cast<int>(threadIdx.x) - 128, 256);
-          detail::wait_for_multipliers();
+                      static_cast<int>(threadIdx.x) - 128, Shape::kMultipliers);
+          detail::wait_for_multipliers<Groups>();
         }
       }
-      if (n == 0) detail::wait_for_previous_kernel();  // it may read what is written here
-        // The sums of the piece before are not the ones of this one, which ptxas does not see.
+      if (n == 0) {
+        detail::cluster_wait();
+        detail::wait_for_previous_kernel();  // it may read what is written here
+      }
+      // The sums of the piece before are not the ones of this one, which ptxas does not see.
 #pragma unroll
       for (int e = 0; e < TokenTile / 2; ++e) asm volatile("" : "=f"(d[e]));
-      int held[2] = {-1, -1};  // stages whose products may still run, the latest first
+      constexpr int kOfStage = 4 / kGroup;  // groups of a stage
+      auto ring_before = ring;              // of the slab before
       unsigned weights[2][kGroup][4];
-      typename detail::WgmmaFragments<Config, Type>::Pairs pairs[kGroup];
+      typename Fragments::Pairs pairs[2][kGroup];
+      typename Fragments::Codes fetched[2][kGroup];
       const char* codes = nullptr;
       const char* scales = nullptr;
       const auto open_codes = [&] {
-        detail::wait_for_phase(full_codes(code_stage), code_phase);
+        detail::wait_for_phase_together(full_codes(code_stage), code_phase);
         const char* const of_stage = code_memory + code_stage * code_stage_bytes;
         codes = of_stage + tile_of_block * Shape::kCodeBytes;
         scales = of_stage + kRowTiles * Shape::kCodeBytes + tile_of_block * scale_bytes;
@@ -257,38 +284,56 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
           code_phase ^= 1U;
         }
       };
-      const auto lookup = [&](int group_of_slab) {
+      // Groups of a slab, of which every second one uses the same registers.
+      const auto fetch = [&](int g) {
 #pragma unroll
         for (int step = 0; step < kGroup; ++step)
-          fragments.lookup(codes, scales, group_of_slab * kGroup + step, pairs[step]);
+          fragments.fetch(codes, scales, g * kGroup + step, fetched[g % 2][step]);
+      };
+      const auto lookup = [&](int g) {
+#pragma unroll
+        for (int step = 0; step < kGroup; ++step)
+          fragments.lookup(fetched[g % 2][step], g * kGroup + step, pairs[g % 2][step]);
       };
       open_codes();
+      fetch(0);
+      fetch(1);
       lookup(0);
+#pragma unroll 1
       for (int s = 0; s < p.slabs; ++s) {
-        std::uint64_t tokens = 0;
+        const bool goes_on = s + 1 < p.slabs;
+        // What all threads have is put into registers of the warp.
+        const unsigned place =
+            __reduce_max_sync(0xFFFFFFFFU, static_cast<unsigned>(ring.first) | ring.first_phase << 8);
+        auto here = ring;
+        here.first = static_cast<int>(place & 255U);
+        here.first_phase = place >> 8;
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
-          constexpr int kOfStage = 4 / kGroup;  // groups of a stage
-          const bool first_of_stage = g % kOfStage == 0;
-          const bool last_of_stage = g % kOfStage == kOfStage - 1;
-          detail::wgmma_wait<1>();  // the weights of the group before the last are free
-          if (last_of_stage) release_x(held[kOfStage == 1 ? 1 : 0]);
+          const int stage = g / kOfStage;
+          if (g % 2 == 0) {
+            if (g + 2 == kGroups && goes_on) {
+              close_codes();
+              open_codes();
+            }
+#pragma unroll
+            for (int i = stage; i < stage + 2 / kOfStage; ++i)
+              detail::wait_for_phase_together(full_x(here.stage(i, a.x_stages)), here.phase(i, a.x_stages));
+          }
+          fetch((g + 2) % kGroups);
+          lookup((g + 1) % kGroups);
+          detail::wgmma_wait<1>();  // the products of the group before the last are done
+          if (kOfStage == 1 || g % 2 == 1) {
+            const int done = (g - 2 + kGroups) % kGroups / kOfStage;
+            release_x((g < 2 ? ring_before : here).stage(done, a.x_stages), s > 0 || g >= 2);
+          }
 #pragma unroll
           for (int step = 0; step < kGroup; ++step) {
-            fragments.finish(pairs[step], weights[g % 2][step]);
+            fragments.finish(pairs[g % 2][step], weights[g % 2][step]);
             detail::keep_before(weights[g % 2][step]);
           }
-          // With two groups in a stage, or in two stages for both: a wait in every group is one of the
-          // branches that keep_before() tells of.
-          if (g % 2 == 0) {
-            detail::wait_for_phase(full_x(stage), phase);
-            if (kOfStage == 1) {
-              const bool wraps = stage + 1 == a.x_stages;
-              detail::wait_for_phase(full_x(wraps ? 0 : stage + 1), wraps ? phase ^ 1U : phase);
-            }
-          }
-          if (first_of_stage)
-            tokens = detail::describe_tokens(x_at + static_cast<unsigned>(stage * Shape::kStageBytes));
+          const std::uint64_t tokens = detail::describe_tokens(
+              x_at + static_cast<unsigned>(here.stage(stage, a.x_stages) * Shape::kStageBytes));
           detail::wgmma_fence();
 #pragma unroll
           for (int step = 0; step < kGroup; ++step) {
@@ -298,41 +343,28 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
                 s > 0 || g > 0 || step > 0);
           }
           detail::wgmma_commit();
-          if (last_of_stage) {
-            held[1] = held[0];
-            held[0] = stage;
-            if (++stage == a.x_stages) {
-              stage = 0;
-              phase ^= 1U;
-            }
-          }
-          // The next group's weights are looked up while this one's products run.
-          if (g + 1 < kGroups) {
-            lookup(g + 1);
-          } else {
-            close_codes();
-            if (s + 1 < p.slabs) {
-              open_codes();
-              lookup(0);
-            }
-          }
         }
+        ring_before = here;
+        ring.next_slab(a.x_stages);
       }
+      close_codes();
       detail::wgmma_wait<0>();
-      if (kGroup == 4) release_x(held[1]);
-      release_x(held[0]);
+      if (kOfStage == 1) release_x(ring_before.stage(kStagesOfSlab - 2, a.x_stages), true);
+      release_x(ring_before.stage(kStagesOfSlab - 1, a.x_stages), true);
 
       int first_token = p.token;
       int end_token = a.tokens;
-      if (a.schedule.even_pieces > 1 && p.slabs < a.schedule.slabs) {
-        const int share = TokenTile / a.schedule.even_pieces;
-        first_token += sums_of_pieces.share(d) * share;
-        end_token = min(end_token, first_token + share);
-      } else if (!p.ends) {
-        sums_of_pieces.hand_over(d);
-        continue;
-      } else if (p.slab > 0) {
-        sums_of_pieces.add(d, p.slab);
+      if constexpr (Groups == 2) {
+        if (a.schedule.even_pieces > 1 && p.slabs < a.schedule.slabs) {
+          const int share = TokenTile / a.schedule.even_pieces;
+          first_token += sums_of_pieces.share(d) * share;
+          end_token = min(end_token, first_token + share);
+        } else if (!p.ends) {
+          sums_of_pieces.hand_over(d);
+          continue;
+        } else if (p.slab > 0) {
+          sums_of_pieces.add(d, p.slab);
+        }
       }
 
       if constexpr (!Gated) {
@@ -401,6 +433,7 @@ __global__ void __launch_bounds__(384, 1) fused_wgmma_kernel(const __grid_consta
         rows.store(a.out, token, to_row, sums);
       }
     }
+    if (count == 0) detail::cluster_wait();
   }
   detail::cluster_barrier();  // nobody's barriers go while the other block arrives at them
 #endif

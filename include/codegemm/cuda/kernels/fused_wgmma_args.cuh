@@ -11,6 +11,7 @@
 #include <codegemm/cuda/block/centroid_table.cuh>
 #include <codegemm/cuda/block/piece_schedule.hpp>
 #include <codegemm/cuda/block/row_parts.hpp>
+#include <codegemm/cuda/block/tile_layout.hpp>
 #include <codegemm/cuda/kernels/output.cuh>
 
 namespace codegemm::cuda {
@@ -38,21 +39,23 @@ struct FusedWgmmaArgs {
 };
 
 /// Sizes of a block that host and device agree on.
-template <class Config, int TokenTile>
+template <class Config, int TokenTile, int Groups = 2>
 struct FusedWgmmaShape {
   static_assert(TokenTile == 32 || TokenTile == 64 || TokenTile == 128 || TokenTile == 256,
                 "codegemm: fused_wgmma_kernel TokenTile must be 32, 64, 128 or 256");
-  static constexpr int kThreads = 384;  // one warpgroup that copies, two that multiply
-  static constexpr int kRowTiles = 8;   // four each
+  static constexpr int kMultipliers = Groups * 128;    // threads that multiply
+  static constexpr int kThreads = 128 + kMultipliers;  // one warpgroup copies
+  static constexpr int kRowTiles = Groups * 4;         // four each
   static constexpr int kLaneSpan =
       Config::kSets / Config::kCodebooks * Config::kVecLen;  // k of a packed lane
   static constexpr int kRowBytes = Config::kSets * Config::kCodeBytes;
   static constexpr int kSlabSpan = 16 * kLaneSpan;
   static constexpr int kStageBytes = TokenTile * 128;  // 64 k of x
   static constexpr int kMaxStages = 8;
+  static constexpr int kStagesOfSlab = kLaneSpan / 4;
   static constexpr int kBarrierBytes =  // and the pieces
       (4 * kMaxStages + 2 * kRowTiles) * 8 + static_cast<int>(sizeof(PieceSchedule::Pieces));
-  static constexpr int kCodeBytes = 16 * 16 * kRowBytes;  // of a slab of a row tile
+  static constexpr int kCodeBytes = kRowBytes * kHalfLineStride;  // of a slab of a row tile
   // A warp's sums on their way out, [16 tokens][16 rows]: a stride at which a fragment's store hits every
   // bank once.
   static constexpr int kScratchStride = 20;
@@ -62,6 +65,10 @@ struct FusedWgmmaShape {
       3 * kScratchBytes;  // with SwiGLU: and twice those of the other block
   using Table = CentroidTable<Config::kVecLen, Config::kCodebooks>;
 
+  /// Whether the number of x's stages is a multiple of a slab's: the plan makes it one of four, if it can.
+  [[nodiscard]] static __host__ __device__ constexpr bool stages_fit(bool gated) {
+    return kStagesOfSlab <= 4 && !(gated && TokenTile == 256);
+  }
   [[nodiscard]] static __host__ __device__ constexpr int table_bytes(int bits) {
     return Config::kCodeBytes == 1 ? Table::bytes(bits) : 0;
   }

@@ -15,8 +15,11 @@
 #if CODEGEMM_HAS_WGMMA
 namespace codegemm::cuda::detail {
 
-// The two warpgroups that multiply meet.
-__device__ __forceinline__ void wait_for_multipliers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+// The warpgroups that multiply meet.
+template <int Groups>
+__device__ __forceinline__ void wait_for_multipliers() {
+  asm volatile("bar.sync 1, %0;" ::"n"(Groups * 128) : "memory");
+}
 
 // Sums from number 4 * first on come to the front, as many as one of kMostEvenPieces shares or more. By
 // halves, so that registers are named when compiling.
@@ -50,6 +53,7 @@ struct PieceSums {
     return a.partials + static_cast<std::int64_t>(slot) * (kFours * 128) + threadIdx.x % 128;
   }
   [[nodiscard]] static __device__ __forceinline__ bool leads() { return threadIdx.x % 128 == 0; }
+  [[nodiscard]] static __device__ __forceinline__ bool in_first_warp() { return threadIdx.x % 128 < 32; }
   static __device__ __forceinline__ float4 four(const float (&d)[TokenTile / 2], int e) {
     return make_float4(d[e * 4], d[e * 4 + 1], d[e * 4 + 2], d[e * 4 + 3]);
   }
@@ -78,13 +82,12 @@ struct PieceSums {
     const unsigned x_at = static_cast<unsigned>(__cvta_generic_to_shared(x_memory));
     const int first = a.schedule.first_slab(cluster) - slab;  // of the product
     int before = cluster;
-    wait_for_multipliers();
+    wait_for_multipliers<2>();
     do {
       --before;
       const int slot = slot_of(before);
-      if (leads()) wait_for_hand_over(a.handed_over + slot);
+      if (in_first_warp()) take_hand_over(a.handed_over + slot, leads());
       wait_for_warpgroup(group);
-      if (leads()) a.handed_over[slot] = 0;  // for the next call
       const float4* const from = partials_of(slot);
 #pragma unroll
       for (int e = 0; e < kFours; ++e) copy_16_bytes(x_at + place(e), from + e * 128);
@@ -109,13 +112,13 @@ struct PieceSums {
     for (int e = 0; e < kFours; ++e) {
       if (e < own_four || e >= own_four + fours) __stcg(to + e * 128, four(d, e));
     }
-    wait_for_multipliers();  // and nobody reads x any more
-    const int other = static_cast<int>(threadIdx.x % 128);
-    if (other < count && other != own) {
-      detail::hand_over(a.handed_over + slot_of(cluster) * kMostEvenPieces + other);
-      unsigned* const word = a.handed_over + slot_of(first + other) * kMostEvenPieces + own;
-      wait_for_hand_over(word);
-      *word = 0;  // for the next call
+    wait_for_multipliers<2>();  // and nobody reads x any more
+    if (in_first_warp()) {
+      const int other = static_cast<int>(threadIdx.x % 32);
+      const bool waits = other < count && other != own;
+      if (waits) detail::hand_over(a.handed_over + slot_of(cluster) * kMostEvenPieces + other);
+      __syncwarp();
+      take_hand_over(a.handed_over + slot_of(first + (waits ? other : 0)) * kMostEvenPieces + own, waits);
     }
     move_share<kFours / 2>(d, own_four);
     wait_for_warpgroup(group);

@@ -13,12 +13,9 @@
 #if CODEGEMM_HAS_WGMMA
 namespace codegemm::cuda::detail {
 
-// The 128 threads of a warpgroup that multiplies, 0 or 1, meet.
+// The 128 threads of a warpgroup that multiplies, 0 to 2, meet.
 __device__ __forceinline__ void wait_for_warpgroup(int group) {
-  if (group == 0)
-    asm volatile("bar.sync 2, 128;" ::: "memory");
-  else
-    asm volatile("bar.sync 3, 128;" ::: "memory");
+  asm volatile("bar.sync %0, 128;" ::"r"(group + 2) : "memory");
 }
 
 // 64 rows of a warpgroup as 16-bit numbers, 16 tokens at a time by way of shared memory: [16 tokens][64 rows]
@@ -29,7 +26,7 @@ __device__ __forceinline__ void wait_for_warpgroup(int group) {
 // 4 * 2 + e % 2.
 struct WarpgroupOutput {
   unsigned shared = 0;  // at a multiple of 16 bytes
-  int group = 0;        // as wait_for_warpgroup()
+  int group = 0;        // see wait_for_warpgroup()
 
   // Whether rows [row, row + 64) may go out by this way, of which those before `end` are there.
   [[nodiscard]] static __device__ __forceinline__ bool fits(const Output& o, int row, int end) {

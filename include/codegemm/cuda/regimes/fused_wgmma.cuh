@@ -45,9 +45,9 @@ struct FusedWgmmaRegime {
     limits.code_stage_bytes = static_cast<std::size_t>(Shape::code_stage_bytes(w.layout.scale_steps));
     limits.other_bytes = (gated ? Shape::kGatedScratchBytes : Shape::kScratchBytes) + Shape::kBarrierBytes;
     limits.halves = gated;
-    limits.max_stages = Shape::kMaxStages;
+    if (!gated) limits.group_bytes = Shape::kScratchBytes / 2 + 64;
     limits.lane_span = Shape::kLaneSpan;
-    limits.lookup_cycles = (Config::kVecLen < 8 ? 40.0 : 15.0) * (Config::kCodebooks - 1);
+    limits.lookup_cycles = (Config::kVecLen < 8 ? 70.0 : 42.0) * (Config::kCodebooks - 1);
     limits.step_cycles = Config::kCodeBytes == 1 ? 0.0 : 300.0;
     return plan_fused_wgmma(w.layout, w.cols, tokens, limits, tuning);
   }
@@ -86,7 +86,11 @@ struct FusedWgmmaRegime {
       switch (plan.token_tile) {
         case 32: static_cast<void>(status = launch_tile<Config, 32>(p, plan, workspace, stream)); break;
         case 64: static_cast<void>(status = launch_tile<Config, 64>(p, plan, workspace, stream)); break;
-        case 128: static_cast<void>(status = launch_tile<Config, 128>(p, plan, workspace, stream)); break;
+        case 128:
+          static_cast<void>(status = plan.groups == 3
+                                         ? launch_tile<Config, 128, 3>(p, plan, workspace, stream)
+                                         : launch_tile<Config, 128>(p, plan, workspace, stream));
+          break;
         default: static_cast<void>(status = launch_tile<Config, 256>(p, plan, workspace, stream)); break;
       }
     }));
@@ -118,7 +122,7 @@ struct FusedWgmmaRegime {
     return {};
   }
 
-  template <class Config, int TokenTile, class X, class Y>
+  template <class Config, int TokenTile, int Groups = 2, class X, class Y>
   [[nodiscard]] static Status launch_tile(const GemmProblem<X, Y>& p, const FusedWgmmaPlan& plan,
                                           void* workspace, cudaStream_t stream) {
     const DevicePackedView& w = p.weights;
@@ -144,16 +148,16 @@ struct FusedWgmmaRegime {
     args.out = output_of(p);
     LaunchShape shape;
     shape.grid = dim3(static_cast<unsigned>(2 * plan.schedule.clusters));
-    shape.threads = FusedWgmmaShape<Config, TokenTile>::kThreads;
+    shape.threads = FusedWgmmaShape<Config, TokenTile, Groups>::kThreads;
     shape.shared_bytes = plan.shared_bytes;
     shape.cluster = 2;
     shape.overlap = p.overlap;
     constexpr PairType kPairs =
         ScalarOf<X>::kType == ScalarType::kHalf ? PairType::kHalf : PairType::kBFloat16;
-    if constexpr (SwiGlu) {
+    if constexpr (SwiGlu && Groups == 2) {
       if (gated(p)) return launch(fused_wgmma_kernel<Config, kPairs, TokenTile, true>, shape, args, stream);
     }
-    return launch(fused_wgmma_kernel<Config, kPairs, TokenTile, false>, shape, args, stream);
+    return launch(fused_wgmma_kernel<Config, kPairs, TokenTile, false, Groups>, shape, args, stream);
   }
 };
 

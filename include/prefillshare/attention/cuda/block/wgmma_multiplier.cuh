@@ -72,7 +72,7 @@ struct WgmmaMultiplier {
   // seldom after the first tile: then `out` has to be scaled by `factor`.
   __device__ __forceinline__ void weigh(float scale_log2) {
     constexpr float kSlack = 8.0F;
-    float next[2];
+    float most[2];  // of this thread's; of the row only where that is needed
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float a = fmaxf(score[2 * h], score[2 * h + 1]);
@@ -82,22 +82,23 @@ struct WgmmaMultiplier {
         a = fmaxf(a, fmaxf(score[n * 4 + 2 * h], score[n * 4 + 2 * h + 1]));
         b = fmaxf(b, fmaxf(score[n * 4 + 4 + 2 * h], score[n * 4 + 4 + 2 * h + 1]));
       }
-      a = fmaxf(a, b);
-      a = fmaxf(a, __shfl_xor_sync(0xFFFFFFFFU, a, 1));
-      a = fmaxf(a, __shfl_xor_sync(0xFFFFFFFFU, a, 2));
-      next[h] = fmaxf(a, top[h]);
+      most[h] = fmaxf(fmaxf(a, b), top[h]);
     }
-    const bool moves = (next[0] - top[0]) * scale_log2 > kSlack || (next[1] - top[1]) * scale_log2 > kSlack;
+    const bool moves = (most[0] - top[0]) * scale_log2 > kSlack || (most[1] - top[1]) * scale_log2 > kSlack;
     moved = __any_sync(0xFFFFFFFFU, moves) != 0;
-    float base[2];
+    const auto base_of = [scale_log2](float of) { return of == -INFINITY ? 0.0F : of * scale_log2; };
+    if (moved) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float now = moved ? next[h] : top[h];
-      base[h] = now == -INFINITY ? 0.0F : now * scale_log2;
-      factor[h] = exp2_fast(top[h] * scale_log2 - base[h]);
-      top[h] = now;
-      if (moved) sum[h] *= factor[h];
+      for (int h = 0; h < 2; ++h) {
+        float next = most[h];
+        next = fmaxf(next, __shfl_xor_sync(0xFFFFFFFFU, next, 1));
+        next = fmaxf(next, __shfl_xor_sync(0xFFFFFFFFU, next, 2));
+        factor[h] = exp2_fast(top[h] * scale_log2 - base_of(next));
+        sum[h] *= factor[h];
+        top[h] = next;
+      }
     }
+    const float base[2] = {base_of(top[0]), base_of(top[1])};
 #pragma unroll
     for (int n = 0; n < Shape::kKeys / 8; ++n) {
 #pragma unroll

@@ -25,12 +25,7 @@ __device__ __forceinline__ void decode_item(const DecodeArgs& a, const KeyFamily
                                             const DecodeItem& item, bool waits, char* shared_memory,
                                             Barriers& barriers) {
   const DecodePartials& partials = a.partials[Kind == WorkKind::kTail ? 0 : 1];
-  QueryRows rows;
-  rows.q = a.q;
-  rows.stride = a.q_stride;
-  rows.first_token = family.first_token;
-  rows.first_head = item.kv_head * a.group;
-  rows.group = a.group;
+  QueryRows rows = query_rows_of(a, family.first_token, item.kv_head);
   rows.first_row = item.row_tile * Shape::kRows;
   rows.rows = family.rows;
   KeyRange keys;
@@ -115,7 +110,7 @@ __global__ void PREFILLSHARE_DECODE_BOUNDS decode_kernel(const __grid_constant__
   if (start.at >= start.end) {
     // No block of the next kernel may find this grid ended while the one before still runs.
     if (waits) codegemm::cuda::detail::wait_for_previous_kernel();
-    if (start.family.has_empty != 0) detail::store_empty<Tail::kHeadDim>(a);
+    if (start.has_empty != 0) detail::store_empty<Tail::kHeadDim>(a);
     return;
   }
   std::conditional_t<Boxes, BoxBarriers<Tail>, detail::NoBoxes> barriers;
@@ -124,7 +119,7 @@ __global__ void PREFILLSHARE_DECODE_BOUNDS decode_kernel(const __grid_constant__
     barriers.init(static_cast<unsigned>(__cvta_generic_to_shared(decode_memory)) + Tail::kSharedBytes);
   }
 #endif
-  const bool is_shared = Sort != DecodeSort::kAlone && start.first % 2 != 0;
+  const bool is_shared = Sort != DecodeSort::kAlone && start.is_shared != 0;
   KeyFamily family = start.family;
   int number = start.number;
   int at = start.at;
@@ -154,7 +149,7 @@ __global__ void PREFILLSHARE_DECODE_BOUNDS decode_kernel(const __grid_constant__
     }
     __syncthreads();  // before shared memory is written again
   }
-  if (start.family.has_empty != 0) detail::store_empty<Tail::kHeadDim>(a);
+  if (start.has_empty != 0) detail::store_empty<Tail::kHeadDim>(a);
 }
 #undef PREFILLSHARE_DECODE_BOUNDS
 

@@ -46,8 +46,8 @@ struct RowParts {
     const int head_group = kv_head / lanes;
     const int item = head_group * family.row_tiles + row / item_rows;
     const int begin = family.work_begin + item * family.tiles;
-    const int block = begin / family.quota;
-    count = (begin + family.tiles - 1) / family.quota - block + 1;
+    const int block = family.superblock_of(begin);
+    count = family.superblock_of(begin + family.tiles - 1) - block + 1;
     const int part = (block + family.item_begin + item) * lanes + kv_head - head_group * lanes;
     first = static_cast<std::int64_t>(part) * part_rows + row % item_rows;
     step = lanes * part_rows;

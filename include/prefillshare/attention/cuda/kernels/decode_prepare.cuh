@@ -41,6 +41,11 @@ struct DecodePrepareArgs {
 };
 
 inline constexpr int kPrepareThreads = 256;
+/// Tiles that about half of the superblocks have more than the others, where all would have kStaggeredQuota
+/// or more: when they end, the next call's blocks in the others' places have asked for their first keys.
+inline constexpr int kStaggeredTiles = 3;
+inline constexpr int kStaggeredQuota = 32;  ///< the same
+
 namespace detail {
 
 // The sum of `value` over the threads before this one; `total` of all of them.
@@ -122,25 +127,51 @@ __device__ inline DecodeWork number_work(KeyFamily* families, int count, const D
   return out;
 }
 
+// What a superblock has at most.
 [[nodiscard]] __device__ __forceinline__ int quota_of(int all, int superblocks, int least) {
   return superblocks > 0 ? max(least, (all + superblocks - 1) / superblocks) : least;
 }
 
-// Says where each of `superblocks` superblocks starts, the first of them being number `first` of the grid.
+// How `all` is dealt out to so many superblocks, in `quota`, `longer` and `extra`: as many to each and the
+// rest to the last, which seldom cuts an item that need not be cut; where there are many, see
+// kStaggeredTiles.
+[[nodiscard]] __device__ __forceinline__ KeyFamily deal_of(int all, int superblocks, int least) {
+  KeyFamily out;
+  out.quota = quota_of(all, superblocks, least);
+  if (superblocks > 1 && out.quota >= max(kStaggeredQuota, least + kStaggeredTiles)) {
+    const int half = superblocks / 2;
+    out.quota = (all - half * kStaggeredTiles) / superblocks;
+    const int rest = all - out.quota * superblocks;
+    out.extra = static_cast<std::int16_t>((rest + half - 1) / half);
+    out.longer = static_cast<std::int16_t>((rest + out.extra - 1) / out.extra);
+  }
+  return out;
+}
+
+// Says where each superblock starts that gets some of `all`, the first of them being number `first` of the
+// grid.
 __device__ inline void deal_out(const DecodePrepareArgs& a, KeyFamily* families, int count, int all,
-                                int first, int superblocks, int shared, int has_empty) {
-  const int quota = quota_of(all, superblocks, a.min_tiles);
+                                int first, const KeyFamily& deal, unsigned shared, unsigned has_empty) {
   const int head_groups = a.kv_heads / a.lanes;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int i = static_cast<int>(threadIdx.x) / 32; i < count; i += kPrepareThreads / 32) {
     KeyFamily family = load_record(families + i);
     __syncwarp();
-    if (lane == 0) families[i].quota = quota;
-    family.quota = quota;
-    family.has_empty = has_empty;
+    family.quota = deal.quota;
+    family.longer = deal.longer;
+    family.extra = deal.extra;
+    if (lane == 0) families[i] = family;
     const int end = family.work_begin + family.tiles * family.row_tiles * head_groups;
-    for (int b = (family.work_begin + quota - 1) / quota + lane; b * quota < end; b += 32) {
-      a.starts[first + b] = BlockStart{b * quota, min(all, (b + 1) * quota), i, 2 * b + shared, family};
+    // The superblocks that begin in this family.
+    const int before = family.work_begin == 0 ? 0 : deal.superblock_of(family.work_begin - 1) + 1;
+    for (int b = before + lane; deal.first_of(b) < end; b += 32) {
+      a.starts[first + b] = BlockStart{deal.first_of(b),
+                                       min(all, deal.first_of(b + 1)),
+                                       i,
+                                       static_cast<unsigned>(b),
+                                       shared,
+                                       has_empty,
+                                       family};
     }
   }
 }
@@ -153,7 +184,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
     decode_prepare_kernel(const __grid_constant__ DecodePrepareArgs a) {
   __shared__ int warp_sums[kPrepareThreads / 32];
   __shared__ unsigned long long best;  // the longer and the shorter time, in percent of a tile's, superblocks
-  __shared__ int has_empty;
+  __shared__ unsigned has_empty;
   codegemm::cuda::detail::wait_for_previous_kernel();
   codegemm::cuda::detail::allow_next_kernel();
   const int thread = static_cast<int>(threadIdx.x);
@@ -213,7 +244,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const auto shared = detail::number_work(a.shared, a.groups, a, 0, warp_sums);
   for (int i = thread; i < a.superblocks; i += kPrepareThreads) {
     BlockStart start;
-    start.family.has_empty = has_empty;
+    start.has_empty = has_empty;
     a.starts[i] = start;
   }
   __syncthreads();
@@ -232,13 +263,17 @@ __global__ void __launch_bounds__(kPrepareThreads)
   // Blocks start in their order: those that take longer first, and those without work last.
   const int superblocks_shared = static_cast<int>(best % 1024);
   const int superblocks_tails = a.superblocks - superblocks_shared;
-  const int shared_quota = detail::quota_of(shared.tiles, superblocks_shared, a.min_tiles);
-  const int tail_quota = detail::quota_of(tails.tiles, superblocks_tails, a.min_tiles);
-  const bool tails_first = tails.time_of(tail_quota) > shared.time_of(shared_quota);
-  const int before_shared = tails_first ? (tails.tiles + tail_quota - 1) / tail_quota : 0;
-  const int before_tails = tails_first ? 0 : (shared.tiles + shared_quota - 1) / shared_quota;
-  detail::deal_out(a, a.shared, a.groups, shared.tiles, before_shared, superblocks_shared, 1, has_empty);
-  detail::deal_out(a, a.tails, a.sequences, tails.tiles, before_tails, superblocks_tails, 0, has_empty);
+  const KeyFamily deal_shared = detail::deal_of(shared.tiles, superblocks_shared, a.min_tiles);
+  const KeyFamily deal_tails = detail::deal_of(tails.tiles, superblocks_tails, a.min_tiles);
+  const auto longest = [](const KeyFamily& deal) { return deal.quota + deal.extra; };
+  const bool tails_first = tails.time_of(longest(deal_tails)) > shared.time_of(longest(deal_shared));
+  const auto used = [](const KeyFamily& deal, int all) {
+    return all > 0 ? deal.superblock_of(all - 1) + 1 : 0;
+  };
+  const int before_shared = tails_first ? used(deal_tails, tails.tiles) : 0;
+  const int before_tails = tails_first ? 0 : used(deal_shared, shared.tiles);
+  detail::deal_out(a, a.shared, a.groups, shared.tiles, before_shared, deal_shared, 1, has_empty);
+  detail::deal_out(a, a.tails, a.sequences, tails.tiles, before_tails, deal_tails, 0, has_empty);
 }
 
 }  // namespace prefillshare::cuda

@@ -103,7 +103,7 @@ __device__ __forceinline__ void load_shared(const DecodeArgs& a, const BlockStar
   constexpr int kTilesAhead = 32 / kBoxes;
   static_assert(sizeof(ItemNote) == Shape::kNoteBytes);
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const bool is_shared = start.first % 2 != 0;
+  const bool is_shared = start.is_shared != 0;
   const int item_rows = is_shared ? Shape::kRows : kTailRows;
   RingPlace<Shape> place;
   KeyFamily family = start.family;
@@ -208,12 +208,7 @@ struct ItemInputs {
 #pragma unroll
       for (unsigned e = 0; e < 4; ++e) words[i * 4 + e] = four[e];
     }
-    QueryRows rows;
-    rows.q = a.q;
-    rows.stride = a.q_stride;
-    rows.first_token = note.first_token;
-    rows.first_head = note.kv_head * a.group;
-    rows.group = a.group;
+    const QueryRows rows = query_rows_of(a, note.first_token, note.kv_head);
     const int thread = static_cast<int>(threadIdx.x);
     const int chunk = thread % kChunks;
 #pragma unroll

@@ -100,8 +100,8 @@ template <class Shape>
 __device__ __forceinline__ void merge_if_last(const DecodeArgs& a, const KeyFamily& family,
                                               const QueryRows& rows, int item, int lane) {
   const int begin = family.work_begin + item * family.tiles;
-  const int block = begin / family.quota;
-  const int parts = (begin + family.tiles - 1) / family.quota - block + 1;
+  const int block = family.superblock_of(begin);
+  const int parts = family.superblock_of(begin + family.tiles - 1) - block + 1;
   __syncthreads();
   bool is_last = false;
   if (threadIdx.x == 0) {

@@ -26,11 +26,22 @@ struct alignas(16) KeyFamily {
   int first_token = 0;
   int rows = 0;  // query rows a K/V head
   int row_tiles = 0;
-  int item_begin = 0;  // items (family, heads / lanes, row tile) before its own
-  int shared = -1;     // of a tail: the family of its sequence's shared pages, or -1; of these: 0 if a
-                       // sequence ends with them, whose newest key they have, or -1
-  int has_empty = 0;   // of a BlockStart: 1 if there are sequences without keys
-  int quota = 1;       // numbers of the work of a superblock, the same for all families of its kind
+  int item_begin = 0;       // items (family, heads / lanes, row tile) before its own
+  int shared = -1;          // of a tail: the family of its sequence's shared pages, or -1; of these: 0 if a
+                            // sequence ends with them, whose newest key they have, or -1
+  int quota = 1;            // numbers of the work of a superblock, the same for all families of its kind
+  std::int16_t longer = 0;  // so many superblocks, the first ones,
+  std::int16_t extra = 0;   // have so many more
+
+  /// The superblock that has number `work`.
+  [[nodiscard]] CODEGEMM_HOST_DEVICE constexpr int superblock_of(int work) const {
+    const int of_longer = longer * (quota + extra);
+    return work < of_longer ? work / (quota + extra) : longer + (work - of_longer) / quota;
+  }
+  /// The first number of a superblock.
+  [[nodiscard]] CODEGEMM_HOST_DEVICE constexpr int first_of(int superblock) const {
+    return superblock * quota + (superblock < longer ? superblock : longer) * extra;
+  }
 };
 static_assert(sizeof(KeyFamily) == 48, "KeyFamily is read as three vectors of 16 bytes");
 
@@ -39,7 +50,9 @@ struct alignas(16) BlockStart {
   int at = 0;
   int end = 0;
   int number = 0;
-  int first = 0;  // superblock's number among those for tails, or for shared pages, times 2; plus 1 for these
+  unsigned superblock : 30 = 0;  // number among those of its kind
+  unsigned is_shared : 1 = 0;    // the kind: shared pages, not tails
+  unsigned has_empty : 1 = 0;    // there are sequences without keys
   KeyFamily family;
 };
 static_assert(sizeof(BlockStart) == 64, "BlockStart is read as four vectors of 16 bytes");
@@ -117,6 +130,18 @@ template <class T>
   return out;
 }
 
+// The query rows of a K/V head, from a token on.
+[[nodiscard]] __device__ __forceinline__ QueryRows query_rows_of(const DecodeArgs& a, int first_token,
+                                                                 int kv_head) {
+  QueryRows out;
+  out.q = a.q;
+  out.stride = a.q_stride;
+  out.first_token = first_token;
+  out.first_head = kv_head * a.group;
+  out.group = a.group;
+  return out;
+}
+
 // Where in the work a block is.
 struct DecodeItem {
   int item = 0;  // in the family
@@ -135,7 +160,7 @@ struct DecodeItem {
     const int head_group = item / family.row_tiles;
     kv_head = head_group * lanes + lane;
     row_tile = item - head_group * family.row_tiles;
-    part = (start.first / 2 + family.item_begin + item) * lanes + lane;
+    part = (static_cast<int>(start.superblock) + family.item_begin + item) * lanes + lane;
   }
 };
 
