@@ -144,14 +144,14 @@ __global__ void __launch_bounds__(128 + 128 * Groups, 1)
   const auto codebooks_of = [&](int part) {
     return a.codebooks + ((part * Config::kCodebooks) << a.code_bits) * Config::kVecLen;
   };
-  // The other block's barriers are waited for by who needs them; codes and codebooks come before.
+  // The other block's barriers are waited for below; the table is made before.
   __syncthreads();
   detail::cluster_arrive();
 
   if (group == 0) {
     detail::give_registers<Groups == 2 ? 40 : 32>();
+    detail::cluster_wait();
     if (warp == 0) {
-      detail::cluster_wait();
       if (lane == 0) {
         detail::wait_for_previous_kernel();
         int stage = 0;
@@ -216,8 +216,6 @@ __global__ void __launch_bounds__(128 + 128 * Groups, 1)
         }
       }
       asm volatile("cp.async.wait_all;" ::: "memory");
-      __syncwarp();
-      detail::cluster_wait();
     }
   } else {
     detail::take_registers<Groups == 2 ? 232 : 160>();
