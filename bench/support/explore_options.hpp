@@ -10,6 +10,7 @@
 #include <CLI/CLI.hpp>
 
 #include <common/quantize_options.hpp>
+#include <support/window_options.hpp>
 
 namespace codegemm::bench {
 
@@ -58,12 +59,7 @@ inline void add_options(CLI::App& app, ExploreOptions& options) {
   app.add_option("--cache", options.cache, "folder that keeps what is made and measured")->required();
   app.add_option("--format", options.formats, "formats of the linear layers")->capture_default_str();
   add_quantize_options(app, options);
-  app.add_option("--windows", options.windows, "stretches of the text measured on")
-      ->check(CLI::Range(1, 1 << 20))
-      ->capture_default_str();
-  app.add_option("--window-length", options.window_length, "tokens in each")
-      ->check(CLI::Range(4, 1 << 17))
-      ->capture_default_str();
+  add_window_options(app, options.windows, options.window_length);
   app.add_option("--peer", options.peers, "file types of llama.cpp")->capture_default_str();
   app.add_option("--blocks", options.blocks, "block types of ggml")->capture_default_str();
   app.add_flag("!--no-peers", options.peers_too, "neither of them");

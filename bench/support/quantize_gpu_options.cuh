@@ -12,6 +12,7 @@
 #include <common/quantize_options.hpp>
 #include <prefillshare/train/cuda/code_moves.cuh>
 #include <prefillshare/train/trainer.hpp>
+#include <support/window_options.hpp>
 
 namespace codegemm::bench {
 
@@ -95,12 +96,7 @@ inline void add_options(CLI::App& app, QuantizeGpuOptions& options) {
   app.add_option("--pass-tokens", options.distill.pass_tokens, "rows computed at once")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
-  app.add_option("--windows", options.windows, "stretches of the text measured on")
-      ->check(CLI::Range(1, 1 << 20))
-      ->capture_default_str();
-  app.add_option("--window-length", options.window_length, "tokens in each")
-      ->check(CLI::Range(4, 1 << 17))
-      ->capture_default_str();
+  add_window_options(app, options.windows, options.window_length);
   app.add_option("--out", options.out, "write the models there, a folder for each format");
   app.add_option("--json", options.json_path, "write the results there");
 }
