@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// common/one_process.hpp - a session of agents in this process alone: what one of several processes is checked
-// against.
+// common/one_process.hpp - a session of agents in this process alone: what one of several processes is
+// checked against.
 // Layer: examples (host only).
 #pragma once
 
@@ -23,8 +23,8 @@
 
 namespace prefillshare::examples {
 
-/// Throws UserError unless every call of the session has the answer of `turns` here, too, where `base` prefills
-/// and with_decode_module(agent, use) calls use(module). Blocks of `storage` are taken by nobody else.
+/// Throws UserError unless every call of the session has the answer of `turns` here, too, where `base`
+/// prefills and with_decode_module(agent, use) calls use(module). `storage` is nobody else's.
 template <class WithDecodeModule>
 void check_in_one_process(const PrefillModule<DenseLinear>& base, HostKvStorage& storage, std::int64_t chunk,
                           const std::vector<Turn>& turns, std::int64_t max_tokens, const Tokenizer& tokenizer,
