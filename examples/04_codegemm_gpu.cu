@@ -12,12 +12,14 @@
 #define CHECK(ok, why)                                                                                       \
   if (!(ok)) return std::printf("%s\n", why), 1
 
+// [guide: cuda_formats]
 // The formats that the program multiplies by. The default has them all, and takes minutes to compile.
 struct Formats {
   using Gather = codegemm::config_list<codegemm::cuda::GatherM1V4G128>;  // few tokens
   using Fused = codegemm::config_list<codegemm::cuda::Fused<4, 1, 3>>;   // more
   static constexpr bool kSwiGlu = false;
 };
+// [guide: end]
 
 int main() {
   int devices = 0;
