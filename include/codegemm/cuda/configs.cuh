@@ -66,9 +66,21 @@ struct FusedWide {
   static constexpr int kVecLen = V, kCodebooks = M, kCodeBytes = 2, kSets = Sets, kScaleSteps = 0;  /// @}
 };
 
+using FusedM1V4G128 = Fused<4, 1, 3>;   ///< as GatherM1V4G128
+using FusedM2V8G128 = Fused<8, 2, 3>;   ///< as GatherM2V8G128
+using FusedM1V4 = Fused<4, 1, 0>;       ///< any g
+using FusedM2V8 = Fused<8, 2, 0>;       ///< any g
+using FusedM1V8Wide = FusedWide<8, 2>;  ///< AQLM's 1x16
+
 /// Best first; the formats of the paper, and AQLM's with codes of 16 bits.
-using FusedConfigs =
-    config_list<Fused<4, 1, 3>, Fused<8, 2, 3>, Fused<4, 1, 0>, Fused<8, 2, 0>, FusedWide<8, 2>>;
+using FusedConfigs = config_list<FusedM1V4G128, FusedM2V8G128, FusedM1V4, FusedM2V8, FusedM1V8Wide>;
+/// The same for the preprocessor: DO(WITH, each).
+#define CODEGEMM_FUSED_CONFIGS(DO, WITH)                                                                     \
+  DO(WITH, FusedM1V4G128)                                                                                    \
+  DO(WITH, FusedM2V8G128)                                                                                    \
+  DO(WITH, FusedM1V4)                                                                                        \
+  DO(WITH, FusedM2V8)                                                                                        \
+  DO(WITH, FusedM1V8Wide)
 
 /// The rest of what a lane of packed weights can be with b <= 8: a program whose formats are among them puts
 /// these into its list.

@@ -10,10 +10,8 @@
 #include <cstdint>
 
 #include <codegemm/base/config_list.hpp>
-#include <codegemm/cuda/kernels/fused_mma.cuh>
-#include <codegemm/cuda/kernels/fused_mma_tile.cuh>
-#include <codegemm/cuda/launch.cuh>
 #include <codegemm/cuda/problem.cuh>
+#include <codegemm/cuda/regimes/fused_mma_kernels.cuh>
 #include <codegemm/cuda/regimes/fused_mma_plan.hpp>
 
 namespace codegemm::cuda::detail {
@@ -164,7 +162,7 @@ struct FusedMmaRegime {
     shape.overlap = p.overlap && device.arch >= 90;
     constexpr PairType kPairs =
         ScalarOf<X>::kType == ScalarType::kHalf ? PairType::kHalf : PairType::kBFloat16;
-    return launch(fused_mma_tile_kernel<Config, kPairs, Gated>, shape, args, stream);
+    return FusedMmaKernels<Config, kPairs, Gated>::run_tiles(shape, args, stream);
   }
 
   template <class Config, int Tokens, class X, class Y>
@@ -208,9 +206,9 @@ struct FusedMmaRegime {
     constexpr PairType kPairs =
         ScalarOf<X>::kType == ScalarType::kHalf ? PairType::kHalf : PairType::kBFloat16;
     if constexpr (SwiGlu) {
-      if (gated(p)) return launch(fused_mma_kernel<Config, kPairs, Tokens, true>, shape, args, stream);
+      if (gated(p)) return FusedMmaKernels<Config, kPairs, true>::template run<Tokens>(shape, args, stream);
     }
-    return launch(fused_mma_kernel<Config, kPairs, Tokens, false>, shape, args, stream);
+    return FusedMmaKernels<Config, kPairs, false>::template run<Tokens>(shape, args, stream);
   }
 };
 

@@ -9,9 +9,8 @@
 #include <cstdint>
 
 #include <codegemm/base/config_list.hpp>
-#include <codegemm/cuda/kernels/gather.cuh>
-#include <codegemm/cuda/launch.cuh>
 #include <codegemm/cuda/problem.cuh>
+#include <codegemm/cuda/regimes/gather_kernels.cuh>
 #include <codegemm/cuda/regimes/gather_plan.hpp>
 
 namespace codegemm::cuda::detail {
@@ -206,12 +205,7 @@ struct GatherRegime {
     shape.shared_bytes = plan.shared_bytes;
     shape.cluster = plan.cluster ? static_cast<unsigned>(plan.ranks) : 0;
     shape.overlap = p.overlap && device.arch >= 90;
-    if constexpr (Config::kThreads == Narrow<Config>::kThreads) {
-      return launch(gather_kernel<Config, Tokens, true>, shape, args, stream);
-    } else {
-      return plan.cluster ? launch(gather_kernel<Config, Tokens, true>, shape, args, stream)
-                          : launch(gather_kernel<Config, Tokens, false>, shape, args, stream);
-    }
+    return GatherKernels<Config, Tokens>::run(plan.cluster, shape, args, stream);
   }
 };
 
