@@ -15,11 +15,11 @@
 #include <utility>
 
 #include <capi/boundary.hpp>
+#include <capi/executor.hpp>
 #include <capi/matrices.hpp>
 #include <codegemm/base/aligned_buffer.hpp>
 #include <codegemm/base/status.hpp>
 #include <codegemm/base/text.hpp>
-#include <codegemm/base/thread_pool.hpp>
 #include <codegemm/base/weight_arena.hpp>
 #include <codegemm/cuda/packed_matrix.hpp>
 #include <codegemm/format.hpp>
@@ -63,6 +63,8 @@ static_assert(sizeof(codegemm_c_format) == 16);
 static_assert(sizeof(codegemm_c_matrix) == 88 && offsetof(codegemm_c_matrix, scale_values) == 80);
 static_assert(sizeof(codegemm_c_cuda_weights) == 88 && offsetof(codegemm_c_cuda_weights, data) == 80);
 static_assert(sizeof(codegemm_c_cuda_problem) == 96 && offsetof(codegemm_c_cuda_problem, flags) == 92);
+static_assert(sizeof(codegemm_c_quantize_options) == 88 &&
+              offsetof(codegemm_c_quantize_options, context) == 80);
 static_assert(sizeof(codegemm_c_kv_options) == 56 && offsetof(codegemm_c_kv_options, context) == 48);
 static_assert(sizeof(codegemm_c_kv_stats) == 112 && offsetof(codegemm_c_kv_stats, copied_blocks) == 104);
 #endif
@@ -122,13 +124,6 @@ struct codegemm_c_packed {
 
 struct codegemm_c_arena {
   codegemm::WeightArena memory;
-};
-
-struct codegemm_c_executor {
-  explicit codegemm_c_executor(int threads) : pool(threads) {}
-
-  codegemm::ThreadPool pool;
-  std::mutex turn;  // a pool runs one loop at a time
 };
 
 namespace {

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file
- * codegemm_c.h - both libraries from C and from everything that can call C: products with codebook-quantized
- * weights on the CPU and the GPU, and the KV block allocator with its page table. C99 and C++, no other
- * header of the project.
+ * codegemm_c.h - both libraries from C and from everything that can call C: the quantizer, products with
+ * codebook-quantized weights on the CPU and the GPU, and the KV block allocator with its page table. C99 and
+ * C++, no other header of the project.
  *
  * Errors. Functions return a codegemm_c_status; what went wrong, with the names and the numbers, says
  * codegemm_c_last_error(). No exception leaves the library and nothing is printed. A failed call changes none
@@ -11,13 +11,15 @@
  * must not be NULL unless its description says so; NULL is then an error (CODEGEMM_C_NULL_POINTER), not a
  * crash.
  *
- * Ownership. What a create function, codegemm_c_pack(), codegemm_c_pack_in() or codegemm_c_kv_open() gives
- * belongs to the caller until he gives it back, once, with the function that its description names; these
- * take NULL and do nothing. Arrays that are passed in are read during the call and not kept.
+ * Ownership. What a create function, codegemm_c_quantize(), codegemm_c_pack(), codegemm_c_pack_in() or
+ * codegemm_c_kv_open() gives belongs to the caller until he gives it back, once, with the function that its
+ * description names; these take NULL and do nothing. Arrays that are passed in are read during the call and
+ * not kept.
  *
  * Threads. Functions may be called from any thread at any time, with these rules: a handle is given back by
- * one call, while no other uses it; a sequence is used by one thread at a time. Packed matrices and devices
- * are never changed and may be shared. Calls on one executor wait for each other. An allocator locks itself.
+ * one call, while no other uses it; a sequence is used by one thread at a time. Quantized and packed
+ * matrices and devices are never changed and may be shared. Calls on one executor wait for each other. An
+ * allocator locks itself.
  *
  * ABI. A struct that may grow begins with struct_size, which the caller sets to sizeof of that struct as his
  * header has it. Enumerators and functions are added, never renumbered or removed, without a new
@@ -159,6 +161,75 @@ CODEGEMM_C_API codegemm_c_status codegemm_c_canonical_sizes(const codegemm_c_for
  */
 CODEGEMM_C_API codegemm_c_status codegemm_c_validate_matrix(const codegemm_c_matrix* matrix);
 
+/* ---- Quantizing ---------------------------------------------------------------------------------------- */
+
+/** Quantized weights in the canonical layout. Owns its memory. */
+typedef struct codegemm_c_quantized codegemm_c_quantized;
+
+/**
+ * Threads that products and the quantizer run on: the one that calls, and others that live as long as the
+ * executor, which codegemm_c_executor_create() makes.
+ */
+typedef struct codegemm_c_executor codegemm_c_executor;
+
+/**
+ * How far a quantization has come: `share` is 0 to 1. Called by the thread that called, which holds the
+ * executor: it must not use that, and must not unwind.
+ */
+typedef void (*codegemm_c_quantize_progress)(void* context, double share);
+
+/** What codegemm_c_quantize() may be told. codegemm_c_quantize_defaults() fills it. */
+typedef struct codegemm_c_quantize_options {
+  size_t struct_size;      /**< sizeof(codegemm_c_quantize_options) */
+  uint64_t seed;           /**< the same one gives the same bits, whatever the number of threads */
+  int32_t iterations;      /**< k-means: rounds of Lloyd for each codebook (16) */
+  int32_t training_rounds; /**< k-means: rounds of training all codebooks together, m > 1 (12) */
+  int32_t encode_rounds; /**< k-means: rounds of choosing one codebook's codes given the others, m > 1 (3) */
+  int32_t refits;        /**< k-means: times that scales are fitted to the codes (3) */
+  int64_t sample;        /**< k-means: vectors that codebooks are trained on, 1 or more (65536) */
+  /* With `gram` alone: */
+  int32_t rounds;         /**< rounds of new codes and fits at most (12) */
+  int32_t beam;           /**< paths that the search for codes keeps, 1 to 16 (4) */
+  int32_t codebook_steps; /**< conjugate gradient steps of each fit (8) */
+  int32_t reserved;       /**< 0 */
+  double tolerance;       /**< they end when one gains less than this share of the error (0.01) */
+  double damping;         /**< added to the diagonal, in shares of its mean (0.1) */
+  codegemm_c_quantize_progress progress; /**< may be NULL */
+  void* context;                         /**< for progress; may be NULL */
+} codegemm_c_quantize_options;
+
+/** Fills a struct whose struct_size is set with the numbers in brackets, seed 1 and no progress. */
+CODEGEMM_C_API codegemm_c_status codegemm_c_quantize_defaults(codegemm_c_quantize_options* options);
+
+/**
+ * Quantizes weights[rows][cols] (fp32, row by row, row_stride >= cols elements from one to the next; rows are
+ * outputs) to a format. Without `gram` (NULL; its stride is then not looked at) the sum of squared errors of
+ * the weights is made small, by k-means; with it that of the layer's outputs on calibration data: gram[cols]
+ * [cols] = X^T X of the layer's inputs X in fp32, of whatever scale, gram_stride >= cols. options may be
+ * NULL: the defaults. `quantized` is a new handle, NULL on failure. INVALID_ARGUMENT for a format, shape,
+ * stride or option that cannot be (cols must be a multiple of v), for a weight or element of gram that is
+ * not finite, or negative on gram's diagonal, with its row and column, and for weights whose scales fp16
+ * cannot hold; SHAPE_MISMATCH for gram_stride; UNSUPPORTED for a side over 2^30; MISALIGNED; OUT_OF_MEMORY.
+ * Takes minutes for large layers with gram, during which other calls on the executor wait.
+ * codegemm_c_quantized_destroy() frees it.
+ */
+CODEGEMM_C_API codegemm_c_status codegemm_c_quantize(const float* weights, int64_t rows, int64_t cols,
+                                                     int64_t row_stride, const codegemm_c_format* format,
+                                                     const float* gram, int64_t gram_stride,
+                                                     const codegemm_c_quantize_options* options,
+                                                     codegemm_c_executor* executor,
+                                                     codegemm_c_quantized** quantized);
+
+/**
+ * Fills a struct whose struct_size is set with the matrix, for codegemm_c_pack(), codegemm_c_cuda_pack() and
+ * whoever writes the arrays to a file. They belong to the handle and are valid as long as it is.
+ */
+CODEGEMM_C_API codegemm_c_status codegemm_c_quantized_matrix(const codegemm_c_quantized* quantized,
+                                                             codegemm_c_matrix* matrix);
+
+/** Frees quantized weights. */
+CODEGEMM_C_API void codegemm_c_quantized_destroy(codegemm_c_quantized* quantized);
+
 /* ---- The product on the CPU ---------------------------------------------------------------------------- */
 
 /** Weights in the layout of this machine's kernels. Owns its memory. */
@@ -198,9 +269,6 @@ CODEGEMM_C_API int64_t codegemm_c_packed_rows(const codegemm_c_packed* packed);
 CODEGEMM_C_API int64_t codegemm_c_packed_cols(const codegemm_c_packed* packed);
 /** Bytes of memory held; -1 for NULL. */
 CODEGEMM_C_API int64_t codegemm_c_packed_bytes(const codegemm_c_packed* packed);
-
-/** Threads that products run on: the one that calls, and others that live as long as the executor. */
-typedef struct codegemm_c_executor codegemm_c_executor;
 
 /** Threads of an executor at most. */
 #define CODEGEMM_C_MAX_THREADS 1024

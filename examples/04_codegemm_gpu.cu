@@ -12,6 +12,15 @@
 #define CHECK(ok, why)                                                                                       \
   if (!(ok)) return std::printf("%s\n", why), 1
 
+// [guide: cuda_formats]
+// The formats that the program multiplies by. The default has them all, and takes minutes to compile.
+struct Formats {
+  using Gather = codegemm::config_list<codegemm::cuda::GatherM1V4G128>;  // few tokens
+  using Fused = codegemm::config_list<codegemm::cuda::Fused<4, 1, 3>>;   // more
+  static constexpr bool kSwiGlu = false;
+};
+// [guide: end]
+
 int main() {
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) return std::puts("SKIPPED: no GPU"), 4;
@@ -44,11 +53,11 @@ int main() {
   problem.weights = packed->view(weights);
   problem.x = {x, 1, 4096};
   problem.y = {y, 1, 4096};
-  const std::size_t bytes = codegemm::cuda::workspace_bytes(problem, *device);
+  const std::size_t bytes = codegemm::cuda::workspace_bytes<Formats>(problem, *device);
   void* workspace = nullptr;  // one byte more, as a product may need none
   CHECK(cudaMalloc(&workspace, bytes + 1) == cudaSuccess, "out of device memory");
   cudaMemset(workspace, 0, bytes + 1);
-  const codegemm::Status status = codegemm::cuda::run(problem, *device, workspace, bytes, nullptr);
+  const codegemm::Status status = codegemm::cuda::run<Formats>(problem, *device, workspace, bytes, nullptr);
   CHECK(status.ok(), status.message().c_str());
   // [guide: end]
   CHECK(cudaMemcpy(values.data(), y, 4096 * 2, cudaMemcpyDeviceToHost) == cudaSuccess, "the kernel failed");

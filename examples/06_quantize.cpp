@@ -2,13 +2,14 @@
 //
 // examples/06_quantize.cpp - quantize a model from the command line, calibrated on a text.
 //
-//   quantize MODEL OUT_DIR --format m2v8g128 --calibration FILE
+//   quantize MODEL OUT_DIR --calibration FILE [--format m1v4g64]
 //
 // MODEL is a GGUF file or a Hugging Face folder; OUT_DIR becomes a folder in CodeGEMM's format or, with one
 // scale a row (g-1), in AQLM's. A run that was stopped goes on where it was when started again. The dense
 // model is read a block at a time. 06_quantize_gpu.cu is the same with --device gpu.
 // test: {model} {work}/model --format m1v8b4g-1 --calibration {source}/examples/data/river_report.txt --sequences 2 --length 64 --rounds 1 --beam 1 --codebook-steps 2 --finetune-steps 2 --quiet
 // test: {model} {work}/regrouped --format m1v8b4g128 --regroup --method kmeans --quiet
+// refused: {model} {work}/model --format m2v8g128 --method kmeans
 // refused: {model} {work}/model --kind codegemm --format m2v8g-1 --calibration {source}/LICENSE
 
 #include <chrono>
@@ -39,7 +40,7 @@ using namespace prefillshare;
 using namespace prefillshare::examples;
 
 struct Options : QuantizeOptions {
-  std::string model, out, format = "m2v8g128", calibration, kind = "auto", device = "cpu";
+  std::string model, out, format, calibration, kind = "auto", device = "cpu";
   bool regroup = false;
   bool keep_state = false;
   bool quiet = false;
@@ -59,6 +60,12 @@ codegemm::CheckpointKind kind_of(const Options& options, codegemm::Format format
   return format.g < 0 ? codegemm::CheckpointKind::kAqlm : codegemm::CheckpointKind::kCodeGemm;
 }
 
+/// The format that was asked for, or else the one that suits the model.
+codegemm::Format wanted_format(const Options& options, const LoadedModel& loaded) {
+  return unwrap(options.format.empty() ? default_format(kind_of(options, {}), *loaded.model)
+                                       : codegemm::parse_format(options.format));
+}
+
 /// How layers of this format are written. What the folder cannot hold is said here, before anything is
 /// computed. Throws UserError.
 codegemm::Format stored_format(const Options& options, codegemm::Format format, const LoadedModel& loaded,
@@ -73,14 +80,14 @@ codegemm::Format stored_format(const Options& options, codegemm::Format format, 
   if (!other.ok()) throw UserError(fits.message());
   const std::string name = codegemm::format_name(*other);
   throw UserError(codegemm::concat(fits.message(), "; take ", name, ", or --regroup, which writes ",
-                                   options.format, " as ", name, " with equal scales"));
+                                   codegemm::format_name(format), " as ", name, " with equal scales"));
 }
 
 /// Without calibration: k-means, layer by layer.
 QuantizedLayers quantize_plain(const Options& options, const LoadedModel& loaded, codegemm::Format format,
                                Executor& executor) {
   QuantizedLayers out;
-  ProgressLine progress("quantizing");
+  ProgressLine progress("quantizing to " + codegemm::format_name(format));
   const std::int64_t total = loaded.model->config.layers * 7;
   for_each_linear(*loaded.model, [&](const std::string& name, const DenseLinear&) {
     if (name != "lm_head") out.names.push_back(name);
@@ -103,7 +110,7 @@ QuantizedLayers quantize_on_text(const Options& options, const LoadedModel& load
   const auto sequences = sequences_of_file(options.calibration, options.sequences, options.length, tokenizer);
   std::printf("calibration: %zu sequences of %lld tokens of %s\n", sequences.size(),
               static_cast<long long>(options.length), options.calibration.c_str());
-  ProgressLine progress("quantizing");
+  ProgressLine progress("quantizing to " + codegemm::format_name(format));
   return quantize_on_sequences(
       loaded, format, sequences, options.quantizer, state, executor, [&](const QuantizeProgress& now) {
         if (options.quiet) return;
@@ -118,7 +125,7 @@ QuantizedLayers quantize_on_text(const Options& options, const LoadedModel& load
 int run(Options options) {
   using Clock = std::chrono::steady_clock;
   const Clock::time_point start = Clock::now();
-  const codegemm::Format format = unwrap(codegemm::parse_format(options.format));
+  if (!options.format.empty()) check(codegemm::parse_format(options.format).status());
   if (options.device == "gpu" && options.method == "kmeans")
     throw UserError("--method kmeans: runs on the CPU");
   if (options.device == "gpu") options.quantizer.backend = gpu_backend();
@@ -127,6 +134,7 @@ int run(Options options) {
   ProgressLine loading("loading " + options.model);
   const LoadedModel loaded = unwrap(load_model_by_blocks(
       *source, [&](std::int64_t done, std::int64_t total) { loading.update(done, total, "tensors"); }));
+  const codegemm::Format format = wanted_format(options, loaded);
   const codegemm::Format stored = stored_format(options, format, loaded, *source);
   const std::string state = options.out + "/state";
   QuantizedLayers layers = options.method == "kmeans"
@@ -154,7 +162,9 @@ int main(int argc, char** argv) {
   CLI::App app{"Quantizes the linear layers of a Llama-family model to codebook formats."};
   app.add_option("model", options.model, "GGUF file or Hugging Face folder")->required();
   app.add_option("out", options.out, "folder for the quantized model")->required();
-  app.add_option("--format", options.format, "mMvVgG or mMvVbBgG, such as m1v4g128")->capture_default_str();
+  app.add_option("--format", options.format,
+                 "mMvVgG or mMvVbBgG, such as m1v4g128; without it m2v8 in the largest groups, up to 128, "
+                 "that divide every layer's columns (m2v8g-1 for --kind aqlm)");
   app.add_option("--calibration", options.calibration, "text to calibrate on");
   app.add_option("--kind", options.kind, "file format; auto: aqlm for g-1, else codegemm")
       ->check(CLI::IsMember({"auto", "codegemm", "aqlm"}))

@@ -3,7 +3,7 @@
 // examples/06_quantize_gpu.cu - 06_quantize.cpp with --device gpu: the same options and files; rounds and
 // calibration are on the GPU, k-means, with which layers begin, on the CPU.
 //
-//   quantize_gpu MODEL OUT_DIR --device gpu --format m2v8g128 --calibration FILE
+//   quantize_gpu MODEL OUT_DIR --device gpu --calibration FILE [--format m1v4g64]
 //
 // A state that one device saved is not taken by the other.
 // test: {model} {work}/model --device gpu --format m1v8b4g-1 --calibration {source}/examples/data/river_report.txt --sequences 2 --length 64 --rounds 1 --beam 1 --codebook-steps 2 --quiet

@@ -13,37 +13,32 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
-#include <exception>
-#include <map>
-#include <memory>
 #include <optional>
-#include <string>
 #include <thread>
 #include <vector>
 
 #include <CLI/CLI.hpp>
 
 #include <codegemm/base/thread_pool.hpp>
+#include <common/agent_model.hpp>
+#include <common/agent_options.hpp>
+#include <common/agent_turns.hpp>
 #include <common/agents.hpp>
-#include <common/conversation.hpp>
+#include <common/answer_printer.hpp>
+#include <common/chooser.hpp>
 #include <common/model_tokenizer.hpp>
-#include <common/progress.hpp>
-#include <common/quantized_model.hpp>
-#include <common/sampler.hpp>
+#include <common/mpi_program.hpp>
+#include <common/one_process.hpp>
 #include <prefillshare/serve/decode_server.hpp>
 #include <prefillshare/serve/mpi_channel.hpp>
 #include <prefillshare/serve/prefill_server.hpp>
-#include <prefillshare/serve/session.hpp>
 
 namespace {
 
 using namespace prefillshare;
 using namespace prefillshare::examples;
 
-struct Options {
-  std::string model, document, agents, cache;
-  std::int64_t max_tokens = 48;
-  int threads = 1;
+struct Options : AgentOptions {
   bool dense = false;
   bool check = false;
 };
@@ -56,66 +51,20 @@ KvTime now() {
   return duration_cast<milliseconds>(steady_clock::now().time_since_epoch()).count();
 }
 
-/// What every process has: the model as loaded, its name and its limits.
-struct Common {
-  LoadedModel loaded;
-  CacheKey key;
-  std::int64_t context = 0;
-
-  explicit Common(const Options& options) {
-    const std::unique_ptr<TensorSource> source = unwrap(open_model(options.model));
-    loaded = unwrap(load_model(*source, {}));
-    key = CacheKey{"base", loaded.fingerprint, ""};
-    context = loaded.model->config.context_length;
-  }
-  [[nodiscard]] const ModelConfig& config() const { return loaded.model->config; }
-};
-
-/// Greedy, with the penalty that keeps a model this small from repeating itself.
-class Chooser {
- public:
-  std::int32_t operator()(std::uint64_t id, std::span<float> logits) {
-    if (id != id_) chosen_.clear();  // one call after the other
-    id_ = id;
-    chosen_.push_back(unwrap(sampler_.sample(logits, chosen_)));
-    return chosen_.back();
-  }
-
- private:
-  static SamplerOptions options() {
-    SamplerOptions out;
-    out.repetition_penalty = 1.1F;
-    return out;
-  }
-  Sampler sampler_ = unwrap(Sampler::create(options()));
-  std::uint64_t id_ = 0;
-  std::vector<std::int32_t> chosen_;
-};
-
-/// A decode module of the agent's format, or the dense model itself, put into `use`.
-template <class Use>
-void with_decode_module(const Common& common, const Options& options, const Agent& agent, Executor& executor,
-                        Use&& use) {
-  if (options.dense) return use(unwrap(factorize(common.config(), common.loaded.model)));
-  use(unwrap(factorize(common.config(),
-                       unwrap(quantized_model(common.loaded, agent.format, options.cache, executor)))));
-}
-
 void decode_process(MpiChannel& channel, const Options& options, const Agent& agent) {
   codegemm::ThreadPool pool(options.threads);
-  const Common common(options);
-  const KvShape shape = kv_shape(common.config());
-  HostKvStorage storage = unwrap(HostKvStorage::create(shape, 2 * (common.context / shape.block_tokens + 1)));
+  const AgentModel model(options.model, options.cache, options.dense);
+  HostKvStorage storage = model.storage();
   const auto allocator = unwrap(KvAllocator::create(storage));
   DecodeWorker worker(*allocator, storage, pool, 4);
-  with_decode_module(common, options, agent, pool, [&](auto module) {
-    static_cast<void>(unwrap(worker.add_module(std::move(module), 4, common.context)));
+  model.with_decode_module(agent.format, pool, [&](auto module) {
+    static_cast<void>(unwrap(worker.add_module(std::move(module), 4, model.context)));
   });
   DecodeServerOptions server_options;
   server_options.watch = kWatch;
-  DecodeServer<MpiChannel> server(worker, *allocator, storage, channel, common.config(), common.key,
+  DecodeServer<MpiChannel> server(worker, *allocator, storage, channel, model.config(), model.key,
                                   server_options);
-  Chooser choose;
+  GreedyChooser choose;
   bool met = false;
   while (!met || server.living_peers() > 0) {
     check(server.step(now(), choose));
@@ -125,72 +74,21 @@ void decode_process(MpiChannel& channel, const Options& options, const Agent& ag
   check(server.last_loss());
 }
 
-/// One agent's call.
-struct Turn {
-  std::size_t agent = 0;
-  std::vector<std::int32_t> prompt;
-  std::vector<std::int32_t> answer;
-};
-
-/// The same session in this process alone. The answers.
-std::vector<std::vector<std::int32_t>> one_process(const Common& common, const Options& options,
-                                                   const std::vector<Agent>& agents,
-                                                   const std::vector<Turn>& turns,
-                                                   const std::vector<std::int32_t>& stop,
-                                                   Executor& executor) {
-  const KvShape shape = kv_shape(common.config());
-  HostKvStorage storage = unwrap(HostKvStorage::create(shape, 2 * (common.context / shape.block_tokens + 1)));
-  const auto allocator = unwrap(KvAllocator::create(storage));
-  const PrefillModule<DenseLinear> base(common.loaded.model, common.key);
-  ForwardWorkspace workspace =
-      unwrap(ForwardWorkspace::create(*common.loaded.model, kChunk, common.context, executor.workers()));
-  SharedSession<DenseLinear> session(base, {allocator.get(), &storage, &workspace, &executor});
-  Chooser choose;
-  std::vector<std::vector<std::int32_t>> answers;
-  for (const Turn& turn : turns) {
-    session.append(turn.prompt);
-    with_decode_module(common, options, agents[turn.agent], executor, [&](auto module) {
-      ForwardWorkspace own =
-          unwrap(ForwardWorkspace::create(module.model(), 1, common.context, executor.workers()));
-      answers.push_back(
-          unwrap(session.decode(
-                     module, own, DecodeLimits{options.max_tokens, stop},
-                     [&](std::span<float> logits) { return choose(answers.size() + 1, logits); },
-                     [](std::int32_t) { return true; }))
-              .tokens);
-    });
-    session.append(answers.back());
-  }
-  return answers;
-}
-
 void prefill_process(MpiChannel& channel, const Options& options, const std::vector<Agent>& agents) {
   codegemm::ThreadPool pool(options.threads);
   const Tokenizer tokenizer = unwrap(load_tokenizer(options.model));
   const std::vector<std::int32_t> stop = stop_tokens(tokenizer);
-  const std::string document = read_text(options.document);
-  std::vector<Turn> turns;
-  Conversation conversation(tokenizer);
-  for (std::size_t turn = 0; turn < agents.front().instructions.size(); ++turn) {
-    for (std::size_t a = 0; a < agents.size(); ++a) {
-      const std::string& instruction = agents[a].instructions[turn];
-      turns.push_back(
-          {a,
-           conversation.user(turns.empty() ? codegemm::concat(document, "\n\n", instruction) : instruction),
-           {}});
-    }
-  }
+  std::vector<Turn> turns = plan_turns(agents, options.document, tokenizer);
 
-  const Common common(options);
-  const KvShape shape = kv_shape(common.config());
-  HostKvStorage storage = unwrap(HostKvStorage::create(shape, 2 * (common.context / shape.block_tokens + 1)));
+  const AgentModel model(options.model, options.cache, options.dense);
+  HostKvStorage storage = model.storage();
   const auto allocator = unwrap(KvAllocator::create(storage));
-  const PrefillModule<DenseLinear> base(common.loaded.model, common.key);
+  const PrefillModule<DenseLinear> base(model.loaded.model, model.key);
   PrefillOptions prefill_options;
   prefill_options.chunk_tokens = kChunk;
   auto worker = unwrap(PrefillWorker<DenseLinear>::create(
       base, *allocator, storage,
-      unwrap(ForwardWorkspace::create(*common.loaded.model, kChunk, common.context, pool.workers())), pool,
+      unwrap(ForwardWorkspace::create(*model.loaded.model, kChunk, model.context, pool.workers())), pool,
       prefill_options));
   PrefillServerOptions server_options;
   server_options.watch = kWatch;
@@ -211,7 +109,7 @@ void prefill_process(MpiChannel& channel, const Options& options, const std::vec
     const KvTime start = now();
     KvTime first = 0;
     check(server.submit(std::move(request)));
-    StreamDecoder stream(tokenizer);
+    AnswerPrinter printer(tokenizer);
     std::optional<Status> end;
     while (!end) {
       check(server.step(now(), [&](const ServeEvent& event) {
@@ -221,12 +119,11 @@ void prefill_process(MpiChannel& channel, const Options& options, const std::vec
         }
         if (first == 0) first = now();
         turn.answer.push_back(event.token);
-        std::fputs(unwrap(stream.push(event.token)).c_str(), stdout);
-        std::fflush(stdout);
+        printer.push(event.token);
       }));
       if (worker.idle()) std::this_thread::sleep_for(std::chrono::microseconds(200));
     }
-    std::printf("%s\n", stream.finish().c_str());
+    printer.end();
     check(*end);
     std::printf("(context %zu tokens, first token after %.2f s, %zu tokens in %.2f s)\n", context.size(),
                 static_cast<double>(first - start) * 1e-3, turn.answer.size(),
@@ -237,13 +134,10 @@ void prefill_process(MpiChannel& channel, const Options& options, const std::vec
   while (!unwrap(channel.flush())) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 
   if (!options.check) return;
-  const auto alone = one_process(common, options, agents, turns, stop, pool);
-  for (std::size_t i = 0; i < turns.size(); ++i) {
-    if (alone[i] == turns[i].answer) continue;
-    throw UserError(codegemm::concat(
-        "call ", i + 1, ": one process alone answers otherwise: ", unwrap(tokenizer.decode(alone[i]))));
-  }
-  std::printf("\nok: the %zu answers of one process alone are the same\n", turns.size());
+  HostKvStorage own = model.storage();
+  check_in_one_process(
+      base, own, kChunk, turns, options.max_tokens, tokenizer, pool,
+      [&](std::size_t agent, auto&& use) { model.with_decode_module(agents[agent].format, pool, use); });
 }
 
 int run(const Options& options) {
@@ -264,33 +158,12 @@ int run(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  MPI_Init(&argc, &argv);
   Options options;
+  options.max_tokens = 48;
+  options.threads = 1;
   CLI::App app{"Agents in processes of their own that share one prefill; run it with mpirun."};
-  app.add_option("--model", options.model, "GGUF file or Hugging Face folder of a Llama-family model")
-      ->required();
-  app.add_option("--document", options.document, "text that all agents read")->required();
-  app.add_option("--agents", options.agents, "JSON: who takes part and what each is told")->required();
-  app.add_option("--cache", options.cache, "folder for quantized weights")->required();
-  app.add_option("--max-tokens", options.max_tokens, "longest answer")
-      ->check(CLI::Range(1, 4096))
-      ->capture_default_str();
-  app.add_option("--threads", options.threads, "of each process; 0: one for each processor")
-      ->check(CLI::Range(0, 1024))
-      ->capture_default_str();
+  add_agent_options(app, options);
   app.add_flag("--dense", options.dense, "every agent decodes with the model as it is");
   app.add_flag("--check", options.check, "compare with one process alone");
-  int code = 2;
-  try {
-    app.parse(argc, argv);
-    code = run(options);
-  } catch (const CLI::ParseError& e) {
-    code = app.exit(e) == 0 ? 0 : 2;
-  } catch (const std::exception& e) {
-    std::fflush(stdout);
-    std::fprintf(stderr, "serve_mpi: %s\n", e.what());
-    MPI_Abort(MPI_COMM_WORLD, 2);  // the others wait for what does not come
-  }
-  MPI_Finalize();
-  return code;
+  return run_mpi_program("serve_mpi", app, argc, argv, [&] { return run(options); });
 }

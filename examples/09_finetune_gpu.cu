@@ -20,9 +20,9 @@
 
 namespace {
 
-void tune_on_gpu(const Options& options, TrainableModel<float>& model, const LlamaModel<DenseLinear>& base,
-                 const std::vector<TrainingExample>& examples, const std::string& name,
-                 const std::vector<TrainingExample>& judged) {
+void tune_on_gpu(const FinetuneOptions& options, TrainableModel<float>& model,
+                 const LlamaModel<DenseLinear>& base, const std::vector<TrainingExample>& examples,
+                 const std::string& name, const std::vector<TrainingExample>& judged) {
   using S = __nv_bfloat16;
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {

@@ -91,6 +91,15 @@ namespace detail {
   return status;
 }
 
+/// What layers are quantized to where no format was asked for: m2v8 in the largest groups, from 128 down by
+/// halves, that divide every layer's K; for AQLM's folders with one scale a row. check_writable()'s error for
+/// m2v8g128 where a K is no multiple of 8.
+[[nodiscard]] inline Result<codegemm::Format> default_format(codegemm::CheckpointKind kind,
+                                                             const LlamaModel<DenseLinear>& model) {
+  const bool rows = kind == codegemm::CheckpointKind::kAqlm;
+  return writable_format(kind, {8, 2, 8, rows ? -1 : 128}, model);
+}
+
 /// The config.json of a source: its own, or one made for a GGUF file.
 [[nodiscard]] inline Result<nlohmann::json> source_config(const TensorSource& source) {
   if (source.gguf() != nullptr) return config_json(source.hyperparameters());

@@ -135,4 +135,9 @@ struct LinearPair {
   return std::shared_ptr<const QuantizedModel>(model);
 }
 
+/// Bits a weight of all linear layers, as their packed memory has it.
+[[nodiscard]] inline double packed_bits(const LlamaModel<CodeGemmLinear>& model) {
+  return 8.0 * static_cast<double>(linear_bytes(model)) / static_cast<double>(linear_weights(model));
+}
+
 }  // namespace prefillshare::examples

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <string>
@@ -12,10 +13,16 @@
 
 #include <nlohmann/json.hpp>
 
+#include <codegemm/io/atomic_file.hpp>
 #include <common/timeline.hpp>
+#include <common/unwrap.hpp>
 #include <prefillshare/serve/session.hpp>
 
 namespace prefillshare::examples {
+
+[[nodiscard]] inline double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
 
 /// One agent's turn in one run.
 struct Call {
@@ -151,6 +158,17 @@ inline void print_report(const Run& shared, const Run& separate, const std::vect
     panels.push_back(std::move(panel));
   }
   return timeline_svg(panels);
+}
+
+/// Both as files. `specialists` joins the JSON where it is not empty. Throws UserError.
+inline void write_report(const std::string& json_path, const std::string& svg_path, const Run& shared,
+                         const Run& separate, const std::vector<AgentSummary>& agents,
+                         const nlohmann::json& specialists) {
+  nlohmann::ordered_json report = report_json(shared, separate, agents);
+  if (!specialists.empty()) report["specialists"] = specialists;
+  check(codegemm::write_file(json_path, report.dump(2) + "\n"));
+  check(codegemm::write_file(svg_path, report_svg(shared, separate, agents)));
+  std::printf("\nnumbers: %s\ntimeline: %s\n", json_path.c_str(), svg_path.c_str());
 }
 
 }  // namespace prefillshare::examples

@@ -25,6 +25,7 @@ struct TrainingDataOptions {
   std::int64_t max_tokens = 1024;  ///< of prompt and target together
   bool chat = true;                ///< the prompt is a user's message in the model's chat template
   std::int32_t end = -1;           ///< the token that ends a target; negative: the tokenizer's EOS
+  std::int64_t limit = 0;          ///< the first so many examples of a file; 0: all
 };
 
 /// Reads {"prompt": "...", "target": "..."} line by line; empty lines are skipped, other members ignored. The
@@ -39,6 +40,7 @@ struct TrainingDataOptions {
   std::vector<TrainingExample> out;
   std::int64_t number = 0;
   for (std::size_t at = 0; at < all.size();) {
+    if (options.limit > 0 && std::ssize(out) == options.limit) break;
     const std::size_t stop = std::min(all.find('\n', at), all.size());
     const std::string_view line = all.substr(at, stop - at);
     at = stop + 1;

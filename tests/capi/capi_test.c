@@ -361,6 +361,213 @@ static void test_arena(void) {
   codegemm_c_executor_destroy(executor);
 }
 
+/* ---- The quantizer ------------------------------------------------------------------------------------- */
+
+enum { kQuantRows = 48, kQuantCols = 64 };
+
+/* tr((W - W^) H (W - W^)^T), H of the gram or, without one, the identity. */
+static double error_of(const float* w, const codegemm_c_matrix* q, const float* gram) {
+  double sum = 0.0;
+  int64_t n = 0, i = 0, j = 0;
+  for (n = 0; n < q->rows; ++n) {
+    for (i = 0; i < q->cols; ++i) {
+      const double off = (double)w[n * q->cols + i] - weight(q, n, i);
+      if (gram == NULL) {
+        sum += off * off;
+        continue;
+      }
+      for (j = 0; j < q->cols; ++j) {
+        sum += off * (double)gram[i * q->cols + j] * ((double)w[n * q->cols + j] - weight(q, n, j));
+      }
+    }
+  }
+  return sum;
+}
+
+static int same_matrix(const codegemm_c_matrix* a, const codegemm_c_matrix* b) {
+  return memcmp(a->codes, b->codes, (size_t)a->code_words * 4) == 0 &&
+         memcmp(a->codebooks, b->codebooks, (size_t)a->codebook_values * 2) == 0 &&
+         memcmp(a->scales, b->scales, (size_t)a->scale_values * 2) == 0;
+}
+
+typedef struct share_told {
+  int calls, fell;
+  double last;
+} share_told;
+static void tell_share(void* context, double share) {
+  share_told* told = context;
+  told->fell |= share < told->last;
+  told->last = share;
+  ++told->calls;
+}
+
+static void test_quantize(void) {
+  float w[kQuantRows * kQuantCols], gram[kQuantCols * kQuantCols], x[kQuantCols], y[kQuantRows];
+  const size_t size = (size_t)kQuantRows * kQuantCols;
+  codegemm_c_format f;
+  codegemm_c_quantize_options options;
+  codegemm_c_quantized *plain = NULL, *again = NULL, *calibrated = NULL;
+  codegemm_c_matrix m, other;
+  codegemm_c_executor *one = NULL, *three = NULL;
+  codegemm_c_packed* packed = NULL;
+  share_told told = {0, 0, 0.0};
+  void* workspace = NULL;
+  size_t bytes = 0, i = 0;
+  double norm = 0.0, plain_error = 0.0;
+  int64_t n = 0, k = 0;
+  REQUIRE(codegemm_c_executor_create(1, &one) == CODEGEMM_C_OK);
+  REQUIRE(codegemm_c_executor_create(3, &three) == CODEGEMM_C_OK);
+  REQUIRE(codegemm_c_parse_format("m2v4b4g32", &f) == CODEGEMM_C_OK);
+  for (i = 0; i < size; ++i) {
+    w[i] = (float)((double)(next_number() % 2001U) - 1000.0) / 1000.0F;
+    norm += (double)w[i] * (double)w[i];
+  }
+  memset(&m, 0, sizeof(m));
+  memset(&other, 0, sizeof(other));
+  m.struct_size = other.struct_size = sizeof(m);
+
+  /* The defaults, on one thread and on three: the same bits; another seed: others. */
+  REQUIRE(codegemm_c_quantize(w, kQuantRows, kQuantCols, kQuantCols, &f, NULL, 0, NULL, one, &plain) ==
+          CODEGEMM_C_OK);
+  REQUIRE(codegemm_c_quantized_matrix(plain, &m) == CODEGEMM_C_OK);
+  CHECK(m.rows == kQuantRows && m.cols == kQuantCols && m.format.m == 2 && m.format.g == 32);
+  CHECK(codegemm_c_validate_matrix(&m) == CODEGEMM_C_OK);
+  plain_error = error_of(w, &m, NULL);
+  CHECK(plain_error > 0.0 && plain_error < 0.2 * norm);
+  options.struct_size = sizeof(options);
+  REQUIRE(codegemm_c_quantize_defaults(&options) == CODEGEMM_C_OK);
+  CHECK(options.seed == 1 && options.iterations == 16 && options.training_rounds == 12 &&
+        options.encode_rounds == 3 && options.refits == 3 && options.sample == 65536 &&
+        options.rounds == 12 && options.beam == 4 && options.codebook_steps == 8 && options.reserved == 0 &&
+        options.tolerance == 0.01 && options.damping == 0.1 && options.progress == NULL);
+  options.progress = tell_share;
+  options.context = &told;
+  REQUIRE(codegemm_c_quantize(w, kQuantRows, kQuantCols, kQuantCols, &f, NULL, 0, &options, three, &again) ==
+          CODEGEMM_C_OK);
+  CHECK(told.calls > 1 && !told.fell && told.last == 1.0);
+  REQUIRE(codegemm_c_quantized_matrix(again, &other) == CODEGEMM_C_OK);
+  CHECK(same_matrix(&m, &other));
+  codegemm_c_quantized_destroy(again);
+  options.seed = 2;
+  REQUIRE(codegemm_c_quantize(w, kQuantRows, kQuantCols, kQuantCols, &f, NULL, 0, &options, three, &again) ==
+          CODEGEMM_C_OK);
+  REQUIRE(codegemm_c_quantized_matrix(again, &other) == CODEGEMM_C_OK);
+  CHECK(!same_matrix(&m, &other));
+  codegemm_c_quantized_destroy(again);
+
+  /* The product of what was quantized is that of the weights that it stands for. */
+  REQUIRE(codegemm_c_pack(&m, &packed) == CODEGEMM_C_OK);
+  REQUIRE(codegemm_c_workspace_bytes(packed, 1, 1, &bytes) == CODEGEMM_C_OK);
+  REQUIRE(posix_memalign(&workspace, CODEGEMM_C_WORKSPACE_ALIGNMENT, bytes + 1) == 0);
+  for (k = 0; k < kQuantCols; ++k) x[k] = (float)(k % 5) - 2.0F;
+  REQUIRE(codegemm_c_gemm(packed, 1, x, kQuantCols, y, kQuantRows, workspace, bytes, one) == CODEGEMM_C_OK);
+  for (n = 0; n < kQuantRows; ++n) {
+    double want = 0.0;
+    for (k = 0; k < kQuantCols; ++k) want += weight(&m, n, k) * (double)x[k];
+    CHECK(fabs((double)y[n] - want) < 2e-2);
+  }
+  free(workspace);
+  codegemm_c_packed_destroy(packed);
+
+  /* Some inputs are a hundred times the others: told of that, the outputs' error is less than without. */
+  for (i = 0; i < (size_t)kQuantCols * kQuantCols; ++i) gram[i] = 0.0F;
+  for (k = 0; k < kQuantCols; ++k) {
+    gram[k * kQuantCols + k] = k % 8 == 0 ? 1e4F : 1.0F;
+    if (k % 16 == 0) gram[k * kQuantCols + k + 8] = gram[(k + 8) * kQuantCols + k] = 8e3F;
+  }
+  options.seed = 1;
+  told.calls = told.fell = 0;
+  told.last = 0.0;
+  REQUIRE(codegemm_c_quantize(w, kQuantRows, kQuantCols, kQuantCols, &f, gram, kQuantCols, &options, three,
+                              &calibrated) == CODEGEMM_C_OK);
+  CHECK(told.calls > 1 && !told.fell && told.last == 1.0);
+  REQUIRE(codegemm_c_quantized_matrix(calibrated, &other) == CODEGEMM_C_OK);
+  CHECK(error_of(w, &other, gram) < 0.5 * error_of(w, &m, gram));
+  codegemm_c_quantized_destroy(calibrated);
+
+  /* Rows with a stride: those of every other row. */
+  REQUIRE(codegemm_c_quantize(w, kQuantRows / 2, kQuantCols, 2 * kQuantCols, &f, NULL, 0, NULL, one,
+                              &again) == CODEGEMM_C_OK);
+  REQUIRE(codegemm_c_quantized_matrix(again, &other) == CODEGEMM_C_OK);
+  for (n = 0; n < kQuantRows / 2; ++n) {
+    double off = 0.0, all = 0.0;
+    for (k = 0; k < kQuantCols; ++k) {
+      const double v = (double)w[2 * n * kQuantCols + k];
+      off += (v - weight(&other, n, k)) * (v - weight(&other, n, k));
+      all += v * v;
+    }
+    CHECK(off < 0.3 * all);
+  }
+  codegemm_c_quantized_destroy(again);
+  REQUIRE(codegemm_c_quantize(NULL, 0, kQuantCols, kQuantCols, &f, NULL, 0, NULL, one, &again) ==
+          CODEGEMM_C_OK); /* no rows: nothing is read */
+  codegemm_c_quantized_destroy(again);
+
+  /* Wrong calls. */
+#define QUANTIZE(weights, rows, cols, stride, gram, gram_stride)                                             \
+  codegemm_c_quantize((weights), (rows), (cols), (stride), &f, (gram), (gram_stride), &options, one, &again)
+  options.progress = NULL;
+  again = plain;
+  FAILS(QUANTIZE(NULL, kQuantRows, kQuantCols, kQuantCols, NULL, 0), CODEGEMM_C_NULL_POINTER, "weights", NULL,
+        NULL);
+  CHECK(again == NULL);
+  FAILS(QUANTIZE(w, kQuantRows, kQuantCols - 2, kQuantCols, NULL, 0), CODEGEMM_C_INVALID_ARGUMENT, "62",
+        "v = 4", NULL);
+  FAILS(QUANTIZE(w, -1, kQuantCols, kQuantCols, NULL, 0), CODEGEMM_C_INVALID_ARGUMENT, "-1", NULL, NULL);
+  FAILS(QUANTIZE(w, (INT64_C(1) << 30) + 1, kQuantCols, kQuantCols, NULL, 0), CODEGEMM_C_UNSUPPORTED,
+        "1073741825", NULL, NULL);
+  FAILS(QUANTIZE(w, INT64_MAX, INT64_MAX - 3, INT64_MAX, NULL, 0), CODEGEMM_C_INVALID_ARGUMENT, "too large",
+        NULL, NULL);
+  FAILS(QUANTIZE(w, kQuantRows, kQuantCols, kQuantCols - 1, NULL, 0), CODEGEMM_C_INVALID_ARGUMENT,
+        "stride 63", "64 columns", NULL);
+  FAILS(QUANTIZE((const float*)((uintptr_t)w + 2), 1, kQuantCols, kQuantCols, NULL, 0), CODEGEMM_C_MISALIGNED,
+        "weights", NULL, NULL);
+  FAILS(QUANTIZE(w, kQuantRows, kQuantCols, kQuantCols, gram, kQuantCols - 1), CODEGEMM_C_SHAPE_MISMATCH,
+        "stride 63", NULL, NULL);
+  gram[3 * kQuantCols + 5] = NAN;
+  FAILS(QUANTIZE(w, kQuantRows, kQuantCols, kQuantCols, gram, kQuantCols), CODEGEMM_C_INVALID_ARGUMENT,
+        "row 3", "column 5", "nan");
+  w[7 * kQuantCols + 9] = INFINITY;
+  FAILS(QUANTIZE(w, kQuantRows, kQuantCols, kQuantCols, NULL, 0), CODEGEMM_C_INVALID_ARGUMENT, "row 7",
+        "column 9", "inf");
+  w[7 * kQuantCols + 9] = 1e30F;
+  FAILS(QUANTIZE(w, kQuantRows, kQuantCols, kQuantCols, NULL, 0), CODEGEMM_C_INVALID_ARGUMENT, "row 7",
+        "group 0", "fp16");
+  w[7 * kQuantCols + 9] = 0.5F;
+  options.iterations = -1;
+  FAILS(QUANTIZE(w, kQuantRows, kQuantCols, kQuantCols, NULL, 0), CODEGEMM_C_INVALID_ARGUMENT,
+        "iterations = -1", NULL, NULL);
+  options.iterations = 1;
+  options.beam = 17;
+  gram[3 * kQuantCols + 5] = 0.0F;
+  FAILS(QUANTIZE(w, kQuantRows, kQuantCols, kQuantCols, gram, kQuantCols), CODEGEMM_C_INVALID_ARGUMENT,
+        "beam = 17", NULL, NULL);
+  options.reserved = 1;
+  FAILS(QUANTIZE(w, kQuantRows, kQuantCols, kQuantCols, NULL, 0), CODEGEMM_C_INVALID_ARGUMENT, "reserved",
+        NULL, NULL);
+  options.struct_size = 8;
+  FAILS(QUANTIZE(w, kQuantRows, kQuantCols, kQuantCols, NULL, 0), CODEGEMM_C_INVALID_ARGUMENT,
+        "struct_size is 8", NULL, NULL);
+  FAILS(codegemm_c_quantize_defaults(&options), CODEGEMM_C_INVALID_ARGUMENT, "struct_size is 8", NULL, NULL);
+#undef QUANTIZE
+  f.v = 3;
+  FAILS(codegemm_c_quantize(w, kQuantRows, kQuantCols, kQuantCols, &f, NULL, 0, NULL, one, &again),
+        CODEGEMM_C_INVALID_ARGUMENT, "v", NULL, NULL);
+  FAILS(codegemm_c_quantize(w, kQuantRows, kQuantCols, kQuantCols, NULL, NULL, 0, NULL, one, &again),
+        CODEGEMM_C_NULL_POINTER, "format", NULL, NULL);
+  f.v = 4;
+  FAILS(codegemm_c_quantize(w, kQuantRows, kQuantCols, kQuantCols, &f, NULL, 0, NULL, NULL, &again),
+        CODEGEMM_C_NULL_POINTER, "executor", NULL, NULL);
+  FAILS(codegemm_c_quantize(w, kQuantRows, kQuantCols, kQuantCols, &f, NULL, 0, NULL, one, NULL),
+        CODEGEMM_C_NULL_POINTER, "quantized", NULL, NULL);
+  FAILS(codegemm_c_quantized_matrix(NULL, &m), CODEGEMM_C_NULL_POINTER, "quantized", NULL, NULL);
+  FAILS(codegemm_c_quantized_matrix(plain, NULL), CODEGEMM_C_NULL_POINTER, "matrix", NULL, NULL);
+  codegemm_c_quantized_destroy(plain);
+  codegemm_c_quantized_destroy(NULL);
+  codegemm_c_executor_destroy(one);
+  codegemm_c_executor_destroy(three);
+}
+
 static void test_gemm(const char* format, int64_t rows, int64_t cols, int64_t tokens) {
   const int64_t x_stride = cols + 3, y_stride = rows + 5;
   codegemm_c_matrix w = make_matrix(format, rows, cols);
@@ -1004,6 +1211,7 @@ int main(void) {
   test_version_and_errors();
   test_formats();
   test_pack();
+  test_quantize();
   test_arena();
   test_executors();
   test_limits();

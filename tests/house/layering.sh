@@ -4,7 +4,7 @@
 # layering.sh ROOT: arrows point down only.
 #
 #   examples -> prefillshare -> codegemm -> codegemm/base; or capi/codegemm_c.h alone
-#   capi -> prefillshare/kv, and of codegemm what multiplies; capi/codegemm_c.h, which is C, includes none of these
+#   capi -> prefillshare/kv, and of codegemm all but io; capi/codegemm_c.h, which is C, includes none of these
 #   prefillshare:  sim -> serve -> model, train -> model, model -> attention -> kv -> files beside these folders
 #   codegemm:      io, quantize -> core (format, pack, gemm, ...) -> cpu, cuda -> base
 #
@@ -49,7 +49,7 @@ find include examples capi -type f \( -name '*.hpp' -o -name '*.cuh' -o -name '*
     may["examples/common"] = may["prefillshare/serve"] "prefillshare/train prefillshare/sim examples/common "
     may["examples"] = may["examples/common"] "capi/codegemm_c.h "
     may["capi/codegemm_c.h"] = " "
-    may["capi"] = core "prefillshare/base prefillshare/kv capi capi/codegemm_c.h "
+    may["capi"] = core "codegemm/quantize prefillshare/base prefillshare/kv capi capi/codegemm_c.h "
   }
   function fault(text) { print FILENAME ":" FNR ": " text; faults++ }
 

@@ -43,6 +43,7 @@ accepts include/prefillshare/sim/cluster.hpp '<prefillshare/serve/router.hpp>' '
 accepts include/prefillshare/kv/shape.hpp '<prefillshare/vocabulary.hpp>'
 accepts examples/03_shared_prefill.cpp '<common/gguf.hpp>' '<prefillshare/serve/pipeline.hpp>' '<nlohmann/json.hpp>'
 accepts capi/codegemm_c_kv.cpp '<codegemm_c.h>' '<capi/boundary.hpp>' '<prefillshare/kv/allocator.hpp>'
+accepts capi/codegemm_c_quantize.cpp '<codegemm_c.h>' '<codegemm/quantize/kmeans.hpp>'
 accepts capi/codegemm_c.h '<stddef.h>' '<stdint.h>'
 
 refuses include/codegemm/gemm.hpp '<prefillshare/kv/shape.hpp>'

@@ -2,6 +2,7 @@
 """examples/torch against PyTorch and against our own C++ on the same weights.
 
 The operator: outputs beside weights dequantized in float64, PyTorch's own checks of an operator, torch.compile. The
+quantizer: nn.Linear to codes, with and without inputs. The
 layer: state dicts, casts, copies. A model of transformers with its linear layers swapped, and a shared prefill:
 greedy tokens as of our C++, which runs the same folder. Wrong calls and damaged files: errors that name what is wrong.
 Where a GPU and a library with CUDA are there, the operator also runs on it, in a CUDA graph too. Exit code 4: a package,
@@ -140,6 +141,56 @@ def check_wrong_calls(packed, workspace):
     handle = gone.handle
     del gone
     expect_error(lambda: op(x, y, workspace, handle), [f"handle {handle}"], "a handle of freed weights")
+
+
+def check_quantize():
+    import torch
+    from codegemm_torch import CodeGemmLinear, Format, gram_of, parse_format, prepare, quantize
+    linear, x = torch.nn.Linear(128, 96), torch.randn(3, 5, 128)
+    layer = CodeGemmLinear.from_linear(linear, "m2v4b6g64")
+    model = prepare(torch.nn.Sequential(layer))
+    with torch.no_grad():
+        y, dense = model(x), linear(x)
+        of_codes = x.double() @ layer.canonical().dequantize().T + layer.bias.double()
+    expect(relative(y, of_codes) < BOUND, f"from_linear: the product of its codes ({relative(y, of_codes):.1e} off)")
+    off = relative(y, dense.double())
+    expect(0 < off < 0.3, f"from_linear: {off:.3f} from the dense layer at 3 bits")
+    layer.canonical().check("from_linear")
+
+    def same(a, b):
+        return all(torch.equal(getattr(a, part), getattr(b, part)) for part in ("codes", "codebooks", "scales"))
+    weight, threads = linear.weight, torch.get_num_threads()
+    matrix = quantize(weight, "m2v4b6g64")
+    torch.set_num_threads(1 if threads > 1 else 3)
+    again = quantize(weight.detach().T.contiguous().T, parse_format("m2v4b6g64"))
+    torch.set_num_threads(threads)
+    expect(same(matrix, again), "quantize: the same bits on other threads, and of a transposed tensor")
+    expect(not same(matrix, quantize(weight, "m2v4b6g64", seed=2)), "quantize: another seed, other bits")
+    expect(same(quantize(weight.half().float(), "m1v4g128"), quantize(weight.half(), "m1v4g128")), "quantize: fp16")
+
+    # Inputs that lie in a few directions: what is wrong beside these does not count.
+    inputs = (torch.randn(400, 12) @ torch.randn(12, 128) + 0.1 * torch.randn(400, 128)).view(4, 100, 128)
+    want = inputs.double() @ weight.detach().double().T
+    plain, told = (relative(inputs.double() @ quantize(weight, "m1v4b6g64", given).dequantize().T, want)
+                   for given in (None, inputs))
+    expect(told < 0.6 * plain, f"quantize: outputs are off by {told:.3f} calibrated on their inputs, {plain:.3f} without")
+    expect(same(quantize(weight, "m1v4b6g64", inputs), quantize(weight, "m1v4b6g64", gram=gram_of(inputs, 128))),
+           "quantize: the gram of the inputs in their place")
+
+    bad = weight.detach().clone()
+    bad[3, 7] = float("nan")
+    expect_error(lambda: quantize(bad, "m1v4g128"), ["row 3", "column 7", "nan"], "a weight that is not a number")
+    expect_error(lambda: quantize(bad[:, :126], "m1v4g128"), ["126", "v = 4"], "a K that is no multiple of v")
+    expect_error(lambda: quantize(weight[0], "m1v4g128"), ["(128,)"], "a vector")
+    expect_error(lambda: quantize(weight, "m1v3g128"), ["v"], "a format that cannot be")
+    expect_error(lambda: quantize(weight, Format(4, 9, 8, 128)), ["m = 9"], "nine codebooks")
+    expect_error(lambda: quantize(weight, "m1v4g128", x[..., :5]), ["5)", "128"], "inputs of another K")
+    expect_error(lambda: quantize(weight, "m1v4g128", x, gram_of(x, 128)), ["inputs", "gram"], "both")
+    expect_error(lambda: quantize(weight, "m1v4g128", gram=torch.eye(64)), ["(64, 64)", "128"], "another gram")
+    expect_error(lambda: quantize(weight, "m1v4g128", x * float("inf")), ["H at row 0"], "inputs without an end")
+    expect_error(lambda: quantize(weight, "m1v4g128", steps=3), ["steps", "seed"], "an option that there is not")
+    expect_error(lambda: quantize(weight, "m1v4g128", iterations=-1), ["iterations = -1"], "an option below 0")
+    expect_error(lambda: quantize(torch.empty(0, 128), "m1v4g128"), ["0 x 128"], "no rows")
 
 
 def check_layer(scratch):
@@ -379,6 +430,7 @@ def check_torch_alone(scratch):
     torch.manual_seed(SEED)
     packed, workspace = check_operator("cpu")
     check_wrong_calls(packed, workspace)
+    check_quantize()
     check_layer(scratch)
     check_cuda()
 

@@ -59,6 +59,7 @@ class NewCalls {
 }  // namespace codegemm::test
 
 // The array forms call these. Not inlined: g++ takes free() there for a mistake.
+// NOLINTBEGIN(misc-definitions-in-headers): what replaces the program's own may not be inline
 [[gnu::noinline]] void* operator new(std::size_t size) {
   return codegemm::test::counted_new_or_throw(size, __STDCPP_DEFAULT_NEW_ALIGNMENT__);
 }
@@ -82,3 +83,4 @@ class NewCalls {
 [[gnu::noinline]] void operator delete(void* memory, std::align_val_t, const std::nothrow_t&) noexcept {
   std::free(memory);
 }
+// NOLINTEND(misc-definitions-in-headers)

@@ -6,7 +6,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <map>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -51,6 +53,36 @@ namespace prefillshare::test {
   options.adam.weight_decay = 0.01;
   return options;
 }
+
+/// A run of three steps over 24 examples, each once, in which one example alone reads an infinite embedding.
+struct PoisonedRun {
+  std::shared_ptr<const LlamaModel<DenseLinear>> base = random_model(small_config(), 1031);
+  std::shared_ptr<const LlamaModel<DenseLinear>> poisoned;  // what is trained
+  std::vector<TrainingExample> examples = some_examples(1032, 24);
+  TrainOptions options = quick_options();
+
+  PoisonedRun() {
+    constexpr std::int32_t kToken = 59;
+    for (TrainingExample& example : examples) {
+      for (std::int32_t& token : example.prompt) token = token == kToken ? 3 : token;
+    }
+    examples[17].prompt.back() = kToken;
+    options.steps = 3;
+    options.adam.weight_decay = 0.0;
+    auto model = std::make_shared<LlamaModel<DenseLinear>>(*base);
+    model->config.tied_embeddings = false;
+    auto table = std::make_shared<std::vector<float>>(*base->embedding);
+    (*table)[static_cast<std::size_t>(kToken * base->config.hidden_size + 1)] =
+        std::numeric_limits<float>::infinity();
+    model->embedding = std::move(table);
+    poisoned = std::move(model);
+  }
+  /// What the trainer says when it has taken `good` steps before.
+  [[nodiscard]] static std::string words(std::int64_t good) {
+    return codegemm::concat("in step ", good + 1,
+                            ", example 17, target token 0; the parameters are those after ", good, " steps");
+  }
+};
 
 /// A scale with which a product's outputs are about as large as its inputs.
 [[nodiscard]] inline float unit_scale(Rng& rng, const DenseLinear& layer) {

@@ -31,6 +31,26 @@ class Matrix(c.Structure):
     ]
 
 
+class QuantizeOptions(c.Structure):
+    _fields_ = [
+        ("struct_size", c.c_size_t),
+        ("seed", c.c_uint64),
+        ("iterations", c.c_int32),
+        ("training_rounds", c.c_int32),
+        ("encode_rounds", c.c_int32),
+        ("refits", c.c_int32),
+        ("sample", c.c_int64),
+        ("rounds", c.c_int32),
+        ("beam", c.c_int32),
+        ("codebook_steps", c.c_int32),
+        ("reserved", c.c_int32),
+        ("tolerance", c.c_double),
+        ("damping", c.c_double),
+        ("progress", c.c_void_p),
+        ("context", c.c_void_p),
+    ]
+
+
 class CudaWeights(c.Structure):
     _fields_ = [
         ("struct_size", c.c_size_t),
@@ -69,6 +89,9 @@ _P, _I32, _I64, _SIZE = c.c_void_p, c.c_int32, c.c_int64, c.c_size_t
 _SIGNATURES = {
     "parse_format": [c.c_char_p, _P],
     "canonical_sizes": [_P, _I64, _I64, _P, _P, _P],
+    "quantize_defaults": [_P],
+    "quantize": [_P, _I64, _I64, _I64, _P, _P, _I64, _P, _P, _P],
+    "quantized_matrix": [_P, _P],
     "pack": [_P, _P],
     "executor_create": [_I32, _P],
     "workspace_bytes": [_P, _I64, _I32, _P],
@@ -108,9 +131,12 @@ class Library:
         self.raw.codegemm_c_cuda_device_destroy.argtypes = [_P]
         self._calls = {}
         for name, arguments in _SIGNATURES.items():
-            function = getattr(self.raw, "codegemm_c_" + name)
+            function = getattr(self.raw, "codegemm_c_" + name, None)
+            if function is None:
+                raise CodeGemmError(f"'{path}' has no codegemm_c_{name}: it is older than this package")
             function.argtypes, function.restype = arguments, c.c_int32
             self._calls[name] = function
+        self.raw.codegemm_c_quantized_destroy.argtypes = [_P]
         self.has_cuda = bool(self.raw.codegemm_c_has_cuda())
         self._executors, self._devices = {}, {}
 

@@ -5,6 +5,7 @@ from torch import nn
 
 from .library import CodeGemmError, Format
 from .ops import gemm, make_workspace
+from .quantize import quantize
 from .weights import Canonical, PackedWeights
 
 
@@ -26,6 +27,18 @@ class CodeGemmLinear(nn.Module):
         # Neither saved nor loaded: what the operator works with.
         self.register_buffer("workspace", None, persistent=False)
         self.packed, self.handle = None, 0
+
+    @classmethod
+    def from_linear(cls, linear, format, inputs=None, **options):
+        """An nn.Linear quantized, on its device; quantize() tells the arguments. prepare() comes next."""
+        matrix = quantize(linear.weight, format, inputs, **options)
+        bias = linear.bias
+        out = cls(matrix.format, matrix.cols, matrix.rows, bias=bias is not None, dtype=linear.weight.dtype,
+                  device=linear.weight.device)
+        out.codes, out.codebooks, out.scales = matrix.codes, matrix.codebooks, matrix.scales
+        if bias is not None:
+            out.bias.copy_(bias.detach())
+        return out
 
     def canonical(self):
         return Canonical(self.format, self.out_features, self.in_features, self.codes, self.codebooks, self.scales)

@@ -5,6 +5,8 @@
 #pragma once
 
 #include <concepts>
+#include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <optional>
 #include <string>
@@ -121,6 +123,19 @@ template <class... Parts>
   return Status(code, detail::text_if_memory([&] { return concat(parts...); }));
 }
 
+namespace detail {
+
+/// Says what failed and where its value was taken all the same, and ends the program.
+[[noreturn]] inline void value_of_failure(const Status& status, const char* file, int line) noexcept {
+  const std::string_view code = to_string(status.code());
+  const bool said = !status.message().empty();
+  std::fprintf(stderr, "%s:%d: value() of a failure: %.*s%s%s\n", file, line, static_cast<int>(code.size()),
+               code.data(), said ? ": " : "", status.message().c_str());
+  std::abort();
+}
+
+}  // namespace detail
+
 /// A value or the Status that says why there is none. Holding neither is impossible: building one from
 /// an ok Status is a broken invariant.
 template <class T>
@@ -139,31 +154,41 @@ class [[nodiscard]] Result {
   [[nodiscard]] bool ok() const noexcept { return value_.has_value(); }    ///< there is a value
   [[nodiscard]] const Status& status() const noexcept { return status_; }  ///< the failure, or a success
 
-  /// The value. Only where ok(): anything else is a fault of the caller, asserted.
-  [[nodiscard]] T& value() & {
+  /// The value. For what cannot fail: of a failure it prints the status, with the caller's file and line, and
+  /// ends the program, in every build.
+  [[nodiscard]] T& value(const char* file = __builtin_FILE(), int line = __builtin_LINE()) & {
+    if (!ok()) detail::value_of_failure(status_, file, line);
+    return *value_;
+  }
+  /// The same, to read from.
+  [[nodiscard]] const T& value(const char* file = __builtin_FILE(), int line = __builtin_LINE()) const& {
+    if (!ok()) detail::value_of_failure(status_, file, line);
+    return *value_;
+  }
+  /// The same, moved out.
+  [[nodiscard]] T&& value(const char* file = __builtin_FILE(), int line = __builtin_LINE()) && {
+    if (!ok()) detail::value_of_failure(status_, file, line);
+    return *std::move(value_);
+  }
+  /// The value where ok() was asked before: asserted only.
+  [[nodiscard]] T& operator*() & {
     CODEGEMM_ASSERT(ok());
     return *value_;
   }
   /// The same, to read from.
-  [[nodiscard]] const T& value() const& {
+  [[nodiscard]] const T& operator*() const& {
     CODEGEMM_ASSERT(ok());
     return *value_;
   }
   /// The same, moved out.
-  [[nodiscard]] T&& value() && {
+  [[nodiscard]] T&& operator*() && {
     CODEGEMM_ASSERT(ok());
     return *std::move(value_);
   }
-  /// As value().
-  [[nodiscard]] T& operator*() & { return value(); }
-  /// As value().
-  [[nodiscard]] const T& operator*() const& { return value(); }
-  /// As value().
-  [[nodiscard]] T&& operator*() && { return std::move(*this).value(); }
-  /// As value().
-  [[nodiscard]] T* operator->() { return &value(); }
-  /// As value().
-  [[nodiscard]] const T* operator->() const { return &value(); }
+  /// As operator*.
+  [[nodiscard]] T* operator->() { return &**this; }
+  /// As operator*.
+  [[nodiscard]] const T* operator->() const { return &**this; }
 
  private:
   Status status_;

@@ -2,11 +2,16 @@
 #include <codegemm/base/status.hpp>
 
 #include <cerrno>
+#include <csignal>
 #include <memory>
 #include <set>
 #include <string>
 #include <type_traits>
 #include <utility>
+
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <support/catch.hpp>
 
@@ -19,6 +24,39 @@ using codegemm::StatusCode;
 Result<std::unique_ptr<int>> make(bool well) {
   if (!well) return codegemm::error(StatusCode::kNotFound, "no tensor number ", 7);
   return std::make_unique<int>(42);
+}
+
+struct Death {
+  int signal = 0;     // 0: it ended by itself
+  std::string words;  // what it said on standard error
+};
+
+// What `take` does in a process of its own.
+template <class Take>
+Death death_of(Take&& take) {
+  int ends[2];
+  REQUIRE(pipe(ends) == 0);
+  const pid_t child = fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    const rlimit no_core{0, 0};
+    setrlimit(RLIMIT_CORE, &no_core);
+    std::signal(SIGABRT, SIG_DFL);  // the test framework's would report a failed test
+    dup2(ends[1], STDERR_FILENO);
+    take();
+    _exit(0);
+  }
+  close(ends[1]);
+  Death death;
+  char buffer[512];
+  for (ssize_t n = 0; (n = read(ends[0], buffer, sizeof(buffer))) > 0;) {
+    death.words.append(buffer, static_cast<std::size_t>(n));
+  }
+  close(ends[0]);
+  int status = 0;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  if (WIFSIGNALED(status)) death.signal = WTERMSIG(status);
+  return death;
 }
 
 }  // namespace
@@ -75,4 +113,29 @@ TEST_CASE("result: holds the reason where there is no value") {
   CHECK_FALSE(result.ok());
   CHECK(result.status().code() == StatusCode::kNotFound);
   CHECK(result.status().message() == "no tensor number 7");
+}
+
+TEST_CASE("result: value() of a failure says what failed and where it was taken, and ends the program") {
+  const std::string here = codegemm::concat(__FILE__, ":", __LINE__ + 1, ": value() of a failure: ");
+  CHECK(death_of([] { (void)make(false).value(); }).words == here + "not found: no tensor number 7\n");
+  CHECK(death_of([] { (void)make(false).value(); }).signal == SIGABRT);
+
+  auto kept = make(false);
+  CHECK(death_of([&] { (void)kept.value(); }).signal == SIGABRT);
+  const auto& seen = kept;
+  const Death death = death_of([&] { (void)seen.value(); });
+  CHECK(death.signal == SIGABRT);
+  CHECK(death.words.find(": value() of a failure: not found: no tensor number 7\n") != std::string::npos);
+
+  // A text with signs of printf's, and none at all.
+  const Result<int> strange = codegemm::error(StatusCode::kIoError, "100%s of %d");
+  CHECK(death_of([&] { (void)strange.value(); }).words.find(": input/output error: 100%s of %d\n") !=
+        std::string::npos);
+  const Result<int> silent = Status(StatusCode::kOutOfMemory, {});
+  CHECK(death_of([&] { (void)silent.value(); }).words.find(": value() of a failure: out of memory\n") !=
+        std::string::npos);
+
+  const Death none = death_of([] { (void)make(true).value(); });
+  CHECK(none.signal == 0);
+  CHECK(none.words.empty());
 }

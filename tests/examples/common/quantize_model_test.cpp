@@ -129,6 +129,27 @@ TEST_CASE("what a folder cannot hold is said before anything is quantized, and w
                  "AQLM has one scale a row"));
 }
 
+TEST_CASE("the default format is one that the model's folder can hold", "[quantize]") {
+  using Kind = codegemm::CheckpointKind;
+  ModelConfig c = tiny_config();
+  const auto name_of = [&](Kind kind) {
+    const auto format = default_format(kind, *random_model(c, 82));
+    return format.ok() ? codegemm::format_name(*format) : format.status().message();
+  };
+  CHECK(contains(name_of(Kind::kCodeGemm), "is 48 x 24 in m2v8g128"));  // K of 24, 40 and 48: none fits
+  CHECK(name_of(Kind::kAqlm) == "m2v8g-1");
+  c.head_dim = 16;
+  c.hidden_size = 64;  // K of 64, 96 and 192
+  c.intermediate_size = 192;
+  CHECK(name_of(Kind::kCodeGemm) == "m2v8g32");
+  c.hidden_size = 192;  // 96 = 6 heads of 16, still
+  c.head_dim = 32;      // 192 of all
+  CHECK(name_of(Kind::kCodeGemm) == "m2v8g64");
+  c.hidden_size = c.intermediate_size = 256;
+  c.head_dim = 64;  // 384
+  CHECK(name_of(Kind::kCodeGemm) == "m2v8g128");
+}
+
 TEST_CASE("a run stopped anywhere goes on to the same files", "[quantize]") {
   const auto model = random_model(tiny_config(), 81);
   const TemporaryFolder whole;

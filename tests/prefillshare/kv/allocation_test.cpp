@@ -93,9 +93,9 @@ TEST_CASE("products on the CPU allocate nothing") {
       }
     }
   }
-  const std::vector<float> w = rng.normals(176 * 256);
-  const std::vector<float> x = rng.normals(20 * 256);
-  std::vector<float> y(20 * 176);
+  const std::vector<float> w = rng.normals(std::int64_t{176} * 256);
+  const std::vector<float> x = rng.normals(std::int64_t{20} * 256);
+  std::vector<float> y(std::size_t{20} * 176);
   AlignedBuffer<std::byte> workspace;
   REQUIRE(workspace.reserve(codegemm::dense_workspace_bytes(176, 256, 20, pool.workers())));
   CHECK(allocations([&] {
@@ -107,25 +107,26 @@ TEST_CASE("products on the CPU allocate nothing") {
 
 TEST_CASE("attention on the CPU allocates nothing") {
   constexpr int kHeads = 8, kKvHeads = 2, kDim = 64, kBlockTokens = 16;
-  constexpr std::int64_t kContext = 1500;
+  constexpr std::int64_t kContext = 1500, kRow = std::int64_t{kHeads} * kDim,
+                         kKvRow = std::int64_t{kKvHeads} * kDim;
   codegemm::ThreadPool pool(2);
   Rng rng(codegemm::test::seed_or(2));
   HostKvStorage storage = *HostKvStorage::create({1, kKvHeads, kDim, kBlockTokens}, 100);
   std::vector<BlockId> blocks(94);
   for (std::size_t i = 0; i < blocks.size(); ++i) blocks[i] = static_cast<BlockId>(i);
-  const std::vector<float> kv = rng.normals(kContext * kKvHeads * kDim);
-  const MatrixView<const float> rows(kv.data(), kContext, kKvHeads * kDim);
+  const std::vector<float> kv = rng.normals(kContext * kKvRow);
+  const MatrixView<const float> rows(kv.data(), kContext, kKvRow);
   CHECK(allocations([&] { return prefillshare::append_kv(storage.layer(0), blocks, 0, rows, rows); }) == 0);
   for (const std::int64_t tokens : {1, 3, 100}) {
     CAPTURE(tokens);
-    const std::vector<float> q = rng.normals(tokens * kHeads * kDim);
+    const std::vector<float> q = rng.normals(tokens * kRow);
     std::vector<float> out(q.size());
     prefillshare::PagedAttentionArgs args;
     args.kv = storage.layer(0);
     args.blocks = blocks;
     args.first_position = kContext - tokens;
-    args.q = {q.data(), tokens, kHeads * kDim};
-    args.out = {out.data(), tokens, kHeads * kDim};
+    args.q = {q.data(), tokens, kRow};
+    args.out = {out.data(), tokens, kRow};
     args.heads = kHeads;
     AlignedBuffer<std::byte> workspace;
     REQUIRE(workspace.reserve(prefillshare::workspace_bytes(shape_of(args), pool.workers())));
@@ -133,14 +134,14 @@ TEST_CASE("attention on the CPU allocates nothing") {
     CHECK(allocations([&] { return prefillshare::paged_attention(args, pool); }) == 0);
   }
   const std::vector<prefillshare::DecodeSequence> sequences(5, {blocks, kContext});
-  const std::vector<float> q = rng.normals(std::int64_t{5} * kHeads * kDim);
+  const std::vector<float> q = rng.normals(5 * kRow);
   std::vector<float> out(q.size());
   prefillshare::SharedDecodeArgs args;
   args.kv = storage.layer(0);
   args.sequences = sequences;
   args.shared_tokens = 1200;
-  args.q = {q.data(), 5, kHeads * kDim};
-  args.out = {out.data(), 5, kHeads * kDim};
+  args.q = {q.data(), 5, kRow};
+  args.out = {out.data(), 5, kRow};
   args.heads = kHeads;
   AlignedBuffer<std::byte> workspace;
   REQUIRE(workspace.reserve(prefillshare::decode_workspace_bytes(args, pool.workers())));

@@ -15,7 +15,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <iterator>
-#include <limits>
 #include <memory>
 #include <span>
 #include <thread>
@@ -311,26 +310,11 @@ TEST_CASE("a loss that is not finite stops a run on the GPU at the last good ste
   const Device device = gpu_or_skip();
   const Stream stream;
   using S = __nv_bfloat16;
-  const auto base = random_model(small_config(), 1031);
-  auto examples = some_examples(1032, 24);
-  for (TrainingExample& example : examples) {
-    for (std::int32_t& token : example.prompt) token = token == 59 ? 3 : token;
-  }
-  examples[17].prompt.back() = 59;  // no other has it
-  TrainOptions options = quick_options();
-  options.steps = 3;  // each example once
-  options.adam.weight_decay = 0.0;
+  const PoisonedRun given;
   const TemporaryFolder folder;
-  auto poisoned = std::make_shared<LlamaModel<DenseLinear>>(*base);
-  poisoned->config.tied_embeddings = false;
-  poisoned->embedding = [&] {
-    auto table = std::make_shared<std::vector<float>>(*base->embedding);
-    (*table)[59 * 24 + 1] = std::numeric_limits<float>::infinity();
-    return table;
-  }();
-  auto model = TrainableModel<float>::full(poisoned).value();
-  auto trainer = DeviceTrainer<S>::create(model, on_device<S>(*base, device, stream.get), examples, options,
-                                          "x", device, stream.get);
+  auto model = TrainableModel<float>::full(given.poisoned).value();
+  auto trainer = DeviceTrainer<S>::create(model, on_device<S>(*given.base, device, stream.get),
+                                          given.examples, given.options, "x", device, stream.get);
   require_ok(trainer.status());
   std::vector<float> last = values_of(model);
   std::int64_t good = 0;
@@ -341,10 +325,7 @@ TEST_CASE("a loss that is not finite stops a run on the GPU at the last good ste
   });
   CAPTURE(status.message());
   CHECK(status.code() == StatusCode::kInvalidArgument);
-  CHECK(codegemm::test::contains(status.message(), codegemm::concat("in step ", good + 1,
-                                                                    ", example 17, target token 0; the "
-                                                                    "parameters are those after ",
-                                                                    good, " steps")));
+  CHECK(codegemm::test::contains(status.message(), PoisonedRun::words(good)));
   require_ok(trainer->download());
   CHECK(same_bits(values_of(model), last));
   require_ok(trainer->load(folder / "state"));

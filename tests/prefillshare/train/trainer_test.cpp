@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <numeric>
 #include <string>
@@ -194,26 +193,12 @@ TEST_CASE("a run that was killed goes on to the same bits, with any workers", "[
 }
 
 TEST_CASE("a loss that is not finite stops the run at the last good step", "[train]") {
-  const auto base = random_model(small_config(), 1031);
-  auto examples = some_examples(1032, 24);
-  for (TrainingExample& example : examples) {
-    for (std::int32_t& token : example.prompt) token = token == 59 ? 3 : token;
-  }
-  examples[17].prompt.back() = 59;  // no other has it
-  TrainOptions options = quick_options();
-  options.steps = 3;  // each example once
-  options.adam.weight_decay = 0.0;
+  const PoisonedRun given;
   codegemm::ThreadPool pool(2);
   const TemporaryFolder folder;
-  auto poisoned = std::make_shared<LlamaModel<DenseLinear>>(*base);
-  poisoned->config.tied_embeddings = false;
-  poisoned->embedding = [&] {
-    auto table = std::make_shared<std::vector<float>>(*base->embedding);
-    (*table)[59 * 24 + 1] = std::numeric_limits<float>::infinity();
-    return table;
-  }();
-  auto model = TrainableModel<float>::full(poisoned).value();
-  auto trainer = Trainer<DenseLinear>::create(model, base, examples, options, "x", pool).value();
+  auto model = TrainableModel<float>::full(given.poisoned).value();
+  auto trainer =
+      Trainer<DenseLinear>::create(model, given.base, given.examples, given.options, "x", pool).value();
   std::vector<float> last = values_of(model);
   std::int64_t good = 0;
   const Status status = trainer.run(folder / "state", 0, [&](const TrainProgress& now) {
@@ -222,10 +207,7 @@ TEST_CASE("a loss that is not finite stops the run at the last good step", "[tra
   });
   CAPTURE(status.message());
   CHECK(status.code() == StatusCode::kInvalidArgument);
-  CHECK(contains(status.message(), codegemm::concat("in step ", good + 1,
-                                                    ", example 17, target token 0; the "
-                                                    "parameters are those after ",
-                                                    good, " steps")));
+  CHECK(contains(status.message(), PoisonedRun::words(good)));
   CHECK(same_bits(values_of(model), last));
   REQUIRE(trainer.load(folder / "state").ok());
   CHECK(trainer.steps_done() == good);
