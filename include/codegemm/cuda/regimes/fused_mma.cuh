@@ -29,11 +29,14 @@ struct FusedMmaRegime {
           using Config = decltype(c);
           const int steps = w.layout.scale_steps;
           return c.kVecLen == w.format.v && c.kCodebooks == w.format.m && c.kSets == w.layout.sets &&
-                 c.kCodeBytes == w.layout.code_bytes && (c.kScaleSteps == 0 || c.kScaleSteps == steps) &&
-                 w.cols > 0 && w.layout.bytes < (std::size_t{1} << 32) &&
+                 c.kCodeBytes == w.layout.code_bytes && c.kScaleSteps != kWgmmaAlone &&
+                 (c.kScaleSteps == 0 || c.kScaleSteps == steps) && w.cols > 0 &&
+                 w.layout.bytes < (std::size_t{1} << 32) &&
                  plan<Config, 8>(w, device, gated, tuning).splits > 0;
         },
-        fn);
+        [&](auto c) {
+          if constexpr (c.kScaleSteps != kWgmmaAlone) fn(c);  // no kernel of the others is compiled
+        });
   }
 
   template <class Config, int Tokens>
@@ -103,6 +106,7 @@ struct FusedMmaRegime {
   }
 
  private:
+  static constexpr int kWgmmaAlone = 1;  // kScaleSteps, see configs.cuh
   static constexpr int kLeastBlockSums = 8192;
 
   template <class Config, class X, class Y>

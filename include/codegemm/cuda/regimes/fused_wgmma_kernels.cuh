@@ -46,6 +46,7 @@ Status FusedWgmmaKernels<Config, Pairs, Gated>::run(int token_tile, int groups, 
   EXTERN template struct FusedWgmmaKernels<CONFIG, PairType::kBFloat16, true>;
 #if defined(CODEGEMM_PRECOMPILED_CUDA)
 CODEGEMM_FUSED_CONFIGS(CODEGEMM_FUSED_WGMMA_KERNELS, extern)
+CODEGEMM_FUSED_WGMMA_KERNELS(extern, FusedM1V4G32)
 #endif
 
 }  // namespace codegemm::cuda::detail

@@ -65,12 +65,13 @@ struct GatherRegime {
   }
 
   /// Whether this is faster than mma.sync although there is at most a row tile for each multiprocessor: where
-  /// each block builds one Psumbook of fp16.
+  /// each block builds one Psumbook of fp16, and mma.sync would look up two centroids for each of its words.
   [[nodiscard]] static bool suits_few_rows(const DevicePackedView& w, const Device& device) {
     bool suits = false;
     static_cast<void>(match(w, device, [&](auto c) {
       using Config = decltype(c);
-      suits = kHalfPsumbook<Config> && plan<Config, 1>(w, device, false, {}).granules_per_block == 1;
+      suits = kHalfPsumbook<Config> && Config::kCodebooks > 1 &&
+              plan<Config, 1>(w, device, false, {}).granules_per_block == 1;
     }));
     return suits;
   }
