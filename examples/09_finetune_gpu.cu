@@ -10,13 +10,14 @@
 
 #define EIGEN_NO_CUDA  // Eigen is for the host: as CUDA code it would do without vector instructions
 #pragma nv_diag_suppress 20012, 1675, 550, 2810, 3189
-#define FINETUNE_ON_GPU
-#include <09_finetune.cpp>
-
 #include <cstdlib>
 #include <type_traits>
 
+// Before the program's using-directives, by which "cuda" in CUDA's own headers would be prefillshare's, too.
 #include <prefillshare/train/cuda/trainer.cuh>
+
+#define FINETUNE_ON_GPU
+#include <09_finetune.cpp>
 
 namespace {
 

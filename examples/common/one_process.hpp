@@ -17,6 +17,7 @@
 #include <common/agent_turns.hpp>
 #include <common/chooser.hpp>
 #include <common/model_loader.hpp>
+#include <common/model_tokenizer.hpp>
 #include <common/tokenizer.hpp>
 #include <common/unwrap.hpp>
 #include <prefillshare/serve/session.hpp>

@@ -46,6 +46,7 @@ namespace prefillshare::examples {
          std::move(decode), unwrap(ForwardWorkspace::create(*models[a], 1, context, executor.workers()))});
   }
   std::vector<SharedSession<CodeGemmLinear>> sessions;
+  sessions.reserve(members.size());
   for (Separate& member : members) {
     sessions.emplace_back(member.prefill,
                           SessionResources{allocator.get(), &storage, &member.prefill_workspace, &executor});

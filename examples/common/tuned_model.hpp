@@ -35,6 +35,7 @@ inline void write_tuned_model(const TensorSource& source, const std::string& fol
     return;
   }
   std::vector<codegemm::NamedMatrix> named;
+  named.reserve(matrices.size());
   for (const auto& [name, matrix] : matrices) named.push_back({name, matrix.view()});
   ReplacedTensors norms;
   for (const Parameter<float>& p : model.parameters()) {

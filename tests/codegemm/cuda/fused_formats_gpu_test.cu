@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tests/codegemm/cuda/fused_formats_gpu_test.cu - every number of codebooks on tensor cores, vectors of two and
-// four weights.
+// tests/codegemm/cuda/fused_formats_gpu_test.cu - every number of codebooks on tensor cores, for vectors of
+// two and four weights.
 #include "check_formats.cuh"
 
 namespace codegemm::test {
