@@ -33,8 +33,11 @@ using codegemm::c_api::check_pointer;
 using codegemm::c_api::check_struct;
 using codegemm::c_api::guarded;
 
-// Stands for pointers that are not known yet: aligned, and never read through.
-void* unknown_pointer() { return reinterpret_cast<void*>(std::uintptr_t{CODEGEMM_C_CUDA_ALIGNMENT}); }
+// Stand for pointers that are not known yet: aligned, never read through, and so far from each other and from
+// all memory that no output is taken to lie over an input.
+void* unknown_pointer(std::uintptr_t number) {
+  return reinterpret_cast<void*>((number << 60) + CODEGEMM_C_CUDA_ALIGNMENT);
+}
 
 template <class X, class Y>
 [[nodiscard]] cuda::GemmProblem<X, Y> problem_of(const codegemm_c_cuda_problem& p,
@@ -87,9 +90,9 @@ template <class Body>
   if (!view.ok()) return view.status();
   cuda::DevicePackedView& w = *view;
   if (planned) {
-    if (w.data == nullptr) w.data = static_cast<const std::byte*>(unknown_pointer());
-    if (p.x == nullptr) p.x = unknown_pointer();
-    if (p.y == nullptr) p.y = unknown_pointer();
+    if (w.data == nullptr) w.data = static_cast<const std::byte*>(unknown_pointer(1));
+    if (p.x == nullptr) p.x = unknown_pointer(2);
+    if (p.y == nullptr) p.y = unknown_pointer(4);
   }
   switch (p.x_type) {
     case CODEGEMM_C_FP16: return with_x<codegemm::Half>(p, w, body);

@@ -35,15 +35,12 @@ using FusedMmaOf = FusedMmaRegime<typename Configs::Fused, has_swiglu<Configs>()
 template <class Configs>
 using FusedWgmmaOf = FusedWgmmaRegime<typename Configs::Fused, has_swiglu<Configs>()>;
 
-}  // namespace detail
-
-/// The regime that run() takes for a problem: the one asked for in its tuning, or the fastest that serves
-/// it. kAuto: none does.
-template <class Configs = DefaultConfigs, class X, class Y>
-[[nodiscard]] Regime regime_of(const GemmProblem<X, Y>& p, const Device& device) {
-  using Gather = detail::GatherRegime<typename Configs::Gather>;
-  using FusedMma = detail::FusedMmaOf<Configs>;
-  using FusedWgmma = detail::FusedWgmmaOf<Configs>;
+// See regime_of(). normed: with a NormedRow, which only gathering takes.
+template <class Configs, class X, class Y>
+[[nodiscard]] Regime regime_with(const GemmProblem<X, Y>& p, const Device& device, bool normed) {
+  using Gather = GatherRegime<typename Configs::Gather>;
+  using FusedMma = FusedMmaOf<Configs>;
+  using FusedWgmma = FusedWgmmaOf<Configs>;
   const DevicePackedView& w = p.weights;
   const auto may = [&](Regime regime) {
     return p.tuning.regime == Regime::kAuto || p.tuning.regime == regime;
@@ -53,7 +50,7 @@ template <class Configs = DefaultConfigs, class X, class Y>
   const bool wgmma = may(Regime::kFusedWgmma) && FusedWgmma::serves(p, device);
   // With at most a row tile for each multiprocessor, building Psumbooks is most of the work.
   const bool few_rows = w.layout.row_tiles <= device.multiprocessors &&
-                        !(gather && p.x.rows == 1 && Gather::suits_few_rows(w, device));
+                        !(gather && p.x.rows == 1 && (normed || Gather::suits_few_rows(w, device)));
   const LastTokens last =
       last_tokens(w.format, w.rows, w.cols, {device.arch, device.multiprocessors, device.memory_bits});
   // Tokens gathered one by one are slower than mma.sync.
@@ -65,11 +62,21 @@ template <class Configs = DefaultConfigs, class X, class Y>
   return gather ? Regime::kGather : Regime::kAuto;
 }
 
+}  // namespace detail
+
+/// The regime that run() takes for a problem: the one asked for in its tuning, or the fastest that serves
+/// it. kAuto: none does.
+template <class Configs = DefaultConfigs, class X, class Y>
+[[nodiscard]] Regime regime_of(const GemmProblem<X, Y>& p, const Device& device) {
+  return detail::regime_with<Configs>(p, device, p.normed.x != nullptr);
+}
+
 /// Whether run() can take a NormedRow in place of x: one token, gathered from a Psumbook of fp16. Looks at no
 /// pointer.
 template <class Configs = DefaultConfigs, class X, class Y>
 [[nodiscard]] bool normalizes(const GemmProblem<X, Y>& p, const Device& device) {
-  return p.x.rows == 1 && p.weights.rows > 0 && regime_of<Configs>(p, device) == Regime::kGather &&
+  return p.x.rows == 1 && p.weights.rows > 0 &&
+         detail::regime_with<Configs>(p, device, true) == Regime::kGather &&
          detail::GatherRegime<typename Configs::Gather>::normalizes(p.weights, device);
 }
 

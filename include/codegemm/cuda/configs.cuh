@@ -52,7 +52,8 @@ using GatherConfigs = config_list<GatherM1V4G128, GatherM2V8G128, GatherM1V4G32,
 /// Members of a fused configuration, for mma.sync and wgmma alike:
 ///   kVecLen, kCodebooks, kSets  as above, v and m fixed; kSets / m * v is a multiple of 4
 ///   kCodeBytes   1, or 2 where b > 8: such codebooks stay in global memory
-///   kScaleSteps  PackedLayout::scale_steps from 2 on, or 0: any, slower
+///   kScaleSteps  PackedLayout::scale_steps, or 0: any, slower. 1 is for wgmma alone: in mma.sync it would be
+///                no faster than 0, which such a format needs beside it
 template <int V, int M, int ScaleSteps, int Sets = 4>
 struct Fused {
   /// @{ See above.
@@ -66,9 +67,23 @@ struct FusedWide {
   static constexpr int kVecLen = V, kCodebooks = M, kCodeBytes = 2, kSets = Sets, kScaleSteps = 0;  /// @}
 };
 
+using FusedM1V4G128 = Fused<4, 1, 3>;   ///< as GatherM1V4G128
+using FusedM2V8G128 = Fused<8, 2, 3>;   ///< as GatherM2V8G128
+using FusedM1V4G32 = Fused<4, 1, 1>;    ///< as GatherM1V4G32, wgmma alone
+using FusedM1V4 = Fused<4, 1, 0>;       ///< any g
+using FusedM2V8 = Fused<8, 2, 0>;       ///< any g
+using FusedM1V8Wide = FusedWide<8, 2>;  ///< AQLM's 1x16
+
 /// Best first; the formats of the paper, and AQLM's with codes of 16 bits.
 using FusedConfigs =
-    config_list<Fused<4, 1, 3>, Fused<8, 2, 3>, Fused<4, 1, 0>, Fused<8, 2, 0>, FusedWide<8, 2>>;
+    config_list<FusedM1V4G128, FusedM2V8G128, FusedM1V4G32, FusedM1V4, FusedM2V8, FusedM1V8Wide>;
+/// The same but FusedM1V4G32 for the preprocessor: DO(WITH, each).
+#define CODEGEMM_FUSED_CONFIGS(DO, WITH)                                                                     \
+  DO(WITH, FusedM1V4G128)                                                                                    \
+  DO(WITH, FusedM2V8G128)                                                                                    \
+  DO(WITH, FusedM1V4)                                                                                        \
+  DO(WITH, FusedM2V8)                                                                                        \
+  DO(WITH, FusedM1V8Wide)
 
 /// The rest of what a lane of packed weights can be with b <= 8: a program whose formats are among them puts
 /// these into its list.

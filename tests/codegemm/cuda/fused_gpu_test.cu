@@ -54,6 +54,18 @@ TEST_CASE("cuda gemm: wgmma with every token tile", "[gpu]") {
       for (const std::int64_t tokens : {1, 31, 100, 300}) {
         check<Half, Half>({{4, 1, 8, 128}, 300, 1032, tokens, true, 8, tuning}, device, seed++);
         check<BFloat16, BFloat16>({{8, 2, 8, 128}, 75, 776, tokens, true, 8, tuning}, device, seed++);
+        check<Half, Half>({{4, 1, 8, 32}, 300, 1032, tokens, false, 8, tuning}, device, seed++);
+      }
+    }
+    // Clusters that share a product's sum: with 8 of them a share is down to 8 tokens.
+    for (const int splits : {4, 8}) {
+      cuda::GemmTuning tuning;
+      tuning.token_tile = token_tile;
+      tuning.splits = splits;
+      for (const std::int64_t tokens : {33, 300}) {
+        check<Half, Half>({{4, 1, 8, 128}, 300, 2312, tokens, false, 8, tuning}, device, seed++);
+        check<BFloat16, float>({{8, 2, 8, 128}, 523, 2312, tokens, true, 8, tuning}, device, seed++);
+        check<Half, BFloat16>({{4, 1, 8, 32}, 300, 2056, tokens, true, 8, tuning}, device, seed++);
       }
     }
   }

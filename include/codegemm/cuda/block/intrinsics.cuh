@@ -107,20 +107,43 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return rank;
 }
 
-// One thread of a block tells one of another block of the grid, by a word in global memory, that what its
-// block wrote is there; its other threads meet it before.
+// One thread tells one of another block of the grid, by a word or byte in global memory, that what it and the
+// threads that it met before wrote is there.
 __device__ __forceinline__ void hand_over(unsigned* word) {
   asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(word) : "memory");
 }
-// Whole warps wait, lanes with `waits` for their word, which is 0 then as before. Where single lanes waited
-// in a loop, products whose barrier of a warpgroup came behind it hung.
-__device__ __forceinline__ void take_hand_over(unsigned* word, bool waits) {
+__device__ __forceinline__ void hand_over(unsigned char* byte) {
+  asm volatile("st.release.gpu.global.u8 [%0], %1;" ::"l"(byte), "r"(1) : "memory");
+}
+__device__ __forceinline__ unsigned handed_over(const unsigned* word) {
+  unsigned there;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(word) : "memory");
+  return there;
+}
+__device__ __forceinline__ unsigned handed_over(const unsigned char* byte) {
+  unsigned there;
+  asm volatile("ld.acquire.gpu.global.u8 %0, [%1];" : "=r"(there) : "l"(byte) : "memory");
+  return there;
+}
+// Whole warps wait, lanes with `waits` for their word or byte, which is 0 then as before. Where single lanes
+// waited in a loop, products whose barrier of a warpgroup came behind it hung.
+template <class Word>
+__device__ __forceinline__ void take_hand_over(Word* word, bool waits) {
   unsigned there = 1;
   do {
-    if (waits) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(word) : "memory");
+    if (waits) there = handed_over(word);
   } while (!__all_sync(0xFFFFFFFFU, there != 0));
   if (waits) *word = 0;  // for the next call
   __syncwarp();
+}
+// What is there then, from the second-level cache.
+__device__ __forceinline__ float4 load_handed_over(const float4* from) {
+  float4 out;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(out.x), "=f"(out.y), "=f"(out.z), "=f"(out.w)
+               : "l"(from)
+               : "memory");
+  return out;
 }
 
 // A barrier in shared memory at byte address `barrier` for one phase: it opens once `bytes` have been pushed

@@ -16,6 +16,7 @@
 #include <codegemm/cuda/kernels/fused_mma_args.cuh>
 #include <codegemm/cuda/kernels/fused_mma_copies.cuh>
 #include <codegemm/cuda/kernels/fused_mma_sums.cuh>
+#include <codegemm/cuda/kernels/fused_mma_x.cuh>
 
 namespace codegemm::cuda {
 
@@ -53,12 +54,11 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
   constexpr bool kWeightRows = Tokens == 8;  // of a product
   using SumScales = std::conditional_t<kWeightRows, detail::WeightScales,
                                        detail::SumScales<kOnSums ? Config::kScaleSteps : 2>>;
-  constexpr int kUnit = V < 4 ? 4 : V;          // k of a lane looked up at once
-  constexpr int kVectors = kUnit / V;           // vectors of it
-  constexpr int kSteps = kUnit / 4;             // products of it
-  constexpr int kChunkSteps = kLaneSpan / 4;    // products of a chunk
-  constexpr int kHalves = kWeightRows ? 1 : 2;  // tokens r, and r + 8
-  constexpr int kSums = kWeightRows ? 1 : 2;    // fragments of sums
+  constexpr int kUnit = V < 4 ? 4 : V;        // k of a lane looked up at once
+  constexpr int kVectors = kUnit / V;         // vectors of it
+  constexpr int kSteps = kUnit / 4;           // products of it
+  constexpr int kChunkSteps = kLaneSpan / 4;  // products of a chunk
+  constexpr int kSums = kWeightRows ? 1 : 2;  // fragments of sums
 
   // The table; codes of the warps' next tiles, [warp][stage], and their scales; what warps made of a group of
   // tiles, [2][tile][warp][token][16 rows]; where blocks or windows are added: the block's sums
@@ -243,50 +243,21 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
 
   int stage = 0;
   int half = 0;
-  // Fragments of x: the lane's four k of tokens r and r + 8. The words of a slab come while sums of the one
-  // before are added. In the order of the loads 16 tokens would cost four moves in front of every product.
-  unsigned words[4 * kChunkSteps][2 * kHalves] = {};
-  unsigned x[4 * kChunkSteps][2 * kHalves];
+  // Fragments of x. The words of a slab come while sums of the one before are added. In the order of the
+  // loads 16 tokens would cost four moves in front of every product.
+  using SlabOfX = detail::SlabOfX<Shape, Tokens>;
+  typename SlabOfX::Words words = {};
+  typename SlabOfX::Words x;
   const unsigned zero = static_cast<unsigned>(a.tokens) >> 31;
-  const auto for_words = [](auto&& fn) {
-#pragma unroll
-    for (int step = 0; step < 4 * kChunkSteps; ++step) {
-#pragma unroll
-      for (int i = 0; i < 2 * kHalves; ++i) fn(step, i);
-    }
-  };
-  const auto load_x = [&](int slab, auto whole) {
-    constexpr int kOf = kLaneSpan >= 8 ? 2 : 1;  // steps loaded at once
-    const int valid = a.cols - slab * Shape::kSlabSpan;
-#pragma unroll
-    for (int step = 0; step < 4 * kChunkSteps; step += kOf) {
-      const int k = (step / kChunkSteps * 4 + q) * kLaneSpan + step % kChunkSteps * 4;  // of the slab
-#pragma unroll
-      for (int i = 0; i < kHalves; ++i) {
-        unsigned of_token[kOf * 2];
-        // What is no token is the last one again: nobody stores its sums.
-        const std::uint16_t* const from =
-            a.x + min(r + 8 * i, a.tokens - 1) * a.x_stride + slab * Shape::kSlabSpan + k;
-        if constexpr (decltype(whole)::value) {
-          detail::load_fours<kOf>(from, 4 * kOf, true, of_token);
-        } else {
-          detail::load_fours<kOf>(from, min(valid - k, 4 * kOf), a.x_aligned, of_token);
-        }
-#pragma unroll
-        for (int s = 0; s < kOf; ++s) {
-          words[step + s][i] = of_token[s * 2];
-          words[step + s][kHalves + i] = of_token[s * 2 + 1];
-        }
-      }
-    }
-  };
   const auto ask_for_x = [&](int slab) {
     if (slab >= slab1) {
-      for_words([&](int step, int i) { words[step][i] = 0; });  // so that the old ones need no registers
+      // So that the old ones need no registers.
+      SlabOfX::for_words([&](int step, int i) { words[step][i] = 0; });
     } else if (a.x_aligned && a.cols - slab * Shape::kSlabSpan >= Shape::kSlabSpan) {
-      load_x(slab, std::true_type{});  // one branch for all loads, so that nothing stands between them
+      // One branch for all loads, so that nothing stands between them.
+      SlabOfX::load(a, slab, r, q, std::true_type{}, words);
     } else {
-      load_x(slab, std::false_type{});
+      SlabOfX::load(a, slab, r, q, std::false_type{}, words);
     }
   };
   ask_for_x(slab0 + warp);
@@ -297,7 +268,7 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
     const int slab = window + warp;
     const int warps = min(kWarps, slab1 - window);  // that have a slab
     const bool last_window = window + kWarps >= slab1;
-    for_words([&](int step, int i) {
+    SlabOfX::for_words([&](int step, int i) {
       x[step][i] = Tokens == 16 ? detail::or_here(words[step][i], zero) : words[step][i];
     });
     [[maybe_unused]] const int half_tile = half * a.rows.half_tiles;
@@ -445,7 +416,8 @@ __global__ void __launch_bounds__(kFusedMmaThreads, 1)
       if (more) add_group(group), group += most_tiles;
     }
     if (Gated && last_window && half == 0 && window == slab0) {
-      for_words([&](int step, int i) { words[step][i] = x[step][i]; });  // the same for the other half
+      // The same for the other half.
+      SlabOfX::for_words([&](int step, int i) { words[step][i] = x[step][i]; });
     } else {
       ask_for_x(!last_window ? slab + kWarps : Gated && half == 0 ? slab0 + warp : slab1);
     }

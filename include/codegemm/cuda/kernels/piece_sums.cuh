@@ -101,42 +101,51 @@ struct PieceSums {
   // Of even pieces: this cluster's share of the tokens, whose number is returned, comes to the front of d
   // and is added up, own sums first, then those of the first piece on.
   __device__ __forceinline__ int share(float (&d)[TokenTile / 2]) const {
-    const unsigned x_at = static_cast<unsigned>(__cvta_generic_to_shared(x_memory));
-    const int count = a.schedule.even_pieces;
-    const int own = cluster % count;
-    const int first = cluster - own;
-    const int fours = kFours / count;
-    const int own_four = own * fours;
-    float4* const to = partials_of(slot_of(cluster));
-#pragma unroll
-    for (int e = 0; e < kFours; ++e) {
-      if (e < own_four || e >= own_four + fours) __stcg(to + e * 128, four(d, e));
+    switch (a.schedule.even_pieces) {
+      case 2: return share_of<2>(d);
+      case 4: return share_of<4>(d);
+      default: return share_of<kMostEvenPieces>(d);
     }
-    wait_for_multipliers<2>();  // and nobody reads x any more
-    if (in_first_warp()) {
-      const int other = static_cast<int>(threadIdx.x % 32);
-      const bool waits = other < count && other != own;
-      if (waits) detail::hand_over(a.handed_over + slot_of(cluster) * kMostEvenPieces + other);
+  }
+
+ private:
+  // A warp's sums go to the same warp of other blocks, so that it waits for none of its own block.
+  template <int Count>
+  __device__ __forceinline__ int share_of(float (&d)[TokenTile / 2]) const {
+    const int own = cluster % Count;
+    if constexpr (Count <= kFours) {
+      constexpr int kShare = kFours / Count;
+      const int first = cluster - own;
+      float4* const to = partials_of(slot_of(cluster));
+#pragma unroll
+      for (int e = 0; e < kFours; ++e) {
+        if (e / kShare != own) __stcg(to + e * 128, four(d, e));
+      }
       __syncwarp();
-      take_hand_over(a.handed_over + slot_of(first + (waits ? other : 0)) * kMostEvenPieces + own, waits);
-    }
-    move_share<kFours / 2>(d, own_four);
-    wait_for_warpgroup(group);
-#pragma unroll 1
-    for (int piece = 0, at = 0; piece < count; ++piece) {
-      if (piece == own) continue;
-      const float4* const from = partials_of(slot_of(first + piece)) + own_four * 128;
-      for (int e = 0; e < fours; ++e, ++at) copy_16_bytes(x_at + place(at), from + e * 128);
-    }
-    commit_copies();
-    wait_for_copies<0>();
-#pragma unroll 1
-    for (int i = 0; i < count - 1; ++i) {
-      const char* const from = x_memory + place(i * fours);
+      const int warp = static_cast<int>(threadIdx.x) % 128 / 32;
+      const int other = static_cast<int>(threadIdx.x) % 32;
+      const bool waits = other < Count && other != own;
+      auto* const flags = reinterpret_cast<unsigned char*>(a.handed_over) + warp;
+      constexpr int kOfSlot = kMostEvenPieces * 4;
+      if (waits) detail::hand_over(flags + slot_of(cluster) * kOfSlot + other * 4);
+      __syncwarp();
+      take_hand_over(flags + slot_of(first + (waits ? other : 0)) * kOfSlot + own * 4, waits);
+      move_share<kFours / 2>(d, own * kShare);
+      float4 in[Count - 1][kShare];
 #pragma unroll
-      for (int e = 0; e < kFours / 2; ++e) {
-        if (e == fours) break;
-        add_four(d, e, from + e * 4096);
+      for (int i = 0; i < Count - 1; ++i) {
+        const float4* const from =
+            partials_of(slot_of(first + i + (i >= own ? 1 : 0))) + own * (kShare * 128);
+#pragma unroll
+        for (int e = 0; e < kShare; ++e) in[i][e] = load_handed_over(from + e * 128);
+      }
+#pragma unroll
+      for (int i = 0; i < Count - 1; ++i) {
+#pragma unroll
+        for (int e = 0; e < kShare; ++e) {
+          const float4 more = in[i][e];
+          d[e * 4] += more.x, d[e * 4 + 1] += more.y, d[e * 4 + 2] += more.z, d[e * 4 + 3] += more.w;
+        }
       }
     }
     return own;

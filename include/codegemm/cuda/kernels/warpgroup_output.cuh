@@ -38,6 +38,17 @@ struct WarpgroupOutput {
   template <PairType Type, int Sums>
   __device__ __forceinline__ void store(const Output& o, int row, int first_token, int tokens,
                                         const float (&d)[Sums]) const {
+    if (o.residual != nullptr)
+      store<Type, true>(o, row, first_token, tokens, d);
+    else
+      store<Type, false>(o, row, first_token, tokens, d);
+  }
+
+ private:
+  // Every instruction runs once and comes from afar: the fewer the better.
+  template <PairType Type, bool Residual, int Sums>
+  __device__ __forceinline__ void store(const Output& o, int row, int first_token, int tokens,
+                                        const float (&d)[Sums]) const {
     constexpr unsigned kBuffer = 2048;
     constexpr int kSteps = Sums / 8;
     const int thread = static_cast<int>(threadIdx.x) % 128;
@@ -63,8 +74,8 @@ struct WarpgroupOutput {
         shared + static_cast<unsigned>(token_of_thread * 128 + (thread % 8 ^ (token_of_thread % 8)) * 16);
     const auto put = [&](int step) {
       const unsigned buffer = static_cast<unsigned>(step % 2) * kBuffer;
-      unsigned pairs[4] = {};
-      if (o.residual != nullptr) {  // the other way: from lines to fragments
+      unsigned pairs[4];
+      if constexpr (Residual) {  // the other way: from lines to fragments
         const int token = first_token + step * 16 + token_of_thread;
         uint4 more = {};
         if (token < tokens) {
@@ -82,9 +93,13 @@ struct WarpgroupOutput {
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 more = o.residual != nullptr ? unpack_pair_of<Type>(pairs[i]) : make_float2(0.0F, 0.0F);
-        pairs[i] = pack_pair<Type>(d[step * 8 + i * 2] * scale[i % 2] + bias[i % 2] + more.x,
-                                   d[step * 8 + i * 2 + 1] * scale[i % 2] + bias[i % 2] + more.y);
+        float2 sum = make_float2(d[step * 8 + i * 2] * scale[i % 2] + bias[i % 2],
+                                 d[step * 8 + i * 2 + 1] * scale[i % 2] + bias[i % 2]);
+        if constexpr (Residual) {
+          const float2 more = unpack_pair_of<Type>(pairs[i]);
+          sum.x += more.x, sum.y += more.y;
+        }
+        pairs[i] = pack_pair<Type>(sum.x, sum.y);
       }
       asm volatile(
           "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to_shared + buffer),

@@ -10,10 +10,8 @@
 #include <cstdint>
 
 #include <codegemm/base/config_list.hpp>
-#include <codegemm/cuda/kernels/fused_mma.cuh>
-#include <codegemm/cuda/kernels/fused_mma_tile.cuh>
-#include <codegemm/cuda/launch.cuh>
 #include <codegemm/cuda/problem.cuh>
+#include <codegemm/cuda/regimes/fused_mma_kernels.cuh>
 #include <codegemm/cuda/regimes/fused_mma_plan.hpp>
 
 namespace codegemm::cuda::detail {
@@ -31,11 +29,14 @@ struct FusedMmaRegime {
           using Config = decltype(c);
           const int steps = w.layout.scale_steps;
           return c.kVecLen == w.format.v && c.kCodebooks == w.format.m && c.kSets == w.layout.sets &&
-                 c.kCodeBytes == w.layout.code_bytes && (c.kScaleSteps == 0 || c.kScaleSteps == steps) &&
-                 w.cols > 0 && w.layout.bytes < (std::size_t{1} << 32) &&
+                 c.kCodeBytes == w.layout.code_bytes && c.kScaleSteps != kWgmmaAlone &&
+                 (c.kScaleSteps == 0 || c.kScaleSteps == steps) && w.cols > 0 &&
+                 w.layout.bytes < (std::size_t{1} << 32) &&
                  plan<Config, 8>(w, device, gated, tuning).splits > 0;
         },
-        fn);
+        [&](auto c) {
+          if constexpr (c.kScaleSteps != kWgmmaAlone) fn(c);  // no kernel of the others is compiled
+        });
   }
 
   template <class Config, int Tokens>
@@ -105,6 +106,7 @@ struct FusedMmaRegime {
   }
 
  private:
+  static constexpr int kWgmmaAlone = 1;  // kScaleSteps, see configs.cuh
   static constexpr int kLeastBlockSums = 8192;
 
   template <class Config, class X, class Y>
@@ -164,7 +166,7 @@ struct FusedMmaRegime {
     shape.overlap = p.overlap && device.arch >= 90;
     constexpr PairType kPairs =
         ScalarOf<X>::kType == ScalarType::kHalf ? PairType::kHalf : PairType::kBFloat16;
-    return launch(fused_mma_tile_kernel<Config, kPairs, Gated>, shape, args, stream);
+    return FusedMmaKernels<Config, kPairs, Gated>::run_tiles(shape, args, stream);
   }
 
   template <class Config, int Tokens, class X, class Y>
@@ -208,9 +210,9 @@ struct FusedMmaRegime {
     constexpr PairType kPairs =
         ScalarOf<X>::kType == ScalarType::kHalf ? PairType::kHalf : PairType::kBFloat16;
     if constexpr (SwiGlu) {
-      if (gated(p)) return launch(fused_mma_kernel<Config, kPairs, Tokens, true>, shape, args, stream);
+      if (gated(p)) return FusedMmaKernels<Config, kPairs, true>::template run<Tokens>(shape, args, stream);
     }
-    return launch(fused_mma_kernel<Config, kPairs, Tokens, false>, shape, args, stream);
+    return FusedMmaKernels<Config, kPairs, false>::template run<Tokens>(shape, args, stream);
   }
 };
 

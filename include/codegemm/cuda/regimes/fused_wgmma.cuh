@@ -11,9 +11,8 @@
 #include <cuda.h>
 
 #include <codegemm/base/config_list.hpp>
-#include <codegemm/cuda/kernels/fused_wgmma.cuh>
-#include <codegemm/cuda/launch.cuh>
 #include <codegemm/cuda/problem.cuh>
+#include <codegemm/cuda/regimes/fused_wgmma_kernels.cuh>
 #include <codegemm/cuda/regimes/fused_wgmma_plan.hpp>
 #include <codegemm/cuda/tensor_map.cuh>
 
@@ -83,16 +82,7 @@ struct FusedWgmmaRegime {
       using Config = decltype(c);
       const FusedWgmmaPlan plan =
           FusedWgmmaRegime::plan<Config>(p.weights, p.x.rows, device, gated(p), p.tuning);
-      switch (plan.token_tile) {
-        case 32: static_cast<void>(status = launch_tile<Config, 32>(p, plan, workspace, stream)); break;
-        case 64: static_cast<void>(status = launch_tile<Config, 64>(p, plan, workspace, stream)); break;
-        case 128:
-          static_cast<void>(status = plan.groups == 3
-                                         ? launch_tile<Config, 128, 3>(p, plan, workspace, stream)
-                                         : launch_tile<Config, 128>(p, plan, workspace, stream));
-          break;
-        default: static_cast<void>(status = launch_tile<Config, 256>(p, plan, workspace, stream)); break;
-      }
+      static_cast<void>(status = launch_tile<Config>(p, plan, workspace, stream));
     }));
     return status;
   }
@@ -122,12 +112,12 @@ struct FusedWgmmaRegime {
     return {};
   }
 
-  template <class Config, int TokenTile, int Groups = 2, class X, class Y>
+  template <class Config, class X, class Y>
   [[nodiscard]] static Status launch_tile(const GemmProblem<X, Y>& p, const FusedWgmmaPlan& plan,
                                           void* workspace, cudaStream_t stream) {
     const DevicePackedView& w = p.weights;
     FusedWgmmaArgs args;
-    if (Status status = describe(p.x, TokenTile, args.x); !status.ok()) return status;
+    if (Status status = describe(p.x, plan.token_tile, args.x); !status.ok()) return status;
     const auto* const base = reinterpret_cast<const unsigned char*>(w.data);
     args.tiles = base + w.layout.tiles_at;
     args.codebooks = reinterpret_cast<const std::uint16_t*>(base + w.layout.codebooks_at);
@@ -148,16 +138,20 @@ struct FusedWgmmaRegime {
     args.out = output_of(p);
     LaunchShape shape;
     shape.grid = dim3(static_cast<unsigned>(2 * plan.schedule.clusters));
-    shape.threads = FusedWgmmaShape<Config, TokenTile, Groups>::kThreads;
+    shape.threads =
+        plan.groups == 3 ? FusedWgmmaShape<Config, 128, 3>::kThreads : FusedWgmmaShape<Config, 128>::kThreads;
     shape.shared_bytes = plan.shared_bytes;
     shape.cluster = 2;
     shape.overlap = p.overlap;
     constexpr PairType kPairs =
         ScalarOf<X>::kType == ScalarType::kHalf ? PairType::kHalf : PairType::kBFloat16;
-    if constexpr (SwiGlu && Groups == 2) {
-      if (gated(p)) return launch(fused_wgmma_kernel<Config, kPairs, TokenTile, true>, shape, args, stream);
+    if constexpr (SwiGlu) {
+      if (gated(p)) {
+        return FusedWgmmaKernels<Config, kPairs, true>::run(plan.token_tile, plan.groups, shape, args,
+                                                            stream);
+      }
     }
-    return launch(fused_wgmma_kernel<Config, kPairs, TokenTile, false, Groups>, shape, args, stream);
+    return FusedWgmmaKernels<Config, kPairs, false>::run(plan.token_tile, plan.groups, shape, args, stream);
   }
 };
 

@@ -9,9 +9,8 @@
 #include <cstdint>
 
 #include <codegemm/base/config_list.hpp>
-#include <codegemm/cuda/kernels/gather.cuh>
-#include <codegemm/cuda/launch.cuh>
 #include <codegemm/cuda/problem.cuh>
+#include <codegemm/cuda/regimes/gather_kernels.cuh>
 #include <codegemm/cuda/regimes/gather_plan.hpp>
 
 namespace codegemm::cuda::detail {
@@ -66,12 +65,13 @@ struct GatherRegime {
   }
 
   /// Whether this is faster than mma.sync although there is at most a row tile for each multiprocessor: where
-  /// each block builds one Psumbook of fp16.
+  /// each block builds one Psumbook of fp16, and mma.sync would look up two centroids for each of its words.
   [[nodiscard]] static bool suits_few_rows(const DevicePackedView& w, const Device& device) {
     bool suits = false;
     static_cast<void>(match(w, device, [&](auto c) {
       using Config = decltype(c);
-      suits = kHalfPsumbook<Config> && plan<Config, 1>(w, device, false, {}).granules_per_block == 1;
+      suits = kHalfPsumbook<Config> && Config::kCodebooks > 1 &&
+              plan<Config, 1>(w, device, false, {}).granules_per_block == 1;
     }));
     return suits;
   }
@@ -206,12 +206,7 @@ struct GatherRegime {
     shape.shared_bytes = plan.shared_bytes;
     shape.cluster = plan.cluster ? static_cast<unsigned>(plan.ranks) : 0;
     shape.overlap = p.overlap && device.arch >= 90;
-    if constexpr (Config::kThreads == Narrow<Config>::kThreads) {
-      return launch(gather_kernel<Config, Tokens, true>, shape, args, stream);
-    } else {
-      return plan.cluster ? launch(gather_kernel<Config, Tokens, true>, shape, args, stream)
-                          : launch(gather_kernel<Config, Tokens, false>, shape, args, stream);
-    }
+    return GatherKernels<Config, Tokens>::run(plan.cluster, shape, args, stream);
   }
 };
 

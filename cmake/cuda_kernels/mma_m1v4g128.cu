@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// cmake/cuda_kernels/mma_m1v4g128.cu - FusedM1V4G128 on mma.sync, compiled once (see precompiled.hpp).
+#include <codegemm/cuda/regimes/fused_mma_kernels.cuh>
+
+namespace codegemm::cuda::detail {
+CODEGEMM_FUSED_MMA_KERNELS(, FusedM1V4G128)
+}

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// cmake/cuda_kernels/mma_m1v8_wide.cu - FusedM1V8Wide on mma.sync, compiled once (see precompiled.hpp).
+#include <codegemm/cuda/regimes/fused_mma_kernels.cuh>
+
+namespace codegemm::cuda::detail {
+CODEGEMM_FUSED_MMA_KERNELS(, FusedM1V8Wide)
+}

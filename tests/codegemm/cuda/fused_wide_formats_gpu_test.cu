@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// tests/codegemm/cuda/fused_wide_formats_gpu_test.cu - codes of two bytes on tensor cores.
+#include "check_formats.cuh"
+
+namespace codegemm::test {
+namespace {
+
+struct WideCodes {
+  using Gather = config_list<>;
+  using Fused = cuda::MoreWideConfigs;
+  static constexpr bool kSwiGlu = false;
+};
+
+TEST_CASE("cuda gemm: codes of two bytes with every vector length, and two codebooks of them", "[gpu]") {
+  check_formats<WideCodes>({9, 12, 16}, {1, 3, 14, 70}, seed_or(1000));
+}
+
+}  // namespace
+}  // namespace codegemm::test
