@@ -52,39 +52,33 @@ function(codegemm_own target)
   set_target_properties(${target} PROPERTIES CXX_EXTENSIONS OFF CUDA_EXTENSIONS OFF)
 endfunction()
 
-# The CPU kernels, compiled once for whatever this project builds for itself.
-function(codegemm_add_cpu_kernels)
-  if(TARGET codegemm_cpu_kernels)
-    return()
-  endif()
-  add_library(codegemm_cpu_kernels STATIC ${PROJECT_SOURCE_DIR}/cmake/cpu_kernels.cpp)
-  target_link_libraries(codegemm_cpu_kernels PUBLIC codegemm::codegemm)
-  target_compile_definitions(codegemm_cpu_kernels INTERFACE CODEGEMM_PRECOMPILED)
-  # The shared library takes them in, too, and shows none of them.
-  set_target_properties(codegemm_cpu_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden
-                        VISIBILITY_INLINES_HIDDEN ON)
+# codegemm_add_kernels(NAME LIBRARY DEFINITION FILES...): kernels of a library, compiled once for whatever this project
+# builds for itself. The shared library takes them in, too, and shows none of them.
+function(codegemm_add_kernels name library definition)
+  add_library(${name} STATIC ${ARGN})
+  target_link_libraries(${name} PUBLIC ${library})
+  target_compile_definitions(${name} INTERFACE ${definition})
+  set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden
+                        CUDA_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
   if(CODEGEMM_BUILD_TESTS)
-    codegemm_own(codegemm_cpu_kernels ASSERTS)
+    codegemm_own(${name} ASSERTS)
   else()
-    codegemm_own(codegemm_cpu_kernels)
+    codegemm_own(${name})
   endif()
 endfunction()
 
-# The GPU kernels of DefaultConfigs, the same, a file for each kind and format.
-function(codegemm_add_cuda_kernels)
-  if(TARGET codegemm_cuda_kernels)
-    return()
+function(codegemm_add_cpu_kernels)
+  if(NOT TARGET codegemm_cpu_kernels)
+    codegemm_add_kernels(codegemm_cpu_kernels codegemm::codegemm CODEGEMM_PRECOMPILED
+                         ${PROJECT_SOURCE_DIR}/cmake/cpu_kernels.cpp)
   endif()
-  file(GLOB files CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/cmake/cuda_kernels/*.cu)
-  add_library(codegemm_cuda_kernels STATIC ${files})
-  target_link_libraries(codegemm_cuda_kernels PUBLIC codegemm::cuda)
-  target_compile_definitions(codegemm_cuda_kernels INTERFACE CODEGEMM_PRECOMPILED_CUDA)
-  set_target_properties(codegemm_cuda_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden
-                        VISIBILITY_INLINES_HIDDEN ON)
-  if(CODEGEMM_BUILD_TESTS)
-    codegemm_own(codegemm_cuda_kernels ASSERTS)
-  else()
-    codegemm_own(codegemm_cuda_kernels)
+endfunction()
+
+# A file for each kind of kernel and format.
+function(codegemm_add_cuda_kernels)
+  if(NOT TARGET codegemm_cuda_kernels)
+    file(GLOB files CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/cmake/cuda_kernels/*.cu)
+    codegemm_add_kernels(codegemm_cuda_kernels codegemm::cuda CODEGEMM_PRECOMPILED_CUDA ${files})
   endif()
 endfunction()
 

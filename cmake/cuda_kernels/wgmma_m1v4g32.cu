@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// cmake/cuda_kernels/wgmma_m1v4g32.cu - FusedM1V4G32 on wgmma, compiled once (see precompiled.hpp).
+// cmake/cuda_kernels/wgmma_m1v4g32.cu - FusedM1V4G32 on wgmma, compiled once (see configs.cuh).
 #include <codegemm/cuda/regimes/fused_wgmma_kernels.cuh>
 
 namespace codegemm::cuda::detail {

@@ -50,7 +50,7 @@ template <class Configs, class X, class Y>
   const bool wgmma = may(Regime::kFusedWgmma) && FusedWgmma::serves(p, device);
   // With at most a row tile for each multiprocessor, building Psumbooks is most of the work.
   const bool few_rows = w.layout.row_tiles <= device.multiprocessors &&
-                        !(gather && p.x.rows == 1 && (normed || Gather::suits_few_rows(w, device)));
+                        !(gather && p.x.rows == 1 && Gather::suits_few_rows(w, device, normed));
   const LastTokens last =
       last_tokens(w.format, w.rows, w.cols, {device.arch, device.multiprocessors, device.memory_bits});
   // Tokens gathered one by one are slower than mma.sync.

@@ -15,6 +15,12 @@
 //                       token (kHalf: 16 KiB)
 //   kHalf               (or none) true: the Psumbook is a HalfPsumbook, see there what it serves
 // Up to how many tokens a regime is used lies in crossovers.hpp.
+//
+// The kernels of DefaultConfigs take nvcc minutes, in each file that calls gemm.cuh's functions. A program of
+// several files may compile them once, side by side, as cmake/cuda_kernels/*.cu do: each includes a header of
+// codegemm/cuda/regimes and instantiates its kernels, by CODEGEMM_GATHER_KERNELS() and so on. The other files
+// define CODEGEMM_PRECOMPILED_CUDA and compile in seconds. Configurations that a program lists itself compile
+// as ever. A new row of DefaultConfigs does, too, until it stands in the lists for the preprocessor as well.
 #pragma once
 
 #include <codegemm/base/config_list.hpp>

@@ -27,6 +27,14 @@ struct Case {
   bool gated = false;                    // SwiGLU
 };
 
+// Tensor cores alone, for products that do not end in SwiGLU: half of the kernels to compile.
+template <class List>
+struct FusedAlone {
+  using Gather = config_list<>;
+  using Fused = List;
+  static constexpr bool kSwiGlu = false;
+};
+
 constexpr cuda::Regime kRegimes[] = {cuda::Regime::kGather, cuda::Regime::kFusedMma,
                                      cuda::Regime::kFusedWgmma};
 

@@ -15,9 +15,7 @@ struct Configs {
 };
 // [guide: end]
 
-struct ShortVectors : Configs {
-  using Fused = decltype(vectors_of<2, 4>(Configs::Fused{}));
-};
+using ShortVectors = FusedAlone<decltype(vectors_of<2, 4>(Configs::Fused{}))>;
 
 TEST_CASE("cuda gemm: every number of codebooks on tensor cores, short vectors", "[gpu]") {
   check_formats<ShortVectors>({4, 7, 8}, {3, 14, 70}, seed_or(1));

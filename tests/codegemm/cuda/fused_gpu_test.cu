@@ -9,11 +9,7 @@
 namespace codegemm::test {
 namespace {
 
-struct Configs {
-  using Gather = config_list<>;
-  using Fused = cuda::FusedConfigs;
-  static constexpr bool kSwiGlu = false;
-};
+using Configs = FusedAlone<cuda::FusedConfigs>;
 
 template <class X, class Y>
 int check(const Case& c, const cuda::Device& device, std::uint64_t seed) {

@@ -7,11 +7,7 @@
 namespace codegemm::test {
 namespace {
 
-struct LongVectors {
-  using Gather = config_list<>;
-  using Fused = decltype(vectors_of<8, 16>(cuda::MoreFusedConfigs{}));
-  static constexpr bool kSwiGlu = false;
-};
+using LongVectors = FusedAlone<decltype(vectors_of<8, 16>(cuda::MoreFusedConfigs{}))>;
 
 TEST_CASE("cuda gemm: every number of codebooks on tensor cores, long vectors", "[gpu]") {
   check_formats<LongVectors>({4, 7, 8}, {3, 14, 70}, seed_or(500));

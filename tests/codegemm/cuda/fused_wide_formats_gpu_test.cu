@@ -6,14 +6,8 @@
 namespace codegemm::test {
 namespace {
 
-struct WideCodes {
-  using Gather = config_list<>;
-  using Fused = cuda::MoreWideConfigs;
-  static constexpr bool kSwiGlu = false;
-};
-
 TEST_CASE("cuda gemm: codes of two bytes with every vector length, and two codebooks of them", "[gpu]") {
-  check_formats<WideCodes>({9, 12, 16}, {1, 3, 14, 70}, seed_or(1000));
+  check_formats<FusedAlone<cuda::MoreWideConfigs>>({9, 12, 16}, {1, 3, 14, 70}, seed_or(1000));
 }
 
 }  // namespace

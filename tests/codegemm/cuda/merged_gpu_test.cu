@@ -13,11 +13,7 @@ namespace {
 
 using cuda::DefaultConfigs;
 
-struct WithoutSwiGlu {
-  using Gather = config_list<>;
-  using Fused = config_list<cuda::Fused<4, 1, 3>>;
-  static constexpr bool kSwiGlu = false;
-};
+using WithoutSwiGlu = FusedAlone<config_list<cuda::FusedM1V4G128>>;
 
 TEST_CASE("cuda gemm: merged matrices, each with its own codebooks", "[gpu]") {
   const cuda::Device device = gpu_or_skip();

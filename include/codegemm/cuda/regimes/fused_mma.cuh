@@ -210,9 +210,9 @@ struct FusedMmaRegime {
     constexpr PairType kPairs =
         ScalarOf<X>::kType == ScalarType::kHalf ? PairType::kHalf : PairType::kBFloat16;
     if constexpr (SwiGlu) {
-      if (gated(p)) return FusedMmaKernels<Config, kPairs, true>::template run<Tokens>(shape, args, stream);
+      if (gated(p)) return FusedMmaKernels<Config, kPairs, true>::run(Tokens, shape, args, stream);
     }
-    return FusedMmaKernels<Config, kPairs, false>::template run<Tokens>(shape, args, stream);
+    return FusedMmaKernels<Config, kPairs, false>::run(Tokens, shape, args, stream);
   }
 };
 

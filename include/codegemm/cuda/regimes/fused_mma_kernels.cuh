@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // codegemm/cuda/regimes/fused_mma_kernels.cuh - starts the kernels on mma.sync. They are compiled with the
-// functions here, in every file or once for a program (see precompiled.hpp).
+// functions here, in every file or once for a program (see configs.cuh).
 // Layer: cuda/regimes (host, needs nvcc).
 #pragma once
 
@@ -11,34 +11,25 @@
 #include <codegemm/cuda/kernels/fused_mma.cuh>
 #include <codegemm/cuda/kernels/fused_mma_tile.cuh>
 #include <codegemm/cuda/launch.cuh>
-#include <codegemm/cuda/precompiled.hpp>
 
 namespace codegemm::cuda::detail {
 
 /// The kernels of a configuration for x of fp16 or bf16, with SwiGLU or without.
 template <class Config, PairType Pairs, bool Gated>
 struct FusedMmaKernels {
-  /// Tokens: 8 or 16.
-  template <int Tokens>
-  [[nodiscard]] static Status run(const LaunchShape& shape, const FusedMmaArgs& args, cudaStream_t stream) {
-    return Tokens == 8 ? run_8(shape, args, stream) : run_16(shape, args, stream);
-  }
-  [[nodiscard]] static Status run_8(const LaunchShape& shape, const FusedMmaArgs& args, cudaStream_t stream);
-  [[nodiscard]] static Status run_16(const LaunchShape& shape, const FusedMmaArgs& args, cudaStream_t stream);
+  /// tokens: of the kernel, 8 or 16.
+  [[nodiscard]] static Status run(int tokens, const LaunchShape& shape, const FusedMmaArgs& args,
+                                  cudaStream_t stream);
   [[nodiscard]] static Status run_tiles(const LaunchShape& shape, const FusedMmaTileArgs& args,
                                         cudaStream_t stream);
 };
 
 // Not inline, so that an instantiation elsewhere is enough.
 template <class Config, PairType Pairs, bool Gated>
-Status FusedMmaKernels<Config, Pairs, Gated>::run_8(const LaunchShape& shape, const FusedMmaArgs& args,
-                                                    cudaStream_t stream) {
-  return launch(fused_mma_kernel<Config, Pairs, 8, Gated>, shape, args, stream);
-}
-template <class Config, PairType Pairs, bool Gated>
-Status FusedMmaKernels<Config, Pairs, Gated>::run_16(const LaunchShape& shape, const FusedMmaArgs& args,
-                                                     cudaStream_t stream) {
-  return launch(fused_mma_kernel<Config, Pairs, 16, Gated>, shape, args, stream);
+Status FusedMmaKernels<Config, Pairs, Gated>::run(int tokens, const LaunchShape& shape,
+                                                  const FusedMmaArgs& args, cudaStream_t stream) {
+  return tokens == 8 ? launch(fused_mma_kernel<Config, Pairs, 8, Gated>, shape, args, stream)
+                     : launch(fused_mma_kernel<Config, Pairs, 16, Gated>, shape, args, stream);
 }
 template <class Config, PairType Pairs, bool Gated>
 Status FusedMmaKernels<Config, Pairs, Gated>::run_tiles(const LaunchShape& shape,

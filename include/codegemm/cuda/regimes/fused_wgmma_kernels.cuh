@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // codegemm/cuda/regimes/fused_wgmma_kernels.cuh - starts the kernels on wgmma. They are compiled with the
-// function here, in every file or once for a program (see precompiled.hpp).
+// function here, in every file or once for a program (see configs.cuh).
 // Layer: cuda/regimes (host, needs nvcc).
 #pragma once
 
@@ -10,7 +10,6 @@
 #include <codegemm/cuda/configs.cuh>
 #include <codegemm/cuda/kernels/fused_wgmma.cuh>
 #include <codegemm/cuda/launch.cuh>
-#include <codegemm/cuda/precompiled.hpp>
 
 namespace codegemm::cuda::detail {
 

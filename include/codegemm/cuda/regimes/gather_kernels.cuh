@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // codegemm/cuda/regimes/gather_kernels.cuh - starts the kernels that gather from Psumbooks. They are compiled
-// with the functions here, in every file or once for a program (see precompiled.hpp).
+// with the functions here, in every file or once for a program (see configs.cuh).
 // Layer: cuda/regimes (host, needs nvcc).
 #pragma once
 
@@ -10,7 +10,6 @@
 #include <codegemm/cuda/configs.cuh>
 #include <codegemm/cuda/kernels/gather.cuh>
 #include <codegemm/cuda/launch.cuh>
-#include <codegemm/cuda/precompiled.hpp>
 
 namespace codegemm::cuda::detail {
 
