@@ -11,45 +11,36 @@
 
 #define CHECK(ok, why)                                                                                       \
   if (!(ok)) return std::printf("%s\n", why), 1
-
 // [guide: cuda_formats]
-// The formats that the program multiplies by. The default has them all, and takes minutes to compile.
-struct Formats {
+struct Formats {  // that the program multiplies by; the default has them all, and takes minutes to compile
   using Gather = codegemm::config_list<codegemm::cuda::GatherM1V4G128>;  // few tokens
   using Fused = codegemm::config_list<codegemm::cuda::Fused<4, 1, 3>>;   // more
   static constexpr bool kSwiGlu = false;
 };
 // [guide: end]
-
 int main() {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) return std::puts("SKIPPED: no GPU"), 4;
+  if (int n = 0; cudaGetDeviceCount(&n) != cudaSuccess || n == 0) return std::puts("SKIPPED: no GPU"), 4;
   const auto device = codegemm::cuda::query_device(0);  // once, when the program starts
   CHECK(device.ok(), device.status().message().c_str());
-  // A 4096 x 4096 matrix at 2.125 bits a weight; a checkpoint reader or a quantizer would fill it.
-  auto w = codegemm::QuantizedMatrix::create(codegemm::Format{4, 1, 8, 128}, 4096, 4096);
+  auto w = codegemm::QuantizedMatrix::create(codegemm::Format{4, 1, 8, 128}, 4096, 4096);  // m1v4g128
   CHECK(w.ok(), w.status().message().c_str());
   for (auto& word : w->codes()) word = static_cast<std::uint32_t>(std::rand()) * 2U;
   for (auto& c : w->codebooks()) c = codegemm::Half::from_float(static_cast<float>(std::rand() % 201) - 100);
-  for (auto& scale : w->scales()) scale = codegemm::Half::from_float(0.0002F);
-
+  for (auto& scale : w->scales()) scale = codegemm::Half::from_float(0.0002F);  // a file would have them
   // [guide: cuda_pack]
   // Into the kernels' layout, and to the device: memory is the caller's.
   const auto packed = codegemm::cuda::pack(w->view());
   CHECK(packed.ok(), packed.status().message().c_str());
   void* weights = nullptr;
   __half *x = nullptr, *y = nullptr;
-  CHECK(cudaMalloc(&weights, packed->bytes().size()) == cudaSuccess &&
-            cudaMalloc(&x, 4096 * 2) == cudaSuccess && cudaMalloc(&y, 4096 * 2) == cudaSuccess,
-        "out of device memory");
+  CHECK(cudaMalloc(&weights, packed->bytes().size()) == cudaSuccess, "out of device memory");
+  CHECK(cudaMalloc(&x, 8192) == cudaSuccess && cudaMalloc(&y, 8192) == cudaSuccess, "out of device memory");
   cudaMemcpy(weights, packed->bytes().data(), packed->bytes().size(), cudaMemcpyHostToDevice);
   // [guide: end]
   std::vector<codegemm::Half> values(4096, codegemm::Half::from_float(0.5F));
   cudaMemcpy(x, values.data(), 4096 * 2, cudaMemcpyHostToDevice);
-
   // [guide: cuda_run]
-  // y[1][4096] = x[1][4096] W^T
-  codegemm::cuda::GemmProblem<__half, __half> problem;
+  codegemm::cuda::GemmProblem<__half, __half> problem;  // y[1][4096] = x[1][4096] W^T
   problem.weights = packed->view(weights);
   problem.x = {x, 1, 4096};
   problem.y = {y, 1, 4096};

@@ -66,6 +66,11 @@ for file in "${text[@]}"; do
   head -n 4 "$file" | grep -q 'SPDX-License-Identifier: Apache-2.0' || fault "$file: has no SPDX line in its first four lines"
 done
 
+# The drop-in call on a GPU is a program that is read in one go.
+for file in examples/*_codegemm_gpu.cu; do
+  [[ ! -e $file ]] || (($(wc -l <"$file") < 60)) || fault "$file: has $(wc -l <"$file") lines, 60 are too many"
+done
+
 # The patterns are written so that this file does not match itself.
 found "unfinished work" '\b(TO''DO|FIX''ME|XX''X|HA''CK)\b' "${code[@]}"
 found "the path of somebody's machine" '(^|[^A-Za-z0-9_.}$/-])/(wo''rk|ro''ot|ho''me|Us''ers|mn''t)/' "${text[@]}"

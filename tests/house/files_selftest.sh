@@ -42,6 +42,7 @@ fi
 header=include/codegemm/a.hpp
 refuses tests/no_license_test.cpp 'int main() {}\n'
 refuses scripts.sh '#!/usr/bin/env bash\n'
+refuses examples/04_codegemm_gpu.cu "$spdx\n$(printf '//\\n%.0s' {1..59})"
 refuses $header '// TO''DO: later\n'
 refuses $header '// see /ho''me/somebody/notes\n'
 refuses $header '// see ../sha''red/notes\n'
