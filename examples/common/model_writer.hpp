@@ -72,7 +72,7 @@ namespace detail {
   Status first;
   for_each_linear(model, [&](const std::string& name, const DenseLinear& layer) {
     if (name == "lm_head" || !first.ok()) return;
-    static_cast<void>(first = codegemm::check_saved_shape(kind, name, format, layer.rows(), layer.cols()));
+    first = codegemm::check_saved_shape(kind, name, format, layer.rows(), layer.cols());
   });
   return first;
 }

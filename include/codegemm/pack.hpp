@@ -215,12 +215,21 @@ inline void pack_entry(const QuantizedMatrixView& w, std::int64_t j, std::int64_
 }
 
 // The same, but few vectors in an even number of equal tiles, which two workers share evenly, if such tiles
-// are at most an eighth larger.
-[[nodiscard]] inline std::int64_t choose_tile_vectors(Format f, std::int64_t vectors, bool lookup) {
+// are at most an eighth larger; and in one for each of the two where its 16-bit tables fit.
+[[nodiscard]] inline std::int64_t choose_tile_vectors(Format f, std::int64_t rows, std::int64_t vectors,
+                                                      bool lookup) {
   CODEGEMM_ASSERT(validate(f).ok());
   constexpr std::int64_t kFewTiles = 8;
   const std::int64_t tile = choose_grouped_tile(f, vectors, lookup);
-  if (!lookup || vectors % (2 * tile) == 0 || vectors > kFewTiles * tile) return tile;
+  if (!lookup) return tile;
+  const std::int64_t padded = (rows + kBlockRows - 1) / kBlockRows * kBlockRows;
+  const std::int64_t half = vectors / 2;
+  const std::int64_t table = std::int64_t{2} << f.b;  // bytes
+  if (vectors > tile && vectors % 2 == 0 && f.b > 4 && shares_k_by_two(f.b, padded, vectors * f.v) &&
+      half * f.m * table <= first_level_bytes() * 3 / 4) {
+    return half;
+  }
+  if (vectors % (2 * tile) == 0 || vectors > kFewTiles * tile) return tile;
   for (std::int64_t tiles = 2; tiles <= kFewTiles; tiles *= 2) {
     const std::int64_t equal = vectors / tiles;
     if (vectors % tiles == 0 && equal <= tile + tile / 8 && equal > tile / 2) return equal;
@@ -302,7 +311,7 @@ inline Result<PackedMatrix> detail::pack_for(const QuantizedMatrixView& w, Isa i
   const bool lookup = detail::lookup_cost(isa, f.b) > 0.0;
   view.block_rows = lookup || f.b == 4 ? kBlockRows : kWordRows;
   view.row_blocks = (w.rows + view.block_rows - 1) / view.block_rows;
-  view.tile_vectors = detail::choose_tile_vectors(f, w.vectors(), lookup);
+  view.tile_vectors = detail::choose_tile_vectors(f, w.rows, w.vectors(), lookup);
   view.tiles = (w.vectors() + view.tile_vectors - 1) / view.tile_vectors;
   const std::int64_t padded = view.padded_rows();
   const std::int64_t words = view.row_blocks * w.vectors() * f.m * view.entry_words();

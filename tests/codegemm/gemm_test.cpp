@@ -171,7 +171,9 @@ TEST_CASE("more rows than share one Psumbook, and K split or not", "[codegemm]")
   sweep(Format{4, 1, 4, -1}, 40, 2560, {1, 8, 130}, 7);
   // An odd number of splits, the last one in two parts, or rows in two chunks for one token.
   sweep(Format{4, 1, 8, -1}, 130, 276, {1, 3}, 8);
-  sweep(Format{8, 2, 8, 64}, 70, 576, {1}, 10);
+  // Two tiles of half of K, whose tables fit a first-level cache of 48 KiB.
+  sweep(Format{8, 2, 8, 64}, 70, 576, {1, 3}, 10);
+  sweep(Format{4, 1, 8, 64}, 576, 576, {1}, 12);
   sweep(Format{4, 2, 4, 64}, CpuTiles::kCutRows4 + 70, 276, {1, 2}, 9);
   sweep(Format{4, 1, 8, 64}, CpuTiles::kCutRows + 70, 276, {1, 2}, 11);
 }

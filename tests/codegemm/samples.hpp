@@ -90,8 +90,8 @@ struct Expected {
 
 /// The norms of the activations that are rounded together with each vector's where tables are made of
 /// integers: those of a flush of 16 entries within a scale group and a tile.
-inline std::vector<double> flush_norms(Format f, const float* x, std::int64_t vectors) {
-  const std::int64_t tile = detail::choose_tile_vectors(f, vectors, true);
+inline std::vector<double> flush_norms(Format f, std::int64_t rows, const float* x, std::int64_t vectors) {
+  const std::int64_t tile = detail::choose_tile_vectors(f, rows, vectors, true);
   const std::int64_t segment = f.g < 0 ? vectors : f.g / f.v;
   std::vector<double> out(static_cast<std::size_t>(vectors), 0.0);
   for (std::int64_t j = 0, next = 0; j < vectors; j = next) {
@@ -123,13 +123,13 @@ inline void add_lookup_rounding(const QuantizedMatrixView& w, const std::vector<
   for (std::int64_t i = 0; i < f.m * f.centroids() * f.v; ++i) codebooks.push_back(w.codebooks[i].to_float());
   const double pair_step =
       detail::makes_integer_tables(Isa::kAvx512Vbmi, f.b)
-          ? static_cast<double>(
-                detail::pair_step(codebooks.data(), f,
-                                  detail::longest_flush(w, codebooks.data(),
-                                                        detail::choose_tile_vectors(f, w.vectors(), true))))
+          ? static_cast<double>(detail::pair_step(
+                codebooks.data(), f,
+                detail::longest_flush(w, codebooks.data(),
+                                      detail::choose_tile_vectors(f, w.rows, w.vectors(), true))))
           : 0.0;
   for (std::int64_t t = 0; t < tokens; ++t) {
-    const std::vector<double> norms = flush_norms(f, x.data() + t * w.cols, w.cols / f.v);
+    const std::vector<double> norms = flush_norms(f, w.rows, x.data() + t * w.cols, w.cols / f.v);
     for (std::int64_t j = 0; j < w.cols / f.v; ++j) {
       const float* const vector = x.data() + t * w.cols + j * f.v;
       double encoded = 0.0;

@@ -14,6 +14,14 @@
 #define CODEGEMM_HOST_DEVICE
 #endif
 
+/// Marks a class whose values are not to be dropped. nvcc's front end takes an assignment for that, so under it
+/// the functions that return one are marked alone.
+#if defined(__CUDACC__)
+#define CODEGEMM_NODISCARD_CLASS
+#else
+#define CODEGEMM_NODISCARD_CLASS [[nodiscard]]
+#endif
+
 /// A broken invariant: a fault of the library, never of its input. On in debug builds and in tests
 /// (define CODEGEMM_ENABLE_ASSERTS to have it in an optimized build), gone otherwise.
 #if !defined(NDEBUG) || defined(CODEGEMM_ENABLE_ASSERTS)

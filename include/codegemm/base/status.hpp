@@ -75,7 +75,7 @@ template <class Make>
 
 /// Success, or a cause with the text that names the thing and the numbers. Success holds no text, so
 /// returning it allocates nothing; the text is made only on failure, and left out where memory is short.
-class [[nodiscard]] Status {
+class CODEGEMM_NODISCARD_CLASS Status {
  public:
   Status() = default;
   /// The text is left out where there is no memory for another.
@@ -87,7 +87,7 @@ class [[nodiscard]] Status {
   Status(Status&&) noexcept = default;
   /// As the copy.
   Status& operator=(const Status& other) noexcept {
-    if (this != &other) static_cast<void>(*this = Status(other));
+    if (this != &other) *this = Status(other);
     return *this;
   }
   /// The text goes along.
@@ -139,7 +139,7 @@ namespace detail {
 /// A value or the Status that says why there is none. Holding neither is impossible: building one from
 /// an ok Status is a broken invariant.
 template <class T>
-class [[nodiscard]] Result {
+class CODEGEMM_NODISCARD_CLASS Result {
  public:
   /// A value. By reference, so that `return local;` moves with nvcc too, which would copy for a parameter by
   /// value.

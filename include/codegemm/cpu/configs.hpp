@@ -235,6 +235,12 @@ namespace detail {
   return code_bits == 4 ? CpuTiles::kFlushEntries4 : CpuTiles::kFlushEntries;
 }
 
+/// Whether one token is two tasks that each have half of K.
+[[nodiscard]] constexpr bool shares_k_by_two(int code_bits, std::int64_t rows, std::int64_t cols) noexcept {
+  const std::int64_t cut_rows = code_bits == 4 ? CpuTiles::kCutRows4 : CpuTiles::kCutRows;
+  return rows < cut_rows && rows * cols <= CpuTiles::kTwoTaskWeights;
+}
+
 /// Bytes of codes that are asked for while a table is made of integers; those of 16 entries are made too soon
 /// for a byte a centroid.
 [[nodiscard]] constexpr std::int64_t bytes_asked(int code_bits) noexcept {

@@ -140,7 +140,19 @@ inline void add_known_squares(const QuantizedMatrixView& w, const float* norms, 
   return good ? static_cast<float>(step) : 0.0F;
 }
 
-/// Rounds codebooks[m][2^b][v] by `step` into [m][v / 2][2^b] of two neighbouring elements, the first below.
+/// Centroids that are multiplied together, where there are so many.
+inline constexpr std::int64_t kPairBlock = 32;
+
+/// Where the pairs of centroid i lie: such that tables come out in order though their two halves of a block
+/// are made side by side, in either half of the registers.
+[[nodiscard]] constexpr std::int64_t pair_place(Format f, std::int64_t i) noexcept {
+  if (f.centroids() < kPairBlock) return i;
+  const std::int64_t in_block = i % kPairBlock;
+  return i - in_block + in_block / 4 % 4 * 8 + in_block / 16 * 4 + in_block % 4;
+}
+
+/// Rounds codebooks[m][2^b][v] by `step` into [m][v / 2][2^b] of two neighbouring elements, the first below,
+/// centroids by pair_place().
 inline void fill_pairs(const float* codebooks, Format f, float step, std::int32_t* out) noexcept {
   for (std::int64_t c = 0; c < f.m; ++c) {
     for (std::int64_t i = 0; i < f.centroids(); ++i) {
@@ -148,7 +160,8 @@ inline void fill_pairs(const float* codebooks, Format f, float step, std::int32_
       for (std::int64_t p = 0; p < f.v / 2; ++p) {
         const auto low = static_cast<std::uint32_t>(std::lround(centroid[2 * p] / step));
         const auto high = static_cast<std::uint32_t>(std::lround(centroid[2 * p + 1] / step));
-        out[(c * f.v / 2 + p) * f.centroids() + i] = static_cast<std::int32_t>((low & 0xFFFFU) | high << 16U);
+        out[(c * f.v / 2 + p) * f.centroids() + pair_place(f, i)] =
+            static_cast<std::int32_t>((low & 0xFFFFU) | high << 16U);
       }
     }
   }

@@ -79,13 +79,21 @@ CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void spread_pairs_avx512(const std
   }
 }
 
-// Where the byte lies that upper_bytes_vbmi() is to put at `i`: planes of 32 bytes, or with 4 bits two tables
-// of two planes. Words lie first[0], second[0], first[1], second[1] ...
-[[nodiscard]] constexpr std::uint8_t upper_byte_place(int code_bits, int i) noexcept {
+template <int kPairs>
+CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void spread_pairs_avx2(const std::int16_t* vector, __m256i* x) {
+  CODEGEMM_UNROLL
+  for (std::ptrdiff_t p = 0; p < kPairs; ++p) {
+    std::int32_t pair;
+    __builtin_memcpy(&pair, vector + 2 * p, sizeof(pair));
+    x[p] = _mm256_set1_epi32(pair);
+  }
+}
+
+// Where the byte lies that upper_bytes_vbmi() is to put at `i`: two tables of two planes. Words lie first[0],
+// second[0], first[1], second[1] ...
+[[nodiscard]] constexpr std::uint8_t upper_byte_place(int i) noexcept {
   const int quarter = i / 16;
-  const int high = code_bits == 4 ? quarter % 2 : quarter / 2;
-  const int second = code_bits == 4 ? quarter / 2 : quarter % 2;
-  return static_cast<std::uint8_t>(4 * (i % 16) + 2 * second + high);
+  return static_cast<std::uint8_t>(4 * (i % 16) + 2 * (quarter / 2) + quarter % 2);
 }
 
 // The vector and the codebook of an entry, which follow one another.
@@ -140,32 +148,52 @@ CODEGEMM_TARGET_AVX512_VBMI void make_small_tables_vbmi(const IntegerTableArgs& 
                       _mm512_castsi512_si256(upper_bytes_vbmi(last, last, order)));
 }
 
-// Tables of 32 centroids and more.
+// The products of 8 centroids, `plane` apart from one pair of elements to the next, with x.
+template <int kPairs>
+CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m256i
+multiply_8_centroids_vbmi(const std::int32_t* pairs, std::int64_t plane, const __m256i* x) {
+  __m256i sums = _mm256_set1_epi32(1 << 15);
+  CODEGEMM_UNROLL
+  for (int p = 0; p < kPairs; ++p) {
+    sums = _mm256_dpwssd_epi32(sums, x[p],
+                               _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs + p * plane)));
+  }
+  return sums;
+}
+
+// The upper halves of 8 sums of `first` and of 8 of `second`: in each lane 8 low bytes, then the high ones.
+CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE __m256i upper_bytes_avx2(__m256i first, __m256i second) {
+  const __m256i words = _mm256_blend_epi16(_mm256_srli_epi32(first, 16), second, 0xAA);
+  const __m256i order =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15));
+  return _mm256_shuffle_epi8(words, order);
+}
+
+// Tables of 32 centroids and more, by registers of 256 bits: with 512 Intel's cores lower their clock for
+// products (an Ice Lake from 3.4 to 2.8 GHz), and for a while after them the look-ups', too.
 template <int kVecLen, int kCodeBits>
 CODEGEMM_TARGET_AVX512_VBMI void make_large_tables_vbmi(const IntegerTableArgs& a,
-                                                        const std::int16_t* rounded, __m512i order) {
+                                                        const std::int16_t* rounded) {
   constexpr std::int64_t kCentroids = std::int64_t{1} << kCodeBits;
   constexpr int kPairs = kVecLen / 2;
   EntryCursor<kVecLen, kCodeBits> at(rounded, a);
   const std::uint8_t* ahead = a.ahead;
   for (std::int64_t e = 0; e < a.entries; ++e, at.next()) {
     if (ahead != nullptr) ahead = ask_for_entry(ahead, bytes_asked(kCodeBits));
-    __m512i x[std::size_t{kPairs}];
-    spread_pairs_avx512<kPairs>(at.vector, x);
+    __m256i x[std::size_t{kPairs}];
+    spread_pairs_avx2<kPairs>(at.vector, x);
     std::uint8_t* const table = a.tables + e * encoded_bytes(kCodeBits);
-    const auto upper_bytes = [&](std::int64_t i) CODEGEMM_TARGET_AVX512_VBMI {
-      return upper_bytes_vbmi(multiply_centroids_vbmi<kPairs>(at.pairs + i, kCentroids, x),
-                              multiply_centroids_vbmi<kPairs>(at.pairs + i + 16, kCentroids, x), order);
-    };
-    if constexpr (kCodeBits == 5) {
-      _mm512_storeu_si512(table, upper_bytes(0));
-    } else {
-      for (std::int64_t i = 0; i < kCentroids; i += 64) {
-        const __m512i first = upper_bytes(i);
-        const __m512i second = upper_bytes(i + 32);
-        _mm512_storeu_si512(table + i, _mm512_shuffle_i64x2(first, second, 0x44));
-        _mm512_storeu_si512(table + kCentroids + i, _mm512_shuffle_i64x2(first, second, 0xEE));
+    for (std::int64_t i = 0; i < kCentroids; i += kPairBlock) {
+      __m256i bytes[2];
+      CODEGEMM_UNROLL
+      for (std::int64_t half = 0; half < 2; ++half) {
+        const std::int32_t* const pairs = at.pairs + i + half * (kPairBlock / 2);
+        bytes[half] = upper_bytes_avx2(multiply_8_centroids_vbmi<kPairs>(pairs, kCentroids, x),
+                                       multiply_8_centroids_vbmi<kPairs>(pairs + 8, kCentroids, x));
       }
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(table + i), _mm256_unpacklo_epi64(bytes[0], bytes[1]));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(table + kCentroids + i),
+                          _mm256_unpackhi_epi64(bytes[0], bytes[1]));
     }
   }
 }
@@ -179,13 +207,12 @@ CODEGEMM_TARGET_AVX512_VBMI float make_tables_vbmi(const IntegerTableArgs& a) {
   const float norm = std::sqrt(power);
   alignas(64) std::int16_t rounded[static_cast<std::size_t>(flush_entries(kCodeBits)) * kVecLen + 16];
   round_vectors_avx512(a.x, a.vectors * kVecLen, kTableNorm / norm, rounded);
-  alignas(64) std::uint8_t bytes[64];
-  for (int i = 0; i < 64; ++i) bytes[i] = upper_byte_place(kCodeBits, i);
-  const __m512i order = _mm512_load_si512(bytes);
   if constexpr (kCodeBits == 4) {
-    make_small_tables_vbmi<kVecLen>(a, rounded, order);
+    alignas(64) std::uint8_t bytes[64];
+    for (int i = 0; i < 64; ++i) bytes[i] = upper_byte_place(i);
+    make_small_tables_vbmi<kVecLen>(a, rounded, _mm512_load_si512(bytes));
   } else {
-    make_large_tables_vbmi<kVecLen, kCodeBits>(a, rounded, order);
+    make_large_tables_vbmi<kVecLen, kCodeBits>(a, rounded);
   }
   return a.pair_step * (65536.0F / kTableNorm) * norm;
 }

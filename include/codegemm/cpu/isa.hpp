@@ -4,6 +4,11 @@
 // Layer: cpu (host only).
 #pragma once
 
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+
 #include <codegemm/base/macros.hpp>
 
 #if CODEGEMM_HAS_AVX2
@@ -75,6 +80,17 @@ namespace detail {
   return intel;
 #else
   return false;
+#endif
+}
+
+/// Bytes of a core's first-level data cache; 32 KiB where the system does not tell.
+[[nodiscard]] inline std::int64_t first_level_bytes() noexcept {
+  constexpr std::int64_t kLeast = 32 * 1024;
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const std::int64_t bytes = std::max<std::int64_t>(kLeast, ::sysconf(_SC_LEVEL1_DCACHE_SIZE));
+  return bytes;
+#else
+  return kLeast;
 #endif
 }
 

@@ -44,7 +44,7 @@ class Cublas {
     }
     Bound made;
     Status status = make(made);
-    if (status.ok()) static_cast<void>(status = bind(made, stream, multiprocessors));
+    if (status.ok()) status = bind(made, stream, multiprocessors);
     if (!status.ok()) {
       release(made);
       return status;

@@ -160,10 +160,9 @@ class CublasProducts {
       const auto layout = [&](Layout& to, cudaDataType_t type, std::int64_t rows, std::int64_t cols) {
         if (!status.ok()) return;
         cublasLtMatrixLayout_t made = nullptr;
-        static_cast<void>(status = Cublas::status_of(
-                              cublasLtMatrixLayoutCreate(&made, type, static_cast<std::uint64_t>(rows),
-                                                         static_cast<std::uint64_t>(cols), rows),
-                              "cublasLtMatrixLayoutCreate"));
+        status = Cublas::status_of(cublasLtMatrixLayoutCreate(&made, type, static_cast<std::uint64_t>(rows),
+                                                              static_cast<std::uint64_t>(cols), rows),
+                                   "cublasLtMatrixLayoutCreate");
         to.reset(made);
       };
       layout(out.w, p.type, p.cols, p.rows);
@@ -218,7 +217,7 @@ class CublasProducts {
       float milliseconds = 0.0F;
       Status status = cuda_status(cudaEventRecord(from.get(), stream), "cudaEventRecord");
       const auto then = [&](cudaError_t code, const char* what) {
-        if (status.ok()) static_cast<void>(status = cuda_status(code, what));
+        if (status.ok()) status = cuda_status(code, what);
       };
       then(cudaGraphLaunch(steps.get(), stream), "cudaGraphLaunch");
       then(cudaEventRecord(to.get(), stream), "cudaEventRecord");

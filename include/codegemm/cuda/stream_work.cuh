@@ -26,7 +26,7 @@ class StreamWork {
   [[nodiscard]] bool ok() const noexcept { return status_.ok(); }          ///< nothing has failed
   /// A failure, unless there was one before.
   void keep(Status status) {
-    if (ok()) static_cast<void>(status_ = std::move(status));
+    if (ok()) status_ = std::move(status);
   }
   /// The first failure since the last call.
   [[nodiscard]] Status take() { return std::exchange(status_, Status()); }

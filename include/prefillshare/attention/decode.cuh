@@ -317,9 +317,9 @@ template <DecodeSort Sort, class T, class Y, class C>
             shape.shared_bytes += kBoxBarrierBytes<Tail>;
           }
         }
-        static_cast<void>(status = codegemm::cuda::launch(attend, shape, args, stream));
+        status = codegemm::cuda::launch(attend, shape, args, stream);
         if (!status.ok() || (Sort == DecodeSort::kAlone && merge.shared_only)) return;
-        static_cast<void>(status = launch_merge<c.kHeadDim>(merge, args, device, stream));
+        status = launch_merge<c.kHeadDim>(merge, args, device, stream);
       }));
   return status;
 }
@@ -350,7 +350,7 @@ template <class T, class Y, class C>
           static_cast<void>(status =
                                 codegemm::cuda::launch(decode_shared_kernel<Shape>, shape, args, stream));
           if (!status.ok()) return;
-          static_cast<void>(status = launch_merge<c.kHeadDim>(merge, args, device, stream));
+          status = launch_merge<c.kHeadDim>(merge, args, device, stream);
         }
       }));
   return status;

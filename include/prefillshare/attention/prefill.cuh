@@ -161,7 +161,7 @@ template <class T, class Y, class C>
             return;
           }
         }
-        static_cast<void>(status = detail::launch_prefill_mma<T, C, c.kHeadDim>(args, tiles, device, stream));
+        status = detail::launch_prefill_mma<T, C, c.kHeadDim>(args, tiles, device, stream);
       }));
   return status;
 }

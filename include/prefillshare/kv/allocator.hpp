@@ -221,7 +221,7 @@ class BasicKvAllocator final : private detail::SequenceOwner {
                                 std::int64_t reserved_tokens) {
     for (Sequence& one : forks) one.reset();
     Status status = negative("fork_all", reserved_tokens);
-    if (reserved_tokens >= 0) static_cast<void>(status = fork_each(parent, forks, reserved_tokens));
+    if (reserved_tokens >= 0) status = fork_each(parent, forks, reserved_tokens);
     if (!status.ok()) {
       for (Sequence& one : forks) one.reset();
     }

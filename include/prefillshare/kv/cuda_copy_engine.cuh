@@ -146,15 +146,15 @@ class CudaCopyEngine final : public CopyEngine {
     job.from = from;
     job.to = to;
     job.ticket = ticket;
-    static_cast<void>(job.status = {});  // nvcc takes an assignment for a value that is not used
+    job.status = {};  // nvcc takes an assignment for a value that is not used
     job.staging = -1;
     codegemm::Status status;
     if (from.tier + to.tier == 1) {
-      static_cast<void>(status = begin_device_copy(index));
+      status = begin_device_copy(index);
     } else if (from.tier > 0 && to.tier > 0) {
       give_to_file(index);
     } else if (idle_staging_.count > 0) {
-      static_cast<void>(status = begin_staged(index));
+      status = begin_staged(index);
     } else {
       waiting_.push(index);
     }
@@ -182,7 +182,7 @@ class CudaCopyEngine final : public CopyEngine {
       }
       Job& job = at(index);
       if (job.to.tier == 0 && job.status.ok()) {
-        static_cast<void>(job.status = begin_device_copy(index));
+        job.status = begin_device_copy(index);
         if (job.status.ok()) continue;
       }
       end(index);
@@ -362,8 +362,7 @@ class CudaCopyEngine final : public CopyEngine {
     lock.unlock();
     Job& job = at(index);
     const std::span<std::byte> bytes = host_bytes(job);
-    static_cast<void>(job.status = job.from.tier == 2 ? file_.read(job.from.slot, bytes)
-                                                      : file_.write(job.to.slot, bytes));
+    job.status = job.from.tier == 2 ? file_.read(job.from.slot, bytes) : file_.write(job.to.slot, bytes);
     lock.lock();
     from_file_.push(index);
   }

@@ -85,8 +85,8 @@ template <LinearLayer Linear>
   const auto linear = [&](const std::string& name, const Linear& layer, std::int64_t rows,
                           std::int64_t cols) {
     if (!first.ok() || (layer.rows() == rows && layer.cols() == cols)) return;
-    static_cast<void>(first = error(StatusCode::kShapeMismatch, name, " is ", layer.rows(), " x ",
-                                    layer.cols(), ", the config needs ", rows, " x ", cols));
+    first = error(StatusCode::kShapeMismatch, name, " is ", layer.rows(), " x ", layer.cols(),
+                  ", the config needs ", rows, " x ", cols);
   };
   const auto vector = [&](const std::string& name, std::size_t size, std::int64_t wanted) {
     if (!first.ok() || static_cast<std::int64_t>(size) == wanted) return;

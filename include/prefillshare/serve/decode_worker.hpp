@@ -259,13 +259,13 @@ class BasicDecodeWorker {
       slots_.push_back({&one.own, one.token, one.request.temperature,
                         one.request.seed + static_cast<std::uint64_t>(one.made)});
     }
-    if (!state.batch.empty()) static_cast<void>(state.status = state.lane->launch(slots_));
+    if (!state.batch.empty()) state.status = state.lane->launch(slots_);
     return state.batch.size() == most;
   }
   template <class Choose, class OnEvent>
   std::int64_t end_batch(LaneState& state, Choose&& choose, OnEvent&& on_event) {
     if (state.batch.empty()) return 0;
-    if (state.status.ok()) static_cast<void>(state.status = state.lane->wait());
+    if (state.status.ok()) state.status = state.lane->wait();
     std::int64_t made = 0;
     for (std::size_t i = 0; i < state.batch.size(); ++i) {
       Active& one = active_[state.batch[i]];

@@ -138,7 +138,7 @@ class BasicPrefillWorker {
     const auto mark = [&](auto& jobs) {
       for (Running& entry : jobs) {
         if (entry.job.id != id || !entry.status.ok()) continue;
-        static_cast<void>(entry.status = error(StatusCode::kCancelled, "prefill job ", id, " was cancelled"));
+        entry.status = error(StatusCode::kCancelled, "prefill job ", id, " was cancelled");
         return true;
       }
       return false;
@@ -206,8 +206,7 @@ class BasicPrefillWorker {
   void expire(KvTime now, OnDone&& on_done) {
     const auto over = [&](Running& entry) {
       if (entry.status.ok() && entry.job.deadline <= now) {
-        static_cast<void>(entry.status = error(StatusCode::kCancelled, "prefill job ", entry.job.id,
-                                               ": its deadline is past"));
+        entry.status = error(StatusCode::kCancelled, "prefill job ", entry.job.id, ": its deadline is past");
       }
       return !entry.status.ok();
     };
@@ -231,8 +230,8 @@ class BasicPrefillWorker {
       Running& entry = waiting_.front();
       Status status = start(entry);
       if (status.code() == StatusCode::kExhausted) return;  // the first waits for blocks, and the rest for it
-      if (status.ok()) static_cast<void>(status = announce_found(entry, on_pages));
-      static_cast<void>(entry.status = std::move(status));
+      if (status.ok()) status = announce_found(entry, on_pages);
+      entry.status = std::move(status);
       if (entry.status.ok()) {
         running_.push_back(std::move(entry));
       } else {
@@ -330,7 +329,7 @@ class BasicPrefillWorker {
     for (std::size_t i = 0; i < parts_.size(); ++i) {
       Running& entry = *parts_[i].entry;
       if (!status.ok()) {
-        static_cast<void>(entry.status = status);
+        entry.status = status;
         continue;
       }
       entry.announced = std::max(entry.announced, parts_[i].end_block);

@@ -322,14 +322,14 @@ TEST_CASE("cuda copy engine: a session that was evicted comes back from memory a
     auto begun = allocator.start_load(again, tokens);
     for (int i = 0; i < 2'000'000 && begun.status().code() == StatusCode::kExhausted; ++i) {
       allocator.poll();
-      static_cast<void>(begun = allocator.start_load(again, tokens));
+      begun = allocator.start_load(again, tokens);
     }
     codegemm::test::require_ok(begun.status());
     CHECK(*begun > 0);
     auto loaded = allocator.finish_load(again);
     for (int i = 0; i < 2'000'000 && !loaded.ok(); ++i) {
       allocator.poll();
-      static_cast<void>(loaded = allocator.finish_load(again));
+      loaded = allocator.finish_load(again);
     }
     codegemm::test::require_ok(loaded.status());
     REQUIRE(*loaded == *begun);

@@ -20,6 +20,8 @@
 #include <utility>
 #include <vector>
 
+#include <cuda_fp16.h>
+
 #include <prefillshare/kv/allocator.hpp>
 
 #include "../../codegemm/cuda/gpu.cuh"
@@ -445,7 +447,7 @@ TEST_CASE("staged pages travel by NCCL between two GPUs") {
       return status;
     };
     Status first;
-    std::thread other([&] { static_cast<void>(first = end(0)); });
+    std::thread other([&] { first = end(0); });
     const Status second = end(1);
     other.join();
     require_ok(first);

@@ -268,18 +268,18 @@ TEST_CASE("a run on the GPU without graphs takes the same steps, beside others t
   // In several threads: no assertions in it.
   const auto train = [&](TrainableModel<float>& model, bool graphs, cudaStream_t in, Run& out) {
     auto trainer = DeviceTrainer<S>::create(model, frozen, examples, options, "x", device, in);
-    static_cast<void>(out.status = trainer.status());
+    out.status = trainer.status();
     if (!out.status.ok()) return;
     trainer->use_graphs(graphs);
     for (int step = 0; step < options.steps; ++step) {
       const auto progress = trainer->step();
-      static_cast<void>(out.status = progress.status());
+      out.status = progress.status();
       if (!out.status.ok()) return;
       out.losses.push_back(progress->loss);
     }
     const auto judged = trainer->evaluate(held_out, 1.0);
     if (judged.ok()) out.judged = *judged;
-    static_cast<void>(out.status = judged.ok() ? trainer->download() : judged.status());
+    out.status = judged.ok() ? trainer->download() : judged.status();
     if (out.status.ok()) out.values = values_of(model);
   };
   for (const Kind kind : {Kind::kFull, Kind::kLowRank, Kind::kCodebooks}) {

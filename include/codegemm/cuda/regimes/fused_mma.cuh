@@ -86,19 +86,19 @@ struct FusedMmaRegime {
       if (tiled<Config>(p, device)) {
         if constexpr (SwiGlu) {
           if (gated(p)) {
-            static_cast<void>(status = launch_tiles<Config, true>(p, device, stream));
+            status = launch_tiles<Config, true>(p, device, stream);
             return;
           }
         }
-        static_cast<void>(status = launch_tiles<Config, false>(p, device, stream));
+        status = launch_tiles<Config, false>(p, device, stream);
         return;
       }
       // Large tables leave no room for the sums of 16 tokens.
       const int most = plan<Config, 16>(p.weights, device, gated(p), p.tuning).splits > 0 ? 16 : 8;
       for (std::int64_t token = 0; token < p.x.rows && status.ok();) {
         const auto tokens = static_cast<int>(std::min<std::int64_t>(p.x.rows - token, most));
-        static_cast<void>(status = tokens <= 8 ? launch_pass<Config, 8>(p, token, tokens, device, stream)
-                                               : launch_pass<Config, 16>(p, token, tokens, device, stream));
+        status = tokens <= 8 ? launch_pass<Config, 8>(p, token, tokens, device, stream)
+                             : launch_pass<Config, 16>(p, token, tokens, device, stream);
         token += tokens;
       }
     }));

@@ -82,7 +82,7 @@ struct FusedWgmmaRegime {
       using Config = decltype(c);
       const FusedWgmmaPlan plan =
           FusedWgmmaRegime::plan<Config>(p.weights, p.x.rows, device, gated(p), p.tuning);
-      static_cast<void>(status = launch_tile<Config>(p, plan, workspace, stream));
+      status = launch_tile<Config>(p, plan, workspace, stream);
     }));
     return status;
   }

@@ -138,19 +138,19 @@ struct GatherRegime {
         args.out = from_token<Y>(out, token);
         if constexpr (Config::kPassTokens >= 2) {
           if (p.x.rows - token >= 2 && plan<Config, 2>(w, device, gated(p), p.tuning).splits > 0) {
-            static_cast<void>(status = launch_pass<Config, 2>(args, p, device, workspace, stream));
+            status = launch_pass<Config, 2>(args, p, device, workspace, stream);
             token += 2;
             continue;
           }
         }
         if constexpr (kHalfPsumbook<Config>) {
           if (narrow<Config>(p, device)) {
-            static_cast<void>(status = launch_pass<Narrow<Config>, 1>(args, p, device, workspace, stream));
+            status = launch_pass<Narrow<Config>, 1>(args, p, device, workspace, stream);
             ++token;
             continue;
           }
         }
-        static_cast<void>(status = launch_pass<Config, 1>(args, p, device, workspace, stream));
+        status = launch_pass<Config, 1>(args, p, device, workspace, stream);
         ++token;
       }
     }));

@@ -201,17 +201,16 @@ class DecodeGraph {
       return s;
     }
     Status status = forward(model, batch, storage, logits, workspace, device, stream_);
-    if (status.ok()) static_cast<void>(status = sample(logits, how, tokens, device, stream_));
+    if (status.ok()) status = sample(logits, how, tokens, device, stream_);
     cudaGraph_t graph = nullptr;
     const Status ended = cuda_ok(cudaStreamEndCapture(stream_, &graph), "cudaStreamEndCapture");
-    if (status.ok()) static_cast<void>(status = ended);
+    if (status.ok()) status = ended;
     if (status.ok()) {
       static_cast<void>(
           status = cuda_ok(cudaGraphInstantiate(&exec_[few ? 1 : 0], graph, 0), "cudaGraphInstantiate"));
     }
     // So that the first launch makes nothing: other GPUs may wait for it.
-    if (status.ok())
-      static_cast<void>(status = cuda_ok(cudaGraphUpload(exec_[few ? 1 : 0], stream_), "cudaGraphUpload"));
+    if (status.ok()) status = cuda_ok(cudaGraphUpload(exec_[few ? 1 : 0], stream_), "cudaGraphUpload");
     if (graph != nullptr) cudaGraphDestroy(graph);
     return status;
   }

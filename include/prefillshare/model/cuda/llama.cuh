@@ -78,8 +78,8 @@ template <class Linear, class Head>
   const auto expect = [&](const std::string& name, std::int64_t rows, std::int64_t cols,
                           std::int64_t wanted_rows, std::int64_t wanted_cols) {
     if (!first.ok() || (rows == wanted_rows && cols == wanted_cols)) return;
-    static_cast<void>(first = codegemm::error(StatusCode::kShapeMismatch, name, " is ", rows, " x ", cols,
-                                              ", the config needs ", wanted_rows, " x ", wanted_cols));
+    first = codegemm::error(StatusCode::kShapeMismatch, name, " is ", rows, " x ", cols,
+                            ", the config needs ", wanted_rows, " x ", wanted_cols);
   };
   const auto linear = [&](const std::string& name, const auto& layer, std::int64_t rows, std::int64_t cols) {
     expect(name, layer.rows(), layer.cols(), rows, cols);

@@ -206,7 +206,7 @@ class DeviceLoader {
     return out.ok() ? std::move(out).value() : DeviceDenseLinear<T>();
   }
   void keep(const Status& status) {
-    if (status_.ok()) static_cast<void>(status_ = status);
+    if (status_.ok()) status_ = status;
   }
 
  private:

@@ -46,12 +46,12 @@ template <class Linear, class T>
     auto x = DeviceArray<T>::zeros(static_cast<std::size_t>(p.tokens * p.cols));
     auto y = DeviceArray<float>::zeros(static_cast<std::size_t>(p.tokens * p.rows));
     if (!x.ok() || !y.ok()) {
-      static_cast<void>(status = !x.ok() ? x.status() : y.status());
+      status = !x.ok() ? x.status() : y.status();
       return;
     }
     std::vector<const void*> weights;
     for (const Dense* const layer : alike) weights.push_back(layer->weights()->data());
-    static_cast<void>(status = products->search(p, weights, x->data(), y->data(), stream));
+    status = products->search(p, weights, x->data(), y->data(), stream);
   };
   if constexpr (std::is_same_v<Linear, Dense>) {
     const auto all = [&](Dense DeviceLlamaLayer<Linear>::*which, bool adds) {

@@ -56,7 +56,7 @@ class DeviceWorkspace {
       if (made.ok()) {
         array = std::move(made).value();
       } else {
-        static_cast<void>(status = made.status().with_prefix("DeviceWorkspace"));
+        status = made.status().with_prefix("DeviceWorkspace");
       }
     };
     make(out.hidden, max_tokens * c.hidden_size);

@@ -75,11 +75,11 @@ class PeerPageTransport {
     if (!blocks.ok()) return blocks.status();
     Status status = detail::join(copies_, produced, produced_[0]);
     if (status.ok()) {
-      static_cast<void>(status = copy_pages(pages_of(from, run.layer), run.blocks, pages_of(*to_, run.layer),
-                                            *blocks, options_.blocks, copies_));
+      status = copy_pages(pages_of(from, run.layer), run.blocks, pages_of(*to_, run.layer), *blocks,
+                          options_.blocks, copies_);
     }
     if (status.ok()) {
-      static_cast<void>(status = under_way_.push({run.handoff, run.layer, run.first, count}, copies_));
+      status = under_way_.push({run.handoff, run.layer, run.first, count}, copies_);
     }
     if (!status.ok()) {
       static_cast<void>(cudaStreamSynchronize(copies_));  // a part of it may be on its way

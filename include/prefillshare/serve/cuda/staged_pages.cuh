@@ -244,16 +244,15 @@ class StagedPageReceiver {
       const auto part = blocks.ok() ? std::span<const BlockId>(*blocks).subspan(
                                           static_cast<std::size_t>(done), static_cast<std::size_t>(count))
                                     : std::span<const BlockId>();
-      static_cast<void>(status = receive_chunk(pages_of(*to_, static_cast<int>(notice.layer)), part, count));
+      status = receive_chunk(pages_of(*to_, static_cast<int>(notice.layer)), part, count);
       done += count;
     }
     if (!blocks.ok()) return status.ok() ? blocks.status() : status;
     if (status.ok()) {
-      static_cast<void>(status = detail::join(options_.copies, options_.wire, staging_.order()));
+      status = detail::join(options_.copies, options_.wire, staging_.order());
     }
     if (status.ok()) {
-      static_cast<void>(status = under_way_.push({notice.handoff, notice.layer, notice.first, notice.count},
-                                                 options_.copies));
+      status = under_way_.push({notice.handoff, notice.layer, notice.first, notice.count}, options_.copies);
     }
     if (!status.ok()) {
       static_cast<void>(table_->fail(notice.handoff, notice.layer, notice.first, notice.count));

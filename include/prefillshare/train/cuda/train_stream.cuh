@@ -99,7 +99,7 @@ class Allocations {
     if (made.ok()) {
       array = std::move(made).value();
     } else {
-      static_cast<void>(status_ = made.status());
+      status_ = made.status();
     }
   }
   template <class T>
@@ -116,7 +116,7 @@ class Allocations {
     if (made.ok()) {
       array = std::move(made).value();
     } else {
-      static_cast<void>(status_ = made.status());
+      status_ = made.status();
     }
   }
   /// Work that was put into the default stream has ended.

@@ -294,7 +294,7 @@ class DeviceTrainable {
             task.out = matrices_.data() + matrix;
             task.dw = matrix_gradients() + matrix;
             task.dscales = gradients_.data() + scales;
-            static_cast<void>(status = codes_.add(task, found->second, gradients_.data() + books));
+            status = codes_.add(task, found->second, gradients_.data() + books);
             code_names_.push_back(name);
             if (name == "lm_head") head_composed_ = true;
           }

@@ -39,10 +39,9 @@ namespace prefillshare::cuda {
                      (name.ends_with("q_proj") || name.ends_with("k_proj") || name.ends_with("v_proj"));
     const bool must = may;
     if (!wrong.ok() || layer.bias().empty() == !must) return;
-    static_cast<void>(wrong = codegemm::error(StatusCode::kUnsupported, name,
-                                              layer.bias().empty() ? " lacks" : " has",
-                                              " a bias; to train on a GPU q_proj, k_proj and v_proj have one "
-                                              "with attention_bias, and no other layer"));
+    wrong = codegemm::error(StatusCode::kUnsupported, name, layer.bias().empty() ? " lacks" : " has",
+                            " a bias; to train on a GPU q_proj, k_proj and v_proj have one "
+                            "with attention_bias, and no other layer");
   });
   return wrong;
 }
@@ -174,40 +173,39 @@ struct DeviceWeightsView {
   const WeightsLayout at(model.config);
   Status status;
   const auto upload = [&](std::int64_t offset, const float* from, std::int64_t size) {
-    static_cast<void>(status = codegemm::cuda::cuda_status(
-                          cudaMemcpy(to + offset, from, static_cast<std::size_t>(size) * sizeof(float),
-                                     cudaMemcpyHostToDevice),
-                          "cudaMemcpy"));
+    status = codegemm::cuda::cuda_status(
+        cudaMemcpy(to + offset, from, static_cast<std::size_t>(size) * sizeof(float), cudaMemcpyHostToDevice),
+        "cudaMemcpy");
   };
   upload(0, model.embedding->data(), at.table());
   LlamaLayer<DenseLinear> block;  // as it was read
   std::int64_t at_hand = -1;
   std::int64_t number = 0;
-  at.for_each_matrix(
-      model, [&](const std::string& name, const DenseLinear& own, std::int64_t offset, std::int64_t) {
-        const std::int64_t i = number++;
-        if (!status.ok() || skipped.count(name) > 0) return;
-        const DenseLinear* layer = &own;
-        if (read && i < 7 * model.config.layers) {
-          if (at_hand != i / 7) {
-            Result<LlamaLayer<DenseLinear>> next = read(i / 7);
-            if (!next.ok()) {
-              static_cast<void>(status = next.status());
-              return;
-            }
-            block = *std::move(next);
-            at_hand = i / 7;
-          }
-          const DenseLinear* const parts[] = {&block.q,    &block.k,  &block.v,   &block.o,
-                                              &block.gate, &block.up, &block.down};
-          layer = parts[i % 7];
-        }
-        if (layer->weights().data == nullptr) {
-          static_cast<void>(status = codegemm::error(StatusCode::kNullPointer, name, " has no weights"));
-          return;
-        }
-        upload(offset, layer->weights().data, own.rows() * own.cols());
-      });
+  at.for_each_matrix(model,
+                     [&](const std::string& name, const DenseLinear& own, std::int64_t offset, std::int64_t) {
+                       const std::int64_t i = number++;
+                       if (!status.ok() || skipped.count(name) > 0) return;
+                       const DenseLinear* layer = &own;
+                       if (read && i < 7 * model.config.layers) {
+                         if (at_hand != i / 7) {
+                           Result<LlamaLayer<DenseLinear>> next = read(i / 7);
+                           if (!next.ok()) {
+                             status = next.status();
+                             return;
+                           }
+                           block = *std::move(next);
+                           at_hand = i / 7;
+                         }
+                         const DenseLinear* const parts[] = {&block.q,    &block.k,  &block.v,   &block.o,
+                                                             &block.gate, &block.up, &block.down};
+                         layer = parts[i % 7];
+                       }
+                       if (layer->weights().data == nullptr) {
+                         status = codegemm::error(StatusCode::kNullPointer, name, " has no weights");
+                         return;
+                       }
+                       upload(offset, layer->weights().data, own.rows() * own.cols());
+                     });
   // cudaMemcpy from pageable memory may return before the device has the last of it, and what reads it runs
   // in another stream.
   if (status.ok()) {
