@@ -100,14 +100,15 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE void rebuild_rows_vbmi(const 
     const auto* const second = reinterpret_cast<const __m64*>(a.codebooks + codes[1] * kEntry);
     const __m128 both = _mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64(first)), second);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_castps_si128(both));
-    return;
-  }
-  for (std::int64_t part = 0; part < (kVecLen == 2 ? 8 : kEntry); part += 16, out += 2 * kPanelStepBytes) {
-    const __m128i first = sum_entries_vbmi<kVecLen, kCodebooks>(a, codes, part);
-    const __m128i second = sum_entries_vbmi<kVecLen, kCodebooks>(a, codes + 1, part);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi64(first, second));
-    if constexpr (kVecLen > 4) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + kPanelStepBytes), _mm_unpackhi_epi64(first, second));
+  } else {
+    for (std::int64_t part = 0; part < (kVecLen == 2 ? 8 : kEntry); part += 16, out += 2 * kPanelStepBytes) {
+      const __m128i first = sum_entries_vbmi<kVecLen, kCodebooks>(a, codes, part);
+      const __m128i second = sum_entries_vbmi<kVecLen, kCodebooks>(a, codes + 1, part);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi64(first, second));
+      if constexpr (kVecLen > 4) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + kPanelStepBytes),
+                         _mm_unpackhi_epi64(first, second));
+      }
     }
   }
 }
