@@ -97,8 +97,8 @@ double error_of(const QuantizedMatrix& w, const Matrix& x, const Matrix& y) {
   return std::sqrt(off2 / size2);
 }
 
-// What one token reads: codes, scales, and the codebooks that tables are made of. bytes() counts the codebooks'
-// other forms, too.
+// What one token reads: codes, scales, and the codebooks that tables are made of. bytes() counts what other
+// regimes read of the codebooks, too.
 double bytes_read(const PackedView& w) {
   const Format f = w.format;
   const std::int64_t codes = w.row_blocks * w.vectors() * f.m * w.entry_words() * 8;

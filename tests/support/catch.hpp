@@ -8,8 +8,8 @@
 
 #include <catch2/catch_all.hpp>
 
-// nvcc's front end (13.0.88) never ends on a file where a declaration of a namespace follows one of TEST_CASE's
-// pragmas and functions of the namespace came before.
+// nvcc's front end (13.0.88) never ends on a file where a namespace has a declaration behind TEST_CASE's
+// pragmas and functions before.
 #ifdef __CUDACC__
 #undef CATCH_INTERNAL_START_WARNINGS_SUPPRESSION
 #undef CATCH_INTERNAL_STOP_WARNINGS_SUPPRESSION

@@ -14,8 +14,8 @@
 #define CODEGEMM_HOST_DEVICE
 #endif
 
-/// Marks a class whose values are not to be dropped. nvcc's front end takes an assignment for that, so under it
-/// the functions that return one are marked alone.
+/// Marks a class whose values are not to be dropped. nvcc's front end takes an assignment for that, so under
+/// it the functions that return one are marked alone.
 #if defined(__CUDACC__)
 #define CODEGEMM_NODISCARD_CLASS
 #else
