@@ -146,7 +146,7 @@ class CudaCopyEngine final : public CopyEngine {
     job.from = from;
     job.to = to;
     job.ticket = ticket;
-    job.status = {};  // nvcc takes an assignment for a value that is not used
+    job.status = {};
     job.staging = -1;
     codegemm::Status status;
     if (from.tier + to.tier == 1) {
