@@ -84,5 +84,18 @@ TEST_CASE("cuda fused wgmma: three warpgroups, where that gives every cluster on
   CHECK(cuda::plan_fused_wgmma(layout_of(rows, cols), cols, 512, limits_of(1), two).groups == 2);
 }
 
+TEST_CASE("cuda fused wgmma: a third warpgroup waits for its centroids out of memory, too") {
+  FusedWgmmaLimits limits = limits_of(1);  // codes of 16 bits
+  limits.table_bytes = 0;
+  limits.lane_span = 8;
+  limits.step_cycles = 300.0;
+  for (const int tokens : {32, 64}) {
+    const FusedWgmmaPlan p =
+        cuda::plan_fused_wgmma(layout_of(57344, 8192), 8192, tokens, limits, cuda::GemmTuning{});
+    CHECK(p.groups == 2);
+    CHECK(p.token_tile == tokens);
+  }
+}
+
 }  // namespace
 }  // namespace codegemm::test

@@ -91,7 +91,7 @@ struct FusedWgmmaLimits {
     // shared memory.
     const double of_pair =
         std::max({0.9 * tile + 32.0, 0.47 * tile + 88.0, 0.75 * tile + 51.0 + limits.lookup_cycles});
-    const double step = std::max(of_pair * groups / 2.0, limits.step_cycles);
+    const double step = std::max(of_pair, limits.step_cycles) * groups / 2.0;
     const double slab_cycles = steps_of_slab * step;
     const double product_cycles = kProductCycles + kTokenCycles * tile;  // beside its slabs
     for (int splits = 1; splits <= 8; ++splits) {
