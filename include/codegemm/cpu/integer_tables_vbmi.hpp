@@ -80,7 +80,8 @@ CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void spread_pairs_avx512(const std
 }
 
 template <int kPairs>
-CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void spread_pairs_avx2(const std::int16_t* vector, __m256i* x) {
+CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void spread_pairs_256_avx512(const std::int16_t* vector,
+                                                                           __m256i* x) {
   CODEGEMM_UNROLL
   for (std::ptrdiff_t p = 0; p < kPairs; ++p) {
     std::int32_t pair;
@@ -162,7 +163,7 @@ multiply_8_centroids_vbmi(const std::int32_t* pairs, std::int64_t plane, const _
 }
 
 // The upper halves of 8 sums of `first` and of 8 of `second`: in each lane 8 low bytes, then the high ones.
-CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE __m256i upper_bytes_avx2(__m256i first, __m256i second) {
+CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE __m256i upper_bytes_256_avx512(__m256i first, __m256i second) {
   const __m256i words = _mm256_blend_epi16(_mm256_srli_epi32(first, 16), second, 0xAA);
   const __m256i order =
       _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15));
@@ -181,15 +182,15 @@ CODEGEMM_TARGET_AVX512_VBMI void make_large_tables_vbmi(const IntegerTableArgs& 
   for (std::int64_t e = 0; e < a.entries; ++e, at.next()) {
     if (ahead != nullptr) ahead = ask_for_entry(ahead, bytes_asked(kCodeBits));
     __m256i x[std::size_t{kPairs}];
-    spread_pairs_avx2<kPairs>(at.vector, x);
+    spread_pairs_256_avx512<kPairs>(at.vector, x);
     std::uint8_t* const table = a.tables + e * encoded_bytes(kCodeBits);
     for (std::int64_t i = 0; i < kCentroids; i += kPairBlock) {
       __m256i bytes[2];
       CODEGEMM_UNROLL
       for (std::int64_t half = 0; half < 2; ++half) {
         const std::int32_t* const pairs = at.pairs + i + half * (kPairBlock / 2);
-        bytes[half] = upper_bytes_avx2(multiply_8_centroids_vbmi<kPairs>(pairs, kCentroids, x),
-                                       multiply_8_centroids_vbmi<kPairs>(pairs + 8, kCentroids, x));
+        bytes[half] = upper_bytes_256_avx512(multiply_8_centroids_vbmi<kPairs>(pairs, kCentroids, x),
+                                             multiply_8_centroids_vbmi<kPairs>(pairs + 8, kCentroids, x));
       }
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(table + i), _mm256_unpacklo_epi64(bytes[0], bytes[1]));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(table + kCentroids + i),
