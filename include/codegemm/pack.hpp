@@ -222,11 +222,9 @@ inline void pack_entry(const QuantizedMatrixView& w, std::int64_t j, std::int64_
   constexpr std::int64_t kFewTiles = 8;
   const std::int64_t tile = choose_grouped_tile(f, vectors, lookup);
   if (!lookup) return tile;
-  const std::int64_t padded = (rows + kBlockRows - 1) / kBlockRows * kBlockRows;
   const std::int64_t half = vectors / 2;
-  const std::int64_t table = std::int64_t{2} << f.b;  // bytes
-  if (vectors > tile && vectors % 2 == 0 && f.b > 4 && shares_k_by_two(f.b, padded, vectors * f.v) &&
-      half * f.m * table <= first_level_bytes() * 3 / 4) {
+  if (vectors > tile && vectors % 2 == 0 && f.b > 4 && shares_k_by_two(f.b, rows, vectors * f.v) &&
+      half * f.m * encoded_bytes(f.b) <= first_level_bytes() * 3 / 4) {
     return half;
   }
   if (vectors % (2 * tile) == 0 || vectors > kFewTiles * tile) return tile;

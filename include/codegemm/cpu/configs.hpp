@@ -235,6 +235,11 @@ namespace detail {
   return code_bits == 4 ? CpuTiles::kFlushEntries4 : CpuTiles::kFlushEntries;
 }
 
+/// Bytes of a table in 16 bits, of whatever arrangement.
+[[nodiscard]] constexpr std::int64_t encoded_bytes(int code_bits) noexcept {
+  return std::int64_t{2} << code_bits;
+}
+
 /// Whether one token is two tasks that each have half of K.
 [[nodiscard]] constexpr bool shares_k_by_two(int code_bits, std::int64_t rows, std::int64_t cols) noexcept {
   const std::int64_t cut_rows = code_bits == 4 ? CpuTiles::kCutRows4 : CpuTiles::kCutRows;

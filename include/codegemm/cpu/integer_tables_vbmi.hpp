@@ -56,9 +56,8 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m512i upper_bytes_vbmi(__m5
 // The products of 16 centroids, `plane` apart from one pair of elements to the next, with x, rounded to their
 // upper halves.
 template <int kPairs>
-CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m512i multiply_centroids_vbmi(const std::int32_t* pairs,
-                                                                                   std::int64_t plane,
-                                                                                   const __m512i* x) {
+CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m512i
+multiply_16_centroids_vbmi(const std::int32_t* pairs, std::int64_t plane, const __m512i* x) {
   __m512i sums = _mm512_set1_epi32(1 << 15);
   CODEGEMM_UNROLL
   for (int p = 0; p < kPairs; ++p) {
@@ -67,27 +66,12 @@ CODEGEMM_TARGET_AVX512_VBMI CODEGEMM_ALWAYS_INLINE __m512i multiply_centroids_vb
   return sums;
 }
 
-// x[p] = elements 2 p and 2 p + 1 of a rounded vector in all lanes.
-template <int kPairs>
-CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void spread_pairs_avx512(const std::int16_t* vector,
-                                                                       __m512i* x) {
-  CODEGEMM_UNROLL
-  for (std::ptrdiff_t p = 0; p < kPairs; ++p) {
-    std::int32_t pair;
-    __builtin_memcpy(&pair, vector + 2 * p, sizeof(pair));
-    x[p] = _mm512_set1_epi32(pair);
-  }
-}
-
-template <int kPairs>
-CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE void spread_pairs_256_avx512(const std::int16_t* vector,
-                                                                           __m256i* x) {
-  CODEGEMM_UNROLL
-  for (std::ptrdiff_t p = 0; p < kPairs; ++p) {
-    std::int32_t pair;
-    __builtin_memcpy(&pair, vector + 2 * p, sizeof(pair));
-    x[p] = _mm256_set1_epi32(pair);
-  }
+// Elements 2 p and 2 p + 1 of a rounded vector.
+CODEGEMM_TARGET_AVX512 CODEGEMM_ALWAYS_INLINE std::int32_t pair_of_avx512(const std::int16_t* vector,
+                                                                          std::ptrdiff_t p) {
+  std::int32_t pair;
+  __builtin_memcpy(&pair, vector + 2 * p, sizeof(pair));
+  return pair;
 }
 
 // Where the byte lies that upper_bytes_vbmi() is to put at `i`: two tables of two planes. Words lie first[0],
@@ -131,8 +115,9 @@ CODEGEMM_TARGET_AVX512_VBMI void make_small_tables_vbmi(const IntegerTableArgs& 
   const std::uint8_t* ahead = a.ahead;
   const auto sums = [&]() CODEGEMM_TARGET_AVX512_VBMI {
     __m512i x[std::size_t{kPairs}];
-    spread_pairs_avx512<kPairs>(at.vector, x);
-    const __m512i out = multiply_centroids_vbmi<kPairs>(at.pairs, 16, x);
+    CODEGEMM_UNROLL
+    for (int p = 0; p < kPairs; ++p) x[p] = _mm512_set1_epi32(pair_of_avx512(at.vector, p));
+    const __m512i out = multiply_16_centroids_vbmi<kPairs>(at.pairs, 16, x);
     at.next();
     return out;
   };
@@ -182,7 +167,8 @@ CODEGEMM_TARGET_AVX512_VBMI void make_large_tables_vbmi(const IntegerTableArgs& 
   for (std::int64_t e = 0; e < a.entries; ++e, at.next()) {
     if (ahead != nullptr) ahead = ask_for_entry(ahead, bytes_asked(kCodeBits));
     __m256i x[std::size_t{kPairs}];
-    spread_pairs_256_avx512<kPairs>(at.vector, x);
+    CODEGEMM_UNROLL
+    for (int p = 0; p < kPairs; ++p) x[p] = _mm256_set1_epi32(pair_of_avx512(at.vector, p));
     std::uint8_t* const table = a.tables + e * encoded_bytes(kCodeBits);
     for (std::int64_t i = 0; i < kCentroids; i += kPairBlock) {
       __m256i bytes[2];

@@ -95,9 +95,4 @@ struct FlushStats {
   return good ? step : -1.0F;
 }
 
-/// Bytes of an encoded table, of whatever arrangement.
-[[nodiscard]] constexpr std::int64_t encoded_bytes(int code_bits) noexcept {
-  return std::int64_t{2} << code_bits;
-}
-
 }  // namespace codegemm::detail

@@ -186,8 +186,8 @@ struct PsumbookPlan {
   const std::int64_t wanted =
       std::clamp<std::int64_t>(ceil_div(tasks, whole), 1, std::max<std::int64_t>(1, w.tiles));
   plan.split_tiles = std::max<std::int64_t>(1, ceil_div(w.tiles, wanted));
-  if (lookup && tokens == 1 && w.padded_rows() * w.cols <= CpuTiles::kTwoTaskWeights) {
-    const bool cut_rows = !shares_k_by_two(w.format.b, w.padded_rows(), w.cols);
+  if (lookup && tokens == 1 && w.rows * w.cols <= CpuTiles::kTwoTaskWeights) {
+    const bool cut_rows = !shares_k_by_two(w.format.b, w.rows, w.cols);
     if (cut_rows) plan.chunks = std::min<std::int64_t>(2, w.row_blocks);
     plan.split_tiles = cut_rows ? w.tiles : std::max<std::int64_t>(1, w.tiles / 2);
   }
